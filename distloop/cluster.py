@@ -1,0 +1,266 @@
+"""Who am I: ranks from the environment, guards against runs that are not what was started, and what all
+ranks have to know together.
+
+torch and Accelerate are imported where they are needed: the environment has to be in order before that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from distloop.errors import UsageError
+
+Result = TypeVar("Result")
+
+
+class Launch(NamedTuple):
+    """What an `accelerate launch` parent was asked for."""
+
+    processes: int
+    multi_gpu: bool
+    script: str
+
+
+def adopt_slurm(environ: MutableMapping[str, str]) -> bool:
+    """Under `srun` with several tasks, set the variables that torch reads; whether that was so.
+
+    SLURM_NTASKS alone means nothing: an interactive shell in an allocation has it and is one process.
+    """
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if "RANK" in environ or tasks <= 1 or "SLURM_PROCID" not in environ:
+        return False
+    node = int(environ.get("SLURM_NODEID", 0))
+    job, step = int(environ.get("SLURM_JOB_ID", 0)), int(environ.get("SLURM_STEP_ID", 0))
+    environ["RANK"] = environ["SLURM_PROCID"]
+    environ["WORLD_SIZE"] = str(tasks)
+    environ["LOCAL_RANK"] = environ.get("SLURM_LOCALID", "0")
+    environ["LOCAL_WORLD_SIZE"] = str(_tasks_on_node(environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)), node))
+    environ.setdefault("MASTER_ADDR", first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1")))
+    # The same on all ranks, different for jobs and steps that share a node, below the ephemeral ports.
+    environ.setdefault("MASTER_PORT", str(10000 + (job * 16 + step) % 20000))
+    return True
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of a Slurm node list such as "gpu[03-07,11],cpu1"."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\](\S*?)(?:,|$))?", nodelist)
+    if match is None:
+        raise UsageError(f"SLURM_STEP_NODELIST = {nodelist!r} is not a list of nodes; set MASTER_ADDR.")
+    return match[1] + (match[2] or "") + (match[3] or "")
+
+
+def _tasks_on_node(counts: str, node: int) -> int:
+    """Slurm's "2(x3),1" is 2, 2, 2, 1."""
+    expanded: list[int] = []
+    for part in counts.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match:
+            expanded += [int(match[1])] * int(match[2] or 1)
+    return expanded[node] if node < len(expanded) else 1
+
+
+def share_cpus(environ: MutableMapping[str, str]) -> None:
+    """Where several ranks share a machine and nobody set a thread count, give each its share of the CPUs."""
+    local = int(environ.get("LOCAL_WORLD_SIZE", 1))
+    if local > 1:
+        environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local)))
+
+
+def override_launcher(environ: MutableMapping[str, str], precision: str) -> list[str]:
+    """Take what belongs to the config out of an Accelerate launcher's environment; a warning where they differ.
+
+    Raises UsageError for what this program does not do.
+    """
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise UsageError(
+                f"The launcher asks for {name} (ACCELERATE_USE_{name}); distloop trains with DDP only: "
+                "launch without it."
+            )
+    ours = {
+        "ACCELERATE_MIXED_PRECISION": ("precision", precision),
+        "ACCELERATE_DYNAMO_BACKEND": ("compile", "no"),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("batch.micro_size", "1"),
+    }
+    warnings = []
+    for variable, (key, value) in ours.items():
+        asked = environ.pop(variable, value).lower()
+        # "no" and "1" are what a launcher exports when nobody asked for anything.
+        if asked not in ("no", "1", value):
+            warnings.append(f"the launcher's {variable}={asked} is not used: the config decides ({key}).")
+    for variable in [name for name in environ if name.startswith("ACCELERATE_DYNAMO_")]:
+        environ.pop(variable)
+    return warnings
+
+
+def launched_by() -> Launch | None:
+    """The `accelerate launch` that is this process's parent, read by Accelerate's own parser; else None."""
+    try:
+        with open(f"/proc/{os.getppid()}/cmdline") as file:
+            words = file.read().split("\0")[:-1]
+        position = _launcher_end(words)
+        if position is None:
+            return None
+        from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+        parser = launch_command_parser()
+        silence = io.StringIO()
+        with contextlib.redirect_stderr(silence), contextlib.redirect_stdout(silence):
+            arguments = parser.parse_args(words[position:])
+            arguments, _, _ = _validate_launch_command(arguments)
+        return Launch(int(arguments.num_processes), bool(arguments.multi_gpu), str(arguments.training_script))
+    except (
+        Exception,
+        SystemExit,
+    ):  # another operating system, another launcher, another Accelerate: no opinion
+        return None
+
+
+def _launcher_end(words: Sequence[str]) -> int | None:
+    """Where the launcher's own arguments start in a command line, None if it is not `accelerate launch`."""
+    for position, word in enumerate(words[:4]):
+        name = os.path.basename(word)
+        if name == "accelerate" and words[position + 1 : position + 2] == ["launch"]:
+            return position + 2
+        if name == "accelerate-launch" or word.endswith(
+            ("accelerate/commands/launch.py", "accelerate.commands.launch")
+        ):
+            return position + 1
+    return None
+
+
+def check_launch(environ: Mapping[str, str], launch: Launch | None, device: str, use_cpu: bool) -> None:
+    """Before the process group exists: refuse launches that cannot become the world they ask for.
+
+    `device` is the config's; `use_cpu`: whether the run will compute on the CPU.
+    """
+    world = int(environ.get("WORLD_SIZE", 1))
+    explicit = device == "cpu" or environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    if launch and launch.processes > 1 and world != launch.processes:
+        raise UsageError(
+            f"accelerate launch was asked for {launch.processes} processes, but this is one process of "
+            f"{world}: the run would silently not be distributed.\n{right_commands(launch)}"
+        )
+    if world > 1 and use_cpu and not explicit and (launch is not None or "ACCELERATE_MIXED_PRECISION" in environ):
+        raise UsageError(
+            f"accelerate launch started {world} processes for GPUs, but no GPU is visible here.\n"
+            f"{right_commands(launch, world)}"
+        )
+
+
+def check_world(world_size: int, environ: Mapping[str, str], expected: int | None, launch: Launch | None) -> None:
+    """Once Accelerate says how many processes there are: refuse a world that is not what was started."""
+    claims = {
+        "--expect-world": expected,
+        "WORLD_SIZE": int(environ["WORLD_SIZE"]) if "WORLD_SIZE" in environ else None,
+        "accelerate launch --num_processes": launch.processes if launch and launch.processes > 1 else None,
+    }
+    for source, claim in claims.items():
+        if claim is not None and claim != world_size:
+            raise UsageError(
+                f"{source} says {claim} processes, but the run has {world_size}.\n{right_commands(launch, claim)}"
+            )
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks > 1 and world_size % tasks:  # a launcher per node makes a multiple of the tasks
+        raise UsageError(
+            f"srun started {tasks} tasks, but the run has {world_size} processes: each would train on its own.\n"
+            f"Start it with nothing else in between: srun --ntasks={tasks} python -m distloop.train …"
+        )
+
+
+def right_commands(launch: Launch | None, processes: int | None = None) -> str:
+    """The forms that do start `processes` ranks."""
+    count = processes or (launch.processes if launch else 1)
+    script = launch.script if launch else "distloop/train.py"
+    if count == 1:
+        return f"One process: python {script} …"
+    common = f"--multi_gpu --num_machines 1 --num_processes {count} --main_process_port 0"
+    quiet = "--mixed_precision no --dynamo_backend no"
+    return (
+        f"{count} processes on the CPU: ACCELERATE_USE_CPU=true accelerate launch {common} {quiet} {script} …\n"
+        f"{count} GPUs of this machine: accelerate launch {common} {quiet} {script} …"
+    )
+
+
+def check_devices(device: Any, world_size: int) -> None:
+    """Refuse two ranks on one physical GPU. One visible device per task is fine."""
+    import torch
+    import torch.distributed as dist
+
+    if device.type != "cuda" or world_size == 1:
+        return
+    here = (os.uname().nodename, str(torch.cuda.get_device_properties(device).uuid))
+    places: list[Any] = [None] * world_size
+    dist.all_gather_object(places, here)
+    for place in set(places):
+        ranks = [rank for rank, other in enumerate(places) if other == place]
+        if len(ranks) > 1:
+            raise UsageError(
+                f"Ranks {', '.join(map(str, ranks))} are on one GPU ({place[1]} of {place[0]}): start at most one "
+                "process per GPU, and see that CUDA_VISIBLE_DEVICES differs between tasks that see one each."
+            )
+
+
+def from_main(function: Callable[[], Result]) -> Result:
+    """The result of `function`, called on rank 0 alone; what it raises as UsageError is raised on all ranks."""
+    import torch.distributed as dist
+
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return function()
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [function()]
+        except UsageError as error:
+            answer = [error]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], UsageError):
+        raise answer[0]
+    return answer[0]
+
+
+def report(error: UsageError) -> None:
+    """Say a user's mistake on standard error: once, although several ranks may have met it."""
+    if _first_to_report():
+        print(f"\ndistloop: {error}", file=sys.stderr, flush=True)
+
+
+def was_reported() -> bool:
+    """Whether another rank has reported a user's mistake, so that this one's trouble is only a consequence."""
+    try:
+        return _store() is not None and _store().check(["distloop/reported"])
+    except Exception:
+        return False
+
+
+def _first_to_report() -> bool:
+    store = _store()
+    if store is None:
+        return int(os.environ.get("RANK", 0)) == 0
+    try:
+        return store.add("distloop/reported", 1) == 1
+    except Exception:  # rank 0 keeps the store and has left: it has said why
+        return int(os.environ.get("RANK", 0)) == 0
+
+
+def _store() -> Any:
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        return None
+    return dist.distributed_c10d._get_default_store()
+
+
+def leave(code: int) -> None:
+    """End the process with this exit code."""
+    if code and _store() is not None:
+        # Peers may be gone: taking the process group down in order could hang, or change the code.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,263 @@
+"""The run as frozen dataclasses: every setting, its default and what it means.
+
+The defaults are the digits recipe (configs/digits.yaml says the same). Reading YAML and the command line is
+config_load.py's job; nothing here knows about files. The string below each field is its help text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+
+import yaml
+from annotated_types import Ge, Gt, Lt
+from tyro.constructors import PrimitiveConstructorSpec
+
+from distloop.yaml_text import parse_yaml
+
+Section = TypeVar("Section")
+
+
+@dataclass_transform(frozen_default=True)
+def section(cls: type[Section]) -> type[Section]:
+    """A frozen dataclass in which pydantic refuses unknown keys."""
+    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+
+# Keyword arguments for a dataset, model or task. On the command line either the whole mapping as YAML
+# (--model.args '{hidden: 64}') or one key of it (--model.args.hidden 64).
+Arguments = Annotated[
+    dict[str, Any],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{YAML MAPPING}",
+        instance_from_str=lambda strings: parse_yaml(strings[0]),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [yaml.safe_dump(value, default_flow_style=True).strip()],
+    ),
+]
+no_arguments = functools.partial(dataclasses.field, default_factory=dict)
+
+
+@section
+class Data:
+    name: str = "digits"
+    """diabetes | digits | fashion_mnist | cifar10 | image_folder, or module:callable of your own."""
+    root: str = "data"
+    """Folder of data sets that live in files."""
+    workers: NonNegativeInt | Literal["auto"] = "auto"
+    """Loader processes per rank. auto: none for data in memory, else the CPUs this process may use, shared
+    by the ranks of the machine."""
+    collate: str | None = None
+    """module:callable that makes a batch of a list of samples (default: PyTorch's)."""
+    args: Arguments = no_arguments()
+    """Arguments of the data set."""
+
+
+@section
+class Model:
+    name: str = "cnn"
+    """linear | mlp | cnn | resnet18_small, any torchvision classifier by name, or module:callable."""
+    pretrained: bool = False
+    """Start from torchvision's weights; layers whose shape differs (the head) start fresh."""
+    args: Arguments = no_arguments()
+    """Arguments of the model."""
+
+
+@section
+class Task:
+    name: str = "classification"
+    """classification | regression, or module:class of your own (a subclass of distloop.tasks.Task)."""
+    args: Arguments = no_arguments()
+    """Arguments of the task, such as label_smoothing."""
+
+
+@section
+class Optim:
+    name: Literal["sgd", "adam", "adamw"] = "adamw"
+    """The optimizer."""
+    lr: PositiveFloat = 3e-3
+    """Peak learning rate. It belongs to the global batch and never changes with the number of processes."""
+    weight_decay: NonNegativeFloat = 0.05
+    """Decay of weights; norms and biases are not decayed."""
+    momentum: Fraction = 0.9
+    """sgd only."""
+    nesterov: bool = False
+    """sgd only."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """adam and adamw only."""
+    eps: PositiveFloat = 1e-8
+    """adam and adamw only."""
+    clip_norm: PositiveFloat | None = None
+    """Largest norm of the whole step's gradient; null: no clipping."""
+
+
+@section
+class Schedule:
+    name: Literal["constant", "linear", "cosine", "multi_step", "one_cycle", "warmup_stable_decay"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear rise from 0; one_cycle: length of its rise (0: 30 % of the run)."""
+    final_ratio: Fraction = 0.0
+    """Last learning rate as a share of the peak: linear, cosine, warmup_stable_decay."""
+    milestones: tuple[PositiveInt, ...] = ()
+    """multi_step: the steps at which the rate is multiplied by gamma."""
+    gamma: Annotated[float, Gt(0), Lt(1)] = 0.1
+    """multi_step only."""
+    decay_steps: PositiveInt | None = None
+    """warmup_stable_decay: length of the final descent (null: 20 % of the run)."""
+
+
+@section
+class Batch:
+    global_size: PositiveInt = 64
+    """Samples of one optimizer step, over all ranks and micro-batches."""
+    micro_size: PositiveInt | None = None
+    """Largest batch that one rank passes forward at once (memory). The least accumulation that fits is
+    chosen from the world size. null: no limit."""
+    remainder: Literal["drop", "train"] = "drop"
+    """Samples of an epoch beyond the last whole global batch: dropped, or trained as a smaller step."""
+
+
+@section
+class Train:
+    epochs: PositiveInt | None = 20
+    """Passes over the training data. Give this or steps."""
+    steps: PositiveInt | None = None
+    """Optimizer steps. Give this or epochs."""
+
+
+@section
+class Validate:
+    every_epochs: PositiveInt | None = 1
+    """Validate after every so many epochs, and at the end. Give this or every_steps."""
+    every_steps: PositiveInt | None = None
+    """Validate after every so many steps, and at the end."""
+    batch_size: PositiveInt = 256
+    """Samples per validation batch. Their contents are fixed; whole batches are dealt to the ranks."""
+
+
+@section
+class Checkpoint:
+    every_steps: PositiveInt | None = None
+    """Save after every so many steps, and at the end. null: at the end of each epoch."""
+    keep_last: PositiveInt = 2
+    """How many checkpoints are kept."""
+
+
+@section
+class Log:
+    every_steps: PositiveInt = 20
+    """Log training after every so many steps; between them nothing waits for the device."""
+
+
+@section
+class Ddp:
+    timeout_seconds: PositiveInt = 600
+    """How long a collective may wait for its peers."""
+    find_unused_parameters: bool = False
+    """For models that leave parameters out of some forward passes."""
+
+
+@section
+class Config:
+    config: str | None = None
+    """YAML file with any of these settings; the command line wins over it."""
+    name: str | None = None
+    """Name of the run and of its directory (default: the config file's stem)."""
+    runs_dir: str = "runs"
+    """Folder of run directories."""
+    seed: NonNegativeInt = 0
+    """Fixes the order of samples, augmentations, initial weights and dropout."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: CUDA, else MPS, else the CPU."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision of the forward pass (autocast)."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Type of parameters and inputs."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """torch.set_float32_matmul_precision; high allows TF32 on NVIDIA GPUs."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    resume: Literal["auto", "never", "extend"] = "auto"
+    """auto: continue the run of this name. never: move it aside and start anew. extend: continue it although
+    the config now trains differently."""
+    init_from: str | None = None
+    """Weights to start from: a run directory, a checkpoint or a .safetensors file."""
+    expect_world: PositiveInt | None = None
+    """Refuse to train unless there are exactly so many processes."""
+
+    data: Data = Data()
+    model: Model = Model()
+    task: Task = Task()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    batch: Batch = Batch()
+    train: Train = Train()
+    validate: Validate = Validate()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    ddp: Ddp = Ddp()
+
+
+# What may change between two starts of a run: where things are, how they are computed and what is written,
+# but not what is trained. Everything else that differs is refused (or recorded, with --resume extend).
+FREE_KEYS = (
+    "config",
+    "name",
+    "runs_dir",
+    "device",
+    "compile",
+    "resume",
+    "expect_world",
+    "data.root",
+    "data.workers",
+    "batch.micro_size",
+    "validate",
+    "checkpoint",
+    "log",
+    "ddp",
+)
+# What gives the stored step its meaning, so that not even --resume extend may change it.
+FIXED_KEYS = (
+    "seed",
+    "dtype",
+    "data.name",
+    "model",
+    "optim.name",
+    "batch.global_size",
+    "batch.remainder",
+    "init_from",
+)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The config as {"optim.lr": 0.003, …}; arguments stay whole mappings."""
+    flat: dict[str, Any] = {}
+    for key, value in dataclasses.asdict(config).items():
+        if dataclasses.is_dataclass(getattr(config, key)):
+            flat.update({f"{key}.{name}": inner for name, inner in value.items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def is_one_of(key: str, keys: tuple[str, ...]) -> bool:
+    """Whether the dotted `key` is in `keys`, or inside a section that is."""
+    return any(key == other or key.startswith(other + ".") for other in keys)
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The keys that would train differently, with their (old, new) values."""
+    before, after = flatten(old), flatten(new)
+    return {
+        key: (before[key], after[key]) for key in after if before[key] != after[key] and not is_one_of(key, FREE_KEYS)
+    }

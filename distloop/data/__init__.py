@@ -1,0 +1,1 @@
+"""Data: which samples (datasets), in which order (sampling), changed how (augment), brought how (loader)."""

@@ -1,0 +1,181 @@
+"""The data sets: a small registry, and what a data set of your own has to offer.
+
+A data set is a callable that returns a DataSource, or just (train, validation), each with __len__ and
+__getitem__ as for any PyTorch DataLoader. It is called with data.args, and with `root` if it names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sized
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distloop.config import Data
+from distloop.data.augment import DRAWS, shift_and_flip
+from distloop.data.download import fetched
+from distloop.errors import UsageError
+from distloop.registry import call, resolve
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSource:
+    """The two halves of a data set, and what a model has to know of it."""
+
+    train: Any
+    validation: Any
+    classes: tuple[str, ...] | None = None
+    """Names of the classes."""
+    mean: tuple[float, ...] | None = None
+    """With std: uint8 image inputs [batch, channels, h, w] are scaled to 0 … 1 and normalised on the device."""
+    std: tuple[float, ...] | None = None
+
+
+class InMemory:
+    """Inputs and targets as two tensors; whole batches are taken at once. Images may be augmented."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor, pad: int = 0, flip: bool = False) -> None:
+        self.inputs, self.targets, self.pad, self.flip = inputs, targets, pad, flip
+        self.draws = DRAWS if pad or flip else 0
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[index], self.targets[index]
+
+    def batch(self, indices: NDArray[np.int64], random: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+        """The samples at `indices`, augmented by random numbers of shape [len(indices), draws]."""
+        chosen = torch.from_numpy(indices)
+        inputs, targets = self.inputs[chosen], self.targets[chosen]
+        return (shift_and_flip(inputs, random, self.pad, self.flip) if self.draws else inputs), targets
+
+
+def digits(shift: int = 1) -> DataSource:
+    """scikit-learn's digits: 1797 images of 8 × 8 pixels, embedded in the package; a stratified 80/20 split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, targets = load_digits(return_X_y=True)
+    pixels = torch.from_numpy((images * (255 / 16)).round().astype(np.uint8)).reshape(-1, 1, 8, 8)
+    train, validation = train_test_split(np.arange(len(targets)), test_size=0.2, stratify=targets, random_state=0)
+    labels = torch.from_numpy(targets.astype(np.int64))
+    return DataSource(
+        train=InMemory(pixels[train], labels[train], pad=shift),
+        validation=InMemory(pixels[validation], labels[validation]),
+        classes=tuple("0123456789"),
+        mean=(0.305,),
+        std=(0.376,),
+    )
+
+
+def diabetes() -> DataSource:
+    """scikit-learn's diabetes: 442 rows of 10 numbers and one target, standardised; an 80/20 split."""
+    from sklearn.datasets import load_diabetes
+    from sklearn.model_selection import train_test_split
+
+    inputs, targets = load_diabetes(return_X_y=True)
+    train, validation = train_test_split(np.arange(len(targets)), test_size=0.2, random_state=0)
+    columns = np.concatenate([inputs, targets[:, None]], axis=1)
+    columns = (columns - columns[train].mean(0)) / columns[train].std(0)  # the training rows' statistics alone
+    tensor = torch.from_numpy(columns.astype(np.float32))
+    return DataSource(
+        train=InMemory(tensor[train, :10], tensor[train, 10:]),
+        validation=InMemory(tensor[validation, :10], tensor[validation, 10:]),
+    )
+
+
+def fashion_mnist(root: str, download: bool = True, pad: int = 2, flip: bool = True) -> DataSource:
+    """Fashion-MNIST: 60000 + 10000 images of garments, 28 × 28 pixels."""
+    from torchvision.datasets import FashionMNIST
+
+    train, validation = fetched(FashionMNIST, root, download, Path(root) / "FashionMNIST" / "raw")
+    return DataSource(
+        train=InMemory(train.data.unsqueeze(1), train.targets, pad, flip),
+        validation=InMemory(validation.data.unsqueeze(1), validation.targets),
+        classes=tuple(train.classes),
+        mean=(0.286,),
+        std=(0.353,),
+    )
+
+
+def cifar10(root: str, download: bool = True, pad: int = 4, flip: bool = True) -> DataSource:
+    """CIFAR-10: 50000 + 10000 colour images, 32 × 32 pixels."""
+    from torchvision.datasets import CIFAR10
+
+    train, validation = fetched(CIFAR10, root, download, Path(root) / "cifar-10-batches-py")
+
+    def in_memory(half: Any, pad: int = 0, flip: bool = False) -> InMemory:
+        images = torch.from_numpy(half.data).permute(0, 3, 1, 2).contiguous()
+        return InMemory(images, torch.tensor(half.targets), pad, flip)
+
+    return DataSource(
+        train=in_memory(train, pad, flip),
+        validation=in_memory(validation),
+        classes=tuple(train.classes),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.247, 0.2435, 0.2616),
+    )
+
+
+def image_folder(root: str, crop: int = 224, resize: int = 256) -> DataSource:
+    """Pictures in ROOT/train/CLASS/ and ROOT/val/CLASS/, as ImageNet is usually laid out."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    folders = [Path(root) / half for half in ("train", "val")]
+    train_changes = v2.Compose(
+        [v2.RandomResizedCrop(crop, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    )
+    fixed_changes = v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(crop), v2.PILToTensor()])
+    try:
+        train, validation = (
+            ImageFolder(str(folder), changes)
+            for folder, changes in zip(folders, (train_changes, fixed_changes), strict=True)
+        )
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"data.name = 'image_folder': {error} (looked in {folders[0].resolve()} and {folders[1].resolve()}). "
+            "Put one folder of pictures per class in each, or point --data.root to where they are."
+        ) from None
+    if train.classes != validation.classes:
+        differing = sorted(set(train.classes) ^ set(validation.classes))
+        raise UsageError(
+            f"{folders[0]} and {folders[1]} do not have the same classes; in one only: {', '.join(differing[:10])}"
+        )
+    return DataSource(train, validation, tuple(train.classes), IMAGENET_MEAN, IMAGENET_STD)
+
+
+DATASETS: dict[str, Callable[..., DataSource]] = {
+    "digits": digits,
+    "diabetes": diabetes,
+    "fashion_mnist": fashion_mnist,
+    "cifar10": cifar10,
+    "image_folder": image_folder,
+}
+
+
+def load_data(config: Data) -> DataSource:
+    """The data set that the config names. Raises UsageError when it is unknown, missing or empty."""
+    found = call("data.args", resolve("data.name", config.name, DATASETS), config.args, {"root": config.root})
+    if isinstance(found, tuple) and len(found) == 2:
+        found = DataSource(*found)
+    if not isinstance(found, DataSource):
+        raise UsageError(
+            f"data.name = {config.name!r} returned a {type(found).__name__}; return (train, validation) or a "
+            "distloop.data.datasets.DataSource."
+        )
+    for half in ("train", "validation"):
+        dataset = getattr(found, half)
+        if not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")):
+            raise UsageError(f"data.name = {config.name!r}: its {half} half needs __len__ and __getitem__.")
+        if len(dataset) == 0:
+            raise UsageError(f"data.name = {config.name!r}: its {half} half is empty.")
+    return found

@@ -1,0 +1,165 @@
+"""From a data set to batches on the device: seeded per sample, in the sampler's order, checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+from typing import cast as cast_type
+
+import numpy as np
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from distloop.config import Data
+from distloop.data.datasets import DataSource
+from distloop.data.sampling import MicroBatch
+from distloop.errors import UsageError
+from distloop.registry import import_callable
+from distloop.seeding import seed_sample, uniforms
+from distloop.tasks import Task, inputs_of, targets_of
+
+
+class SeededDataset(Dataset):
+    """A map-style data set that is asked for whole micro-batches and seeds each of their samples.
+
+    A sample's random numbers come from (seed, epoch, index): in whatever process, worker or batch it is
+    loaded, it is augmented alike. Data sets with a batch() of their own (InMemory) are handed the numbers;
+    for any other the global generators of torch, numpy and random are seeded before each sample.
+    """
+
+    def __init__(self, dataset: Any, seed: int, collate: Callable[[list], Any], check: Callable[..., None]) -> None:
+        self.dataset, self.seed, self.collate, self.check = dataset, seed, collate, check
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, micro_batch: MicroBatch) -> Any:
+        """The batch that these indices make; a DataLoader calls this with what its batch sampler yields."""
+        epoch, indices = micro_batch
+        if hasattr(self.dataset, "batch"):
+            batch = self.dataset.batch(indices, uniforms(self.seed, epoch, indices, self.dataset.draws))
+        else:
+            samples = []
+            for index in indices.tolist():
+                seed_sample(self.seed, epoch, index)
+                samples.append(self.dataset[index])
+            batch = self.collate(samples)
+        self.check(batch, indices)
+        return batch
+
+
+def identity(batch: Any) -> Any:
+    return batch
+
+
+def no_check(batch: Any, indices: Any) -> None:
+    """In place of Task.check, before the task knows its classes."""
+
+
+class Loader:
+    """Iterates over batches on the device; made of a DataLoader that Accelerate prepared."""
+
+    def __init__(self, loader: Any, finish: Callable[[Any], Any]) -> None:
+        self.loader, self.finish = loader, finish
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.finish, self.loader)
+
+
+def collate_of(config: Data) -> Callable[[list], Any]:
+    """The config's collate function, or PyTorch's."""
+    return import_callable("data.collate", config.collate) if config.collate else default_collate
+
+
+def example_batch(source: DataSource, config: Data, seed: int, dtype: torch.dtype) -> Any:
+    """The first training sample as a batch, as the model takes it."""
+    dataset = SeededDataset(source.train, seed, collate_of(config), no_check)
+    return to_model(dataset.__getitems__(MicroBatch(0, np.array([0]))), source, dtype)
+
+
+def offers_to_model(example: Any, source: DataSource) -> dict[str, Any]:
+    """What a model may want to know of the data: input_shape, num_classes, num_outputs, as far as it is known."""
+    offers: dict[str, Any] = {}
+    classes = source.classes or getattr(source.train, "classes", None)  # as torchvision's data sets call them
+    if classes:
+        offers["num_classes"] = offers["num_outputs"] = len(classes)
+    try:
+        inputs, targets = inputs_of(example), targets_of(example)
+    except UsageError:  # batches of another form, for a task and a model that know it
+        return offers
+    if isinstance(inputs, torch.Tensor):
+        offers["input_shape"] = tuple(inputs.shape[1:])
+    if isinstance(targets, torch.Tensor) and targets.is_floating_point():
+        offers["num_outputs"] = targets[0].numel()
+    return offers
+
+
+def make_loader(
+    config: Data,
+    source: DataSource,
+    task: Task,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    dataset: Any,
+    sampler: Iterable[MicroBatch],
+    persistent: bool = False,
+) -> Loader:
+    """Batches of `dataset` in `sampler`'s order, on `device`, in the form that the model takes.
+
+    The sampler yields this rank's indices only: Accelerate places the batches and does not shard them again.
+    `persistent` keeps the workers between iterations.
+    """
+    workers = worker_count(config, dataset)
+    loader = DataLoader(
+        SeededDataset(dataset, seed, collate_of(config), task.check),
+        batch_sampler=cast_type(Any, sampler),  # it yields MicroBatch, which __getitems__ takes whole
+        num_workers=workers,
+        collate_fn=identity,
+        pin_memory=device.type == "cuda",
+        persistent_workers=persistent and workers > 0,
+        # Forking a process that has initialised CUDA is unsafe.
+        multiprocessing_context="forkserver" if workers and device.type == "cuda" else None,
+    )
+    prepared = prepare_data_loader(
+        loader, device=device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
+    )
+    return Loader(prepared, lambda batch: to_model(batch, source, dtype))
+
+
+def to_model(batch: Any, source: DataSource, dtype: torch.dtype) -> Any:
+    """The batch as the model takes it: uint8 images normalised, floating tensors in `dtype`; on its device.
+
+    Images travel to the device as bytes: a quarter of the traffic, and normalising there costs nothing.
+    """
+    if source.mean is not None and isinstance(batch, (tuple, list)) and batch[0].dtype == torch.uint8:
+        images, *rest = batch
+        mean = torch.tensor(source.mean, dtype=dtype, device=images.device)[:, None, None]
+        std = torch.tensor(source.std, dtype=dtype, device=images.device)[:, None, None]
+        return ((images.to(dtype) / 255 - mean) / std, *(cast(part, dtype) for part in rest))
+    return cast(batch, dtype)
+
+
+def cast(batch: Any, dtype: torch.dtype) -> Any:
+    """`batch` with its floating tensors in `dtype`."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(dtype) if batch.is_floating_point() else batch
+    if isinstance(batch, dict):
+        return {key: cast(value, dtype) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(cast(value, dtype) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(cast(value, dtype) for value in batch)
+    return batch
+
+
+def worker_count(config: Data, dataset: Any) -> int:
+    """Loader processes for this rank: as set, or for "auto" none in memory, else the rank's share of the CPUs."""
+    if config.workers != "auto":
+        return int(config.workers)
+    if hasattr(dataset, "batch"):
+        return 0  # taking rows of a tensor is faster than sending them between processes
+    # Not os.cpu_count(): a job on a shared node may use a few of its CPUs only.
+    return min(16, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

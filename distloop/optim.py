@@ -1,0 +1,88 @@
+"""Parameter groups, the optimizer, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from distloop.config import Optim, Schedule
+from distloop.errors import UsageError
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: what is decayed, and norms, biases and other vectors, which are not."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:  # a tied weight counts once
+                seen.add(id(parameter))
+                (plain if parameter.ndim < 2 or isinstance(module, NORMS) else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: Optim, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer that the config names. Raises UsageError for a model without parameters to train."""
+    groups = parameter_groups(model, config.weight_decay)
+    if not groups:
+        raise UsageError("The model has no parameters that require a gradient: there is nothing to train.")
+    fused = device.type in ("cpu", "cuda")  # one pass over the parameters instead of one operation each
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def lr_at(step: int, total_steps: int, peak: float, schedule: Schedule) -> float:
+    """The learning rate of `step` (0 ≤ step < total_steps); it depends on nothing else.
+
+    Every shape but one_cycle, which has a rise of its own, first rises linearly over warmup_steps and then
+    takes its course over the steps that are left. Cosine: Loshchilov and Hutter 2017; one_cycle: Smith and
+    Topin 2018, with PyTorch's factors (from peak / 25 up, down to peak / 250000).
+    """
+    warmup = schedule.warmup_steps
+    if schedule.name == "one_cycle":
+        rise = warmup or max(1, round(0.3 * total_steps))
+        low, last = peak / 25, peak / 25e4
+        if step < rise:
+            return _cosine(low, peak, step / rise)
+        return _cosine(peak, last, (step - rise) / max(1, total_steps - 1 - rise))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    final = peak * schedule.final_ratio
+    match schedule.name:
+        case "linear":
+            return peak + (final - peak) * progress
+        case "cosine":
+            return _cosine(peak, final, progress)
+        case "multi_step":
+            return peak * schedule.gamma ** sum(step >= milestone for milestone in schedule.milestones)
+        case "warmup_stable_decay":
+            decay = schedule.decay_steps or max(1, round(0.2 * total_steps))
+            return peak + (final - peak) * max(0.0, 1 - (total_steps - step) / decay)
+        case _:
+            return peak
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give all parameter groups this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def check_schedule(schedule: Schedule, total_steps: int) -> None:
+    """Raises UsageError for a schedule that does not fit into the run."""
+    for key, steps in (("warmup_steps", schedule.warmup_steps), ("decay_steps", schedule.decay_steps or 0)):
+        if steps >= total_steps:
+            raise UsageError(f"schedule.{key} = {steps} does not fit into a run of {total_steps} steps.")
+
+
+def _cosine(start: float, stop: float, progress: float) -> float:
+    return stop + (start - stop) * (1 + math.cos(math.pi * min(1.0, progress))) / 2

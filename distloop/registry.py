@@ -1,0 +1,61 @@
+"""From a name in the config to a callable: the built-in ones, or the user's own as module:callable."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from distloop.errors import UsageError, suggest
+
+
+def resolve(key: str, name: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """The callable that `name`, the value of the setting `key`, stands for. Raises UsageError."""
+    if ":" in name:
+        return import_callable(key, name)
+    if name in known:
+        return known[name]
+    raise UsageError(f"{key} = {name!r} is not known.{suggest(name, list(known))} Your own: module:callable.")
+
+
+def import_callable(key: str, name: str) -> Callable[..., Any]:
+    """The callable at "module:callable"; modules are also looked for in the current folder."""
+    module_name, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name):
+            reason = f"there is no module '{error.name}' in {os.getcwd()} or among the installed packages"
+        else:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"importing it raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+        raise UsageError(f"{key} = {name!r}: {reason}.") from None
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise UsageError(f"{key} = {name!r}: {module_name} has no callable '{attribute}'.{suggest(attribute, names)}")
+    return found
+
+
+def call(key: str, function: Callable[..., Any], arguments: dict[str, Any], offered: dict[str, Any]) -> Any:
+    """`function` with the config's arguments, and with those of `offered` that its signature names.
+
+    Raises UsageError when the arguments do not fit the signature.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a builtin without one
+        return function(**arguments)
+    extra = {name: value for name, value in offered.items() if name in signature.parameters and name not in arguments}
+    try:
+        signature.bind(**arguments, **extra)
+    except TypeError as error:
+        takes = ", ".join(str(parameter) for parameter in signature.parameters.values())
+        raise UsageError(f"{key} = {arguments}: {error}; it takes ({takes}).") from None
+    return function(**arguments, **extra)

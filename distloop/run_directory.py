@@ -1,0 +1,197 @@
+"""A run and its directory: what is started, continued, refused or moved aside, and what is recorded of it."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distloop.checkpoint import newest_good
+from distloop.config import FIXED_KEYS, Config, differences, is_one_of
+from distloop.config_load import config_from_mapping, dump, read_yaml
+from distloop.errors import UsageError
+from distloop.tracking.metrics_file import set_rows_aside
+
+CONFIG, STATUS, METRICS = "config.yaml", "status.json", "metrics.jsonl"
+SECRET = re.compile(r"(key|token|secret|passw|credential)", re.IGNORECASE)
+
+
+class Start(NamedTuple):
+    """How an attempt begins."""
+
+    path: Path
+    attempt: int
+    checkpoint: Path | None
+    finished: bool
+    messages: list[str]
+
+
+def open_run(config: Config, world_size: int) -> Start:
+    """Create, or find and continue, the run's directory; rank 0 only.
+
+    Order of resuming: a run of this name is continued from its newest good checkpoint; a finished one is
+    left as it is; --resume never moves it aside first. Raises UsageError when the directory belongs to a run
+    that trains differently, or cannot be written.
+    """
+    path = Path(config.runs_dir) / str(config.name)
+    messages: list[str] = []
+    try:
+        if path.exists() and config.resume == "never":
+            messages.append(f"the previous run was moved to {_move_aside(path)}")
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        status = _read_json(path / STATUS)
+        extended = (path / CONFIG).exists() and _compare(path, config, status)
+        if status.get("state") == "finished" and not extended:
+            return Start(path, int(status["attempt"]), None, True, messages)
+        checkpoint, passed_over = newest_good(path / "checkpoints")
+        messages += [f"passed over a damaged checkpoint: {line}" for line in passed_over]
+        step = int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
+        aside = set_rows_aside(path / METRICS, step)
+        if aside:
+            messages.append(f"{aside} rows of metrics after step {step} were set aside: these steps are done again")
+        attempt = int(status.get("attempt", 0)) + 1
+        write_text(path / CONFIG, dump(config))
+        write_text(path / "environment.json", json.dumps(environment(world_size), indent=1) + "\n")
+    except OSError as error:
+        raise UsageError(
+            f"The run directory {path.resolve()} cannot be written: {error.strerror or error}. "
+            "Choose another with --runs-dir."
+        ) from None
+    return Start(path, attempt, checkpoint, False, messages)
+
+
+class RunStatus:
+    """Keeps status.json: written when the run starts, saves and ends, however it ends. Rank 0 only writes."""
+
+    def __init__(self, start: Start, step: int, enabled: bool) -> None:
+        self.start, self.step, self.enabled = start, step, enabled
+
+    def __enter__(self) -> RunStatus:
+        self._write("running", None)
+        return self
+
+    def update(self, step: int) -> None:
+        """The run has been saved at `step`."""
+        self.step = step
+        self._write("running", None)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            self._write("finished", "all steps are done")
+        elif issubclass(kind, KeyboardInterrupt):
+            self._write("stopped", "interrupted from the keyboard")
+        else:
+            self._write("failed", f"{kind.__name__}: {error}")
+
+    def _write(self, state: str, reason: str | None) -> None:
+        if not self.enabled:
+            return
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        status = {
+            "state": state,
+            "step": self.step,
+            "attempt": self.start.attempt,
+            "reason": reason,
+            "written": now,
+        }
+        write_text(self.start.path / STATUS, json.dumps(status, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text(text)
+    aside.replace(path)
+
+
+def environment(world_size: int) -> dict[str, Any]:
+    """Versions, git commit, topology and command of an attempt, as plain JSON and without secrets."""
+    packages = ("torch", "torchvision", "accelerate", "numpy", "safetensors", "distloop")
+    versions: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "machine": platform.node(),
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "world_size": world_size,
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changes": (_git("status", "--porcelain") or "").splitlines()[:50],
+        "command": _without_secrets(sys.argv),
+    }
+
+
+def _compare(path: Path, config: Config, status: dict[str, Any]) -> bool:
+    """Whether the run is extended; raises UsageError when it trains differently and may not be."""
+    try:
+        changed = differences(config_from_mapping(read_yaml(path / CONFIG), str(path / CONFIG)), config)
+    except UsageError as error:
+        raise UsageError(f"The run in {path} has a config that this version does not read: {error}") from None
+    if not changed:
+        return False
+    lines = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items())
+    if config.resume != "extend":
+        raise UsageError(
+            f"{path} holds a run that trains differently:\n{lines}\n"
+            "Ways out: --name OTHER for a run of its own, --resume never to move the old one aside and start anew, "
+            "--resume extend to continue it with the change recorded."
+        )
+    fixed = [key for key in changed if is_one_of(key, FIXED_KEYS)]
+    if fixed:
+        raise UsageError(
+            f"--resume extend: a run cannot be continued with another {', '.join(fixed)}, since its steps so far "
+            f"would mean something else:\n{lines}\nUse --name OTHER or --resume never."
+        )
+    record = {"after_attempt": status.get("attempt"), "after_step": status.get("step"), "changes": changed}
+    with open(path / "config_changes.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+    return True
+
+
+def _move_aside(path: Path) -> Path:
+    number = 1
+    while (other := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    path.rename(other)
+    return other
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        return {}  # damaged: the checkpoints say how far the run is
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(("git", *arguments), capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _without_secrets(command: list[str]) -> list[str]:
+    """The command line with the values of anything that sounds like a key or password left out."""
+    shown = []
+    hide = False
+    for word in command:
+        flag, equals, _ = word.partition("=")
+        shown.append("***" if hide else f"{flag}=***" if equals and SECRET.search(flag) else word)
+        hide = word.startswith("-") and not equals and bool(SECRET.search(word))
+    return shown

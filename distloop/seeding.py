@@ -1,0 +1,73 @@
+"""Random numbers that are derived, not carried: from (seed, epoch, index) or (seed, step, position).
+
+Nothing here keeps state, so there is no generator state to save, and a run that is continued, or split
+over other processes, draws the same numbers. The mixing function is SplitMix64's finaliser (Steele, Lea and
+Flood 2014, "Fast splittable pseudorandom number generators"), in exact integer arithmetic: the numbers do not
+depend on the version of any library.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def derive(*parts: int) -> int:
+    """A 64-bit number that depends on all `parts` and on their order."""
+    state = 0
+    for part in parts:
+        state = (state + (part & _MASK) + _GOLDEN) & _MASK
+        state = ((state ^ (state >> 30)) * _MIX_1) & _MASK
+        state = ((state ^ (state >> 27)) * _MIX_2) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The same mixing for an array, in place; returns it."""
+    values ^= values >> np.uint64(30)
+    values *= np.uint64(_MIX_1)
+    values ^= values >> np.uint64(27)
+    values *= np.uint64(_MIX_2)
+    values ^= values >> np.uint64(31)
+    return values
+
+
+def hashes(key: int, values: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """One 64-bit number for each of `values`, a function of `key` and the value; same shape."""
+    mixed = values.astype(np.uint64)
+    mixed += np.uint64((key + _GOLDEN) & _MASK)
+    mix(mixed)
+    mixed += np.uint64(derive(key))  # a second round under another key: nearby keys and values share nothing
+    return mix(mixed)
+
+
+def uniforms(seed: int, epoch: int, indices: NDArray[np.int64], draws: int) -> NDArray[np.float64]:
+    """Numbers in [0, 1) for augmentation, of shape [len(indices), draws]; a row depends on its index alone."""
+    columns = [hashes(derive(seed, epoch, draw), indices) for draw in range(draws)]
+    return np.stack(columns, axis=1).astype(np.float64) / 2.0**64 if draws else np.empty((len(indices), 0))
+
+
+def seed_sample(seed: int, epoch: int, index: int) -> None:
+    """Seed the global generators that a sample's own transforms draw from: torch (CPU), numpy, random."""
+    value = derive(seed, epoch, index)
+    torch.default_generator.manual_seed(value)  # 100 times cheaper than torch.manual_seed
+    np.random.seed(value & 0xFFFFFFFF)
+    random.seed(value)
+
+
+def seed_forward(seed: int, step: int, position: int, device: torch.device) -> None:
+    """Seed what a forward pass draws (dropout): a function of the micro-batch's place in the global batch."""
+    value = derive(seed, step, position, 0xD0)
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(value)
+    elif device.type == "mps":
+        torch.mps.manual_seed(value)

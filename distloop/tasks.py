@@ -1,0 +1,174 @@
+"""The tasks: what is fed to the model, which loss is taken, what is measured. Your own: module:class.
+
+The gradient of a step is that of Σ loss / Σ weight over its whole global batch. A task returns the *sums* of
+one micro-batch; nothing here divides by a batch size. Metrics are sums as well, so that validation can add
+them over batches and ranks and count every sample once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from distloop.config import Task as TaskConfig
+from distloop.errors import UsageError
+from distloop.registry import call, resolve
+
+Sums = dict[str, Tensor]
+
+
+class Task:
+    """A task of your own overrides loss, and what else differs."""
+
+    weight: ClassVar[Literal["samples", "tokens", "pixels"]] = "samples"
+    """What the second number of loss() counts. Anything but samples varies from step to step, and is added
+    up over the ranks before the update."""
+    best: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
+    """The validation metric by which the best step is chosen, and its direction."""
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        """The model's outputs. Default: the model on the batch's inputs."""
+        return model(inputs_of(batch))
+
+    def loss(self, outputs: Any, batch: Any) -> tuple[Tensor, Tensor | int]:
+        """(sum of the losses, sum of the weights) of the micro-batch; the first keeps its graph."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss(outputs, batch).")
+
+    def metrics(self, outputs: Any, batch: Any) -> Sums:
+        """Sums over the validation batch, by name: counts as integer tensors, other sums as float tensors."""
+        return {}
+
+    def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """The validation row from the sums over the whole set: those of metrics(), and loss, weight, samples."""
+        return {"loss": float(sums["loss"] / sums["weight"])}
+
+    def probe(self, outputs: Any) -> None:
+        """Told the outputs for one sample before training starts."""
+
+    def check(self, batch: Any, indices: Sequence[int]) -> None:
+        """Look at a batch on the CPU, in the loader; raise UsageError for one that cannot be trained on."""
+
+    def check_targets(self, targets: Any) -> None:
+        """Look at all targets of a data set that shows them (`targets`), before training starts."""
+
+
+class Classification(Task):
+    """One class per sample: cross-entropy and accuracy. Outputs [batch, classes], targets int64 [batch]."""
+
+    best = ("accuracy", "max")
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+        self.classes = 0
+
+    def loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, int]:
+        targets = targets_of(batch)
+        loss = functional.cross_entropy(outputs, targets, reduction="sum", label_smoothing=self.label_smoothing)
+        return loss, len(targets)
+
+    def metrics(self, outputs: Tensor, batch: Any) -> Sums:
+        return {"correct": (outputs.argmax(1) == targets_of(batch)).sum()}
+
+    def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        return {**super().summary(sums), "accuracy": float(sums["correct"] / sums["samples"])}
+
+    def probe(self, outputs: Any) -> None:
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+            shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise UsageError(f"task classification needs outputs of shape [batch, classes]; the model gave {shape}.")
+        self.classes = outputs.shape[1]
+
+    def check(self, batch: Any, indices: Sequence[int]) -> None:
+        self.check_targets(targets_of(batch), indices)
+
+    def check_targets(self, targets: Any, indices: Sequence[int] | None = None) -> None:
+        labels = torch.as_tensor(targets)
+        if labels.is_floating_point() or labels.ndim != 1:
+            raise UsageError(
+                f"task classification needs one integer label per sample; the data gave {labels.dtype} of shape "
+                f"{list(labels.shape)}."
+            )
+        wrong = torch.nonzero((labels < 0) | (labels >= self.classes)).flatten()
+        if len(wrong):
+            place = int(wrong[0])
+            raise UsageError(
+                f"Sample {place if indices is None else int(indices[place])} has label {int(labels[place])}, but "
+                f"the model has {self.classes} classes (0 to {self.classes - 1}). Correct the data, or set "
+                "model.args.num_classes."
+            )
+
+
+class Regression(Task):
+    """Numbers: mean squared error and R². Outputs and targets of one shape, [batch, …]."""
+
+    def loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, int]:
+        targets = targets_of(batch)
+        if outputs.shape != targets.shape:  # broadcasting would train something else in silence
+            raise UsageError(
+                f"task regression needs outputs and targets of one shape; the model gave {list(outputs.shape)}, the "
+                f"data {list(targets.shape)}."
+            )
+        return functional.mse_loss(outputs, targets, reduction="sum") / max(1, outputs[0].numel()), len(targets)
+
+    def metrics(self, outputs: Tensor, batch: Any) -> Sums:
+        targets = targets_of(batch).double()
+        return {
+            "squared_error": (outputs.double() - targets).square().sum(),
+            "targets": targets.sum(),
+            "squared_targets": targets.square().sum(),
+            "elements": torch.tensor(targets.numel()),
+        }
+
+    def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        spread = sums["squared_targets"] - sums["targets"].square() / sums["elements"]
+        return {**super().summary(sums), "r2": float(1 - sums["squared_error"] / spread)}
+
+
+TASKS: dict[str, Callable[..., Task]] = {"classification": Classification, "regression": Regression}
+
+
+def build_task(config: TaskConfig) -> Task:
+    """The task that the config names. Raises UsageError."""
+    task = call("task.args", resolve("task.name", config.name, TASKS), config.args, {})
+    if not isinstance(task, Task):
+        raise UsageError(f"task.name = {config.name!r} gave a {type(task).__name__}; make it a distloop.tasks.Task.")
+    return task
+
+
+def introduce(task: Task, model: nn.Module, example: Any, source: Any) -> None:
+    """Show the task what the model gives for one sample, and the targets of data sets that have them at hand.
+
+    Mistakes that would otherwise come up somewhere in an epoch, on one rank, are found before training.
+    """
+    model.eval()
+    with torch.no_grad():
+        task.probe(task.forward(model, example))
+    model.train()
+    for half in (source.train, source.validation):
+        if getattr(half, "targets", None) is not None:  # as torchvision's data sets call them
+            task.check_targets(half.targets)
+
+
+def inputs_of(batch: Any) -> Any:
+    """The inputs of a batch: its first element, or what a dict holds under "inputs"."""
+    return _part(batch, 0, "inputs")
+
+
+def targets_of(batch: Any) -> Any:
+    """The targets of a batch: its second element, or what a dict holds under "targets"."""
+    return _part(batch, 1, "targets")
+
+
+def _part(batch: Any, position: int, key: str) -> Any:
+    try:
+        return batch[key] if isinstance(batch, dict) else batch[position]
+    except (KeyError, IndexError, TypeError):
+        have = f"a dict of {list(batch)}" if isinstance(batch, dict) else f"a {type(batch).__name__}"
+        raise UsageError(
+            f"The batch has no {key}: it is {have}. Use tuples (inputs, targets) or dicts with 'inputs' and "
+            "'targets', or a task of your own with its own forward() and loss()."
+        ) from None

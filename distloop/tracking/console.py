@@ -1,0 +1,65 @@
+"""The console of rank 0: a progress bar on a terminal, plain lines in a file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+
+def number(value: float) -> str:
+    """A number as people read it: 0.9806, 1.2e-05, 12345."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """65 -> 1:05, 3700 -> 1:01:40."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Console:
+    """Shows rows as they are logged. Use from rank 0 only."""
+
+    def __init__(self, first_step: int, total_steps: int, epochs: int) -> None:
+        self.first_step, self.total_steps, self.epochs = first_step, total_steps, epochs
+        self.started = time.monotonic()
+        self.progress: Any = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"))
+            self.progress = Progress(*columns, refresh_per_second=5)
+            self.task = self.progress.add_task("starting", total=total_steps, completed=first_step)
+            self.progress.start()
+
+    def line(self, text: str) -> None:
+        """One line that stays."""
+        if self.progress:
+            self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Show one row of metrics."""
+        step = row["step"]
+        epoch = f"epoch {row['epoch']}/{self.epochs}"
+        if row["kind"] == "train":
+            left = (time.monotonic() - self.started) / (step - self.first_step) * (self.total_steps - step)
+            text = (
+                f"{epoch} · step {step}/{self.total_steps} · loss {number(row['running_loss'])} · "
+                f"lr {row['lr']:.3g} · {number(row['samples_per_second'])} samples/s · {duration(left)} left"
+            )
+            if self.progress:
+                self.progress.update(self.task, completed=step, description=text)
+            else:
+                self.line(text)
+        else:
+            names = [name for name in row if name not in ("kind", "step", "epoch", "attempt", "samples")]
+            text = " · ".join(f"{name} {number(row[name])}" for name in names)
+            self.line(f"{epoch} · {'trained' if row['kind'] == 'epoch' else 'validated'} · step {step} · {text}")
+
+    def close(self) -> None:
+        if self.progress:
+            self.progress.stop()

@@ -1,0 +1,68 @@
+"""What is said once: at the start what will be trained and how it is divided, at the end what came out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from distloop import __version__
+from distloop.config import Config
+from distloop.data.sampling import Plan
+from distloop.run_directory import METRICS, Start
+from distloop.tracking.console import number
+
+
+def describe(
+    config: Config,
+    start: Start,
+    plan: Plan,
+    model: nn.Module,
+    accelerator: Accelerator,
+    step: int,
+    total_steps: int,
+) -> list[str]:
+    """The lines at the start of an attempt."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    processes = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''}"
+    dropped = plan.samples - min(plan.samples, plan.steps_per_epoch * plan.global_batch_size)
+    lines = [
+        f"distloop {__version__} · {start.path} · attempt {start.attempt} · {processes} on {accelerator.device.type}",
+        f"{config.model.name} with {parameters:,} parameters on {config.data.name}, {plan.samples:,} training samples",
+        f"global batch {plan.global_batch_size} = {processes} × {plan.accumulation} micro-batch"
+        f"{'es' if plan.accumulation > 1 else ''} × {plan.micro_batch_size} samples · "
+        f"{plan.steps_per_epoch} steps an epoch"
+        f"{f', {dropped} samples of it dropped' if dropped else ''} · {total_steps} steps in all",
+    ]
+    if start.checkpoint:
+        lines.append(f"continuing after step {step} of {total_steps}, from {start.checkpoint}")
+    return lines
+
+
+def better(rule: tuple[str, str], best: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
+    """The better of two validation rows by the task's (metric, min | max); the earlier one if they are equal."""
+    metric, direction = rule
+    if best is None or metric not in row:
+        return best or row
+    return row if (row[metric] > best[metric] if direction == "max" else row[metric] < best[metric]) else best
+
+
+def summary(path: Path, best: dict[str, Any] | None, last: dict[str, Any]) -> list[str]:
+    """The lines at the end of a run."""
+
+    def values(row: dict[str, Any]) -> str:
+        return " · ".join(f"{name} {number(row[name])}" for name in row if name not in ("step", "samples"))
+
+    lines = [f"finished: {path}"]
+    if last:
+        lines.append(f"  last validation: {values(last)}  ({last['samples']} samples)")
+    if best:
+        lines.append(f"  best validation: {values(best)}  (step {best['step']})")
+    return [
+        *lines,
+        f"  metrics, one JSON object a line: {path / METRICS}",
+        f"  weights: {path / 'checkpoints'}/step_…/model.safetensors",
+        "  the same command again shows this; --name NAME trains another run",
+    ]

@@ -1,0 +1,257 @@
+"""Train a model: the textbook loop, on one process or many.
+
+    accelerate launch distloop/train.py --config configs/digits.yaml
+    python -m distloop.train --config configs/digits.yaml --optim.lr 0.01
+
+What a step trains on is a function of the config alone: the order of the samples, their augmentation, the
+learning rate and the gradient do not depend on the number of processes, on the accumulation, or on how
+often the run was interrupted.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+if not __package__:
+    # Run as a script: Python put this folder first on the path, where `import distloop` finds nothing.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import functools
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import Any
+
+from distloop import cluster
+
+cluster.adopt_slurm(os.environ)
+cluster.share_cpus(os.environ)  # before torch reads the thread count
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import send_to_device
+
+from distloop import checkpoint
+from distloop.config import Config
+from distloop.config_load import load_config
+from distloop.data.datasets import load_data
+from distloop.data.loader import example_batch, make_loader, offers_to_model
+from distloop.data.sampling import FixedBatchSampler, MicroBatchSampler, Order, Plan, is_due
+from distloop.errors import UsageError
+from distloop.gradients import divide_by_weight
+from distloop.models import build_model
+from distloop.optim import build_optimizer, check_schedule, lr_at, set_lr
+from distloop.run_directory import METRICS, RunStatus, open_run
+from distloop.seeding import seed_forward
+from distloop.tasks import build_task, introduce
+from distloop.tracking.losses import LossSums
+from distloop.tracking.summary import better, describe, summary
+from distloop.tracking.throughput import Throughput
+from distloop.tracking.trackers import Trackers
+from distloop.validate import validate
+
+
+def build_accelerator(config: Config) -> tuple[Accelerator, list[str]]:
+    """The Accelerator for this config, and warnings. Raises UsageError for a launch that is not what it says."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    use_cpu = config.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
+        "true",
+        "1",
+        "yes",
+    )
+    kind = config.device
+    if kind == "auto":
+        kind = (
+            "cpu" if use_cpu or not (available["cuda"] or available["mps"]) else "cuda" if available["cuda"] else "mps"
+        )
+    if not available[kind]:
+        raise UsageError(f"device = {config.device!r}: PyTorch sees no such device here; use --device auto or cpu.")
+    if config.precision == "fp16" and kind == "cpu":
+        raise UsageError("precision = 'fp16' needs a GPU: on the CPU it would silently train in float32. Use bf16.")
+    if config.dtype == "float64" and kind == "mps":
+        raise UsageError("dtype = 'float64' does not exist on MPS; use --device cpu.")
+    launch = cluster.launched_by()
+    cluster.check_launch(os.environ, launch, config.device, kind == "cpu")
+    warnings = cluster.override_launcher(os.environ, config.precision)
+    if kind == "cuda":  # before the process group exists, or it guesses
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    accelerator = Accelerator(
+        cpu=kind == "cpu",
+        mixed_precision=config.precision,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp.timeout_seconds)),
+            DistributedDataParallelKwargs(
+                find_unused_parameters=config.ddp.find_unused_parameters,
+                broadcast_buffers=False,  # done before validating and saving, not in each forward pass
+            ),
+        ],
+    )
+    cluster.check_world(accelerator.num_processes, os.environ, config.expect_world, launch)
+    cluster.check_devices(accelerator.device, accelerator.num_processes)
+    return accelerator, warnings
+
+
+def train(config: Config) -> None:
+    """Train the config's run to its end, from its beginning or from where it was left."""
+    # ---- who and what --------------------------------------------------------------------------------------
+    accelerator, messages = build_accelerator(config)
+    device, dtype = accelerator.device, getattr(torch, config.dtype)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    torch.set_float32_matmul_precision(config.matmul_precision)
+
+    source = load_data(config.data)
+    task = build_task(config.task)
+    example = send_to_device(example_batch(source, config.data, config.seed, dtype), device)
+    torch.manual_seed(config.seed)  # the initial weights
+    bare_model = build_model(config.model, offers_to_model(example, source)).to(device, dtype)
+    introduce(task, bare_model, example, source)
+    plan = Plan(
+        len(source.train),
+        config.batch.global_size,
+        world_size,
+        config.batch.micro_size,
+        config.batch.remainder,
+    )
+    total_steps = config.train.steps or (config.train.epochs or 0) * plan.steps_per_epoch
+    check_schedule(config.schedule, total_steps)
+    optimizer = build_optimizer(bare_model, config.optim, device)
+
+    # ---- from the start, or from where it was left ---------------------------------------------------------
+    start = cluster.from_main(lambda: open_run(config, world_size))
+    if start.finished:
+        accelerator.print(
+            f"{start.path} is finished; its metrics are in {start.path / METRICS}. --name starts another."
+        )
+        accelerator.end_training()
+        return
+    state: dict[str, Any] = {
+        "step": 0,
+        "epoch_sums": (0.0, 0.0),
+        "best": None,
+        "skipped_steps": 0,
+        "scaler": None,
+    }
+    if start.checkpoint:
+        state = checkpoint.load(start.checkpoint, bare_model, optimizer)
+    elif config.init_from:
+        checkpoint.load_weights(checkpoint.weights_file(config.init_from), bare_model)
+    step, best, skipped_steps = state["step"], state["best"], state["skipped_steps"]
+
+    # ---- prepared by Accelerate ----------------------------------------------------------------------------
+    if config.compile:
+        bare_model.compile()
+    model, optimizer = accelerator.prepare(bare_model, optimizer)
+    if accelerator.scaler is None:
+        optimizer = optimizer.optimizer  # the wrapper serves fp16's scaler only, and costs 0.15 ms a step
+    elif state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    train_sampler = MicroBatchSampler(Order(plan.samples, config.seed), plan, rank, step, total_steps)
+    validation_sampler = FixedBatchSampler(len(source.validation), config.validate.batch_size, rank, world_size)
+    make = functools.partial(make_loader, config.data, source, task, config.seed, device, dtype)
+    train_loader = make(source.train, train_sampler)
+    validation_loader = make(source.validation, validation_sampler, persistent=True)
+
+    metrics: dict[str, float] = {}
+    losses = LossSums(device, state["epoch_sums"])
+    throughput = Throughput()
+    status = RunStatus(start, step, enabled=accelerator.is_main_process)
+    trackers = Trackers(start, step, total_steps, plan.steps_per_epoch, enabled=accelerator.is_main_process)
+    trackers.say(*messages, *start.messages, *describe(config, start, plan, bare_model, accelerator, step, total_steps))
+
+    # ==== THE LOOP ==========================================================================================
+    with status, trackers:
+        batches = iter(train_loader)  # one iterator through all epochs: loader workers start once
+        model.train()
+        while step < total_steps:
+            epoch, start_position, stop_position = plan.span(step)
+            samples = stop_position - start_position
+            lr = lr_at(step, total_steps, config.optim.lr, config.schedule)
+            set_lr(optimizer, lr)
+
+            losses.start_step()
+            window = plan.window(step, rank)
+            for micro_step, (first, last) in enumerate(window):
+                batch = next(batches)
+                seed_forward(config.seed, step, micro_step * world_size + rank, device)
+                # Ranks exchange gradients once a step, in its last backward pass.
+                with nullcontext() if micro_step + 1 == len(window) else accelerator.no_sync(model):
+                    outputs = task.forward(model, batch)  # forward pass
+                    loss, weight = task.loss(outputs, batch)  # loss computation: a sum
+                    if first == last:  # the short last step of an epoch has no sample for this rank
+                        loss, weight = loss * 0, weight * 0
+                    accelerator.backward(loss * (world_size / samples))  # backward pass; DDP averages over ranks
+                losses.add(loss, weight)
+
+            if task.weight != "samples":
+                divide_by_weight(bare_model, losses.step_weight, samples)
+            if config.optim.clip_norm:
+                accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+            optimizer.step()  # parameter update
+            optimizer.zero_grad()
+            if accelerator.scaler is not None:
+                skipped_steps += optimizer.step_was_skipped
+            step += 1
+            throughput.add(samples)
+
+            # ---- when due: log, validate, checkpoint -------------------------------------------------------
+            at_end, epoch_done = step == total_steps, step % plan.steps_per_epoch == 0
+            if at_end or step % config.log.every_steps == 0:
+                loss_of_step, running_loss, _ = losses.read()
+                trackers.log(
+                    "train",
+                    step,
+                    epoch,
+                    loss=loss_of_step,
+                    running_loss=running_loss,
+                    lr=lr,
+                    samples_per_second=throughput.read(),
+                    skipped_steps=skipped_steps,
+                )
+            if epoch_done:
+                trackers.log("epoch", step, epoch, loss=losses.read()[1])
+                losses.start_epoch()
+            with throughput.paused():
+                if at_end or is_due(step, config.validate.every_steps, config.validate.every_epochs, plan):
+                    metrics = validate(bare_model, task, validation_loader, validation_sampler)
+                    trackers.log("validate", step, epoch, **metrics)
+                    best = better(task.best, best, {"step": step, **metrics})
+                if at_end or is_due(step, config.checkpoint.every_steps, 1, plan):
+                    state = {
+                        "step": step,
+                        "epoch_sums": losses.read()[2],
+                        "best": best,
+                        "skipped_steps": skipped_steps,
+                        "scaler": accelerator.scaler and accelerator.scaler.state_dict(),
+                    }
+                    if accelerator.is_main_process:
+                        checkpoint.save(
+                            start.path / "checkpoints",
+                            step,
+                            bare_model,
+                            optimizer,
+                            state,
+                            config.checkpoint.keep_last,
+                        )
+                    status.update(step)
+        trackers.say(*summary(start.path, best, metrics))
+    accelerator.end_training()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train as the command line says; returns the exit code: 0 in order, 2 wrong usage (1: an exception)."""
+    try:
+        quiet = int(os.environ.get("RANK", 0)) != 0  # every rank meets the same mistakes; one says them
+        train(load_config(sys.argv[1:] if arguments is None else arguments, quiet))
+    except UsageError as error:
+        cluster.report(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        if cluster.was_reported():  # another rank's mistake, already said, closed the connection
+            return 2
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    cluster.leave(main())

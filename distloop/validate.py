@@ -1,0 +1,79 @@
+"""Validation: every sample counted exactly once, the same sums on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import find_batch_size
+from torch import Tensor, nn
+
+from distloop.data.sampling import FixedBatchSampler
+from distloop.tasks import Task
+
+
+def validate(model: nn.Module, task: Task, loader: Iterable[Any], sampler: FixedBatchSampler) -> dict[str, float]:
+    """The task's summary over the whole validation set, with `samples`; the same on all ranks.
+
+    `model` is the bare module: DDP's forward waits for its peers, which may have fewer batches. `loader`
+    yields the batches that `sampler` deals to this rank. The sums of each batch are kept apart and added in
+    the order of the batches, in float64, so that the result does not depend on who computed which.
+    """
+    broadcast_buffers(model)  # BatchNorm's statistics differ between ranks: all validate rank 0's
+    was_training = model.training
+    model.eval()
+    rows: list[dict[str, Tensor]] = []
+    with torch.no_grad():
+        for batch in loader:
+            outputs = task.forward(model, batch)
+            loss, weight = task.loss(outputs, batch)
+            samples = torch.tensor(find_batch_size(batch))
+            rows.append(
+                {
+                    "loss": loss,
+                    "weight": torch.as_tensor(weight),
+                    "samples": samples,
+                    **task.metrics(outputs, batch),
+                }
+            )
+    model.train(was_training)
+    device = next(model.parameters()).device
+    sums = add_in_batch_order(rows, sampler, device)
+    return {**task.summary(sums), "samples": int(sums["samples"])}
+
+
+def add_in_batch_order(
+    rows: list[dict[str, Tensor]], sampler: FixedBatchSampler, device: torch.device
+) -> dict[str, Tensor]:
+    """Sums over all batches of all ranks, on the CPU, from this rank's `rows` (one dict a batch).
+
+    Integer tensors are counts: exact in any order, so they are added where they are (a confusion matrix of
+    1000 classes for each batch would not fit). Float tensors are laid out as [batches, …] and added there.
+    """
+    forms = [{name: (value.shape, value.is_floating_point()) for name, value in rows[0].items()} if rows else {}]
+    distributed = sampler.world_size > 1
+    if distributed:
+        dist.broadcast_object_list(forms, device=device)  # a rank may have no batch at all; rank 0 has the first
+    sums: dict[str, Tensor] = {}
+    for name, (shape, floating) in forms[0].items():
+        own = [row[name].detach().cpu() for row in rows]
+        if floating:
+            table = torch.zeros((sampler.batches, *shape), dtype=torch.float64)
+            for position, value in enumerate(own):
+                table[sampler.rank + position * sampler.world_size] = value
+        else:
+            table = sum(own, torch.zeros(shape, dtype=torch.int64))[None]
+        if distributed:
+            table = table.to(device)
+            dist.all_reduce(table)
+        sums[name] = table.cpu().sum(0)
+    return sums
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give all ranks rank 0's buffers."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
