@@ -9,10 +9,7 @@ def main() -> None:
     """distloop train …: what python -m distloop.train does."""
     if sys.argv[1:2] != ["train"]:
         asked_for_help = sys.argv[1:2] in (["--help"], ["-h"])
-        print(
-            "usage: distloop train [--config FILE] [--help] …",
-            file=sys.stdout if asked_for_help else sys.stderr,
-        )
+        print("usage: distloop train [--config FILE] [--help] …", file=sys.stdout if asked_for_help else sys.stderr)
         sys.exit(0 if asked_for_help else 2)
     from distloop import cluster
     from distloop.train import main as train

@@ -115,10 +115,7 @@ def launched_by() -> Launch | None:
             arguments = parser.parse_args(words[position:])
             arguments, _, _ = _validate_launch_command(arguments)
         return Launch(int(arguments.num_processes), bool(arguments.multi_gpu), str(arguments.training_script))
-    except (
-        Exception,
-        SystemExit,
-    ):  # another operating system, another launcher, another Accelerate: no opinion
+    except (Exception, SystemExit):  # another operating system, another launcher, another Accelerate: no opinion
         return None
 
 

@@ -227,16 +227,7 @@ FREE_KEYS = (
     "ddp",
 )
 # What gives the stored step its meaning, so that not even --resume extend may change it.
-FIXED_KEYS = (
-    "seed",
-    "dtype",
-    "data.name",
-    "model",
-    "optim.name",
-    "batch.global_size",
-    "batch.remainder",
-    "init_from",
-)
+FIXED_KEYS = ("seed", "dtype", "data.name", "model", "optim.name", "batch.global_size", "batch.remainder", "init_from")
 
 
 def flatten(config: Config) -> dict[str, Any]:

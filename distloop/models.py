@@ -34,11 +34,7 @@ def mlp(input_shape: tuple[int, ...], num_outputs: int, hidden: int = 128, layer
 
 
 def cnn(
-    input_shape: tuple[int, int, int],
-    num_outputs: int,
-    width: int = 32,
-    norm: bool = True,
-    dropout: float = 0.0,
+    input_shape: tuple[int, int, int], num_outputs: int, width: int = 32, norm: bool = True, dropout: float = 0.0
 ) -> nn.Module:
     """A small convolutional network: two blocks of two 3 × 3 convolutions, each halving the image."""
 

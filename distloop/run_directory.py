@@ -94,13 +94,7 @@ class RunStatus:
         if not self.enabled:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        status = {
-            "state": state,
-            "step": self.step,
-            "attempt": self.start.attempt,
-            "reason": reason,
-            "written": now,
-        }
+        status = {"state": state, "step": self.step, "attempt": self.start.attempt, "reason": reason, "written": now}
         write_text(self.start.path / STATUS, json.dumps(status, indent=1) + "\n")
 
 

@@ -17,6 +17,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import functools
+import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
@@ -53,11 +54,7 @@ from distloop.validate import validate
 def build_accelerator(config: Config) -> tuple[Accelerator, list[str]]:
     """The Accelerator for this config, and warnings. Raises UsageError for a launch that is not what it says."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    use_cpu = config.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
-        "true",
-        "1",
-        "yes",
-    )
+    use_cpu = config.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
     kind = config.device
     if kind == "auto":
         kind = (
@@ -71,9 +68,11 @@ def build_accelerator(config: Config) -> tuple[Accelerator, list[str]]:
         raise UsageError("dtype = 'float64' does not exist on MPS; use --device cpu.")
     launch = cluster.launched_by()
     cluster.check_launch(os.environ, launch, config.device, kind == "cpu")
-    warnings = cluster.override_launcher(os.environ, config.precision)
+    messages = cluster.override_launcher(os.environ, config.precision)
     if kind == "cuda":  # before the process group exists, or it guesses
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    # torch 2.14 renames the argument below, Accelerate has not followed yet.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
         cpu=kind == "cpu",
         mixed_precision=config.precision,
@@ -87,7 +86,7 @@ def build_accelerator(config: Config) -> tuple[Accelerator, list[str]]:
     )
     cluster.check_world(accelerator.num_processes, os.environ, config.expect_world, launch)
     cluster.check_devices(accelerator.device, accelerator.num_processes)
-    return accelerator, warnings
+    return accelerator, messages
 
 
 def train(config: Config) -> None:
@@ -105,11 +104,7 @@ def train(config: Config) -> None:
     bare_model = build_model(config.model, offers_to_model(example, source)).to(device, dtype)
     introduce(task, bare_model, example, source)
     plan = Plan(
-        len(source.train),
-        config.batch.global_size,
-        world_size,
-        config.batch.micro_size,
-        config.batch.remainder,
+        len(source.train), config.batch.global_size, world_size, config.batch.micro_size, config.batch.remainder
     )
     total_steps = config.train.steps or (config.train.epochs or 0) * plan.steps_per_epoch
     check_schedule(config.schedule, total_steps)
@@ -123,13 +118,7 @@ def train(config: Config) -> None:
         )
         accelerator.end_training()
         return
-    state: dict[str, Any] = {
-        "step": 0,
-        "epoch_sums": (0.0, 0.0),
-        "best": None,
-        "skipped_steps": 0,
-        "scaler": None,
-    }
+    state: dict[str, Any] = {"step": 0, "epoch_sums": (0.0, 0.0), "best": None, "skipped_steps": 0, "scaler": None}
     if start.checkpoint:
         state = checkpoint.load(start.checkpoint, bare_model, optimizer)
     elif config.init_from:
@@ -224,12 +213,7 @@ def train(config: Config) -> None:
                     }
                     if accelerator.is_main_process:
                         checkpoint.save(
-                            start.path / "checkpoints",
-                            step,
-                            bare_model,
-                            optimizer,
-                            state,
-                            config.checkpoint.keep_last,
+                            start.path / "checkpoints", step, bare_model, optimizer, state, config.checkpoint.keep_last
                         )
                     status.update(step)
         trackers.say(*summary(start.path, best, metrics))

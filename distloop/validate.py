@@ -31,12 +31,7 @@ def validate(model: nn.Module, task: Task, loader: Iterable[Any], sampler: Fixed
             loss, weight = task.loss(outputs, batch)
             samples = torch.tensor(find_batch_size(batch))
             rows.append(
-                {
-                    "loss": loss,
-                    "weight": torch.as_tensor(weight),
-                    "samples": samples,
-                    **task.metrics(outputs, batch),
-                }
+                {"loss": loss, "weight": torch.as_tensor(weight), "samples": samples, **task.metrics(outputs, batch)}
             )
     model.train(was_training)
     device = next(model.parameters()).device

@@ -16,13 +16,7 @@ from distloop.tracking.console import number
 
 
 def describe(
-    config: Config,
-    start: Start,
-    plan: Plan,
-    model: nn.Module,
-    accelerator: Accelerator,
-    step: int,
-    total_steps: int,
+    config: Config, start: Start, plan: Plan, model: nn.Module, accelerator: Accelerator, step: int, total_steps: int
 ) -> list[str]:
     """The lines at the start of an attempt."""
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,66 @@
+"""The loop computes what the same training written by hand in plain PyTorch computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from distloop.config import Schedule
+from distloop.data.datasets import digits
+from distloop.data.sampling import Order
+from distloop.models import mlp
+from distloop.optim import lr_at
+from distloop.seeding import uniforms
+from tests.ranks import train, write_config
+from tests.records import largest_difference, losses, weights
+
+STEPS, GLOBAL_BATCH, LR = 50, 64, 0.1
+
+
+def by_hand(clip_norm: float) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Digits, a small MLP and SGD with momentum in float64, with nothing of ours but the order and the draws."""
+    data = digits().train
+    torch.manual_seed(0)
+    model = mlp((1, 8, 8), 10, hidden=32).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+    order, steps_per_epoch = Order(len(data), 0), len(data) // GLOBAL_BATCH
+    history = []
+    for step in range(STEPS):
+        epoch, start = step // steps_per_epoch, step % steps_per_epoch * GLOBAL_BATCH
+        indices = order(epoch, start, start + GLOBAL_BATCH)
+        images, targets = data.batch(indices, uniforms(0, epoch, indices, 3))
+        inputs = (images.double() / 255 - 0.305) / 0.376
+        for group in optimizer.param_groups:
+            group["lr"] = LR * (1 + np.cos(np.pi * step / STEPS)) / 2
+        loss = functional.cross_entropy(model(inputs), targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(loss.item())
+    return history, dict(model.state_dict())
+
+
+@pytest.mark.parametrize(("world_size", "micro_size"), [(1, 64), (2, 8)])
+def test_a_run_equals_the_loop_written_by_hand(tmp_path: Path, world_size: int, micro_size: int) -> None:
+    settings = {
+        "data": "digits",
+        "model": {"name": "mlp", "args": {"hidden": 32}},
+        "optim": {"name": "sgd", "lr": LR, "weight_decay": 0, "clip_norm": 0.5},
+        "dtype": "float64",
+        "batch": {"global_size": GLOBAL_BATCH, "micro_size": micro_size},
+        "train": {"steps": STEPS},
+        "log": {"every_steps": 1},
+    }
+    train(tmp_path, ["--config", str(write_config(tmp_path, settings))], world_size).check()
+    history, parameters = by_hand(clip_norm=0.5)
+    assert losses(tmp_path / "runs" / "run") == pytest.approx(history, rel=1e-10)
+    assert largest_difference(weights(tmp_path / "runs" / "run"), parameters) < 1e-10
+
+
+def test_the_cosine_of_the_loop_above_is_the_schedule() -> None:
+    assert lr_at(10, STEPS, LR, Schedule()) == pytest.approx(LR * (1 + np.cos(np.pi * 10 / STEPS)) / 2)

@@ -1,0 +1,153 @@
+"""Start ranks for tests: from a forkserver that has torch imported, or as fresh processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TIMEOUT = 120
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["distloop.train", "sklearn.datasets", "sklearn.model_selection"])
+
+
+@dataclass
+class Outcome:
+    """How a run ended: exit code and output (stdout and stderr together) of each rank."""
+
+    codes: list[int]
+    outputs: list[str]
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.outputs)
+
+    def check(self) -> Outcome:
+        assert self.codes == [0] * len(self.codes), self.output
+        return self
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    if world_size == 1:
+        return {}
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without what a launcher or scheduler around the tests may have put there."""
+    prefixes = ("SLURM_", "ACCELERATE_", "PET_", "TORCHELASTIC_")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(prefixes) and k not in names}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+
+
+def _rank(arguments: list[str], folder: str, environment: dict[str, str], output: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    import torch
+
+    torch.set_num_threads(1)
+    from distloop import cluster
+    from distloop.train import main
+
+    try:
+        code = main(arguments)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    if code == 0:
+        sys.exit(0)
+    cluster.leave(code)
+
+
+def train(
+    folder: Path, arguments: list[str], world_size: int = 1, environment: dict[str, str] | None = None
+) -> Outcome:
+    """Run distloop.train with these arguments on `world_size` ranks, in `folder`."""
+    port = free_port()
+    outputs = [folder / f".output-{rank}" for rank in range(world_size)]
+    processes = []
+    for rank in range(world_size):
+        variables = {**clean_environment(), **rank_environment(rank, world_size, port), **(environment or {})}
+        process = _context.Process(target=_rank, args=(arguments, str(folder), variables, str(outputs[rank])))
+        process.start()
+        processes.append(process)
+    for process in processes:
+        process.join(TIMEOUT)
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid or 0, signal.SIGKILL)
+            process.join()
+    return Outcome([p.exitcode if p.exitcode is not None else -1 for p in processes], [o.read_text() for o in outputs])
+
+
+def command(
+    words: list[str], folder: Path, environment: dict[str, str] | None = None, timeout: int = TIMEOUT
+) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user would, in fresh processes."""
+    return subprocess.run(
+        words,
+        cwd=folder,
+        env={**clean_environment(), **(environment or {})},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def accelerate_launch(processes: int, script: str | None = None, *options: str) -> list[str]:
+    """The words of the form of `accelerate launch` that does start several CPU ranks (with ACCELERATE_USE_CPU)."""
+    several = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(processes), "--main_process_port", "0"]
+    words = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *(several if processes > 1 else ["--num_processes", "1"]),
+    ]
+    return [
+        *words,
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        *options,
+        script or str(REPOSITORY / "distloop" / "train.py"),
+    ]
+
+
+def write_config(folder: Path, settings: dict[str, Any], name: str = "run") -> Path:
+    """A config file in `folder`; returns its path."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path

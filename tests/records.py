@@ -1,0 +1,31 @@
+"""Read what a run left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+
+def rows(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in rows(run, "train")]
+
+
+def status(run: Path) -> dict[str, Any]:
+    return json.loads((run / "status.json").read_text())
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(max((run / "checkpoints").glob("step_*")) / "model.safetensors")
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
