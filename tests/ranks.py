@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,25 +91,52 @@ def _rank(arguments: list[str], folder: str, environment: dict[str, str], output
     cluster.leave(code)
 
 
+class Ranks:
+    """Ranks of distloop.train that are running in `folder`."""
+
+    def __init__(
+        self, folder: Path, arguments: list[str], world_size: int = 1, environment: dict[str, str] | None = None
+    ) -> None:
+        port = free_port()
+        self.outputs = [folder / f".output-{rank}" for rank in range(world_size)]
+        self.processes = []
+        for rank, output in enumerate(self.outputs):
+            output.unlink(missing_ok=True)
+            variables = {**clean_environment(), **rank_environment(rank, world_size, port), **(environment or {})}
+            process = _context.Process(target=_rank, args=(arguments, str(folder), variables, str(output)))
+            process.start()
+            self.processes.append(process)
+
+    def kill(self) -> None:
+        """kill -9 all ranks."""
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid or 0, signal.SIGKILL)
+
+    def join(self) -> Outcome:
+        """Wait for all ranks, up to TIMEOUT seconds each; the code of one that had to be killed is -9."""
+        for process in self.processes:
+            process.join(TIMEOUT)
+        self.kill()
+        for process in self.processes:
+            process.join()
+        outputs = [output.read_text() if output.exists() else "" for output in self.outputs]
+        return Outcome([process.exitcode or 0 for process in self.processes], outputs)
+
+
 def train(
     folder: Path, arguments: list[str], world_size: int = 1, environment: dict[str, str] | None = None
 ) -> Outcome:
     """Run distloop.train with these arguments on `world_size` ranks, in `folder`."""
-    port = free_port()
-    outputs = [folder / f".output-{rank}" for rank in range(world_size)]
-    processes = []
-    for rank in range(world_size):
-        variables = {**clean_environment(), **rank_environment(rank, world_size, port), **(environment or {})}
-        process = _context.Process(target=_rank, args=(arguments, str(folder), variables, str(outputs[rank])))
-        process.start()
-        processes.append(process)
-    for process in processes:
-        process.join(TIMEOUT)
-    for process in processes:
-        if process.is_alive():
-            os.kill(process.pid or 0, signal.SIGKILL)
-            process.join()
-    return Outcome([p.exitcode if p.exitcode is not None else -1 for p in processes], [o.read_text() for o in outputs])
+    return Ranks(folder, arguments, world_size, environment).join()
+
+
+def wait_until(condition: Callable[[], Any], what: str) -> None:
+    """Wait for a condition, up to TIMEOUT seconds."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {TIMEOUT} s for {what}"
+        time.sleep(0.01)
 
 
 def command(

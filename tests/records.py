@@ -23,7 +23,8 @@ def status(run: Path) -> dict[str, Any]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(max((run / "checkpoints").glob("step_*")) / "model.safetensors")
+    newest = max((run / "checkpoints").glob("step_*")) / "model.safetensors"
+    return {name: tensor.clone() for name, tensor in load_file(newest).items()}  # not a map of the file
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

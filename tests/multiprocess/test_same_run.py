@@ -35,7 +35,7 @@ def test_losses_and_parameters_do_not_depend_on_the_number_of_processes(tmp_path
     runs = {name: tmp_path / "runs" / name for name in FORMS}
     reference = losses(runs["one"])
     assert len(reference) == 50
-    assert reference[-1] < reference[0] / 2  # it learns, so that equal losses say something
+    assert reference[-1] < 0.6 * reference[0]  # it learns, so that equal losses say something
     for run in runs.values():
         assert losses(run) == pytest.approx(reference, rel=1e-5 if dtype == "float32" else 1e-12)
         if dtype == "float64":

@@ -1,0 +1,44 @@
+# make train                                     set up .venv and train the default recipe
+# make train CONFIG=configs/x.yaml PROCS=2 ARGS='--optim.lr 0.1'
+# make test | test-all | lint
+PYTHON ?= python3
+CONFIG ?= configs/digits.yaml
+PROCS  ?= 1
+ARGS   ?=
+
+BIN := .venv/bin
+# One process: a GPU if there is one. Several: as many GPUs, or that many processes on the CPU.
+ONE     := --num_processes 1
+SEVERAL := --multi_gpu --num_processes $(PROCS)
+LAUNCH   = $(BIN)/accelerate launch --quiet --num_machines 1 --main_process_port 0 --mixed_precision no \
+           --dynamo_backend no $(if $(filter 1,$(PROCS)),$(ONE),$(SEVERAL))
+# Accelerate starts several processes without a GPU only when it is told so.
+CPU      = $(BIN)/python -c 'import torch; print("false" if torch.cuda.is_available() else "true")'
+
+.PHONY: train test test-all lint setup
+
+train: .venv/installed
+	ACCELERATE_USE_CPU=$$($(CPU)) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(nproc) + $(PROCS) - 1) / $(PROCS) ))} \
+	  $(LAUNCH) distloop/train.py --config $(CONFIG) --expect-world $(PROCS) $(ARGS)
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest -m "not long"
+
+test-all: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@

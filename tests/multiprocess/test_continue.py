@@ -1,0 +1,161 @@
+"""A run is continued by the same command: nothing is repeated, skipped or lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import Ranks, train, wait_until, write_config
+from tests.records import largest_difference, losses, rows, status, weights
+
+# Everything that could carry a state: augmentation, BatchNorm, dropout, momentum, accumulation, clipping.
+SETTINGS = {
+    "data": "digits",
+    "model": {"name": "cnn", "args": {"width": 8, "dropout": 0.3}},
+    "optim": {"name": "adamw", "clip_norm": 1.0},
+    "batch": {"global_size": 64, "micro_size": 16},
+    "train": {"steps": 80},
+    "log": {"every_steps": 1},
+    "checkpoint": {"every_steps": 15},
+}
+
+
+def kill_after_checkpoint(folder: Path, arguments: list[str], world_size: int, step: int) -> None:
+    """Start the run, and kill -9 all its ranks once a row beyond the checkpoint of `step` is written."""
+    run = folder / "runs" / arguments[arguments.index("--name") + 1]
+    ranks = Ranks(folder, arguments, world_size)
+    wait_until(
+        lambda: (run / "checkpoints" / f"step_{step:08d}").exists() and rows(run, "train")[-1]["step"] > step,
+        f"the checkpoint of step {step}",
+    )
+    ranks.kill()
+    ranks.join()
+    assert status(run)["state"] == "running", "the run was over before it was killed"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_killed_run_continues_to_the_same_bits(tmp_path: Path, world_size: int) -> None:
+    config = ["--config", str(write_config(tmp_path, SETTINGS))]
+    train(tmp_path, [*config, "--name", "whole"], world_size).check()
+    kill_after_checkpoint(tmp_path, [*config, "--name", "killed"], world_size, 15)
+    outcome = train(tmp_path, [*config, "--name", "killed"], world_size).check()
+    assert "continuing after step" in outcome.outputs[0]
+    whole, killed = tmp_path / "runs" / "whole", tmp_path / "runs" / "killed"
+    assert [row["step"] for row in rows(killed, "train")] == list(range(1, 81))
+    assert {row["attempt"] for row in rows(killed, "train")} == {1, 2}
+    assert losses(killed) == losses(whole)
+    assert [row["loss"] for row in rows(killed, "epoch")] == pytest.approx(
+        [row["loss"] for row in rows(whole, "epoch")]
+    )
+    assert [row["step"] for row in rows(killed, "validate")] == [row["step"] for row in rows(whole, "validate")]
+    assert largest_difference(weights(killed), weights(whole)) == 0
+    assert status(killed)["state"] == "finished"
+    assert status(killed)["attempt"] == 2
+
+
+def test_a_run_continues_on_another_number_of_processes(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "dtype": "float64", "model": {"name": "mlp"}, "batch": {"global_size": 24}}
+    config = ["--config", str(write_config(tmp_path, settings))]
+    train(tmp_path, [*config, "--name", "whole"], 1).check()
+    kill_after_checkpoint(tmp_path, [*config, "--name", "moved"], 2, 15)
+    train(tmp_path, [*config, "--name", "moved"], 3).check()
+    whole, moved = tmp_path / "runs" / "whole", tmp_path / "runs" / "moved"
+    assert losses(moved) == pytest.approx(losses(whole), rel=1e-10)
+    assert largest_difference(weights(moved), weights(whole)) < 1e-10
+
+
+def small(tmp_path: Path, **changes: object) -> list[str]:
+    settings = {"data": "diabetes", "model": "linear", "task": "regression", "train": {"epochs": 2}, **changes}
+    return ["--config", str(write_config(tmp_path, settings))]
+
+
+def test_a_finished_run_says_so_and_is_left_alone(tmp_path: Path) -> None:
+    arguments = small(tmp_path)
+    train(tmp_path, arguments, 2).check()
+    run = tmp_path / "runs" / "run"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    outcome = train(tmp_path, arguments, 2).check()
+    assert outcome.output.count("is finished") == 1
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_what_does_not_change_training_may_change(tmp_path: Path) -> None:
+    train(tmp_path, small(tmp_path)).check()
+    free = ["--data.workers", "2", "--batch.micro-size", "8", "--log.every-steps", "3", "--checkpoint.keep-last", "5"]
+    assert "is finished" in train(tmp_path, [*small(tmp_path), *free]).check().output
+
+
+def test_another_config_under_the_same_name_is_refused_with_the_differences(tmp_path: Path) -> None:
+    train(tmp_path, small(tmp_path)).check()
+    outcome = train(tmp_path, [*small(tmp_path), "--optim.lr", "0.5"], 2)
+    assert outcome.codes == [2, 2]
+    for words in ("optim.lr: 0.003 there, 0.5 now", "--name", "--resume never", "--resume extend"):
+        assert outcome.output.count(words) == 1
+    assert "Traceback" not in outcome.output
+
+
+def test_resume_never_moves_the_old_run_aside(tmp_path: Path) -> None:
+    train(tmp_path, small(tmp_path)).check()
+    for _ in range(2):
+        train(tmp_path, [*small(tmp_path), "--optim.lr", "0.5", "--resume", "never"]).check()
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == ["run", "run.old-1", "run.old-2"]
+    assert "lr: 0.003" in (tmp_path / "runs" / "run.old-1" / "config.yaml").read_text()
+    assert status(tmp_path / "runs" / "run")["attempt"] == 1
+
+
+def test_resume_extend_continues_and_records_the_change(tmp_path: Path) -> None:
+    train(tmp_path, small(tmp_path)).check()
+    run = tmp_path / "runs" / "run"
+    steps = status(run)["step"]
+    train(tmp_path, [*small(tmp_path), "--train.epochs", "4", "--resume", "extend"]).check()
+    assert status(run) == {**status(run), "state": "finished", "step": 2 * steps, "attempt": 2}
+    assert [row["step"] for row in rows(run, "epoch")] == [steps // 2 * epoch for epoch in (1, 2, 3, 4)]
+    record = json.loads((run / "config_changes.jsonl").read_text())
+    assert record["changes"] == {"train.epochs": [2, 4]}
+    assert record["after_step"] == steps
+    # The extended run is now the run of this name, and finished.
+    assert "is finished" in train(tmp_path, [*small(tmp_path), "--train.epochs", "4"]).check().output
+
+
+def test_resume_extend_refuses_what_would_change_the_meaning_of_the_steps(tmp_path: Path) -> None:
+    train(tmp_path, small(tmp_path)).check()
+    outcome = train(tmp_path, [*small(tmp_path), "--batch.global-size", "32", "--resume", "extend"])
+    assert outcome.codes == [2]
+    assert "batch.global_size" in outcome.output
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path) -> None:
+    arguments = small(tmp_path, train={"steps": 9}, checkpoint={"every_steps": 3})
+    train(tmp_path, arguments).check()
+    run = tmp_path / "runs" / "run"
+    whole = weights(run)
+    newest = run / "checkpoints" / "step_00000009"
+    (newest / "model.safetensors").write_bytes((newest / "model.safetensors").read_bytes()[:-1])
+    (run / "status.json").unlink()  # as if it had been killed before it could say that it was finished
+    outcome = train(tmp_path, arguments).check()
+    assert "step_00000009: model.safetensors has" in outcome.output
+    assert "continuing after step 6 of 9" in outcome.output
+    assert largest_difference(weights(run), whole) == 0
+    assert [row["step"] for row in rows(run, "epoch")] == [5]
+
+
+def test_a_run_that_fails_says_so_in_its_status(tmp_path: Path) -> None:
+    outcome = train(tmp_path, small(tmp_path, task="tests.failing_code:FailingTask", train={"steps": 5}))
+    assert outcome.codes == [1]
+    assert status(tmp_path / "runs" / "run")["state"] == "failed"
+    assert "the third step is too much" in status(tmp_path / "runs" / "run")["reason"]
+
+
+def test_a_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
+    train(tmp_path, [*small(tmp_path), "--name", "first"]).check()
+    first = tmp_path / "runs" / "first"
+    for number, source in enumerate((first, max((first / "checkpoints").iterdir()))):
+        arguments = [*small(tmp_path), "--name", f"next-{number}", "--init-from", str(source), "--optim.lr", "1e-12"]
+        train(tmp_path, arguments).check()
+        assert largest_difference(weights(tmp_path / "runs" / f"next-{number}"), weights(first)) < 1e-6
+    outcome = train(tmp_path, [*small(tmp_path), "--name", "other", "--model", "mlp", "--init-from", str(first)])
+    assert outcome.codes == [2]
+    assert "belongs to another model" in outcome.output
