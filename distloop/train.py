@@ -139,7 +139,7 @@ def train(config: Config) -> None:
     train_loader = make(source.train, train_sampler)
     validation_loader = make(source.validation, validation_sampler, persistent=True)
 
-    metrics: dict[str, float] = {}
+    checkpoints, metrics = start.path / "checkpoints", {}
     losses = LossSums(device, state["epoch_sums"])
     throughput = Throughput()
     status = RunStatus(start, step, enabled=accelerator.is_main_process)
@@ -152,7 +152,7 @@ def train(config: Config) -> None:
         model.train()
         while step < total_steps:
             epoch, start_position, stop_position = plan.span(step)
-            samples = stop_position - start_position
+            samples = stop_position - start_position  # of the global batch
             lr = lr_at(step, total_steps, config.optim.lr, config.schedule)
             set_lr(optimizer, lr)
 
@@ -161,60 +161,49 @@ def train(config: Config) -> None:
             for micro_step, (first, last) in enumerate(window):
                 batch = next(batches)
                 seed_forward(config.seed, step, micro_step * world_size + rank, device)
-                # Ranks exchange gradients once a step, in its last backward pass.
+                # Ranks exchange gradients once a step, in the backward pass of its last micro-batch.
                 with nullcontext() if micro_step + 1 == len(window) else accelerator.no_sync(model):
-                    outputs = task.forward(model, batch)  # forward pass
-                    loss, weight = task.loss(outputs, batch)  # loss computation: a sum
-                    if first == last:  # the short last step of an epoch has no sample for this rank
+                    # forward pass
+                    outputs = task.forward(model, batch)
+                    # loss computation: sums over the micro-batch
+                    loss, weight = task.loss(outputs, batch)
+                    if first == last:  # the short last step of an epoch may have no sample for this rank
                         loss, weight = loss * 0, weight * 0
-                    accelerator.backward(loss * (world_size / samples))  # backward pass; DDP averages over ranks
+                    # backward pass; DDP takes the mean over the ranks, we want their sum
+                    accelerator.backward(loss * (world_size / samples))
                 losses.add(loss, weight)
 
             if task.weight != "samples":
                 divide_by_weight(bare_model, losses.step_weight, samples)
             if config.optim.clip_norm:
                 accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
-            optimizer.step()  # parameter update
+            # parameter update
+            optimizer.step()
             optimizer.zero_grad()
-            if accelerator.scaler is not None:
-                skipped_steps += optimizer.step_was_skipped
+            skipped_steps += accelerator.scaler is not None and optimizer.step_was_skipped
             step += 1
             throughput.add(samples)
 
             # ---- when due: log, validate, checkpoint -------------------------------------------------------
-            at_end, epoch_done = step == total_steps, step % plan.steps_per_epoch == 0
+            at_end = step == total_steps
             if at_end or step % config.log.every_steps == 0:
-                loss_of_step, running_loss, _ = losses.read()
-                trackers.log(
-                    "train",
-                    step,
-                    epoch,
-                    loss=loss_of_step,
-                    running_loss=running_loss,
-                    lr=lr,
-                    samples_per_second=throughput.read(),
-                    skipped_steps=skipped_steps,
-                )
-            if epoch_done:
+                mean, running_mean, _ = losses.read()
+                rates = {"lr": lr, "samples_per_second": throughput.read(), "skipped_steps": skipped_steps}
+                trackers.log("train", step, epoch, loss=mean, running_loss=running_mean, **rates)
+            if step % plan.steps_per_epoch == 0:
                 trackers.log("epoch", step, epoch, loss=losses.read()[1])
                 losses.start_epoch()
-            with throughput.paused():
-                if at_end or is_due(step, config.validate.every_steps, config.validate.every_epochs, plan):
+            if at_end or is_due(step, config.validate.every_steps, config.validate.every_epochs, plan):
+                with throughput.paused():
                     metrics = validate(bare_model, task, validation_loader, validation_sampler)
-                    trackers.log("validate", step, epoch, **metrics)
-                    best = better(task.best, best, {"step": step, **metrics})
-                if at_end or is_due(step, config.checkpoint.every_steps, 1, plan):
-                    state = {
-                        "step": step,
-                        "epoch_sums": losses.read()[2],
-                        "best": best,
-                        "skipped_steps": skipped_steps,
-                        "scaler": accelerator.scaler and accelerator.scaler.state_dict(),
-                    }
+                trackers.log("validate", step, epoch, **metrics)
+                best = better(task.best, best, {"step": step, **metrics})
+            if at_end or is_due(step, config.checkpoint.every_steps, 1, plan):
+                with throughput.paused():
+                    state = {"step": step, "epoch_sums": losses.read()[2], "best": best, "skipped_steps": skipped_steps}
+                    state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
                     if accelerator.is_main_process:
-                        checkpoint.save(
-                            start.path / "checkpoints", step, bare_model, optimizer, state, config.checkpoint.keep_last
-                        )
+                        checkpoint.save(checkpoints, step, bare_model, optimizer, state, config.checkpoint.keep_last)
                     status.update(step)
         trackers.say(*summary(start.path, best, metrics))
     accelerator.end_training()

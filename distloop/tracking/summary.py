@@ -58,5 +58,5 @@ def summary(path: Path, best: dict[str, Any] | None, last: dict[str, Any]) -> li
         *lines,
         f"  metrics, one JSON object a line: {path / METRICS}",
         f"  weights: {path / 'checkpoints'}/step_…/model.safetensors",
-        "  the same command again shows this; --name NAME trains another run",
+        "  --name NAME trains another run, --resume extend --train.epochs N goes on with this one",
     ]

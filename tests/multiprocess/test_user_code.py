@@ -1,0 +1,310 @@
+"""A user's own data sets, models and tasks, named in the config as module:callable, train as the built-in ones do."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from distloop import checkpoint
+from distloop.data.datasets import digits
+from distloop.data.sampling import Order
+from distloop.seeding import seed_sample, uniforms
+from tests import user_code
+from tests.ranks import REPOSITORY, command, train, write_config
+from tests.records import largest_difference, losses, rows, weights
+
+LANGUAGE = {
+    "data": {"name": "tests.user_code:lines", "collate": "tests.user_code:pad", "workers": 0},
+    "model": {"name": "tests.user_code:LanguageModel", "args": {"width": 16}},
+    "task": "tests.user_code:NextLetter",
+    "optim": {"name": "sgd", "lr": 0.5, "momentum": 0.9, "weight_decay": 0},
+    "schedule": "constant",
+    "batch": {"global_size": 16},
+    "train": {"steps": 30},
+    "validate": {"batch_size": 5},
+    "log": {"every_steps": 1},
+}
+SEGMENTATION = {
+    "data": {"name": "tests.user_code:shapes", "workers": 0},
+    "model": {"name": "tests.user_code:segmenter", "args": {"width": 8}},
+    "task": "tests.user_code:Segmentation",
+    "optim": {"name": "sgd", "lr": 0.5, "momentum": 0.9, "weight_decay": 0},
+    "schedule": "constant",
+    "batch": {"global_size": 12},
+    "train": {"steps": 60},
+    "validate": {"batch_size": 5},
+    "log": {"every_steps": 1},
+}
+# name -> (world size, extra arguments)
+FORMS: dict[str, tuple[int, list[str]]] = {
+    "one": (1, []),
+    "one-accumulating": (1, ["--batch.micro-size", "4"]),
+    "two": (2, []),
+}
+
+
+def train_forms(folder: Path, settings: dict[str, Any], forms: dict[str, tuple[int, list[str]]]) -> dict[str, Path]:
+    """Train `settings` in each of `forms`; the run directories by name."""
+    config = write_config(folder, settings)
+    for name, (world_size, extra) in forms.items():
+        train(folder, ["--config", str(config), "--name", name, *extra], world_size).check()
+    return {name: folder / "runs" / name for name in forms}
+
+
+# ---- a language model: tied weights, dicts, a collate function, tokens ---------------------------------------
+
+
+@pytest.fixture(scope="module")
+def language_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """30 steps of the language model in float64 in each form."""
+    return train_forms(tmp_path_factory.mktemp("language"), {**LANGUAGE, "dtype": "float64"}, FORMS)
+
+
+def test_token_weighted_losses_do_not_depend_on_the_number_of_processes(
+    tmp_path: Path, language_runs: dict[str, Path]
+) -> None:
+    reference = losses(language_runs["one"])
+    assert len(reference) == 30
+    assert reference[-1] < reference[0] - 0.5
+    for run in language_runs.values():
+        assert losses(run) == pytest.approx(reference, rel=1e-10)
+        assert largest_difference(weights(run), weights(language_runs["one"])) < 1e-10
+        assert [row["loss"] for row in rows(run, "epoch")] == pytest.approx(
+            [row["loss"] for row in rows(language_runs["one"], "epoch")], rel=1e-10
+        )
+    for run in train_forms(tmp_path, LANGUAGE, FORMS).values():
+        assert losses(run) == pytest.approx(reference, rel=1e-5)
+
+
+def test_the_gradient_is_that_of_the_sum_of_losses_over_the_sum_of_tokens(language_runs: dict[str, Path]) -> None:
+    source = user_code.lines()
+    torch.manual_seed(0)
+    model = user_code.LanguageModel(len(user_code.VOCABULARY)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    order, history, tokens = Order(len(source.train), 0), [], set()
+    for step in range(30):
+        epoch, start = step // 6, step % 6 * 16
+        batch = user_code.pad([source.train[index] for index in order(epoch, start, start + 16).tolist()])
+        keep = batch["targets"] != user_code.NO_TOKEN
+        loss = functional.cross_entropy(model(batch["inputs"])[keep], batch["targets"][keep])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(loss.item())
+        tokens.add((int(keep[:8].sum()), int(keep[8:].sum())))
+    assert all(first != second for first, second in tokens)  # the halves of a step never have equal weights
+    for run in language_runs.values():
+        assert losses(run) == pytest.approx(history, rel=1e-10)
+        assert (
+            largest_difference(weights(run), {"embedding.weight": model.embedding.weight, **recurrent(model)}) < 1e-10
+        )
+
+
+def recurrent(model: user_code.LanguageModel) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if name.startswith("context")}
+
+
+def test_token_metrics_are_sums_over_the_validation_set(language_runs: dict[str, Path]) -> None:
+    source = user_code.lines()
+    model = user_code.LanguageModel(len(user_code.VOCABULARY)).double()
+    final = max((language_runs["two"] / "checkpoints").glob("step_*"))
+    checkpoint.load_weights(final / checkpoint.MODEL, model)
+    loss, correct, tokens = 0.0, 0, 0
+    with torch.no_grad():
+        for index in range(len(source.validation)):
+            sample = source.validation[index]
+            keep = sample["targets"] != user_code.NO_TOKEN
+            outputs = model(sample["inputs"][None])[0][keep]
+            loss += functional.cross_entropy(outputs, sample["targets"][keep], reduction="sum").item()
+            correct += int((outputs.argmax(1) == sample["targets"][keep]).sum())
+            tokens += int(keep.sum())
+    for run in language_runs.values():
+        row = rows(run, "validate")[-1]
+        assert row["loss"] == pytest.approx(loss / tokens, rel=1e-9)
+        assert row["perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-9)
+        assert (row["accuracy"], row["tokens"], row["samples"]) == (correct / tokens, tokens, 37)
+
+
+def test_a_tied_weight_is_stored_once_and_is_tied_again_when_it_is_loaded(language_runs: dict[str, Path]) -> None:
+    run = language_runs["two"]
+    stored = load_file(max((run / "checkpoints").glob("step_*")) / checkpoint.MODEL)
+    assert len({"embedding.weight", "output.weight"} & stored.keys()) == 1
+    model = user_code.LanguageModel(len(user_code.VOCABULARY)).double()
+    checkpoint.load_weights(max((run / "checkpoints").glob("step_*")) / checkpoint.MODEL, model)
+    assert model.output.weight is model.embedding.weight
+    assert torch.equal(model.output.weight, stored["embedding.weight"])
+
+
+def test_a_model_with_tied_weights_continues_from_its_checkpoint(
+    tmp_path: Path, language_runs: dict[str, Path]
+) -> None:
+    config = write_config(tmp_path, {**LANGUAGE, "dtype": "float64"})
+    train(tmp_path, ["--config", str(config), "--train.steps", "10"], 2).check()
+    train(tmp_path, ["--config", str(config), "--resume", "extend"], 1).check()
+    run = tmp_path / "runs" / "run"
+    assert [row["attempt"] for row in rows(run, "train")] == [1] * 10 + [2] * 20
+    assert losses(run) == pytest.approx(losses(language_runs["one"]), rel=1e-10)
+    assert largest_difference(weights(run), weights(language_runs["one"])) < 1e-10
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_step_without_any_token_changes_nothing(tmp_path: Path, world_size: int) -> None:
+    order = Order(96, 0)
+    mute = order(0, 16, 32).tolist() + order(0, 32, 40).tolist()  # all of step 1, the first half of step 2
+    settings = {**LANGUAGE, "dtype": "float64", "checkpoint": {"every_steps": 1, "keep_last": 3}, "train": {"steps": 3}}
+    settings["optim"] = {**LANGUAGE["optim"], "momentum": 0}  # type: ignore[dict-item]
+    settings["data"] = {**LANGUAGE["data"], "args": {"mute": mute}}  # type: ignore[dict-item]
+    train(tmp_path, ["--config", str(write_config(tmp_path, settings))], world_size).check()
+    run = tmp_path / "runs" / "run"
+    first, second, third = (load_file(path / checkpoint.MODEL) for path in sorted((run / "checkpoints").glob("step_*")))
+    assert largest_difference(first, second) == 0
+    assert all(tensor.isfinite().all() for tensor in third.values())
+    assert largest_difference(second, third) > 0
+    assert losses(run)[1] == 0
+    assert math.isfinite(losses(run)[2])
+    assert losses(run)[2] > 1
+
+
+@pytest.mark.parametrize(
+    ("collate", "arguments"), [("pad_after_texts", {}), ("pad_time_first", {"batch_first": False})]
+)
+def test_batches_need_no_tensor_with_the_samples_first(tmp_path: Path, collate: str, arguments: dict[str, Any]) -> None:
+    settings = {
+        **LANGUAGE,
+        "train": {"steps": 2},
+        "model": {"name": "tests.user_code:LanguageModel", "args": arguments},
+    }
+    settings["data"] = {**LANGUAGE["data"], "collate": f"tests.user_code:{collate}"}  # type: ignore[dict-item]
+    train(tmp_path, ["--config", str(write_config(tmp_path, settings))]).check()
+    assert rows(tmp_path / "runs" / "run", "validate")[-1]["samples"] == 37
+
+
+# ---- segmentation: pixels, a confusion matrix, random transforms ---------------------------------------------
+
+
+def test_segmentation_is_the_same_on_one_two_and_three_processes(tmp_path: Path) -> None:
+    forms: dict[str, tuple[int, list[str]]] = {**FORMS, "three": (3, ["--batch.micro-size", "2"])}
+    runs = train_forms(tmp_path, {**SEGMENTATION, "dtype": "float64"}, forms)
+    reference = losses(runs["one"])
+    final = rows(runs["one"], "validate")[-1]
+    confusion = {name: count for name, count in final.items() if " as " in name}
+    known = sum(
+        int((mask != user_code.NO_PIXEL).sum()) for _, mask in map(user_code.shapes().validation.__getitem__, range(23))
+    )
+    assert (len(reference), len(confusion), sum(confusion.values())) == (60, 9, known)
+    assert final["mean_iou"] > 0.8
+    for run in runs.values():
+        assert losses(run) == pytest.approx(reference, rel=1e-10)
+        row = rows(run, "validate")[-1]
+        assert {name: row[name] for name in confusion} == confusion
+        assert (row["mean_iou"], row["samples"]) == (final["mean_iou"], 23)
+        assert row["loss"] == pytest.approx(final["loss"], rel=1e-10)
+
+
+def test_a_users_random_transforms_depend_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
+    # 4 steps an epoch: one and a half epochs, so that the epochs' samples differ.
+    settings = {
+        **SEGMENTATION,
+        "seed": 3,
+        "train": {"steps": 6},
+        "task": {"name": "tests.user_code:RecordedSegmentation"},
+    }
+    source, order = user_code.shapes(), Order(48, 3)
+
+    def seeded(dataset: user_code.Shapes, epoch: int, index: int) -> str:
+        seed_sample(3, epoch, index)
+        return user_code.digest(dataset[index][0])
+
+    trained = [(epoch, index) for epoch, stop in ((0, 48), (1, 24)) for index in order(epoch, 0, stop).tolist()]
+    expected = Counter((index, seeded(source.train, epoch, index)) for epoch, index in trained)
+    assert len(expected) == 72  # no sample is augmented alike in both epochs
+    validations = 2
+    expected.update((index, seeded(source.validation, 0, index)) for index in list(range(23)) * validations)
+    for name, form in recorded_forms(3).items():
+        assert recorded(tmp_path, settings, name, *form) == expected, name
+
+
+def test_the_digits_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
+    settings = {
+        "data": "digits",
+        "model": "linear",
+        "task": "tests.user_code:RecordedClassification",
+        "seed": 3,
+        "batch": {"global_size": 240},
+        "train": {"steps": 7},  # 5 an epoch
+        "validate": {"every_steps": 100},
+    }
+    source, order = digits(), Order(1437, 3)
+
+    def augmented(epoch: int, indices: NDArray[Any]) -> Counter[tuple[int, str]]:
+        images, _ = source.train.batch(indices, uniforms(3, epoch, indices, source.train.draws))
+        return Counter((int(index), user_code.digest(image)) for index, image in zip(indices, images, strict=True))
+
+    expected = augmented(0, order(0, 0, 1200)) + augmented(1, order(1, 0, 480))
+    expected.update((index, user_code.digest(image)) for index, image in enumerate(source.validation.inputs))
+    for name, form in recorded_forms(60).items():
+        assert recorded(tmp_path, settings, name, *form) == expected, name
+
+
+def recorded_forms(micro_size: int) -> dict[str, tuple[int, list[str]]]:
+    return {
+        "one": (1, ["--data.workers", "0"]),
+        "one-accumulating-with-workers": (1, ["--data.workers", "2", "--batch.micro-size", str(micro_size)]),
+        "two": (2, ["--data.workers", "0"]),
+        "two-accumulating-with-workers": (2, ["--data.workers", "2", "--batch.micro-size", str(micro_size)]),
+    }
+
+
+def recorded(
+    folder: Path, settings: dict[str, Any], name: str, world_size: int, extra: list[str]
+) -> Counter[tuple[int, str]]:
+    """How often each (index, digest of the input) was loaded, over all ranks and loader processes of a run."""
+    notes = folder / f"notes-{name}"
+    notes.mkdir()
+    arguments = ["--config", str(write_config(folder, settings)), "--name", name, "--task.args.folder", str(notes)]
+    train(folder, [*arguments, *extra], world_size).check()
+    lines = [line.split() for file in notes.iterdir() for line in file.read_text().splitlines()]
+    return Counter((int(index), digest) for index, digest in lines)
+
+
+def test_dropout_depends_on_the_place_of_the_micro_batch_in_the_global_batch(tmp_path: Path) -> None:
+    settings = {**SEGMENTATION, "dtype": "float64", "train": {"steps": 8}}
+    settings["model"] = {"name": "tests.user_code:segmenter", "args": {"dropout": 0.5}}
+    forms: dict[str, tuple[int, list[str]]] = {
+        "one": (1, ["--batch.micro-size", "3"]),
+        "one-with-workers": (1, ["--batch.micro-size", "3", "--data.workers", "1"]),
+        "two": (2, ["--batch.micro-size", "3"]),
+        "four": (4, []),
+        "other-micro-batches": (1, []),
+        "other-seed": (1, ["--batch.micro-size", "3", "--seed", "1"]),
+    }
+    runs = train_forms(tmp_path, settings, forms)
+    reference = losses(runs["one"])
+    for name in ("one-with-workers", "two", "four"):
+        assert losses(runs[name]) == pytest.approx(reference, rel=1e-10), name
+    for name in ("other-micro-batches", "other-seed"):  # or nothing was dropped, or always the same
+        assert abs(losses(runs[name])[0] / reference[0] - 1) > 1e-6, name
+
+
+# ---- where the code is found ---------------------------------------------------------------------------------
+
+
+def test_a_module_in_the_current_folder_is_found_by_the_script(tmp_path: Path) -> None:
+    (tmp_path / "my_model.py").write_text(
+        "from torch import nn\n\n\ndef build(input_shape, num_outputs, hidden):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, hidden), nn.Tanh(), nn.Linear(hidden, num_outputs))\n"
+    )
+    settings = {"model": {"name": "my_model:build", "args": {"hidden": 5}}, "train": {"steps": 2}}
+    script = str(REPOSITORY / "distloop" / "train.py")
+    done = command([sys.executable, script, "--config", str(write_config(tmp_path, settings))], tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert weights(tmp_path / "runs" / "run")["1.weight"].shape == (5, 64)

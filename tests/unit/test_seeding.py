@@ -1,0 +1,130 @@
+"""Random numbers that are derived and not carried."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from distloop.seeding import derive, hashes, seed_forward, seed_sample, uniforms
+
+reproducible = settings(derandomize=True, deadline=None)
+seeds = st.integers(0, 2**63 - 1)
+CPU = torch.device("cpu")
+
+
+def test_the_numbers_are_those_that_earlier_versions_drew() -> None:
+    assert derive() == 0
+    assert derive(0) == 16294208416658607535
+    assert derive(1, 2, 3) == 7702586659592502839
+    drawn = uniforms(1, 2, np.array([0, 5]), 3)
+    assert drawn == pytest.approx(
+        np.array(
+            [
+                [0.34988521540119727, 0.8643489361272658, 0.09027947753862856],
+                [0.5047722044272221, 0.1426360684987338, 0.9376496290645314],
+            ]
+        ),
+        abs=1e-15,
+    )
+    assert hashes(4, np.array([0, 1, 2**40])).tolist() == [
+        15719281747526243928,
+        17088576380778660272,
+        6265416331207216552,
+    ]
+
+
+def test_the_mixing_is_that_of_splitmix64() -> None:
+    """The first outputs of the reference implementation for the seeds 0 and 1234567."""
+    assert derive(0) == 0xE220A8397B1DCDAF
+    assert derive(1234567) == 6457827717110365317
+
+
+@reproducible
+@given(seeds, st.integers(0, 100), st.lists(st.integers(0, 2**62), min_size=1, max_size=20), st.randoms())
+def test_a_samples_numbers_do_not_depend_on_the_batch_it_is_in(
+    seed: int, epoch: int, indices: list[int], shuffler: random.Random
+) -> None:
+    together = uniforms(seed, epoch, np.array(indices), 3)
+    shuffled = list(range(len(indices)))
+    shuffler.shuffle(shuffled)
+    assert np.array_equal(uniforms(seed, epoch, np.array(indices)[shuffled], 3), together[shuffled])
+    for row, index in enumerate(indices):
+        assert np.array_equal(uniforms(seed, epoch, np.array([index]), 3)[0], together[row])
+    # A sample that draws more does not draw otherwise.
+    assert np.array_equal(uniforms(seed, epoch, np.array(indices), 5)[:, :3], together)
+
+
+def test_each_of_seed_epoch_index_and_draw_changes_the_numbers() -> None:
+    drawn = [uniforms(seed, epoch, np.arange(50), 4) for seed in range(4) for epoch in range(4)]
+    assert len(np.unique(np.stack(drawn))) == 16 * 50 * 4
+
+
+def test_uniforms_fill_the_unit_interval_evenly() -> None:
+    drawn = uniforms(3, 1, np.arange(100_000), 2)
+    assert drawn.shape == (100_000, 2)
+    assert drawn.dtype == np.float64
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    counts = np.bincount((drawn[:, 0] * 100).astype(int), minlength=100)
+    assert ((counts - 1000) ** 2 / 1000).sum() < 99 + 5 * 198**0.5
+    assert abs(np.corrcoef(drawn[:, 0], drawn[:, 1])[0, 1]) < 5 / 100_000**0.5
+    assert abs(np.corrcoef(drawn[:-1, 0], drawn[1:, 0])[0, 1]) < 5 / 100_000**0.5
+
+
+def test_no_draws_are_an_empty_row_each() -> None:
+    assert uniforms(0, 0, np.arange(7), 0).shape == (7, 0)
+
+
+@reproducible
+@given(st.lists(st.integers(0, 2**64 - 1), max_size=4), st.lists(st.integers(0, 2**64 - 1), max_size=4))
+def test_derived_seeds_differ_where_anything_in_them_does(one: list[int], other: list[int]) -> None:
+    assert (derive(*one) == derive(*other)) == (one == other)
+    assert 0 <= derive(*one) < 2**64
+
+
+def drawn_from_all_generators() -> tuple[float, ...]:
+    return float(torch.rand(())), float(np.random.random()), random.random()  # noqa: NPY002
+
+
+@pytest.mark.parametrize("place", [(0, 0, 0), (3, 2, 10**12), (2**63, 1, 5)])
+def test_a_samples_own_transforms_draw_the_same_again(place: tuple[int, int, int]) -> None:
+    seed_sample(*place)
+    first = drawn_from_all_generators()
+    drawn_from_all_generators()
+    seed_sample(*place)
+    assert drawn_from_all_generators() == first
+
+
+def test_other_samples_epochs_and_seeds_draw_otherwise_from_every_generator() -> None:
+    drawn = []
+    for place in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]:
+        seed_sample(*place)
+        drawn.append(drawn_from_all_generators())
+    for column in zip(*drawn, strict=True):
+        assert len(set(column)) == 4
+
+
+def test_dropout_changes_with_step_position_and_seed_and_repeats() -> None:
+    dropout, ones = nn.Dropout(0.5), torch.ones(200)
+
+    def masked(seed: int, step: int, position: int) -> tuple[float, ...]:
+        seed_forward(seed, step, position, CPU)
+        return tuple(dropout(ones).tolist())
+
+    places = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]
+    masks = [masked(*place) for place in places]
+    assert len(set(masks)) == 4
+    assert [masked(*place) for place in reversed(places)] == masks[::-1]
+
+
+def test_a_forward_pass_draws_nothing_that_a_sample_has_drawn() -> None:
+    seed_sample(0, 0, 0)
+    sample = torch.rand(5)
+    seed_forward(0, 0, 0, CPU)
+    assert not torch.equal(torch.rand(5), sample)
