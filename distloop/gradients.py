@@ -18,5 +18,6 @@ def divide_by_weight(model: nn.Module, weight: Tensor | int, samples: int) -> No
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    factor = samples / total.to(parameters[0].dtype).clamp(min=1)
+    total = total.to(parameters[0].dtype)
+    factor = samples / torch.where(total == 0, 1, total)  # no branch: the host does not wait for the number
     torch._foreach_mul_(gradients, factor)

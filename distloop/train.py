@@ -211,13 +211,15 @@ def train(config: Config) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit code: 0 in order, 2 wrong usage (1: an exception)."""
+    quiet = int(os.environ.get("RANK", 0)) != 0  # every rank meets the same mistakes; one says them
     try:
-        quiet = int(os.environ.get("RANK", 0)) != 0  # every rank meets the same mistakes; one says them
         train(load_config(sys.argv[1:] if arguments is None else arguments, quiet))
     except UsageError as error:
         cluster.report(error)
         return 2
     except KeyboardInterrupt:
+        if not quiet:
+            print("\ndistloop: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
     except Exception:
         if cluster.was_reported():  # another rank's mistake, already said, closed the connection

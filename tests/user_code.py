@@ -109,7 +109,7 @@ class NextLetter(Task):
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
         loss = float(sums["loss"] / sums["weight"])
-        accuracy = float(sums["correct"] / sums["weight"])
+        accuracy = int(sums["correct"]) / int(sums["weight"])
         return {"loss": loss, "perplexity": math.exp(loss), "accuracy": accuracy, "tokens": int(sums["weight"])}
 
 

@@ -17,21 +17,21 @@ class LossSums:
         self.start_step()
 
     def start_step(self) -> None:
-        self.step_loss: Tensor | float = 0.0
+        self.step_loss: Tensor | None = None
         self.step_weight: Tensor | int = 0
 
     def start_epoch(self, earlier: tuple[float, float] = (0.0, 0.0)) -> None:
         """Begin an epoch's sums; `earlier`: what a previous attempt, over all ranks, has of them."""
         self.earlier = earlier
-        self.epoch_loss: Tensor | float = torch.zeros((), dtype=self.dtype, device=self.device)
+        self.epoch_loss = torch.zeros((), dtype=self.dtype, device=self.device)
         self.epoch_weight: Tensor | int = 0
 
     def add(self, loss: Tensor, weight: Tensor | int) -> None:
         """Count one micro-batch."""
         loss = loss.detach()
-        self.step_loss = self.step_loss + loss
+        self.step_loss = loss if self.step_loss is None else self.step_loss + loss
         self.step_weight = self.step_weight + weight
-        self.epoch_loss = self.epoch_loss + loss
+        self.epoch_loss += loss
         self.epoch_weight = self.epoch_weight + weight
 
     def read(self) -> tuple[float, float, tuple[float, float]]:
@@ -39,10 +39,15 @@ class LossSums:
 
         It waits for the device.
         """
-        sums = (self.step_loss, self.step_weight, self.epoch_loss, self.epoch_weight)
+        sums = (
+            self.step_loss if self.step_loss is not None else 0.0,
+            self.step_weight,
+            self.epoch_loss,
+            self.epoch_weight,
+        )
         values = torch.stack([torch.as_tensor(value, dtype=self.dtype, device=self.device) for value in sums])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(values)
         step_loss, step_weight, epoch_loss, epoch_weight = values.tolist()
         epoch = (self.earlier[0] + epoch_loss, self.earlier[1] + epoch_weight)
-        return step_loss / max(step_weight, 1), epoch[0] / max(epoch[1], 1), epoch
+        return step_loss / (step_weight or 1), epoch[0] / (epoch[1] or 1), epoch

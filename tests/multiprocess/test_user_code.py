@@ -90,7 +90,7 @@ def test_the_gradient_is_that_of_the_sum_of_losses_over_the_sum_of_tokens(langua
     torch.manual_seed(0)
     model = user_code.LanguageModel(len(user_code.VOCABULARY)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-    order, history, tokens = Order(len(source.train), 0), [], set()
+    order, history, uneven = Order(len(source.train), 0), [], 0
     for step in range(30):
         epoch, start = step // 6, step % 6 * 16
         batch = user_code.pad([source.train[index] for index in order(epoch, start, start + 16).tolist()])
@@ -100,8 +100,8 @@ def test_the_gradient_is_that_of_the_sum_of_losses_over_the_sum_of_tokens(langua
         optimizer.step()
         optimizer.zero_grad()
         history.append(loss.item())
-        tokens.add((int(keep[:8].sum()), int(keep[8:].sum())))
-    assert all(first != second for first, second in tokens)  # the halves of a step never have equal weights
+        uneven += int(keep[:8].sum()) != int(keep[8:].sum())
+    assert uneven > 20  # two ranks rarely have as many tokens as each other
     for run in language_runs.values():
         assert losses(run) == pytest.approx(history, rel=1e-10)
         assert (
@@ -259,7 +259,6 @@ def recorded_forms(micro_size: int) -> dict[str, tuple[int, list[str]]]:
     return {
         "one": (1, ["--data.workers", "0"]),
         "one-accumulating-with-workers": (1, ["--data.workers", "2", "--batch.micro-size", str(micro_size)]),
-        "two": (2, ["--data.workers", "0"]),
         "two-accumulating-with-workers": (2, ["--data.workers", "2", "--batch.micro-size", str(micro_size)]),
     }
 
@@ -283,16 +282,13 @@ def test_dropout_depends_on_the_place_of_the_micro_batch_in_the_global_batch(tmp
         "one": (1, ["--batch.micro-size", "3"]),
         "one-with-workers": (1, ["--batch.micro-size", "3", "--data.workers", "1"]),
         "two": (2, ["--batch.micro-size", "3"]),
-        "four": (4, []),
         "other-micro-batches": (1, []),
-        "other-seed": (1, ["--batch.micro-size", "3", "--seed", "1"]),
     }
     runs = train_forms(tmp_path, settings, forms)
     reference = losses(runs["one"])
-    for name in ("one-with-workers", "two", "four"):
+    for name in ("one-with-workers", "two"):
         assert losses(runs[name]) == pytest.approx(reference, rel=1e-10), name
-    for name in ("other-micro-batches", "other-seed"):  # or nothing was dropped, or always the same
-        assert abs(losses(runs[name])[0] / reference[0] - 1) > 1e-6, name
+    assert abs(losses(runs["other-micro-batches"])[0] / reference[0] - 1) > 1e-6  # or nothing was dropped
 
 
 # ---- where the code is found ---------------------------------------------------------------------------------

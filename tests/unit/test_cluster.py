@@ -1,0 +1,378 @@
+"""Who am I: Slurm's and the launchers' variables, and the guards against runs that are not what was started."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from distloop import cluster
+from distloop.cluster import (
+    Launch,
+    adopt_slurm,
+    check_launch,
+    check_world,
+    first_host,
+    override_launcher,
+    right_commands,
+    share_cpus,
+)
+from distloop.errors import UsageError
+
+# The third of five tasks under srun: two nodes with two tasks each, then one with one.
+STEP = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "2",
+    "SLURM_NTASKS": "64",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_STEP_NODELIST": "gpu[03-04,07]",
+    "SLURM_JOB_NODELIST": "gpu[01-09]",
+}
+
+
+# ---- Slurm -----------------------------------------------------------------------------------------------------
+
+
+def test_a_task_of_srun_takes_its_rank_from_the_step() -> None:
+    environ = dict(STEP)
+    assert adopt_slurm(environ)
+    added = {key: value for key, value in environ.items() if key not in STEP}
+    assert added == {
+        "RANK": "3",
+        "WORLD_SIZE": "5",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "gpu03",
+        "MASTER_PORT": str(10000 + (4711 * 16 + 2) % 20000),
+    }
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"},  # an interactive shell in an allocation
+        {**STEP, "SLURM_STEP_NUM_TASKS": "1"},
+        {key: value for key, value in STEP.items() if key != "SLURM_PROCID"},
+        {**STEP, "RANK": "0"},  # a launcher under srun
+    ],
+    ids=["no Slurm", "an allocation's shell", "one task", "no task", "another launcher"],
+)
+def test_anything_but_a_step_of_several_tasks_changes_nothing(environ: dict[str, str]) -> None:
+    before = dict(environ)
+    assert not adopt_slurm(environ)
+    assert environ == before
+
+
+def test_an_address_and_a_port_that_were_set_are_kept() -> None:
+    environ = {**STEP, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "12345"}
+    assert adopt_slurm(environ)
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("10.0.0.1", "12345")
+
+
+def test_the_port_is_the_same_for_all_tasks_and_another_for_other_steps_and_jobs() -> None:
+    def port(**changes: str) -> int:
+        environ = {**STEP, **changes}
+        adopt_slurm(environ)
+        return int(environ["MASTER_PORT"])
+
+    assert port(SLURM_PROCID="0", SLURM_NODEID="0") == port(SLURM_PROCID="4", SLURM_NODEID="2")
+    assert len({port(SLURM_STEP_ID=str(step)) for step in range(16)}) == 16
+    assert port(SLURM_JOB_ID="4711") != port(SLURM_JOB_ID="4712")
+    ports = [port(SLURM_JOB_ID=str(job)) for job in (0, 1, 1249, 1250, 9_999_999)]
+    assert all(10000 <= number < 30000 for number in ports)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("a", "a"),
+        ("a,b", "a"),
+        ("gpu[03-07,11],cpu1", "gpu03"),
+        ("gpu[3,11-12]", "gpu3"),
+        ("n[1-2]", "n1"),
+        ("n[5]", "n5"),
+        ("rack1-node[001-010]-ib,x", "rack1-node001-ib"),
+        ("a,n[1-2]", "a"),
+        ("node-1.cluster.org,node-2.cluster.org", "node-1.cluster.org"),
+        ("n[1-2].cluster.org", "n1.cluster.org"),
+        ("10.0.0.1", "10.0.0.1"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodelist: str, host: str) -> None:
+    assert first_host(nodelist) == host
+
+
+@pytest.mark.parametrize("nodelist", ["", ",a", "[1-2]"])
+def test_what_is_not_a_node_list_is_refused(nodelist: str) -> None:
+    with pytest.raises(UsageError, match="set MASTER_ADDR"):
+        first_host(nodelist)
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"), [("4", [4]), ("2(x3),1", [2, 2, 2, 1]), ("1,3(x2)", [1, 3, 3]), ("16(x2)", [16, 16])]
+)
+def test_tasks_per_node_are_expanded(counts: str, expected: list[int]) -> None:
+    assert [cluster._tasks_on_node(counts, node) for node in range(len(expected))] == expected
+    assert cluster._tasks_on_node(counts, len(expected)) == 1
+
+
+def test_the_tasks_of_a_node_are_all_of_them_where_slurm_says_nothing_else() -> None:
+    environ = {key: value for key, value in STEP.items() if key not in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID")}
+    adopt_slurm(environ)
+    assert environ["LOCAL_WORLD_SIZE"] == "5"
+
+
+# ---- CPUs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("local", "cpus", "threads"), [("4", 16, "4"), ("3", 16, "5"), ("8", 4, "1"), ("1", 16, None), (None, 16, None)]
+)
+def test_ranks_that_share_a_machine_share_its_cpus(
+    local: str | None, cpus: int, threads: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
+    environ = {"LOCAL_WORLD_SIZE": local} if local else {}
+    share_cpus(environ)
+    assert environ.get("OMP_NUM_THREADS") == threads
+
+
+def test_a_thread_count_that_was_set_is_kept() -> None:
+    environ = {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "7"}
+    share_cpus(environ)
+    assert environ["OMP_NUM_THREADS"] == "7"
+
+
+# ---- Accelerate's launcher -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "key"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "precision"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "compile"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "batch.micro_size"),
+    ],
+)
+def test_what_the_launcher_says_otherwise_is_warned_of_once_and_taken_away(variable: str, value: str, key: str) -> None:
+    environ = {variable: value, "RANK": "0"}
+    (warning,) = override_launcher(environ, "bf16")
+    assert f"{variable}={value.lower()}" in warning
+    assert f"({key})" in warning
+    assert environ == {"RANK": "0"}
+    assert override_launcher(environ, "bf16") == []
+
+
+def test_what_a_launcher_exports_unasked_is_taken_away_in_silence() -> None:
+    environ = {
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_DYNAMO_BACKEND": "NO",
+        "ACCELERATE_DYNAMO_MODE": "default",
+        "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+        "ACCELERATE_USE_FSDP": "false",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    assert override_launcher(environ, "bf16") == []
+    assert environ == {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_CPU": "true"}
+
+
+def test_a_launcher_that_says_the_same_as_the_config_is_not_warned_of() -> None:
+    assert override_launcher({"ACCELERATE_MIXED_PRECISION": "bf16"}, "bf16") == []
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+@pytest.mark.parametrize("value", ["true", "True"])
+def test_what_is_not_ddp_is_refused_by_name(name: str, value: str) -> None:
+    with pytest.raises(UsageError, match=rf"ACCELERATE_USE_{name}.*DDP only.*launch without it"):
+        override_launcher({f"ACCELERATE_USE_{name}": value}, "no")
+
+
+@pytest.mark.parametrize(
+    ("words", "position"),
+    [
+        (["accelerate", "launch", "train.py"], 2),
+        (["/usr/bin/python3", "/opt/venv/bin/accelerate", "launch", "--cpu", "train.py"], 3),
+        (["python", "-u", "/opt/venv/bin/accelerate", "launch", "train.py"], 4),
+        (["python", "/opt/venv/bin/accelerate-launch", "train.py"], 2),
+        (["python", "-m", "accelerate.commands.launch", "train.py"], 3),
+        (["python", "/lib/site-packages/accelerate/commands/launch.py", "train.py"], 2),
+        (["accelerate", "config"], None),
+        (["accelerate"], None),
+        (["python", "train.py", "--name", "x", "accelerate", "launch"], None),
+        (["python", "-m", "torch.distributed.run", "train.py"], None),
+        (["/bin/bash", "-c", "accelerate launch train.py"], None),
+        ([], None),
+    ],
+)
+def test_the_launchers_own_arguments_are_found_in_a_command_line(words: list[str], position: int | None) -> None:
+    assert cluster._launcher_end(words) == position
+
+
+@pytest.mark.parametrize(
+    ("words", "launch"),
+    [
+        (
+            ["accelerate", "launch", "--multi_gpu", "--num_processes", "3", "here/train.py", "--num_processes", "9"],
+            Launch(3, True, "here/train.py"),
+        ),
+        (
+            ["accelerate", "launch", "--cpu", "--num_processes", "2", "train.py", "--optim.lr", "1"],
+            Launch(2, False, "train.py"),
+        ),
+        (["accelerate", "launch", "--no_such_option", "train.py"], None),
+        (["something", "else"], None),
+    ],
+)
+def test_the_launch_is_read_from_the_parents_command_line(
+    words: list[str], launch: Launch | None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program = "import sys; sys.stdin.read()"  # until its input is closed; its further words are what is looked at
+    parent = subprocess.Popen([sys.executable, "-c", program, *words], stdin=subprocess.PIPE)
+    try:
+        monkeypatch.setattr(os, "getppid", lambda: parent.pid)
+        assert cluster.launched_by() == launch
+    finally:
+        parent.communicate()
+    assert capfd.readouterr().err == ""
+
+
+THREE = Launch(3, True, "here/train.py")
+ONE = Launch(1, False, "here/train.py")
+
+
+@pytest.mark.parametrize(
+    ("environ", "launch", "device", "use_cpu"),
+    [
+        ({}, None, "auto", True),
+        ({}, ONE, "auto", True),
+        ({"WORLD_SIZE": "3"}, THREE, "auto", False),
+        ({"WORLD_SIZE": "3", "ACCELERATE_USE_CPU": "true"}, THREE, "auto", True),
+        ({"WORLD_SIZE": "3"}, THREE, "cpu", True),
+        ({"WORLD_SIZE": "3"}, None, "auto", True),  # torchrun on a machine without GPUs
+        ({"WORLD_SIZE": "1", "ACCELERATE_MIXED_PRECISION": "no"}, ONE, "auto", True),
+    ],
+)
+def test_launches_that_become_the_world_they_ask_for_pass(
+    environ: dict[str, str], launch: Launch | None, device: str, use_cpu: bool
+) -> None:
+    check_launch(environ, launch, device, use_cpu)
+
+
+@pytest.mark.parametrize("environ", [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "2"}])
+def test_a_launch_whose_processes_do_not_come_to_be_is_refused_with_the_right_commands(environ: dict[str, str]) -> None:
+    with pytest.raises(UsageError) as refusal:
+        check_launch(environ, THREE, "auto", True)
+    message = str(refusal.value)
+    assert "asked for 3 processes" in message
+    assert f"one process of {environ.get('WORLD_SIZE', '1')}" in message
+    assert right_commands(THREE) in message
+
+
+@pytest.mark.parametrize(
+    ("environ", "launch"),
+    [({"WORLD_SIZE": "3"}, THREE), ({"WORLD_SIZE": "3", "ACCELERATE_MIXED_PRECISION": "no"}, None)],
+)
+def test_a_launch_for_gpus_where_there_are_none_is_refused(environ: dict[str, str], launch: Launch | None) -> None:
+    with pytest.raises(UsageError, match="no GPU is visible") as refusal:
+        check_launch(environ, launch, "auto", True)
+    assert "ACCELERATE_USE_CPU=true accelerate launch" in str(refusal.value)
+    assert "--num_processes 3" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("world", "environ", "expected", "launch"),
+    [
+        (1, {}, None, None),
+        (1, {"WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1"}, 1, ONE),
+        (3, {"WORLD_SIZE": "3"}, 3, THREE),
+        (4, {"WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "4"}, 4, None),
+        (8, {"WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "2"}, 8, None),  # a launcher of four per node
+        (4, {"WORLD_SIZE": "4"}, None, ONE),  # a parent that says nothing of other machines
+        (1, {"SLURM_NTASKS": "4"}, None, None),
+    ],
+)
+def test_a_world_that_is_what_was_started_passes(
+    world: int, environ: dict[str, str], expected: int | None, launch: Launch | None
+) -> None:
+    check_world(world, environ, expected, launch)
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected", "launch", "said"),
+    [
+        ({}, 4, None, "--expect-world says 4 processes, but the run has 2"),
+        ({"WORLD_SIZE": "4"}, None, None, "WORLD_SIZE says 4 processes, but the run has 2"),
+        ({"WORLD_SIZE": "1"}, None, None, "WORLD_SIZE says 1 processes, but the run has 2"),
+        ({}, None, THREE, "accelerate launch --num_processes says 3 processes, but the run has 2"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, None, None, "srun started 4 tasks, but the run has 2 processes"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, 2, None, "srun --ntasks=4 python -m distloop.train"),
+    ],
+)
+def test_a_world_that_is_not_what_was_started_is_refused_with_who_said_so(
+    environ: dict[str, str], expected: int | None, launch: Launch | None, said: str
+) -> None:
+    with pytest.raises(UsageError) as refusal:
+        check_world(2, environ, expected, launch)
+    assert said in str(refusal.value)
+
+
+def test_the_right_commands_start_so_many_processes_of_the_users_script() -> None:
+    cpu, gpu = right_commands(THREE, 5).splitlines()
+    for line in (cpu, gpu):
+        assert "--num_processes 5" in line
+        assert "--multi_gpu" in line
+        assert "here/train.py" in line
+    assert "ACCELERATE_USE_CPU=true" in cpu
+    assert "ACCELERATE_USE_CPU" not in gpu
+    assert "--num_processes 3" in right_commands(THREE)
+    assert right_commands(None, 1) == "One process: python distloop/train.py …"
+    assert right_commands(None) == "One process: python distloop/train.py …"
+    assert "distloop/train.py" in right_commands(None, 2)
+
+
+def test_the_right_commands_are_ones_that_accelerate_reads_as_meant() -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    for line in right_commands(None, 2).splitlines():
+        words = line.rpartition("accelerate launch ")[2].split()
+        arguments = launch_command_parser().parse_args(words)
+        assert (arguments.num_processes, arguments.multi_gpu, arguments.num_machines) == (2, True, 1)
+        assert arguments.training_script == "distloop/train.py"
+
+
+# ---- what one process says for all -----------------------------------------------------------------------------
+
+
+def test_a_single_process_decides_for_itself() -> None:
+    assert cluster.from_main(lambda: 42) == 42
+    with pytest.raises(UsageError, match="mine"):
+        cluster.from_main(lambda: (_ for _ in ()).throw(UsageError("mine")))
+
+
+@pytest.mark.parametrize(("rank", "said"), [(None, True), ("0", True), ("1", False)])
+def test_a_mistake_is_said_by_the_first_rank_alone_where_ranks_cannot_talk(
+    rank: str | None, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    cluster.report(UsageError("do this instead"))
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == ("\ndistloop: do this instead\n" if said else "")
+    assert not cluster.was_reported()
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_leaving_ends_the_process_with_the_code(code: int) -> None:
+    with pytest.raises(SystemExit) as end:
+        cluster.leave(code)
+    assert end.value.code == code
