@@ -221,11 +221,11 @@ def digest(tensor: Tensor) -> str:
 # ---- data sets of the package from files that have other checksums -------------------------------------------
 
 
-def small_cifar10(root: str) -> DataSource:
+def small_cifar10(root: str, pad: int = 4, flip: bool = True) -> DataSource:
     """cifar10() from small files in the same format."""
     from torchvision.datasets import CIFAR10
 
     CIFAR10.train_list = [[name, None] for name, _ in CIFAR10.train_list]
     CIFAR10.test_list = [[name, None] for name, _ in CIFAR10.test_list]
     CIFAR10.meta = {**CIFAR10.meta, "md5": None}
-    return cifar10(root, download=False)
+    return cifar10(root, False, pad, flip)

@@ -13,6 +13,8 @@ from typing import Any
 from distloop.errors import UsageError
 
 WAIT_SECONDS = 1800
+# What torchvision raises for files that are missing, damaged or cut short.
+UNREADABLE = (RuntimeError, OSError, ValueError, EOFError)
 
 
 def fetched(dataset: Callable[..., Any], root: str, download: bool, folder: Path) -> tuple[Any, Any]:
@@ -25,14 +27,14 @@ def fetched(dataset: Callable[..., Any], root: str, download: bool, folder: Path
     name = getattr(dataset, "__name__", str(dataset))
     try:
         return dataset(root, train=True), dataset(root, train=False)
-    except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except UNREADABLE as error:
+        reason = _in_one_line(error)
     if download:
         try:
             with _only_one(Path(root)):
                 return dataset(root, train=True, download=True), dataset(root, train=False, download=True)
-        except (RuntimeError, OSError) as error:
-            reason = f"downloading failed: {' '.join(str(error).split())}"
+        except UNREADABLE as error:
+            reason = f"downloading failed: {_in_one_line(error)}"
     else:
         reason = "data.args.download is false"
     raise UsageError(
@@ -42,6 +44,10 @@ def fetched(dataset: Callable[..., Any], root: str, download: bool, folder: Path
         f'  python -c "from torchvision.datasets import {name} as D; '
         f"[D('{root}', train=half, download=True) for half in (True, False)]\""
     ) from None
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager

@@ -234,13 +234,16 @@ def test_the_launchers_own_arguments_are_found_in_a_command_line(words: list[str
 def test_the_launch_is_read_from_the_parents_command_line(
     words: list[str], launch: Launch | None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    program = "import sys; sys.stdin.read()"  # until its input is closed; its further words are what is looked at
-    parent = subprocess.Popen([sys.executable, "-c", program, *words], stdin=subprocess.PIPE)
-    try:
+    program = "print('here', flush=True); input()"  # its further words are what is looked at
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout
+        parent.stdout.readline()  # its command line is there only once it runs
         monkeypatch.setattr(os, "getppid", lambda: parent.pid)
-        assert cluster.launched_by() == launch
-    finally:
-        parent.communicate()
+        found = cluster.launched_by()
+        parent.communicate("\n")
+    assert found == launch
     assert capfd.readouterr().err == ""
 
 

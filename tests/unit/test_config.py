@@ -194,7 +194,7 @@ def test_one_of_a_pair_in_the_file_replaces_the_others_default(tmp_path: Path) -
         ("train: {epochs: 0}", ["train.epochs = 0", "greater than or equal to 1"]),
         ("precision: fp8", ["precision = 'fp8'", "'no', 'bf16' or 'fp16'"]),
         ("name: 5", ["name = 5", "valid string"]),
-        ("1: 2", ["1 = 2", "strings"]),
+        ("1: 2", ["1 = ", "keys should be strings"]),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_file_its_value_and_what_it_takes(
@@ -323,7 +323,7 @@ def test_multi_step_without_milestones_is_refused(tmp_path: Path) -> None:
 
 # ---- dump ------------------------------------------------------------------------------------------------------
 
-# Strings that both YAML 1.1, which is written, and YAML 1.2, which is read, take for strings or quote.
+# Without digits: strings that look like numbers are the test below.
 texts = st.text("abcxyz_ -:#'\"{}[],&*!?äö\n", max_size=12)
 plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts
 arguments = st.dictionaries(
@@ -397,25 +397,24 @@ def test_the_digits_recipes_arguments_are_the_functions_own_defaults() -> None:
 def test_help_shows_every_field_with_a_text(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:
         load_config(["--help"])
     assert end.value.code == 0
     printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     lines = [line.strip("│ ") for line in printed.splitlines() if not line.startswith(("╭", "╰"))]
-    texts: dict[str, str] = {}
+    said: dict[str, str] = {}
     flag = ""
     for line in lines:
         if line.startswith("-"):
-            flag = line.split()[-2 if line.startswith("-h") else 0].rstrip(",").removeprefix("--").replace("-", "_")
-            texts[flag] = ""
+            flag = line.split()[0].rstrip(",").lstrip("-").replace("-", "_")
+            said[flag] = ""
         elif flag:
-            texts[flag] += f" {line}"
+            said[flag] += f" {line}"
     for key in flatten(Config()):
-        assert key in texts, f"--help does not show {key}"
-        help_text = re.sub(r"\(default: [^)]*\)\s*$", "", texts[key]).strip()
+        assert key in said, f"--help does not show {key}"
+        help_text = re.sub(r"\(default: [^)]*\)\s*$", "", said[key]).strip()
         assert len(help_text) >= 9, f"--help says {help_text!r} of {key}"
-    assert len({text for key, text in texts.items() if key in flatten(Config())}) >= len(flatten(Config())) - 5
 
 
 # ---- what may change between two starts ------------------------------------------------------------------------

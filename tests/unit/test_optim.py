@@ -148,10 +148,14 @@ def test_the_rate_is_never_negative_and_never_above_the_peak(
 
 @pytest.mark.parametrize("key", ["warmup_steps", "decay_steps"])
 def test_a_schedule_longer_than_the_run_is_refused(key: str) -> None:
+    def schedule(steps: int) -> Schedule:
+        settings: dict[str, Any] = {key: steps}
+        return Schedule("warmup_stable_decay", **settings)
+
     for steps in (100, 101):
         with pytest.raises(UsageError, match=rf"schedule\.{key} = {steps} does not fit into a run of 100 steps"):
-            check_schedule(dataclasses.replace(Schedule("warmup_stable_decay"), **{key: steps}), 100)
-    check_schedule(dataclasses.replace(Schedule("warmup_stable_decay"), **{key: 79}), 100)
+            check_schedule(schedule(steps), 100)
+    check_schedule(schedule(79), 100)
     check_schedule(Schedule(), 1)
 
 

@@ -73,7 +73,7 @@ def test_a_module_that_does_not_exist_is_named_with_where_it_was_looked_for(modu
 
 
 def test_a_missing_package_of_a_dotted_name_is_named(module: Path) -> None:
-    with pytest.raises(UsageError, match="no module 'users_module.parts'"):
+    with pytest.raises(UsageError, match=r"no module 'users_module\.parts'"):
         import_callable("model.name", "users_module.parts:net")
 
 

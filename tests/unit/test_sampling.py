@@ -28,6 +28,7 @@ from distloop.data.sampling import (
     permuted,
 )
 from distloop.errors import UsageError
+from distloop.seeding import derive
 
 reproducible = settings(derandomize=True, deadline=None)
 seeds = st.integers(0, 2**63 - 1)
@@ -448,10 +449,7 @@ def test_shuffled_orders_look_random(samples: int, exact: bool) -> None:
 
 
 def test_the_first_place_of_a_tiny_order_falls_to_each_sample_alike() -> None:
-    for draw in (
-        lambda key: Order(5, key)(0, 0, 1)[0],
-        lambda key: permuted(np.array([0]), 5, sampling.derive(key, 0))[0],
-    ):
+    for draw in (lambda key: Order(5, key)(0, 0, 1)[0], lambda key: permuted(np.array([0]), 5, derive(key))[0]):
         counts = np.bincount([draw(key) for key in range(3000)], minlength=5)
         assert ((counts - 600) ** 2 / 600).sum() < 25  # 4 degrees of freedom: 25 is beyond 1 in 20 000
 

@@ -89,7 +89,7 @@ def test_derived_seeds_differ_where_anything_in_them_does(one: list[int], other:
 
 
 def drawn_from_all_generators() -> tuple[float, ...]:
-    return float(torch.rand(())), float(np.random.random()), random.random()  # noqa: NPY002
+    return float(torch.rand(())), float(np.random.random()), random.random()
 
 
 @pytest.mark.parametrize("place", [(0, 0, 0), (3, 2, 10**12), (2**63, 1, 5)])

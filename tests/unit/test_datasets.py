@@ -1,0 +1,464 @@
+"""Data sets: what they hold, where their files are looked for, and what is said when they are not there."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import multiprocessing
+import pickle
+import re
+import struct
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.datasets import CIFAR10, FashionMNIST
+
+from distloop.config import Data
+from distloop.data.datasets import DataSource, InMemory, cifar10, diabetes, digits, load_data
+from distloop.data.loader import SeededDataset, collate_of, no_check, to_model
+from distloop.data.sampling import MicroBatch
+from distloop.errors import UsageError
+from tests.ranks import free_port
+
+Uint8s = NDArray[np.uint8]
+
+
+# ---- embedded ------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_1437_and_360_images_of_every_class_alike() -> None:
+    source = digits()
+    assert (len(source.train), len(source.validation)) == (1437, 360)
+    assert source.train.inputs.shape == (1437, 1, 8, 8)
+    assert source.train.inputs.dtype == torch.uint8
+    assert int(source.train.inputs.max()) == 255
+    assert source.train.targets.dtype == torch.int64
+    assert source.classes == tuple("0123456789")
+    for digit in range(10):
+        held_out, kept = (int((half.targets == digit).sum()) for half in (source.validation, source.train))
+        assert abs(held_out - 0.2 * (held_out + kept)) <= 1  # stratified
+
+
+def test_the_split_of_digits_is_fixed_and_disjoint() -> None:
+    first, second = digits(), digits()
+    torch.manual_seed(1)
+    np.random.seed(1)
+    third = digits()
+    for half in ("train", "validation"):
+        images = getattr(first, half).inputs
+        assert torch.equal(images, getattr(second, half).inputs)
+        assert torch.equal(images, getattr(third, half).inputs)
+    train, validation = ({image.numpy().tobytes() for image in half.inputs} for half in (first.train, first.validation))
+    assert (len(train), len(validation)) == (1437, 360)  # no image is there twice, so this tells apart:
+    assert not train & validation
+
+
+def test_only_the_training_half_of_digits_is_augmented() -> None:
+    source = digits(shift=2)
+    random = np.full((1, 3), 0.99)
+    train, _ = source.train.batch(np.array([0]), random)
+    validation, _ = source.validation.batch(np.array([0]), random)
+    assert torch.equal(train[0, 0, :6, :6], source.train.inputs[0, 0, 2:, 2:])
+    assert torch.equal(validation, source.validation.inputs[:1])
+
+
+def test_diabetes_is_353_and_89_rows_standardised_by_the_training_rows() -> None:
+    source = diabetes()
+    assert (len(source.train), len(source.validation)) == (353, 89)
+    assert source.train.inputs.shape == (353, 10)
+    assert source.train.targets.shape == (353, 1)
+    assert source.train.inputs.dtype == source.train.targets.dtype == torch.float32
+    assert source.classes is None
+    for columns in (source.train.inputs, source.train.targets):
+        assert columns.mean(0).abs().max() < 1e-6
+        assert (columns.std(0, correction=0) - 1).abs().max() < 1e-5
+    assert source.validation.inputs.mean(0).abs().max() > 0.01
+    train, validation = ({row.numpy().tobytes() for row in half.inputs} for half in (source.train, source.validation))
+    assert (len(train), len(validation)) == (353, 89)
+    assert not train & validation
+    assert torch.equal(diabetes().train.inputs, source.train.inputs)
+
+
+# ---- Fashion-MNIST -------------------------------------------------------------------------------------------
+
+
+def idx_file(array: Uint8s) -> bytes:
+    """The format of MNIST's files: 0, 0, type (8: unsigned byte), dimensions, sizes, bytes."""
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def garments(train: int = 30, test: int = 20) -> dict[str, Uint8s]:
+    generator = np.random.default_rng(0)
+    arrays: dict[str, Uint8s] = {}
+    for half, samples in (("train", train), ("t10k", test)):
+        arrays[f"{half}-images-idx3-ubyte"] = generator.integers(0, 256, (samples, 28, 28), dtype=np.uint8)
+        arrays[f"{half}-labels-idx1-ubyte"] = (np.arange(samples) % 10).astype(np.uint8)
+    return arrays
+
+
+def write_garments(root: Path) -> dict[str, Uint8s]:
+    folder = root / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    arrays = garments()
+    for name, array in arrays.items():
+        (folder / name).write_bytes(idx_file(array))
+    return arrays
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FashionMNIST, "mirrors", [f"http://127.0.0.1:{free_port()}/"])
+    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{free_port()}/cifar-10-python.tar.gz")
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("download", [True, False])
+def test_fashion_mnist_on_the_disk_needs_no_network(tmp_path: Path, download: bool) -> None:
+    arrays = write_garments(tmp_path)
+    source = load_data(Data("fashion_mnist", root=str(tmp_path), args={"download": download}))
+    assert source.classes is not None
+    assert (len(source.classes), source.classes[0], source.classes[9]) == (10, "T-shirt/top", "Ankle boot")
+    assert torch.equal(source.train.inputs, torch.from_numpy(arrays["train-images-idx3-ubyte"])[:, None])
+    assert torch.equal(source.validation.inputs, torch.from_numpy(arrays["t10k-images-idx3-ubyte"])[:, None])
+    assert source.train.targets.tolist() == [index % 10 for index in range(30)]
+    assert source.train.targets.dtype == torch.int64
+    assert (source.train.draws, source.validation.draws) == (3, 0)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_files_that_cannot_be_written_to_are_read_where_they_are(tmp_path: Path) -> None:
+    write_garments(tmp_path)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    load_data(Data("fashion_mnist", root=str(tmp_path)))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before  # no lock file, nothing
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    ("name", "folder", "torchvision_name"),
+    [("fashion_mnist", "FashionMNIST/raw", "FashionMNIST"), ("cifar10", "cifar-10-batches-py", "CIFAR10")],
+)
+@pytest.mark.parametrize("download", [True, False])
+def test_missing_files_are_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, folder: str, torchvision_name: str, download: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        load_data(Data(name, root="data", args={"download": download}))
+    message = str(caught.value)
+    assert f"{torchvision_name} is not complete in {tmp_path / 'data' / folder}" in message
+    assert "Copy its files there" in message
+    assert "--data.root" in message
+    assert ("Connection refused" if download else "data.args.download is false") in message
+    code = re.search(r'python -c "(.*)"', message)
+    assert code is not None
+    compile(code[1], "message", "exec")
+    assert f"import {torchvision_name} as D" in code[1]
+    assert "root" not in code[1]
+    assert "'data'" in code[1]
+
+
+@pytest.mark.usefixtures("no_network")
+def test_one_missing_file_is_enough_to_be_explained(tmp_path: Path) -> None:
+    write_garments(tmp_path)
+    (tmp_path / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(UsageError, match="not complete"):
+        load_data(Data("fashion_mnist", root=str(tmp_path), args={"download": False}))
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("size", [0, 9, 500])
+def test_a_file_that_was_cut_short_is_explained(tmp_path: Path, size: int) -> None:
+    write_garments(tmp_path)
+    file = tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(UsageError, match=str(file.parent)):
+        load_data(Data("fashion_mnist", root=str(tmp_path), args={"download": False}))
+
+
+def test_a_root_that_cannot_be_made_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file, not a folder")
+    with pytest.raises(UsageError, match="FashionMNIST is not complete"):
+        load_data(Data("fashion_mnist", root=str(tmp_path / "data")))
+
+
+class Server:
+    """Serves files from memory on loopback and counts how often each was asked for."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.requests: Counter[str] = Counter()
+        requests = self.requests
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(files[self.path.strip("/")])))
+                self.end_headers()
+
+            def do_GET(self) -> None:
+                if "Method" not in self.headers:  # torchvision looks for redirections with "Method: HEAD"
+                    requests[self.path.strip("/")] += 1
+                self.do_HEAD()
+                self.wfile.write(files[self.path.strip("/")])
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/"
+
+    def __enter__(self) -> Server:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Fashion-MNIST's mirror with 30 + 20 images."""
+    files = {f"{name}.gz": gzip.compress(idx_file(array)) for name, array in garments().items()}
+    with Server(files) as server:
+        monkeypatch.setattr(FashionMNIST, "mirrors", [server.url])
+        md5s = [(name, hashlib.md5(content).hexdigest()) for name, content in files.items()]
+        monkeypatch.setattr(FashionMNIST, "resources", md5s)
+        yield server
+
+
+def load_together(root: str, barrier: Any, answers: Any) -> None:
+    """In a process: load the data, but only go on to download once all processes have found it missing."""
+    look = FashionMNIST.__init__
+
+    def look_together(self: Any, *arguments: Any, download: bool = False, **options: Any) -> None:
+        try:
+            look(self, *arguments, download=download, **options)
+        except RuntimeError:
+            if not download:
+                barrier.wait(60)
+            raise
+
+    FashionMNIST.__init__ = look_together
+    source = load_data(Data("fashion_mnist", root=root))
+    answers.put((len(source.train), int(source.train.inputs.sum()), int(source.validation.inputs.sum())))
+
+
+def test_two_processes_at_once_download_each_file_once_and_both_have_it(tmp_path: Path, mirror: Server) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, answers = context.Barrier(2), context.Queue()
+    processes = [context.Process(target=load_together, args=(str(tmp_path), barrier, answers)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    found = [answers.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+    arrays = garments()
+    sums = (int(arrays[f"{half}-images-idx3-ubyte"].sum()) for half in ("train", "t10k"))
+    assert found == [(30, *sums)] * 2
+    assert mirror.requests == Counter(dict.fromkeys([f"{name}.gz" for name in arrays], 1))
+
+
+def test_what_was_downloaded_once_is_not_asked_for_again(tmp_path: Path, mirror: Server) -> None:
+    for _ in range(2):
+        assert len(load_data(Data("fashion_mnist", root=str(tmp_path))).train) == 30
+    assert set(mirror.requests.values()) == {1}
+
+
+def test_a_download_with_another_checksum_is_refused(
+    tmp_path: Path, mirror: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resources = [(name, "0" * 32 if "t10k-labels" in name else md5) for name, md5 in FashionMNIST.resources]
+    monkeypatch.setattr(FashionMNIST, "resources", resources)
+    with pytest.raises(UsageError, match="downloading failed"):
+        load_data(Data("fashion_mnist", root=str(tmp_path)))
+
+
+# ---- CIFAR-10 ------------------------------------------------------------------------------------------------
+
+
+def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch, samples: int = 4) -> Uint8s:
+    """Batches of `samples` images in the real format, with their checksums; the pixels, [6 samples, 3072]."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    names = [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
+    pixels = np.random.default_rng(0).integers(0, 256, (len(names) * samples, 3072), dtype=np.uint8)
+    md5s = {}
+    for position, name in enumerate(names):
+        part = slice(position * samples, (position + 1) * samples)
+        labels = [index % 10 for index in range(part.start, part.stop)]
+        content = pickle.dumps({"data": pixels[part], "labels": labels, "batch_label": name}, protocol=2)
+        (folder / name).write_bytes(content)
+        md5s[name] = hashlib.md5(content).hexdigest()
+    content = pickle.dumps({"label_names": ["airplane", *(f"class {number}" for number in range(1, 10))]}, protocol=2)
+    (folder / "batches.meta").write_bytes(content)
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, md5s[name]] for name in names[:5]])
+    monkeypatch.setattr(CIFAR10, "test_list", [[name, md5s[name]] for name in names[5:]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": hashlib.md5(content).hexdigest()})
+    return pixels
+
+
+@pytest.mark.usefixtures("no_network")
+def test_cifar10_on_the_disk_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = write_cifar10(tmp_path, monkeypatch)
+    source = load_data(Data("cifar10", root=str(tmp_path)))
+    images = torch.from_numpy(pixels).reshape(-1, 3, 32, 32)
+    assert torch.equal(source.train.inputs, images[:20])
+    assert torch.equal(source.validation.inputs, images[20:])
+    assert source.train.targets.tolist() == [index % 10 for index in range(20)]
+    assert source.classes is not None
+    assert (len(source.classes), source.classes[0]) == (10, "airplane")
+    assert (source.train.pad, source.train.flip, source.validation.draws) == (4, True, 0)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_damaged_cifar10_file_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar10(tmp_path, monkeypatch)
+    file = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UsageError, match=f"not complete in {file.parent}"):
+        cifar10(str(tmp_path), download=False)
+
+
+# ---- folders of pictures -------------------------------------------------------------------------------------
+
+
+def write_pictures(root: Path, halves: dict[str, dict[str, int]]) -> None:
+    """ROOT/HALF/CLASS/N.png or .jpg, so many of each class, in several sizes and modes."""
+    generator = np.random.default_rng(0)
+    for half, classes in halves.items():
+        for name, count in classes.items():
+            folder = root / half / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                height, width = generator.integers(30, 60, 2)
+                picture = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+                if number % 2:
+                    picture.convert("L").save(folder / f"{number}.png")
+                else:
+                    picture.save(folder / f"{number}.jpg")
+
+
+def batch_of(dataset: Any, epoch: int, indices: list[int]) -> Any:
+    return SeededDataset(dataset, 0, collate_of(Data()), no_check).__getitems__(MicroBatch(epoch, np.array(indices)))
+
+
+def test_pictures_become_bytes_of_one_size_and_are_normalised_where_the_model_is(tmp_path: Path) -> None:
+    write_pictures(tmp_path, {"train": {"cat": 3, "dog": 2}, "val": {"cat": 1, "dog": 2}})
+    source = load_data(Data("image_folder", root=str(tmp_path), args={"crop": 32, "resize": 40}))
+    assert (len(source.train), len(source.validation), source.classes) == (5, 3, ("cat", "dog"))
+    for half, labels in ((source.train, [0, 0, 0, 1, 1]), (source.validation, [0, 1, 1])):
+        images, targets = batch_of(half, 0, list(range(len(half))))
+        assert images.shape == (len(half), 3, 32, 32)
+        assert images.dtype == torch.uint8
+        assert targets.tolist() == labels
+        normalised, _ = to_model((images, targets), source, torch.float64)
+        red = (images[:, 0].double() / 255 - 0.485) / 0.229
+        assert torch.allclose(normalised[:, 0], red)
+
+
+def test_only_training_pictures_change_from_epoch_to_epoch(tmp_path: Path) -> None:
+    write_pictures(tmp_path, {"train": {"cat": 2}, "val": {"cat": 2}})
+    source = load_data(Data("image_folder", root=str(tmp_path), args={"crop": 32, "resize": 40}))
+    for half, changes in ((source.train, True), (source.validation, False)):
+        images = [batch_of(half, epoch, [0, 1])[0] for epoch in (0, 0, 1)]
+        assert torch.equal(images[0], images[1])
+        assert torch.equal(images[0], images[2]) is not changes
+
+
+def test_halves_with_different_classes_are_refused(tmp_path: Path) -> None:
+    write_pictures(tmp_path, {"train": {"cat": 1, "dog": 1}, "val": {"cat": 1, "frog": 1}})
+    with pytest.raises(UsageError, match=r"(?s)train.*val.*same classes.*dog, frog"):
+        load_data(Data("image_folder", root=str(tmp_path)))
+
+
+@pytest.mark.parametrize("halves", [{}, {"train": {"cat": 1}}, {"train": {"cat": 0}, "val": {"cat": 1}}])
+def test_missing_pictures_are_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, halves: dict[str, dict[str, int]]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path / "pictures", halves)
+    with pytest.raises(UsageError, match="one folder of pictures per class") as caught:
+        load_data(Data("image_folder", root="pictures"))
+    assert f"{tmp_path}/pictures/train and {tmp_path}/pictures/val" in str(caught.value)
+    assert "--data.root" in str(caught.value)
+
+
+# ---- the user's own ------------------------------------------------------------------------------------------
+
+
+def pair(root: str, samples: int = 3) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    return [(root, index) for index in range(samples)], [(root, 0)]
+
+
+def source_of_two() -> DataSource:
+    train, validation = (InMemory(torch.zeros(count, 1), torch.zeros(count, 1)) for count in (2, 1))
+    return DataSource(train, validation, classes=("only",))
+
+
+def nothing() -> None:
+    return None
+
+
+def list_of_two() -> list[list[int]]:
+    return [[1], [2]]
+
+
+def three() -> tuple[list[int], ...]:
+    return [1], [2], [3]
+
+
+def generators() -> tuple[Iterator[int], Iterator[int]]:
+    return iter([1]), iter([2])
+
+
+def no_validation() -> tuple[list[int], list[int]]:
+    return [1, 2], []
+
+
+def test_a_users_callable_may_return_two_halves_and_is_told_what_it_asks_for() -> None:
+    source = load_data(Data("tests.unit.test_datasets:pair", root="there", args={"samples": 5}))
+    assert isinstance(source, DataSource)
+    assert source.train == [("there", index) for index in range(5)]
+    assert (len(source.validation), source.classes, source.mean) == (1, None, None)
+
+
+def test_a_users_callable_may_return_a_source() -> None:
+    source = load_data(Data("tests.unit.test_datasets:source_of_two"))
+    assert (len(source.train), source.classes) == (2, ("only",))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing", "returned a NoneType; return \\(train, validation\\)"),
+        ("list_of_two", "returned a list"),
+        ("three", "returned a tuple"),
+        ("generators", "train half needs __len__ and __getitem__"),
+        ("no_validation", "validation half is empty"),
+        ("digit", "no callable 'digit'.*'digits'"),
+    ],
+)
+def test_what_is_no_data_set_is_refused_by_name(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=f"tests.unit.test_datasets:{name}.*{message}"):
+        load_data(Data(f"tests.unit.test_datasets:{name}"))
+
+
+@pytest.mark.parametrize(("name", "hint"), [("digit", "'digits'"), ("cifar", "'cifar10'")])
+def test_an_unknown_name_is_refused_with_the_nearest(name: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=f"data.name = '{name}' is not known.*{hint}"):
+        load_data(Data(name))
+
+
+def test_arguments_that_a_data_set_does_not_take_are_refused_with_those_that_it_takes() -> None:
+    with pytest.raises(UsageError, match=r"data.args.*'shifts'.*takes \(shift"):
+        load_data(Data("digits", args={"shifts": 2}))

@@ -1,0 +1,263 @@
+"""From a data set to batches as the model takes them."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as reference
+
+from distloop.config import Data
+from distloop.data.datasets import DataSource, InMemory, digits
+from distloop.data.loader import (
+    SeededDataset,
+    cast,
+    collate_of,
+    example_batch,
+    make_loader,
+    no_check,
+    offers_to_model,
+    to_model,
+    worker_count,
+)
+from distloop.data.sampling import FixedBatchSampler, MicroBatch, MicroBatchSampler, Order, Plan
+from distloop.errors import UsageError
+from distloop.tasks import Classification, Task
+
+CPU = torch.device("cpu")
+
+
+class Pair(NamedTuple):
+    image: Any
+    label: Any
+
+
+class Noisy(Dataset):
+    """Samples that draw from every global generator, as transforms do."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        drawn = [float(torch.rand(())), float(np.random.random()), random.random()]
+        return torch.tensor([index, *drawn], dtype=torch.float64), index % 10
+
+
+class Broken(Noisy):
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index == 7:
+            raise UsageError(f"Sample {index} is broken.\nPut another in its place.")
+        return super().__getitem__(index)
+
+
+def loaded(dataset: Any, task: Task, workers: int, sampler: Any, dtype: torch.dtype = torch.float64) -> list[Any]:
+    source = DataSource(dataset, dataset)
+    return list(make_loader(Data(workers=workers), source, task, 0, CPU, dtype, dataset, sampler))
+
+
+# ---- the order and the seeds -----------------------------------------------------------------------------------
+
+
+def test_batches_come_in_the_samplers_order() -> None:
+    plan = Plan(20, 8, 2, 2, "train")
+    sampler = MicroBatchSampler(Order(20, 0), plan, 1, 0, 5)
+    expected = [batch.indices.tolist() for batch in sampler]
+    assert [batch[0][:, 0].tolist() for batch in loaded(Noisy(), Task(), 0, sampler)] == expected
+
+
+def test_a_sample_is_augmented_alike_in_any_batch_and_in_any_worker() -> None:
+    def rows(workers: int, batch_size: int) -> dict[int, list[float]]:
+        batches = loaded(Noisy(), Task(), workers, FixedBatchSampler(20, batch_size, 0, 1))
+        return {int(row[0]): row[1:].tolist() for inputs, _ in batches for row in inputs}
+
+    alone = rows(0, 1)
+    assert len({tuple(row) for row in alone.values()}) == 20
+    assert rows(0, 7) == alone
+    assert rows(2, 3) == alone
+
+
+def test_a_sample_is_augmented_otherwise_in_another_epoch_and_under_another_seed() -> None:
+    def drawn(seed: int, epoch: int) -> list[float]:
+        dataset = SeededDataset(Noisy(), seed, collate_of(Data()), no_check)
+        return dataset.__getitems__(MicroBatch(epoch, np.array([4])))[0].flatten().tolist()
+
+    for column in list(zip(drawn(0, 0), drawn(0, 1), drawn(1, 0), strict=True))[1:]:
+        assert len(set(column)) == 3
+    assert drawn(0, 1) == drawn(0, 1)
+
+
+def test_data_in_memory_is_augmented_alike_in_any_batch() -> None:
+    images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8)
+    memory = InMemory(images, torch.arange(20), pad=2, flip=True)
+    dataset = SeededDataset(memory, 3, collate_of(Data()), no_check)
+    together = dataset.__getitems__(MicroBatch(1, np.arange(20)))[0]
+    for index in range(20):
+        alone, target = dataset.__getitems__(MicroBatch(1, np.array([index])))
+        assert torch.equal(alone[0], together[index])
+        assert target.tolist() == [index]
+    assert not torch.equal(together, images)
+
+
+def test_a_collate_function_of_ones_own_makes_the_batches() -> None:
+    function = collate_of(Data(collate=f"{__name__}:stack_in_a_dict"))
+    batch = SeededDataset(Noisy(), 0, function, no_check).__getitems__(MicroBatch(0, np.array([3, 5])))
+    assert batch["inputs"].shape == (2, 4)
+    assert batch["targets"].tolist() == [3, 5]
+
+
+def stack_in_a_dict(samples: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
+    return {
+        "inputs": torch.stack([inputs for inputs, _ in samples]),
+        "targets": torch.tensor([target for _, target in samples]),
+    }
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_usage_error_arrives_with_its_plain_message_from_a_worker_as_well(workers: int) -> None:
+    with pytest.raises(UsageError) as error:
+        loaded(Broken(), Task(), workers, FixedBatchSampler(20, 5, 0, 1))
+    assert str(error.value) == "Sample 7 is broken.\nPut another in its place."
+
+
+def test_a_wrong_label_is_told_with_its_index() -> None:
+    task = Classification()
+    task.probe(torch.zeros(1, 9))
+    with pytest.raises(UsageError) as error:
+        loaded(Noisy(), task, 0, FixedBatchSampler(20, 5, 0, 1))
+    assert str(error.value).startswith("Sample 9 has label 9, but the model has 9 classes")
+
+
+def test_the_task_sees_each_batch_with_the_indices_of_its_samples() -> None:
+    seen: list[tuple[list[int], list[int]]] = []
+
+    class Watching(Task):
+        def check(self, batch: Any, indices: Any) -> None:
+            seen.append((batch[0][:, 0].int().tolist(), list(indices)))
+
+    loaded(Noisy(), Watching(), 0, MicroBatchSampler(Order(20, 1), Plan(20, 5), 0, 0, 4))
+    assert len(seen) == 4
+    assert all(samples == indices for samples, indices in seen)
+
+
+# ---- the form that the model takes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_in_bytes_are_normalised_as_torchvision_does(dtype: torch.dtype) -> None:
+    images = torch.randint(0, 256, (6, 3, 5, 4), dtype=torch.uint8)
+    mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
+    source = DataSource(None, None, mean=mean, std=std)
+    inputs, targets, extra = to_model((images, torch.arange(6), torch.ones(6)), source, dtype)
+    expected = reference.normalize(reference.to_dtype(images, torch.float64, scale=True), list(mean), list(std))
+    assert inputs.dtype == dtype
+    assert torch.allclose(inputs.double(), expected, atol=1e-6)
+    assert (targets.dtype, extra.dtype) == (torch.int64, dtype)
+
+
+def test_images_that_are_numbers_already_are_not_normalised_again() -> None:
+    source = DataSource(None, None, mean=(0.5,), std=(0.1,))
+    images = torch.rand(2, 1, 3, 3)
+    assert torch.equal(to_model((images, torch.arange(2)), source, torch.float32)[0], images)
+
+
+def test_bytes_of_data_without_mean_and_std_stay_bytes() -> None:
+    images = torch.randint(0, 256, (2, 1, 3, 3), dtype=torch.uint8)
+    assert to_model((images, torch.arange(2)), DataSource(None, None), torch.float32)[0].dtype == torch.uint8
+
+
+def test_cast_reaches_floating_tensors_in_any_container_and_nothing_else() -> None:
+    def batch(dtype: torch.dtype) -> dict[str, Any]:
+        number = torch.ones(2, dtype=dtype)
+        return {
+            "dict": {"inner": number},
+            "tuple": (number, torch.arange(2), "text", None, 3),
+            "list": [number, torch.ones(2, dtype=torch.bool)],
+            "named": Pair(number, torch.zeros(2, dtype=torch.uint8)),
+            "tensor": number,
+        }
+
+    def described(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.dtype, value.tolist()
+        if isinstance(value, dict):
+            return {key: described(inner) for key, inner in value.items()}
+        if isinstance(value, (tuple, list)):
+            return type(value).__name__, [described(inner) for inner in value]
+        return value
+
+    for dtype in (torch.float64, torch.bfloat16):
+        assert described(cast(batch(torch.float32), dtype)) == described(batch(dtype))
+    assert isinstance(cast(batch(torch.float32), torch.float64)["named"], Pair)
+
+
+def test_the_loader_yields_what_the_model_takes() -> None:
+    source = digits()
+    sampler = FixedBatchSampler(len(source.validation), 100, 0, 1)
+    task = Classification()
+    task.probe(torch.zeros(1, 10))
+    batches = list(make_loader(Data(), source, task, 0, CPU, torch.float64, source.validation, sampler))
+    assert sum(len(targets) for _, targets in batches) == len(source.validation) == 360
+    inputs = torch.cat([inputs for inputs, _ in batches])
+    assert inputs.dtype == torch.float64
+    assert abs(float(inputs.mean())) < 0.05
+    assert abs(float(inputs.std()) - 1) < 0.05
+
+
+def test_the_example_is_the_first_sample_as_the_model_takes_it() -> None:
+    source = digits(shift=0)
+    inputs, targets = example_batch(source, Data(), 0, torch.float32)
+    assert inputs.shape == (1, 1, 8, 8)
+    assert torch.allclose(inputs[0], (source.train.inputs[0].float() / 255 - 0.305) / 0.376)
+    assert targets.tolist() == [int(source.train.targets[0])]
+
+
+@pytest.mark.parametrize(
+    ("example", "source", "offers"),
+    [
+        (
+            (torch.zeros(1, 3, 4, 4), torch.zeros(1, dtype=torch.int64)),
+            DataSource(None, None, classes=("a", "b")),
+            {"num_classes": 2, "num_outputs": 2, "input_shape": (3, 4, 4)},
+        ),
+        ((torch.zeros(1, 5), torch.zeros(1, 2)), DataSource(None, None), {"input_shape": (5,), "num_outputs": 2}),
+        ({"inputs": torch.zeros(1, 5)}, DataSource(None, None), {}),
+        ("text", DataSource(None, None), {}),
+    ],
+)
+def test_a_model_is_offered_what_the_data_shows(example: Any, source: DataSource, offers: dict[str, Any]) -> None:
+    assert offers_to_model(example, source) == offers
+
+
+# ---- workers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("workers", "in_memory", "cpus", "local", "expected"),
+    [
+        (3, True, 16, None, 3),
+        (0, False, 16, None, 0),
+        ("auto", True, 16, None, 0),
+        ("auto", False, 8, None, 8),
+        ("auto", False, 8, "4", 2),
+        ("auto", False, 2, "4", 1),
+        ("auto", False, 128, "2", 16),
+    ],
+)
+def test_the_workers_are_those_set_or_the_ranks_share_of_the_cpus(
+    workers: Any, in_memory: bool, cpus: int, local: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    dataset = InMemory(torch.zeros(2, 1), torch.zeros(2)) if in_memory else Noisy()
+    assert worker_count(Data(workers=workers), dataset) == expected
