@@ -59,7 +59,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Any, state: dict[
         final.rename(replaced)
     writing.rename(final)
     _sync(folder)
-    published = sorted(folder.glob("step_*"))
+    published = published_in(folder)
     for old in (*published[: max(0, published.index(final) + 1 - keep_last)], *folder.glob(".replaced_*")):
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -68,13 +68,24 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Any, state: dict[
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
     """The latest checkpoint in `folder` that verifies, and a line for each later one that does not."""
     passed_over: list[str] = []
-    for path in sorted(folder.glob("step_*"), reverse=True):
+    for path in reversed(published_in(folder)):
         try:
             verify(path)
             return path, passed_over
         except DamagedCheckpoint as damage:
             passed_over.append(f"{path}: {damage}")
     return None, passed_over
+
+
+def published_in(folder: Path) -> list[Path]:
+    """The checkpoint directories in `folder`, by step."""
+    found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint directory, from its name."""
+    return int(path.name.removeprefix("step_"))
 
 
 def verify(path: Path) -> None:
@@ -118,13 +129,18 @@ def save_weights(model: nn.Module, path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     owners: dict[tuple, str] = {}
+    storages: set[int] = set()
     for name, tensor in model.state_dict().items():
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and place in owners:
             aliases[name] = owners[place]
-        else:
-            owners[place] = name
-            tensors[name] = tensor.detach().cpu().contiguous()
+            continue
+        owners[place] = name
+        tensors[name] = tensor.detach().cpu().contiguous()
+        storage = tensors[name].untyped_storage().data_ptr()
+        if storage in storages:  # a view of another tensor, which safetensors refuses
+            tensors[name] = tensors[name].clone()
+        storages.add(storage)
     save_file(tensors, path, metadata={"format": "pt", "aliases": json.dumps(aliases)})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from distloop.errors import UsageError
 
 Result = TypeVar("Result")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Launch(NamedTuple):
@@ -49,10 +51,10 @@ def adopt_slurm(environ: MutableMapping[str, str]) -> bool:
 
 def first_host(nodelist: str) -> str:
     """The first name of a Slurm node list such as "gpu[03-07,11],cpu1"."""
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\](\S*?)(?:,|$))?", nodelist)
+    match = re.match(r"[^,\[](?:[^,\[]|\[[^\]]*\])*", nodelist)  # up to a comma outside of brackets
     if match is None:
         raise UsageError(f"SLURM_STEP_NODELIST = {nodelist!r} is not a list of nodes; set MASTER_ADDR.")
-    return match[1] + (match[2] or "") + (match[3] or "")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match[0])
 
 
 def _tasks_on_node(counts: str, node: int) -> int:
@@ -138,6 +140,12 @@ def check_launch(environ: Mapping[str, str], launch: Launch | None, device: str,
     `device` is the config's; `use_cpu`: whether the run will compute on the CPU.
     """
     world = int(environ.get("WORLD_SIZE", 1))
+    missing = [name for name in RANK_VARIABLES if name not in environ]
+    if missing and (world > 1 or int(environ.get("RANK", 0)) > 0):
+        raise UsageError(
+            f"The environment says that this is one of several processes, but {', '.join(missing)} is not set.\n"
+            f"{right_commands(None, world)}"
+        )
     explicit = device == "cpu" or environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
     if launch and launch.processes > 1 and world != launch.processes:
         raise UsageError(
@@ -239,11 +247,16 @@ def was_reported() -> bool:
 def _first_to_report() -> bool:
     store = _store()
     if store is None:
-        return int(os.environ.get("RANK", 0)) == 0
+        return is_first_rank(os.environ)
     try:
         return store.add("distloop/reported", 1) == 1
     except Exception:  # rank 0 keeps the store and has left: it has said why
-        return int(os.environ.get("RANK", 0)) == 0
+        return is_first_rank(os.environ)
+
+
+def is_first_rank(environ: Mapping[str, str]) -> bool:
+    """Whether this process speaks for all, as far as the environment tells."""
+    return int(environ.get("RANK", 0)) == 0 or "WORLD_SIZE" not in environ
 
 
 def _store() -> Any:
@@ -255,8 +268,11 @@ def _store() -> Any:
 
 def leave(code: int) -> None:
     """End the process with this exit code."""
-    if code and _store() is not None:
-        # Peers may be gone: taking the process group down in order could hang, or change the code.
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Taking gloo or NCCL down with the interpreter now and then aborts, or hangs where a peer is gone: what
+        # has to be closed is closed, so leave without it.
+        for child in multiprocessing.active_children():  # loader workers
+            child.terminate()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

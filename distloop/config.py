@@ -14,7 +14,7 @@ import yaml
 from annotated_types import Ge, Gt, Lt
 from tyro.constructors import PrimitiveConstructorSpec
 
-from distloop.yaml_text import parse_yaml
+from distloop.yaml_text import dump_yaml, parse_yaml
 
 Section = TypeVar("Section")
 
@@ -32,6 +32,14 @@ PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 
+
+def _from_command_line(strings: list[str]) -> Any:
+    try:
+        return parse_yaml(strings[0])
+    except yaml.YAMLError:
+        raise ValueError(f"{strings[0]!r} is not valid YAML") from None
+
+
 # Keyword arguments for a dataset, model or task. On the command line either the whole mapping as YAML
 # (--model.args '{hidden: 64}') or one key of it (--model.args.hidden 64).
 Arguments = Annotated[
@@ -39,9 +47,9 @@ Arguments = Annotated[
     PrimitiveConstructorSpec(
         nargs=1,
         metavar="{YAML MAPPING}",
-        instance_from_str=lambda strings: parse_yaml(strings[0]),
+        instance_from_str=_from_command_line,
         is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [yaml.safe_dump(value, default_flow_style=True).strip()],
+        str_from_instance=lambda value: [dump_yaml(value, in_one_line=True).strip()],
     ),
 ]
 no_arguments = functools.partial(dataclasses.field, default_factory=dict)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import yaml
 
 from distloop.config import Config
 from distloop.errors import UsageError, suggest
-from distloop.yaml_text import parse_yaml
+from distloop.yaml_text import dump_yaml, parse_yaml
 
 SECTIONS = [field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default)]
 # Setting one of a pair on the command line replaces what the file says of the other.
@@ -33,17 +35,22 @@ def load_config(arguments: list[str], quiet: bool = False) -> Config:
     arguments = _take_single_arguments(arguments, settings)
     _choose_alternatives(settings, arguments)
     base = config_from_mapping(settings, path or "command line")
-    config = tyro.cli(
-        Config,
-        default=base,
-        args=arguments,
-        prog="distloop train",
-        description="Train a model. Settings come from --config FILE and, over it, from the command line.",
-        console_outputs=not quiet,
-    )
+    nowhere = io.StringIO()
+    with contextlib.ExitStack() as silence:
+        if quiet:  # tyro's own switch for this leaves some of its messages
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        config = tyro.cli(
+            Config,
+            default=base,
+            args=arguments,
+            prog="distloop train",
+            description="Train a model. Settings come from --config FILE and, over it, from the command line.",
+        )
     config = config_from_mapping(dataclasses.asdict(config), "command line")
     if config.name is None:
-        config = dataclasses.replace(config, name=Path(config.config).stem if config.config else config.data.name)
+        name = Path(config.config).stem if config.config else config.data.name.rpartition(":")[2]
+        config = dataclasses.replace(config, name=name)
     check(config)
     return config
 
@@ -96,7 +103,7 @@ def config_from_mapping(settings: dict[str, Any], source: str) -> Config:
 
 def dump(config: Config) -> str:
     """The config as YAML that config_from_mapping reads back to an equal Config."""
-    return yaml.safe_dump(pydantic.TypeAdapter(Config).dump_python(config, mode="json"), sort_keys=False)
+    return dump_yaml(_adapter().dump_python(config, mode="json"))
 
 
 def check(config: Config) -> None:
@@ -146,11 +153,12 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
 def _shorthand(argument: str) -> str:
     """--model mlp for --model.name mlp."""
     flag, equals, value = argument.partition("=")
-    return f"{flag}.name{equals}{value}" if flag[2:] in ("data", "model", "task", "optim", "schedule") else argument
+    named = flag.startswith("--") and flag[2:] in ("data", "model", "task", "optim", "schedule")
+    return f"{flag}.name{equals}{value}" if named else argument
 
 
 def _config_path(arguments: list[str]) -> str | None:
-    for position, argument in enumerate(arguments):
+    for position, argument in reversed(list(enumerate(arguments))):  # the last one counts, as for any flag
         flag, equals, value = argument.partition("=")
         if flag == "--config":
             if not equals and position + 1 == len(arguments):
@@ -175,9 +183,16 @@ def _take_single_arguments(arguments: list[str], settings: dict[str, Any]) -> li
                 raise UsageError(f"{argument} needs a value.")
             value = queue.pop(0)
         inner = settings.get(group) or {}
-        inner = {"name": inner} if isinstance(inner, str) else dict(inner)
-        inner["args"] = {**(inner.get("args") or {}), key.replace("-", "_"): parse_yaml(value)}
-        settings[group] = inner
+        inner = {"name": inner} if isinstance(inner, str) else inner
+        earlier = inner.get("args") or {} if isinstance(inner, dict) else None
+        if not isinstance(earlier, dict):
+            raise UsageError(
+                f"{group}.args: the file has something else than a mapping there, so {argument} cannot be set."
+            )
+        try:
+            settings[group] = {**inner, "args": {**earlier, key.replace("-", "_"): parse_yaml(value)}}
+        except yaml.YAMLError:
+            raise UsageError(f"{argument}: {value!r} is not valid YAML.") from None
     return rest
 
 

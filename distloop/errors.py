@@ -16,6 +16,10 @@ class UsageError(Exception):
         return text.rsplit(marker, 1)[-1].strip() if text.startswith("Caught ") else text
 
 
+class AlreadyReported(Exception):
+    """What one rank meets because another one made known a user's mistake and left."""
+
+
 def suggest(word: str, known: list[str]) -> str:
     """ " Did you mean 'x'?" for the nearest of `known`, or the list of them when it is short."""
     import difflib

@@ -48,7 +48,7 @@ def lr_at(step: int, total_steps: int, peak: float, schedule: Schedule) -> float
     """
     warmup = schedule.warmup_steps
     if schedule.name == "one_cycle":
-        rise = warmup or max(1, round(0.3 * total_steps))
+        rise = warmup or max(1.0, 0.3 * total_steps - 1)
         low, last = peak / 25, peak / 25e4
         if step < rise:
             return _cosine(low, peak, step / rise)
@@ -65,7 +65,7 @@ def lr_at(step: int, total_steps: int, peak: float, schedule: Schedule) -> float
         case "multi_step":
             return peak * schedule.gamma ** sum(step >= milestone for milestone in schedule.milestones)
         case "warmup_stable_decay":
-            decay = schedule.decay_steps or max(1, round(0.2 * total_steps))
+            decay = schedule.decay_steps or min(total_steps - warmup, max(1, round(0.2 * total_steps)))
             return peak + (final - peak) * max(0.0, 1 - (total_steps - step) / decay)
         case _:
             return peak
@@ -82,6 +82,11 @@ def check_schedule(schedule: Schedule, total_steps: int) -> None:
     for key, steps in (("warmup_steps", schedule.warmup_steps), ("decay_steps", schedule.decay_steps or 0)):
         if steps >= total_steps:
             raise UsageError(f"schedule.{key} = {steps} does not fit into a run of {total_steps} steps.")
+    if schedule.warmup_steps + (schedule.decay_steps or 0) > total_steps:
+        raise UsageError(
+            f"schedule.warmup_steps = {schedule.warmup_steps} and schedule.decay_steps = {schedule.decay_steps} do not "
+            f"fit into a run of {total_steps} steps together."
+        )
 
 
 def _cosine(start: float, stop: float, progress: float) -> float:

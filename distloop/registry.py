@@ -30,17 +30,26 @@ def import_callable(key: str, name: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name):
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
             reason = f"there is no module '{error.name}' in {os.getcwd()} or among the installed packages"
         else:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            reason = f"importing it raised {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+            reason = f"importing it raised {type(error).__name__}: {error} ({_place(error)})"
         raise UsageError(f"{key} = {name!r}: {reason}.") from None
     found = getattr(module, attribute, None)
     if not callable(found):
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise UsageError(f"{key} = {name!r}: {module_name} has no callable '{attribute}'.{suggest(attribute, names)}")
     return found
+
+
+def _place(error: Exception) -> str:
+    """Where importing the user's module went wrong: in its own file, not in a library that it called."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    own = [frame for frame in frames if frame.name == "<module>" and "site-packages" not in frame.filename]
+    frame = (own or frames)[-1]
+    return f"{frame.filename}, line {frame.lineno}"
 
 
 def call(key: str, function: Callable[..., Any], arguments: dict[str, Any], offered: dict[str, Any]) -> Any:

@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distloop.checkpoint import newest_good
+from distloop.checkpoint import newest_good, step_of
 from distloop.config import FIXED_KEYS, Config, differences, is_one_of
 from distloop.config_load import config_from_mapping, dump, read_yaml
-from distloop.errors import UsageError
+from distloop.errors import AlreadyReported, UsageError
 from distloop.tracking.metrics_file import set_rows_aside
 
-CONFIG, STATUS, METRICS = "config.yaml", "status.json", "metrics.jsonl"
+CONFIG, STATUS, METRICS, MISTAKE = "config.yaml", "status.json", "metrics.jsonl", "failures/mistake.txt"
 SECRET = re.compile(r"(key|token|secret|passw|credential)", re.IGNORECASE)
 
 
@@ -45,14 +45,16 @@ def open_run(config: Config, world_size: int) -> Start:
     try:
         if path.exists() and config.resume == "never":
             messages.append(f"the previous run was moved to {_move_aside(path)}")
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for folder in ("checkpoints", "failures"):
+            (path / folder).mkdir(parents=True, exist_ok=True)
+        (path / MISTAKE).unlink(missing_ok=True)
         status = _read_json(path / STATUS)
         extended = (path / CONFIG).exists() and _compare(path, config, status)
         if status.get("state") == "finished" and not extended:
             return Start(path, int(status["attempt"]), None, True, messages)
         checkpoint, passed_over = newest_good(path / "checkpoints")
         messages += [f"passed over a damaged checkpoint: {line}" for line in passed_over]
-        step = int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
+        step = step_of(checkpoint) if checkpoint else 0
         aside = set_rows_aside(path / METRICS, step)
         if aside:
             messages.append(f"{aside} rows of metrics after step {step} were set aside: these steps are done again")
@@ -68,7 +70,7 @@ def open_run(config: Config, world_size: int) -> Start:
 
 
 class RunStatus:
-    """Keeps status.json: written when the run starts, saves and ends, however it ends. Rank 0 only writes."""
+    """Keeps status.json: written by rank 0 when the run starts, saves and ends, however it ends."""
 
     def __init__(self, start: Start, step: int, enabled: bool) -> None:
         self.start, self.step, self.enabled = start, step, enabled
@@ -83,8 +85,15 @@ class RunStatus:
         self._write("running", None)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        mistake = self.start.path / MISTAKE
         if kind is None:
             self._write("finished", "all steps are done")
+        elif issubclass(kind, UsageError):
+            mistake.write_text(f"{error}\n")  # for the other ranks, whose connections break when this one leaves
+            self._write("failed", str(error))
+        elif mistake.exists() and issubclass(kind, Exception):
+            self._write("failed", mistake.read_text().strip())
+            raise AlreadyReported from error
         elif issubclass(kind, KeyboardInterrupt):
             self._write("stopped", "interrupted from the keyboard")
         else:

@@ -52,7 +52,9 @@ def hashes(key: int, values: NDArray[np.int64]) -> NDArray[np.uint64]:
 def uniforms(seed: int, epoch: int, indices: NDArray[np.int64], draws: int) -> NDArray[np.float64]:
     """Numbers in [0, 1) for augmentation, of shape [len(indices), draws]; a row depends on its index alone."""
     columns = [hashes(derive(seed, epoch, draw), indices) for draw in range(draws)]
-    return np.stack(columns, axis=1).astype(np.float64) / 2.0**64 if draws else np.empty((len(indices), 0))
+    if not draws:
+        return np.empty((len(indices), 0))
+    return (np.stack(columns, axis=1) >> np.uint64(11)) / 2.0**53  # as many bits as a float64 has: never 1.0
 
 
 def seed_sample(seed: int, epoch: int, index: int) -> None:

@@ -35,7 +35,7 @@ class Task:
         return model(inputs_of(batch))
 
     def loss(self, outputs: Any, batch: Any) -> tuple[Tensor, Tensor | int]:
-        """(sum of the losses, sum of the weights) of the micro-batch; the first keeps its graph."""
+        """(sum of the losses, sum of the weights) of the micro-batch."""
         raise NotImplementedError(f"{type(self).__name__} must define loss(outputs, batch).")
 
     def metrics(self, outputs: Any, batch: Any) -> Sums:
@@ -57,7 +57,7 @@ class Task:
 
 
 class Classification(Task):
-    """One class per sample: cross-entropy and accuracy. Outputs [batch, classes], targets int64 [batch]."""
+    """One class per sample: cross-entropy and accuracy. Outputs [batch, classes], targets: integers [batch]."""
 
     best = ("accuracy", "max")
 
@@ -66,7 +66,7 @@ class Classification(Task):
         self.classes = 0
 
     def loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, int]:
-        targets = targets_of(batch)
+        targets = targets_of(batch).long()  # labels may be of any integer type
         loss = functional.cross_entropy(outputs, targets, reduction="sum", label_smoothing=self.label_smoothing)
         return loss, len(targets)
 
@@ -74,7 +74,7 @@ class Classification(Task):
         return {"correct": (outputs.argmax(1) == targets_of(batch)).sum()}
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        return {**super().summary(sums), "accuracy": float(sums["correct"] / sums["samples"])}
+        return {**super().summary(sums), "accuracy": int(sums["correct"]) / int(sums["samples"])}
 
     def probe(self, outputs: Any) -> None:
         if not isinstance(outputs, Tensor) or outputs.ndim != 2:
@@ -161,6 +161,19 @@ def inputs_of(batch: Any) -> Any:
 def targets_of(batch: Any) -> Any:
     """The targets of a batch: its second element, or what a dict holds under "targets"."""
     return _part(batch, 1, "targets")
+
+
+def with_inputs(batch: Any, inputs: Any) -> Any:
+    """The batch with other inputs."""
+    if isinstance(batch, dict):
+        return {**batch, "inputs": inputs}
+    rest = batch[1:]
+    return type(batch)(inputs, *rest) if hasattr(batch, "_fields") else type(batch)((inputs, *rest))
+
+
+def checks_targets_only(task: Task) -> bool:
+    """Whether task.check looks at nothing but the targets, as the built-in tasks do."""
+    return type(task).check in (Task.check, Classification.check)
 
 
 def _part(batch: Any, position: int, key: str) -> Any:

@@ -37,7 +37,7 @@ from distloop.config_load import load_config
 from distloop.data.datasets import load_data
 from distloop.data.loader import example_batch, make_loader, offers_to_model
 from distloop.data.sampling import FixedBatchSampler, MicroBatchSampler, Order, Plan, is_due
-from distloop.errors import UsageError
+from distloop.errors import AlreadyReported, UsageError
 from distloop.gradients import divide_by_weight
 from distloop.models import build_model
 from distloop.optim import build_optimizer, check_schedule, lr_at, set_lr
@@ -211,9 +211,11 @@ def train(config: Config) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit code: 0 in order, 2 wrong usage (1: an exception)."""
-    quiet = int(os.environ.get("RANK", 0)) != 0  # every rank meets the same mistakes; one says them
+    quiet = not cluster.is_first_rank(os.environ)  # every rank meets the same mistakes; one says them
     try:
         train(load_config(sys.argv[1:] if arguments is None else arguments, quiet))
+    except AlreadyReported:
+        return 2
     except UsageError as error:
         cluster.report(error)
         return 2

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import find_batch_size
 from torch import Tensor, nn
 
 from distloop.data.sampling import FixedBatchSampler
@@ -26,10 +25,10 @@ def validate(model: nn.Module, task: Task, loader: Iterable[Any], sampler: Fixed
     model.eval()
     rows: list[dict[str, Tensor]] = []
     with torch.no_grad():
-        for batch in loader:
+        for position, batch in enumerate(loader):
             outputs = task.forward(model, batch)
             loss, weight = task.loss(outputs, batch)
-            samples = torch.tensor(find_batch_size(batch))
+            samples = torch.tensor(sampler.size(position))
             rows.append(
                 {"loss": loss, "weight": torch.as_tensor(weight), "samples": samples, **task.metrics(outputs, batch)}
             )

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from distloop.data.datasets import DataSource, InMemory, cifar10, digits
+from distloop.errors import UsageError
 from distloop.tasks import Classification, Task
 
 
@@ -190,28 +192,45 @@ class Segmentation(Task):
         return {**super().summary(sums), "mean_iou": float((overlap / union).mean()), **cells}
 
 
-# ---- tasks that write down what they are given ---------------------------------------------------------------
+# ---- what writes down what is loaded -------------------------------------------------------------------------
 
 
-class Recorded(Task):
-    """Writes one line, index and digest of the input, for each sample that the loader made, into `folder`."""
+def record(folder: str, inputs: Tensor, indices: Sequence[int] | NDArray[np.int64]) -> None:
+    """Write a line, index and digest of the input, for each sample into a file of this rank or loader process."""
+    with open(Path(folder) / f"{os.getpid()}", "a") as file:
+        file.writelines(f"{index} {digest(row)}\n" for index, row in zip(indices, inputs, strict=True))
 
+
+class RecordedSegmentation(Segmentation):
     def __init__(self, folder: str) -> None:
-        super().__init__()
-        self.folder = Path(folder)
+        self.folder = folder
 
     def check(self, batch: Any, indices: Sequence[int]) -> None:
-        super().check(batch, indices)
-        with open(self.folder / f"{os.getpid()}", "a") as file:  # of this rank or loader process
-            file.writelines(f"{index} {digest(batch[0][row])}\n" for row, index in enumerate(indices))
+        record(self.folder, batch[0], indices)
 
 
-class RecordedSegmentation(Recorded, Segmentation):
-    pass
+class RecordedImages(InMemory):
+    def __init__(self, images: InMemory, folder: str) -> None:
+        super().__init__(images.inputs, images.targets, images.pad, images.flip)
+        self.folder = folder
+
+    def batch(self, indices: NDArray[np.int64], random: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+        batch = super().batch(indices, random)
+        record(self.folder, batch[0], indices)
+        return batch
 
 
-class RecordedClassification(Recorded, Classification):
-    pass
+def recorded_digits(folder: str) -> DataSource:
+    source = digits()
+    train, validation = (RecordedImages(half, folder) for half in (source.train, source.validation))
+    return DataSource(train, validation, source.classes, source.mean, source.std)
+
+
+class NoBlackImages(Classification):
+    """Refuses what any batch of digits has: a black corner."""
+
+    def check(self, batch: Any, indices: Sequence[int]) -> None:
+        raise UsageError(f"Sample {int(indices[0])} has a black corner.")
 
 
 def digest(tensor: Tensor) -> str:

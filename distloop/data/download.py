@@ -29,6 +29,11 @@ def fetched(dataset: Callable[..., Any], root: str, download: bool, folder: Path
         return dataset(root, train=True), dataset(root, train=False)
     except UNREADABLE as error:
         reason = _in_one_line(error)
+        if isinstance(error, (ValueError, EOFError)):  # the file is there, so that it would not be fetched again
+            raise UsageError(
+                f"{name}: a file in {folder.resolve()} is damaged ({reason}). Delete that folder to have it "
+                "downloaded again, or copy it from a machine that has it."
+            ) from None
     if download:
         try:
             with _only_one(Path(root)):

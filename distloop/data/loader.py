@@ -19,7 +19,7 @@ from distloop.data.sampling import MicroBatch
 from distloop.errors import UsageError
 from distloop.registry import import_callable
 from distloop.seeding import seed_sample, uniforms
-from distloop.tasks import Task, inputs_of, targets_of
+from distloop.tasks import Task, checks_targets_only, inputs_of, targets_of, with_inputs
 
 
 class SeededDataset(Dataset):
@@ -115,7 +115,8 @@ def make_loader(
     """
     workers = worker_count(config, dataset)
     in_memory = hasattr(dataset, "batch") and getattr(dataset, "targets", None) is not None
-    check = no_check if in_memory else task.check  # introduce() has looked at all targets in memory
+    seen = in_memory and checks_targets_only(task)  # introduce() has looked at all of them
+    check = no_check if seen else task.check
     loader = DataLoader(
         SeededDataset(dataset, seed, collate_of(config), check),
         batch_sampler=cast_type(Any, sampler),  # it yields MicroBatch, which __getitems__ takes whole
@@ -137,10 +138,11 @@ def to_model(batch: Any, source: DataSource, dtype: torch.dtype) -> Any:
 
     Images travel to the device as bytes: a quarter of the traffic, and normalising there costs nothing.
     """
-    if source.mean and source.std and isinstance(batch, (tuple, list)) and batch[0].dtype == torch.uint8:
-        images, *rest = batch
-        scale, shift = _normalisation(source.mean, source.std, dtype, images.device)
-        return (images.to(dtype).mul_(scale).sub_(shift), *(cast(part, dtype) for part in rest))
+    if source.mean and source.std:
+        images = inputs_of(batch)
+        if isinstance(images, torch.Tensor) and images.dtype == torch.uint8:
+            scale, shift = _normalisation(tuple(source.mean), tuple(source.std), dtype, images.device)
+            batch = with_inputs(batch, images.to(dtype).mul_(scale).sub_(shift))
     return cast(batch, dtype)
 
 

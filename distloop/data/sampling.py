@@ -192,7 +192,16 @@ class FixedBatchSampler:
         """Batches over all ranks."""
         return -(-self.samples // self.batch_size)
 
+    def span(self, position: int) -> tuple[int, int]:
+        """(start, stop) of this rank's batch number `position`."""
+        start = (self.rank + position * self.world_size) * self.batch_size
+        return start, min(start + self.batch_size, self.samples)
+
+    def size(self, position: int) -> int:
+        """Samples of this rank's batch number `position`."""
+        start, stop = self.span(position)
+        return stop - start
+
     def __iter__(self) -> Iterator[MicroBatch]:
-        for batch in range(self.rank, self.batches, self.world_size):
-            start = batch * self.batch_size
-            yield MicroBatch(0, np.arange(start, min(start + self.batch_size, self.samples)))
+        for position in range(len(range(self.rank, self.batches, self.world_size))):
+            yield MicroBatch(0, np.arange(*self.span(position)))

@@ -57,7 +57,8 @@ def by_hand(steps: int, processes: int) -> list[float]:
         torch.distributed.init_process_group("gloo")
         model = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=3e-3, momentum=0.9, weight_decay=0.05, fused=True)
-    rank, times = int(os.environ.get("RANK", 0)), []
+    rank = int(os.environ.get("RANK", 0))
+    times: list[float] = []
     import numpy as np
 
     generator = np.random.default_rng(rank)
@@ -81,8 +82,17 @@ def measure(loop: str, steps: int, processes: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         started = [
             subprocess.Popen(
-                [sys.executable, "-m", "tests.bench.step_time", "--loop", loop, "--steps", str(steps)]
-                + ["--processes", str(processes)],
+                [
+                    sys.executable,
+                    "-m",
+                    "tests.bench.step_time",
+                    "--loop",
+                    loop,
+                    "--steps",
+                    str(steps),
+                    "--processes",
+                    str(processes),
+                ],
                 cwd=folder,
                 env={**clean_environment(), **rank_environment(rank, processes, port)},
                 stdout=subprocess.PIPE,

@@ -247,6 +247,7 @@ def test_the_launch_is_read_from_the_parents_command_line(
     assert capfd.readouterr().err == ""
 
 
+RANKS = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 THREE = Launch(3, True, "here/train.py")
 ONE = Launch(1, False, "here/train.py")
 
@@ -256,10 +257,10 @@ ONE = Launch(1, False, "here/train.py")
     [
         ({}, None, "auto", True),
         ({}, ONE, "auto", True),
-        ({"WORLD_SIZE": "3"}, THREE, "auto", False),
-        ({"WORLD_SIZE": "3", "ACCELERATE_USE_CPU": "true"}, THREE, "auto", True),
-        ({"WORLD_SIZE": "3"}, THREE, "cpu", True),
-        ({"WORLD_SIZE": "3"}, None, "auto", True),  # torchrun on a machine without GPUs
+        ({**RANKS, "WORLD_SIZE": "3"}, THREE, "auto", False),
+        ({**RANKS, "WORLD_SIZE": "3", "ACCELERATE_USE_CPU": "true"}, THREE, "auto", True),
+        ({**RANKS, "WORLD_SIZE": "3"}, THREE, "cpu", True),
+        ({**RANKS, "WORLD_SIZE": "3"}, None, "auto", True),  # torchrun on a machine without GPUs
         ({"WORLD_SIZE": "1", "ACCELERATE_MIXED_PRECISION": "no"}, ONE, "auto", True),
     ],
 )
@@ -269,7 +270,7 @@ def test_launches_that_become_the_world_they_ask_for_pass(
     check_launch(environ, launch, device, use_cpu)
 
 
-@pytest.mark.parametrize("environ", [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "2"}])
+@pytest.mark.parametrize("environ", [{}, {"WORLD_SIZE": "1"}, {**RANKS, "WORLD_SIZE": "2"}])
 def test_a_launch_whose_processes_do_not_come_to_be_is_refused_with_the_right_commands(environ: dict[str, str]) -> None:
     with pytest.raises(UsageError) as refusal:
         check_launch(environ, THREE, "auto", True)
@@ -281,7 +282,7 @@ def test_a_launch_whose_processes_do_not_come_to_be_is_refused_with_the_right_co
 
 @pytest.mark.parametrize(
     ("environ", "launch"),
-    [({"WORLD_SIZE": "3"}, THREE), ({"WORLD_SIZE": "3", "ACCELERATE_MIXED_PRECISION": "no"}, None)],
+    [({**RANKS, "WORLD_SIZE": "3"}, THREE), ({**RANKS, "WORLD_SIZE": "3", "ACCELERATE_MIXED_PRECISION": "no"}, None)],
 )
 def test_a_launch_for_gpus_where_there_are_none_is_refused(environ: dict[str, str], launch: Launch | None) -> None:
     with pytest.raises(UsageError, match="no GPU is visible") as refusal:
@@ -327,6 +328,11 @@ def test_a_world_that_is_not_what_was_started_is_refused_with_who_said_so(
     assert said in str(refusal.value)
 
 
+def test_tasks_that_do_not_make_up_the_world_evenly_are_refused() -> None:
+    with pytest.raises(UsageError, match="srun started 2 tasks, but the run has 3 processes"):
+        check_world(3, {"SLURM_STEP_NUM_TASKS": "2"}, None, None)
+
+
 def test_the_right_commands_start_so_many_processes_of_the_users_script() -> None:
     cpu, gpu = right_commands(THREE, 5).splitlines()
     for line in (cpu, gpu):
@@ -367,6 +373,7 @@ def test_a_mistake_is_said_by_the_first_rank_alone_where_ranks_cannot_talk(
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
     cluster.report(UsageError("do this instead"))
     printed = capsys.readouterr()
     assert printed.out == ""
