@@ -178,6 +178,26 @@ def test_equal_weights_in_different_places_are_both_stored(tmp_path: Path) -> No
     assert len(load_file(tmp_path / MODEL)) == 4
 
 
+class Views(nn.Module):
+    """A buffer that is a part of another one."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        whole = torch.arange(start, start + 6)
+        self.register_buffer("whole", whole)
+        self.register_buffer("part", whole[:3])
+
+
+def test_a_buffer_that_is_a_view_of_another_comes_back(tmp_path: Path) -> None:
+    save_weights(Views(0.0), tmp_path / MODEL)
+    other = Views(9.0)
+    load_weights(tmp_path / MODEL, other)
+    assert {name: buffer.tolist() for name, buffer in other.named_buffers()} == {
+        "whole": [0, 1, 2, 3, 4, 5],
+        "part": [0, 1, 2],
+    }
+
+
 def test_weights_may_come_from_a_file_without_our_metadata(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -391,6 +411,12 @@ def test_a_file_in_place_of_a_checkpoint_is_passed_over(tmp_path: Path) -> None:
     saved(tmp_path, 10)
     (tmp_path / "step_00000020").write_text("")
     assert MANIFEST in passed_over(tmp_path)
+
+
+def test_a_folder_that_only_begins_like_a_checkpoint_is_none(tmp_path: Path) -> None:
+    path = saved(tmp_path, 10)
+    shutil.copytree(path, tmp_path / f"{path.name}_backup")
+    assert newest_good(tmp_path) == (path, [])
 
 
 def test_every_damaged_checkpoint_is_named_from_the_latest_on(tmp_path: Path) -> None:

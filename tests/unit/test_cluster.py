@@ -100,6 +100,7 @@ def test_the_port_is_the_same_for_all_tasks_and_another_for_other_steps_and_jobs
         ("n[5]", "n5"),
         ("rack1-node[001-010]-ib,x", "rack1-node001-ib"),
         ("a,n[1-2]", "a"),
+        ("r[1-2]n[3-4],x", "r1n3"),
         ("node-1.cluster.org,node-2.cluster.org", "node-1.cluster.org"),
         ("n[1-2].cluster.org", "n1.cluster.org"),
         ("10.0.0.1", "10.0.0.1"),

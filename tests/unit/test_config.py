@@ -67,6 +67,17 @@ def test_the_run_is_named_after_the_file_unless_it_is_given_a_name(tmp_path: Pat
     assert load(tmp_path, "name: theirs", "--name", "mine").name == "mine"
 
 
+def test_without_a_file_or_a_name_the_run_is_named_after_the_callable_of_its_data() -> None:
+    assert load_config(["--data", "tests.user_code:digits_head"]).name == "digits_head"
+
+
+def test_of_several_files_the_last_one_counts(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        (tmp_path / f"{seed}.yaml").write_text(f"seed: {seed}")
+    config = load_config(["--config", str(tmp_path / "1.yaml"), f"--config={tmp_path / '2.yaml'}"])
+    assert config == Config(name="2", seed=2, config=str(tmp_path / "2.yaml"))
+
+
 @pytest.mark.parametrize("form", [["--seed", "5"], ["--seed=5"]])
 def test_flags_take_their_value_in_either_form(tmp_path: Path, form: list[str]) -> None:
     assert load(tmp_path, "seed: 1", *form).seed == 5
@@ -105,6 +116,7 @@ def test_no_and_powers_of_ten_are_read_as_meant(tmp_path: Path) -> None:
         ("12", 12),
         ("'1e3'", "1e3"),
         ("1.2.3", "1.2.3"),
+        ("2024-01-01", "2024-01-01"),
         ("e3", "e3"),
         (".", "."),
         ("~", None),
@@ -138,6 +150,11 @@ def test_the_command_line_takes_a_section_as_one_word(tmp_path: Path, form: list
     assert config.optim.name == "sgd"
 
 
+def test_a_value_that_ends_in_a_sections_name_is_no_section() -> None:
+    config = load_config(["--name", "mydata", "--data.root", "mymodel"])
+    assert (config.name, config.data.root) == ("mydata", "mymodel")
+
+
 def test_single_arguments_join_those_of_the_file_and_whole_mappings_replace_them(tmp_path: Path) -> None:
     text = "model: {name: mlp, args: {hidden: 8, layers: 3}}"
     assert load(tmp_path, text, "--model.args.hidden", "64").model.args == {"hidden": 64, "layers": 3}
@@ -156,6 +173,17 @@ def test_single_arguments_are_yaml_values() -> None:
 def test_a_flag_at_the_end_without_its_value_is_refused(flag: str) -> None:
     with pytest.raises(UsageError, match=f"{flag} needs a"):
         load_config([flag])
+
+
+def test_a_single_argument_that_is_not_yaml_is_refused_with_its_flag() -> None:
+    with pytest.raises(UsageError, match=r"--model\.args\.hidden: '\{' is not valid YAML"):
+        load_config(["--model.args.hidden", "{"])
+
+
+def test_a_single_argument_does_not_join_a_list_in_the_file(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "model: {args: [1]}", "--model.args.hidden", "64")
+    assert "model.args: the file has something else than a mapping there" in message
+    assert "--model.args.hidden" in message
 
 
 def test_one_of_a_pair_on_the_command_line_replaces_the_other_in_the_file(tmp_path: Path) -> None:
@@ -224,6 +252,7 @@ def test_a_value_that_only_the_command_line_has_is_checked_as_well() -> None:
         (["--optim.lrr", "1"], "--optim.lr"),
         (["--optim.lr", "fast"], "fast"),
         (["--batch.remainder", "keep"], "keep"),
+        (["--model.args", "{a: "], "is not valid YAML"),
         (["--sead", "1"], "--sead"),
     ],
 )
@@ -348,7 +377,10 @@ def test_a_dumped_config_is_read_back_equal(
     assert differences(config, back) == {}
 
 
-@pytest.mark.parametrize("value", ["no", "yes", "on", "true", "null", "~", "12", "1.5", "0x1f", ""])
+@pytest.mark.parametrize(
+    "value",
+    ["no", "yes", "on", "true", "null", "~", "12", "1.5", "0x1f", "", "1e-3", "1e5", "1.5e3", "3e8", "2024-01-01"],
+)
 def test_strings_that_look_like_something_else_stay_strings(value: str) -> None:
     config = Config(name="run", runs_dir=value, model=Model(args={"key": value}))
     assert config_from_mapping(parse_yaml(dump(config)), "config.yaml") == config

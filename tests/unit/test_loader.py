@@ -136,14 +136,17 @@ def test_a_wrong_label_is_told_with_its_index() -> None:
     assert str(error.value).startswith("Sample 9 has label 9, but the model has 9 classes")
 
 
-def test_the_task_sees_each_batch_with_the_indices_of_its_samples() -> None:
+@pytest.mark.parametrize(
+    "dataset", [Noisy(), InMemory(torch.arange(20.0)[:, None], torch.arange(20))], ids=["samples", "memory"]
+)
+def test_the_task_sees_each_batch_with_the_indices_of_its_samples(dataset: Any) -> None:
     seen: list[tuple[list[int], list[int]]] = []
 
     class Watching(Task):
         def check(self, batch: Any, indices: Any) -> None:
             seen.append((batch[0][:, 0].int().tolist(), list(indices)))
 
-    loaded(Noisy(), Watching(), 0, MicroBatchSampler(Order(20, 1), Plan(20, 5), 0, 0, 4))
+    loaded(dataset, Watching(), 0, MicroBatchSampler(Order(20, 1), Plan(20, 5), 0, 0, 4))
     assert len(seen) == 4
     assert all(samples == indices for samples, indices in seen)
 
@@ -167,6 +170,15 @@ def test_images_that_are_numbers_already_are_not_normalised_again() -> None:
     source = DataSource(None, None, mean=(0.5,), std=(0.1,))
     images = torch.rand(2, 1, 3, 3)
     assert torch.equal(to_model((images, torch.arange(2)), source, torch.float32)[0], images)
+
+
+def test_mean_and_std_may_be_lists() -> None:
+    batch = torch.randint(0, 256, (2, 1, 3, 3), dtype=torch.uint8), torch.arange(2)
+    mean: Any = [0.5]
+    std: Any = [0.2]
+    inputs, _ = to_model(batch, DataSource(None, None, mean=mean, std=std), torch.float32)
+    expected, _ = to_model(batch, DataSource(None, None, mean=(0.5,), std=(0.2,)), torch.float32)
+    assert torch.equal(inputs, expected)
 
 
 def test_bytes_of_data_without_mean_and_std_stay_bytes() -> None:

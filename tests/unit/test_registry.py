@@ -83,6 +83,8 @@ def test_a_missing_package_of_a_dotted_name_is_named(module: Path) -> None:
         ("\n\nraise ValueError('bad luck')\n", 3, "ValueError: bad luck"),
         ("x = 1\nimport a_package_that_is_not_there\n", 2, "No module named 'a_package_that_is_not_there'"),
         ("\n1 / 0\n", 2, "ZeroDivisionError"),
+        ("import users_brok\n", 1, "No module named 'users_brok'"),  # the module's own name begins like this
+        ("x = 1\ndef net(:\n    pass\n", 2, "SyntaxError"),
     ],
 )
 def test_an_error_inside_of_the_module_is_told_with_its_file_and_line(
@@ -94,12 +96,6 @@ def test_an_error_inside_of_the_module_is_told_with_its_file_and_line(
     message = str(refusal.value)
     assert said in message
     assert f"({module / 'users_broken.py'}, line {line})" in message
-
-
-def test_a_syntax_error_is_told_with_its_file_and_line(module: Path) -> None:
-    (module / "users_typo.py").write_text("x = 1\ndef net(:\n    pass\n")
-    with pytest.raises(UsageError, match=r"SyntaxError.*users_typo\.py, line 2"):
-        import_callable("data.name", "users_typo:net")
 
 
 def test_a_callable_that_is_not_there_is_refused_with_the_nearest(module: Path) -> None:

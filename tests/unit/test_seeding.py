@@ -77,6 +77,13 @@ def test_uniforms_fill_the_unit_interval_evenly() -> None:
     assert abs(np.corrcoef(drawn[:-1, 0], drawn[1:, 0])[0, 1]) < 5 / 100_000**0.5
 
 
+def test_the_largest_hash_is_still_below_one() -> None:
+    index = np.array([-4153537508696988599])
+    # 2**64 - 1, which as a float64 would be 2**64.
+    assert hashes(derive(0, 0, 0), index).tolist() == [2**64 - 1]
+    assert uniforms(0, 0, index, 1).max() < 1
+
+
 def test_no_draws_are_an_empty_row_each() -> None:
     assert uniforms(0, 0, np.arange(7), 0).shape == (7, 0)
 

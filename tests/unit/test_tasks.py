@@ -108,6 +108,14 @@ def test_labels_that_are_not_one_integer_per_sample_are_refused(labels: Tensor) 
         probed().check((None, labels), [0, 1])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type_are_taken(scores: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    outputs, targets = scores
+    task = probed(classes=4)
+    task.check_targets(targets.to(dtype))
+    assert torch.equal(task.loss(outputs, (None, targets.to(dtype)))[0], task.loss(outputs, (None, targets))[0])
+
+
 # ---- regression ------------------------------------------------------------------------------------------------
 
 
