@@ -18,7 +18,7 @@ CPU      = $(BIN)/python -c 'import torch; print("false" if torch.cuda.is_availa
 .PHONY: train test test-all lint setup
 
 train: .venv/installed
-	ACCELERATE_USE_CPU=$$($(CPU)) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(nproc) + $(PROCS) - 1) / $(PROCS) ))} \
+	ACCELERATE_USE_CPU=$$($(CPU)) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(getconf _NPROCESSORS_ONLN) + $(PROCS) - 1) / $(PROCS) ))} \
 	  $(LAUNCH) distloop/train.py --config $(CONFIG) --expect-world $(PROCS) $(ARGS)
 
 test: .venv/installed-dev

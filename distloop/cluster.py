@@ -67,15 +67,31 @@ def _tasks_on_node(counts: str, node: int) -> int:
     return expanded[node] if node < len(expanded) else 1
 
 
+def cpus_per_rank(environ: Mapping[str, str]) -> int:
+    """The CPUs that this rank may use: Slurm's share of the task, else its part of what the process is bound to.
+
+    Not os.cpu_count(): a job on a shared node may use a few of its CPUs only.
+    """
+    if "SLURM_CPUS_PER_TASK" in environ:
+        return int(environ["SLURM_CPUS_PER_TASK"])
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
+    return max(1, bound // int(environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def share_cpus(environ: MutableMapping[str, str]) -> None:
     """Where several ranks share a machine and nobody set a thread count, give each its share of the CPUs."""
-    local = int(environ.get("LOCAL_WORLD_SIZE", 1))
-    if local > 1:
-        environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local)))
+    if int(environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        environ.setdefault("OMP_NUM_THREADS", str(cpus_per_rank(environ)))
+
+
+def launcher_uses_cpu(environ: Mapping[str, str]) -> bool:
+    """Whether an Accelerate launcher, or its user, asks for the CPU."""
+    return environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
 
 
 def override_launcher(environ: MutableMapping[str, str], precision: str) -> list[str]:
-    """Take what belongs to the config out of an Accelerate launcher's environment; a warning where they differ.
+    """Take what belongs to the config out of an Accelerate launcher's environment; one warning where
+    they differ.
 
     Raises UsageError for what this program does not do.
     """
@@ -90,15 +106,18 @@ def override_launcher(environ: MutableMapping[str, str], precision: str) -> list
         "ACCELERATE_DYNAMO_BACKEND": ("compile", "no"),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("batch.micro_size", "1"),
     }
-    warnings = []
+    refused = []
     for variable, (key, value) in ours.items():
         asked = environ.pop(variable, value).lower()
         # "no" and "1" are what a launcher exports when nobody asked for anything.
         if asked not in ("no", "1", value):
-            warnings.append(f"the launcher's {variable}={asked} is not used: the config decides ({key}).")
+            refused.append(f"{variable}={asked} ({key})")
+    environ.pop("ACCELERATE_USE_CPU", None)  # the device has been chosen; Accelerate is told by an argument
     for variable in [name for name in environ if name.startswith("ACCELERATE_DYNAMO_")]:
         environ.pop(variable)
-    return warnings
+    if not refused:
+        return []
+    return [f"the launcher's {', '.join(refused)} has no effect: the config decides, with the setting in brackets"]
 
 
 def launched_by() -> Launch | None:
@@ -146,7 +165,7 @@ def check_launch(environ: Mapping[str, str], launch: Launch | None, device: str,
             f"The environment says that this is one of several processes, but {', '.join(missing)} is not set.\n"
             f"{right_commands(None, world)}"
         )
-    explicit = device == "cpu" or environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    explicit = device == "cpu" or launcher_uses_cpu(environ)
     if launch and launch.processes > 1 and world != launch.processes:
         raise UsageError(
             f"accelerate launch was asked for {launch.processes} processes, but this is one process of "
@@ -161,11 +180,7 @@ def check_launch(environ: Mapping[str, str], launch: Launch | None, device: str,
 
 def check_world(world_size: int, environ: Mapping[str, str], expected: int | None, launch: Launch | None) -> None:
     """Once Accelerate says how many processes there are: refuse a world that is not what was started."""
-    claims = {
-        "--expect-world": expected,
-        "WORLD_SIZE": int(environ["WORLD_SIZE"]) if "WORLD_SIZE" in environ else None,
-        "accelerate launch --num_processes": launch.processes if launch and launch.processes > 1 else None,
-    }
+    claims = {"--expect-world": expected, "WORLD_SIZE": int(environ["WORLD_SIZE"]) if "WORLD_SIZE" in environ else None}
     for source, claim in claims.items():
         if claim is not None and claim != world_size:
             raise UsageError(
@@ -233,7 +248,9 @@ def from_main(function: Callable[[], Result]) -> Result:
 def report(error: UsageError) -> None:
     """Say a user's mistake on standard error: once, although several ranks may have met it."""
     if _first_to_report():
-        print(f"\ndistloop: {error}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", 0))
+        who = f" (rank {rank} on {os.uname().nodename})" if rank else ""
+        print(f"\ndistloop{who}: {error}", file=sys.stderr, flush=True)
 
 
 def was_reported() -> bool:
@@ -247,16 +264,16 @@ def was_reported() -> bool:
 def _first_to_report() -> bool:
     store = _store()
     if store is None:
-        return is_first_rank(os.environ)
+        return speaks(os.environ)
     try:
         return store.add("distloop/reported", 1) == 1
     except Exception:  # rank 0 keeps the store and has left: it has said why
-        return is_first_rank(os.environ)
+        return int(os.environ.get("RANK", 0)) == 0
 
 
-def is_first_rank(environ: Mapping[str, str]) -> bool:
-    """Whether this process speaks for all, as far as the environment tells."""
-    return int(environ.get("RANK", 0)) == 0 or "WORLD_SIZE" not in environ
+def speaks(environ: Mapping[str, str]) -> bool:
+    """Whether this process says what it meets before ranks can talk: one on each machine, which may differ."""
+    return int(environ.get("LOCAL_RANK", 0)) == 0
 
 
 def _store() -> Any:

@@ -105,7 +105,7 @@ class Optim:
     eps: PositiveFloat = 1e-8
     """adam and adamw only."""
     clip_norm: PositiveFloat | None = None
-    """Largest norm of the whole step's gradient; null: no clipping."""
+    """Largest norm of the whole step's gradient; null (on the command line None): no clipping."""
 
 
 @section
@@ -192,7 +192,7 @@ class Config:
     dtype: Literal["float32", "float64"] = "float32"
     """Type of parameters and inputs."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """torch.set_float32_matmul_precision; high allows TF32 on NVIDIA GPUs."""
+    """torch.set_float32_matmul_precision; high allows TF32 on NVIDIA GPUs. Convolutions keep PyTorch's default."""
     compile: bool = False
     """Compile the model with torch.compile."""
     resume: Literal["auto", "never", "extend"] = "auto"

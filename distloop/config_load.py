@@ -121,6 +121,8 @@ def check(config: Config) -> None:
             f"precision = {config.precision!r} with dtype = 'float64': mixed precision is for float32 "
             "parameters; set precision: no or dtype: float32."
         )
+    if config.optim.nesterov and config.optim.momentum == 0:
+        raise UsageError("optim.nesterov needs optim.momentum above 0.")
     if config.schedule.name == "multi_step" and not config.schedule.milestones:
         raise UsageError("schedule.name = 'multi_step' needs schedule.milestones, the steps at which the rate drops.")
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from distloop.config import Model
+from distloop.data.download import only_one
 from distloop.errors import UsageError, suggest
 from distloop.registry import call, import_callable
 
@@ -105,7 +108,8 @@ def _torchvision_model(config: Model, num_classes: int | None) -> nn.Module:
     if config.pretrained:
         weights = models.get_model_weights(config.name).DEFAULT
         try:
-            state = weights.get_state_dict(check_hash=True)
+            with only_one(Path(torch.hub.get_dir())):  # the first process of the machine downloads
+                state = weights.get_state_dict(check_hash=True)
         except OSError as error:
             raise UsageError(
                 f"model.pretrained: the weights of {config.name} could not be downloaded ({error}). "

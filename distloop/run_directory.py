@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distloop.checkpoint import newest_good, step_of
+from distloop.checkpoint import STATE, newest_good, published_in, step_of
+from distloop.cluster import cpus_per_rank
 from distloop.config import FIXED_KEYS, Config, differences, is_one_of
 from distloop.config_load import config_from_mapping, dump, read_yaml
 from distloop.errors import AlreadyReported, UsageError
@@ -33,7 +34,7 @@ class Start(NamedTuple):
     messages: list[str]
 
 
-def open_run(config: Config, world_size: int) -> Start:
+def open_run(config: Config, world_size: int, samples: int, total_steps: int) -> Start:
     """Create, or find and continue, the run's directory; rank 0 only.
 
     Order of resuming: a run of this name is continued from its newest good checkpoint; a finished one is
@@ -49,16 +50,32 @@ def open_run(config: Config, world_size: int) -> Start:
             (path / folder).mkdir(parents=True, exist_ok=True)
         (path / MISTAKE).unlink(missing_ok=True)
         status = _read_json(path / STATUS)
-        extended = (path / CONFIG).exists() and _compare(path, config, status)
-        if status.get("state") == "finished" and not extended:
+        # A run that has saved nothing has nothing that another config would train differently.
+        begun = bool(published_in(path / "checkpoints")) and (path / CONFIG).exists()
+        changes = _changes(path, config) if begun else {}
+        if status.get("state") == "finished" and not changes:
             return Start(path, int(status["attempt"]), None, True, messages)
         checkpoint, passed_over = newest_good(path / "checkpoints")
         messages += [f"passed over a damaged checkpoint: {line}" for line in passed_over]
         step = step_of(checkpoint) if checkpoint else 0
+        if step > total_steps:
+            raise UsageError(f"{path} is already at step {step}; it cannot end at step {total_steps}. Train longer.")
+        trained_on = json.loads((checkpoint / STATE).read_text())["samples"] if checkpoint else samples
+        if trained_on != samples:
+            raise UsageError(
+                f"{path} was trained on {trained_on} samples, the data has {samples} now: its order would be another. "
+                "Use --name OTHER or --resume never, or give it the data it had."
+            )
         aside = set_rows_aside(path / METRICS, step)
         if aside:
             messages.append(f"{aside} rows of metrics after step {step} were set aside: these steps are done again")
         attempt = int(status.get("attempt", 0)) + 1
+        start = Start(path, attempt, checkpoint, False, messages)
+        RunStatus(start, step, enabled=True).update(step)  # first: an extended run is not finished any more
+        if changes:
+            record = {"after_attempt": attempt - 1, "after_step": step, "changes": changes}
+            with open(path / "config_changes.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
         write_text(path / CONFIG, dump(config))
         write_text(path / "environment.json", json.dumps(environment(world_size), indent=1) + "\n")
     except OSError as error:
@@ -66,7 +83,7 @@ def open_run(config: Config, world_size: int) -> Start:
             f"The run directory {path.resolve()} cannot be written: {error.strerror or error}. "
             "Choose another with --runs-dir."
         ) from None
-    return Start(path, attempt, checkpoint, False, messages)
+    return start
 
 
 class RunStatus:
@@ -128,7 +145,7 @@ def environment(world_size: int) -> dict[str, Any]:
         "versions": versions,
         "machine": platform.node(),
         "platform": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus_per_rank": cpus_per_rank(os.environ),
         "world_size": world_size,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "git_commit": _git("rev-parse", "HEAD"),
@@ -137,14 +154,14 @@ def environment(world_size: int) -> dict[str, Any]:
     }
 
 
-def _compare(path: Path, config: Config, status: dict[str, Any]) -> bool:
-    """Whether the run is extended; raises UsageError when it trains differently and may not be."""
+def _changes(path: Path, config: Config) -> dict[str, tuple[Any, Any]]:
+    """With what the run is extended; raises UsageError when it would train differently and may not be."""
     try:
         changed = differences(config_from_mapping(read_yaml(path / CONFIG), str(path / CONFIG)), config)
     except UsageError as error:
         raise UsageError(f"The run in {path} has a config that this version does not read: {error}") from None
     if not changed:
-        return False
+        return {}
     lines = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items())
     if config.resume != "extend":
         raise UsageError(
@@ -158,10 +175,7 @@ def _compare(path: Path, config: Config, status: dict[str, Any]) -> bool:
             f"--resume extend: a run cannot be continued with another {', '.join(fixed)}, since its steps so far "
             f"would mean something else:\n{lines}\nUse --name OTHER or --resume never."
         )
-    record = {"after_attempt": status.get("attempt"), "after_step": status.get("step"), "changes": changed}
-    with open(path / "config_changes.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
-    return True
+    return changed
 
 
 def _move_aside(path: Path) -> Path:

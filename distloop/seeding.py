@@ -40,21 +40,19 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values
 
 
-def hashes(key: int, values: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """One 64-bit number for each of `values`, a function of `key` and the value; same shape."""
-    mixed = values.astype(np.uint64)
-    mixed += np.uint64((key + _GOLDEN) & _MASK)
-    mix(mixed)
-    mixed += np.uint64(derive(key))  # a second round under another key: nearby keys and values share nothing
+def hashes(keys: list[int], values: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """One 64-bit number for each of `keys` and `values`, a function of the two: shape [len(keys), len(values)]."""
+    first = np.array([(key + _GOLDEN) & _MASK for key in keys], dtype=np.uint64)
+    second = np.array([derive(key) for key in keys], dtype=np.uint64)
+    mixed = mix(values.astype(np.uint64) + first[:, None])
+    mixed += second[:, None]  # a second round under another key: nearby keys and values share nothing
     return mix(mixed)
 
 
 def uniforms(seed: int, epoch: int, indices: NDArray[np.int64], draws: int) -> NDArray[np.float64]:
     """Numbers in [0, 1) for augmentation, of shape [len(indices), draws]; a row depends on its index alone."""
-    columns = [hashes(derive(seed, epoch, draw), indices) for draw in range(draws)]
-    if not draws:
-        return np.empty((len(indices), 0))
-    return (np.stack(columns, axis=1) >> np.uint64(11)) / 2.0**53  # as many bits as a float64 has: never 1.0
+    keys = [derive(seed, epoch, draw) for draw in range(draws)]
+    return (hashes(keys, indices) >> np.uint64(11)).T / 2.0**53  # as many bits as a float64 has: never 1.0
 
 
 def seed_sample(seed: int, epoch: int, index: int) -> None:

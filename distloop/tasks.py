@@ -53,7 +53,7 @@ class Task:
         """Look at a batch on the CPU, in the loader; raise UsageError for one that cannot be trained on."""
 
     def check_targets(self, targets: Any) -> None:
-        """Look at all targets of a data set that shows them (`targets`), before training starts."""
+        """Look at all targets of a data set in memory, before training starts."""
 
 
 class Classification(Task):
@@ -115,9 +115,9 @@ class Regression(Task):
         return functional.mse_loss(outputs, targets, reduction="sum") / max(1, outputs[0].numel()), len(targets)
 
     def metrics(self, outputs: Tensor, batch: Any) -> Sums:
-        targets = targets_of(batch).double()
+        outputs, targets = (values.cpu().double() for values in (outputs, targets_of(batch)))  # MPS has no float64
         return {
-            "squared_error": (outputs.double() - targets).square().sum(),
+            "squared_error": (outputs - targets).square().sum(),
             "targets": targets.sum(),
             "squared_targets": targets.square().sum(),
             "elements": torch.tensor(targets.numel()),
@@ -148,9 +148,13 @@ def introduce(task: Task, model: nn.Module, example: Any, source: Any) -> None:
     with torch.no_grad():
         task.probe(task.forward(model, example))
     model.train()
-    for half in (source.train, source.validation):
-        if getattr(half, "targets", None) is not None:  # as torchvision's data sets call them
-            task.check_targets(half.targets)
+    for name, half in (("training", source.train), ("validation", source.validation)):
+        # Of other data sets than those in memory only the loader knows what they make of their targets.
+        if hasattr(half, "batch") and getattr(half, "targets", None) is not None:
+            try:
+                task.check_targets(half.targets)
+            except UsageError as error:
+                raise UsageError(f"In the {name} data: {error}") from None
 
 
 def inputs_of(batch: Any) -> Any:

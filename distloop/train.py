@@ -48,18 +48,17 @@ from distloop.tracking.losses import LossSums
 from distloop.tracking.summary import better, describe, summary
 from distloop.tracking.throughput import Throughput
 from distloop.tracking.trackers import Trackers
-from distloop.validate import validate
+from distloop.validate import broadcast_buffers, validate
 
 
 def build_accelerator(config: Config) -> tuple[Accelerator, list[str]]:
     """The Accelerator for this config, and warnings. Raises UsageError for a launch that is not what it says."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    use_cpu = config.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
     kind = config.device
+    if kind == "auto" and cluster.launcher_uses_cpu(os.environ):
+        kind = "cpu"
     if kind == "auto":
-        kind = (
-            "cpu" if use_cpu or not (available["cuda"] or available["mps"]) else "cuda" if available["cuda"] else "mps"
-        )
+        kind = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
     if not available[kind]:
         raise UsageError(f"device = {config.device!r}: PyTorch sees no such device here; use --device auto or cpu.")
     if config.precision == "fp16" and kind == "cpu":
@@ -69,18 +68,23 @@ def build_accelerator(config: Config) -> tuple[Accelerator, list[str]]:
     launch = cluster.launched_by()
     cluster.check_launch(os.environ, launch, config.device, kind == "cpu")
     messages = cluster.override_launcher(os.environ, config.precision)
-    if kind == "cuda":  # before the process group exists, or it guesses
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    group: dict[str, Any] = {"timeout": timedelta(seconds=config.ddp.timeout_seconds)}
+    if kind == "cuda" and "LOCAL_RANK" in os.environ:
+        # A task that sees one device only has it as number 0, whatever its local rank.
+        local_device = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+        os.environ["LOCAL_RANK"] = str(local_device)
+        torch.cuda.set_device(local_device)  # before the process group exists, or it guesses
+        group["backend"] = "cuda:nccl,cpu:gloo"  # what ranks tell each other need not wait in the GPUs' queue
     # torch 2.14 renames the argument below, Accelerate has not followed yet.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
         cpu=kind == "cpu",
         mixed_precision=config.precision,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp.timeout_seconds)),
+            InitProcessGroupKwargs(**group),
             DistributedDataParallelKwargs(
                 find_unused_parameters=config.ddp.find_unused_parameters,
-                broadcast_buffers=False,  # done before validating and saving, not in each forward pass
+                broadcast_buffers=False,  # we do so before validating and saving, not in each forward pass
             ),
         ],
     )
@@ -108,10 +112,10 @@ def train(config: Config) -> None:
     )
     total_steps = config.train.steps or (config.train.epochs or 0) * plan.steps_per_epoch
     check_schedule(config.schedule, total_steps)
-    optimizer = build_optimizer(bare_model, config.optim, device)
+    optimizer = build_optimizer(bare_model, config.optim, device, config.precision)
 
     # ---- from the start, or from where it was left ---------------------------------------------------------
-    start = cluster.from_main(lambda: open_run(config, world_size))
+    start = cluster.from_main(lambda: open_run(config, world_size, plan.samples, total_steps))
     if start.finished:
         accelerator.print(
             f"{start.path} is finished; its metrics are in {start.path / METRICS}. --name starts another."
@@ -141,7 +145,7 @@ def train(config: Config) -> None:
 
     checkpoints, metrics = start.path / "checkpoints", {}
     losses = LossSums(device, state["epoch_sums"])
-    throughput = Throughput()
+    throughput = Throughput(device)
     status = RunStatus(start, step, enabled=accelerator.is_main_process)
     trackers = Trackers(start, step, total_steps, plan.steps_per_epoch, enabled=accelerator.is_main_process)
     trackers.say(*messages, *start.messages, *describe(config, start, plan, bare_model, accelerator, step, total_steps))
@@ -200,8 +204,10 @@ def train(config: Config) -> None:
                 best = better(task.best, best, {"step": step, **metrics})
             if at_end or is_due(step, config.checkpoint.every_steps, 1, plan):
                 with throughput.paused():
+                    broadcast_buffers(bare_model)  # a rank that continues has rank 0's
                     state = {"step": step, "epoch_sums": losses.read()[2], "best": best, "skipped_steps": skipped_steps}
                     state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
+                    state["samples"] = plan.samples
                     if accelerator.is_main_process:
                         checkpoint.save(checkpoints, step, bare_model, optimizer, state, config.checkpoint.keep_last)
                     status.update(step)
@@ -211,7 +217,7 @@ def train(config: Config) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit code: 0 in order, 2 wrong usage (1: an exception)."""
-    quiet = not cluster.is_first_rank(os.environ)  # every rank meets the same mistakes; one says them
+    quiet = not cluster.speaks(os.environ)  # every rank meets the same mistakes; one says them
     try:
         train(load_config(sys.argv[1:] if arguments is None else arguments, quiet))
     except AlreadyReported:

@@ -24,41 +24,45 @@ def validate(model: nn.Module, task: Task, loader: Iterable[Any], sampler: Fixed
     was_training = model.training
     model.eval()
     rows: list[dict[str, Tensor]] = []
+    counts: dict[str, Tensor] = {}
     with torch.no_grad():
         for position, batch in enumerate(loader):
             outputs = task.forward(model, batch)
             loss, weight = task.loss(outputs, batch)
-            samples = torch.tensor(sampler.size(position))
-            rows.append(
-                {"loss": loss, "weight": torch.as_tensor(weight), "samples": samples, **task.metrics(outputs, batch)}
-            )
+            sums_of_batch = {"loss": loss, "weight": weight, "samples": sampler.size(position)}
+            sums_of_batch.update(task.metrics(outputs, batch))
+            tensors = {name: torch.as_tensor(value) for name, value in sums_of_batch.items()}
+            rows.append({name: value for name, value in tensors.items() if value.is_floating_point()})
+            for name, value in tensors.items():
+                if not value.is_floating_point():
+                    counts[name] = counts[name] + value if name in counts else value.to(torch.int64)
     model.train(was_training)
-    device = next(model.parameters()).device
-    sums = add_in_batch_order(rows, sampler, device)
+    sums = add_in_batch_order(rows, counts, sampler, next(model.parameters()).device)
     return {**task.summary(sums), "samples": int(sums["samples"])}
 
 
 def add_in_batch_order(
-    rows: list[dict[str, Tensor]], sampler: FixedBatchSampler, device: torch.device
+    rows: list[dict[str, Tensor]], counts: dict[str, Tensor], sampler: FixedBatchSampler, device: torch.device
 ) -> dict[str, Tensor]:
-    """Sums over all batches of all ranks, on the CPU, from this rank's `rows` (one dict a batch).
+    """Sums over all batches of all ranks, on the CPU.
 
-    Integer tensors are counts: exact in any order, so they are added where they are (a confusion matrix of
-    1000 classes for each batch would not fit). Float tensors are laid out as [batches, …] and added there.
+    `rows` are the float sums of this rank's batches: they are laid out as [batches, …] and added there. `counts`
+    are its integer sums: exact in any order, so that they need not be kept apart (a confusion matrix of 1000
+    classes for each batch would not fit).
     """
-    forms = [{name: (value.shape, value.is_floating_point()) for name, value in rows[0].items()} if rows else {}]
+    own = {**rows[0], **counts} if rows else {}
+    forms = [{name: (tuple(value.shape), value.is_floating_point()) for name, value in own.items()}]
     distributed = sampler.world_size > 1
     if distributed:
-        dist.broadcast_object_list(forms, device=device)  # a rank may have no batch at all; rank 0 has the first
+        dist.broadcast_object_list(forms)  # a rank may have no batch at all; rank 0 has the first
     sums: dict[str, Tensor] = {}
     for name, (shape, floating) in forms[0].items():
-        own = [row[name].detach().cpu() for row in rows]
         if floating:
             table = torch.zeros((sampler.batches, *shape), dtype=torch.float64)
-            for position, value in enumerate(own):
-                table[sampler.rank + position * sampler.world_size] = value
+            for position, row in enumerate(rows):
+                table[sampler.rank + position * sampler.world_size] = row[name].cpu()
         else:
-            table = sum(own, torch.zeros(shape, dtype=torch.int64))[None]
+            table = counts.get(name, torch.zeros(shape, dtype=torch.int64)).cpu()[None]
         if distributed:
             table = table.to(device)
             dist.all_reduce(table)

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 
-def points() -> tuple[TensorDataset, TensorDataset]:
-    inputs = torch.linspace(-1, 1, 16)[:, None]
+def points(samples: int = 16) -> tuple[TensorDataset, TensorDataset]:
+    inputs = torch.linspace(-1, 1, samples)[:, None]
     dataset = TensorDataset(inputs, 2 * inputs + 1)
     return dataset, dataset

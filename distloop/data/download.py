@@ -36,7 +36,7 @@ def fetched(dataset: Callable[..., Any], root: str, download: bool, folder: Path
             ) from None
     if download:
         try:
-            with _only_one(Path(root)):
+            with only_one(Path(root)):
                 return dataset(root, train=True, download=True), dataset(root, train=False, download=True)
         except UNREADABLE as error:
             reason = f"downloading failed: {_in_one_line(error)}"
@@ -56,7 +56,7 @@ def _in_one_line(error: Exception) -> str:
 
 
 @contextmanager
-def _only_one(root: Path) -> Iterator[None]:
+def only_one(root: Path) -> Iterator[None]:
     """Hold the download lock of `root`; wait for whoever holds it, with a limit and a name."""
     root.mkdir(parents=True, exist_ok=True)
     with open(root / ".download.lock", "a+") as lock:

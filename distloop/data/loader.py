@@ -13,6 +13,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from distloop.cluster import cpus_per_rank
 from distloop.config import Data
 from distloop.data.datasets import DataSource
 from distloop.data.sampling import MicroBatch
@@ -32,9 +33,6 @@ class SeededDataset(Dataset):
 
     def __init__(self, dataset: Any, seed: int, collate: Callable[[list], Any], check: Callable[..., None]) -> None:
         self.dataset, self.seed, self.collate, self.check = dataset, seed, collate, check
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[index]
 
     def __getitems__(self, micro_batch: MicroBatch) -> Any:
         """The batch that these indices make; a DataLoader calls this with what its batch sampler yields."""
@@ -174,5 +172,4 @@ def worker_count(config: Data, dataset: Any) -> int:
         return int(config.workers)
     if hasattr(dataset, "batch"):
         return 0  # taking rows of a tensor is faster than sending them between processes
-    # Not os.cpu_count(): a job on a shared node may use a few of its CPUs only.
-    return min(16, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return min(16, cpus_per_rank(os.environ))

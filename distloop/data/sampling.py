@@ -23,8 +23,8 @@ ROUNDS = 8
 class Order:
     """The shuffled order of one epoch, asked for slices: order(epoch, start, stop) -> indices."""
 
-    def __init__(self, samples: int, seed: int, shuffle: bool = True) -> None:
-        self.samples, self.seed, self.shuffle = samples, seed, shuffle
+    def __init__(self, samples: int, seed: int) -> None:
+        self.samples, self.seed = samples, seed
         self._cached: tuple[int, int] | None = None  # (epoch, chunk) of the part below
         self._part: NDArray[np.int64] = np.empty(0, np.int64)
 
@@ -32,8 +32,6 @@ class Order:
         """The sample indices at positions start ≤ p < stop of the epoch's order, int64 [stop - start]."""
         if not 0 <= start <= stop <= self.samples:
             raise IndexError(f"positions {start}:{stop} of {self.samples} samples")
-        if not self.shuffle:
-            return np.arange(start, stop)
         size = self.samples if self.samples <= EXACT_LIMIT else CHUNK
         pieces = []
         while start < stop:
@@ -48,7 +46,7 @@ class Order:
             key = derive(self.seed, epoch)
             positions = np.arange(chunk * size, min((chunk + 1) * size, self.samples))
             if self.samples <= EXACT_LIMIT:
-                self._part = np.argsort(hashes(key, positions), kind="stable")
+                self._part = np.argsort(hashes([key], positions)[0], kind="stable")
             else:
                 self._part = permuted(positions, self.samples, key)
             self._cached = (epoch, chunk)
@@ -76,7 +74,7 @@ def _feistel(values: NDArray[np.uint64], bits: int, key: int) -> NDArray[np.uint
     left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
     for round_number in range(ROUNDS):
         # The halves change places, and sizes, each round; after an even number they are back.
-        scrambled = hashes(derive(key, round_number), right.view(np.int64)) & np.uint64((1 << left_bits) - 1)
+        scrambled = hashes([derive(key, round_number)], right.view(np.int64))[0] & np.uint64((1 << left_bits) - 1)
         left, right = right, left ^ scrambled
         left_bits, right_bits = right_bits, left_bits
     return (left << np.uint64(right_bits)) | right
@@ -142,10 +140,8 @@ class Plan:
         _, start, stop = self.span(step)
         size = stop - start
         parts = -(-size // (self.micro_batch_size * self.world_size)) * self.world_size
-        return [
-            (start + size * part // parts, start + size * (part + 1) // parts)
-            for part in range(rank, parts, self.world_size)
-        ]
+        borders = [start - (-size * part // parts) for part in range(parts + 1)]  # rounded up: the first is never empty
+        return [(borders[part], borders[part + 1]) for part in range(rank, parts, self.world_size)]
 
 
 def accumulation_steps(rank_batch_size: int, micro_batch_size: int | None) -> int:

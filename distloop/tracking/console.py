@@ -7,8 +7,10 @@ import time
 from typing import Any
 
 
-def number(value: float) -> str:
-    """A number as people read it: 0.9806, 1.2e-05, 12345."""
+def number(value: Any) -> str:
+    """A number as people read it: 0.9806, 1.2e-05, 12345; anything else (a list of a user's task) as it is."""
+    if not isinstance(value, (int, float)):
+        return str(value)
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,13 @@ def describe(
     return lines
 
 
-def better(rule: tuple[str, str], best: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
+def better(rule: tuple[str, str], best: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any] | None:
     """The better of two validation rows by the task's (metric, min | max); the earlier one if they are equal."""
     metric, direction = rule
-    if best is None or metric not in row:
-        return best or row
+    if not math.isfinite(row.get(metric, math.nan)):
+        return best
+    if best is None:
+        return row
     return row if (row[metric] > best[metric] if direction == "max" else row[metric] < best[metric]) else best
 
 

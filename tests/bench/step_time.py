@@ -55,7 +55,7 @@ def by_hand(steps: int, processes: int) -> list[float]:
     model: torch.nn.Module = cnn((1, 8, 8), 10, width=8)
     if processes > 1:
         torch.distributed.init_process_group("gloo")
-        model = torch.nn.parallel.DistributedDataParallel(model)
+        model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=3e-3, momentum=0.9, weight_decay=0.05, fused=True)
     rank = int(os.environ.get("RANK", 0))
     times: list[float] = []

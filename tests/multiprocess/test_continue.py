@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from distloop.config_load import load_config
+from distloop.run_directory import open_run
 from tests.ranks import Ranks, train, wait_until, write_config
 from tests.records import largest_difference, losses, rows, status, weights
 
@@ -125,6 +128,42 @@ def test_resume_extend_refuses_what_would_change_the_meaning_of_the_steps(tmp_pa
     outcome = train(tmp_path, [*small(tmp_path), "--batch.global-size", "32", "--resume", "extend"])
     assert outcome.codes == [2]
     assert "batch.global_size" in outcome.output
+
+
+def test_a_run_cannot_be_extended_to_less_than_it_has_done(tmp_path: Path) -> None:
+    train(tmp_path, small(tmp_path)).check()
+    outcome = train(tmp_path, [*small(tmp_path), "--train.epochs", "1", "--resume", "extend"])
+    assert outcome.codes == [2]
+    assert "is already at step 10; it cannot end at step 5" in outcome.output
+    assert "is finished" in train(tmp_path, small(tmp_path)).check().output
+
+
+def test_an_extended_run_is_not_finished_from_the_moment_its_config_is_replaced(tmp_path: Path) -> None:
+    train(tmp_path, small(tmp_path)).check()
+    config = load_config([*small(tmp_path), "--runs-dir", str(tmp_path / "runs"), "--train.epochs", "4"])
+    open_run(dataclasses.replace(config, resume="extend"), 1, samples=353, total_steps=20)  # and then it is killed
+    assert status(tmp_path / "runs" / "run")["state"] == "running"
+    train(tmp_path, [*small(tmp_path), "--train.epochs", "4"]).check()
+    assert status(tmp_path / "runs" / "run")["step"] == 20
+
+
+def test_data_of_another_size_is_refused(tmp_path: Path) -> None:
+    settings = {"data": {"name": "tests.small_code:points", "args": {"samples": 16}}, "batch": {"global_size": 4}}
+    arguments = small(tmp_path, **settings)
+    train(tmp_path, arguments).check()
+    (tmp_path / "runs" / "run" / "status.json").unlink()  # as if it had been killed
+    config = tmp_path / "runs" / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("samples: 16", "samples: 24"))  # the same name of other contents
+    outcome = train(tmp_path, [*arguments, "--data.args.samples", "24"])
+    assert outcome.codes == [2]
+    assert "was trained on 16 samples, the data has 24 now" in outcome.output
+
+
+def test_a_mistake_before_anything_was_saved_can_be_corrected_under_the_same_name(tmp_path: Path) -> None:
+    outcome = train(tmp_path, [*small(tmp_path), "--init-from", str(tmp_path / "nowhere")])
+    assert outcome.codes == [2]
+    assert "no run, checkpoint or .safetensors file there" in outcome.output
+    train(tmp_path, small(tmp_path)).check()
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class Net(nn.Module):
 def trained(seed: int = 0, steps: int = 3, optim: Optim | None = None) -> tuple[Net, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = Net()
-    optimizer = build_optimizer(model, optim or Optim(lr=0.01), torch.device("cpu"))
+    optimizer = build_optimizer(model, optim or Optim(lr=0.01), torch.device("cpu"), "no")
     for _ in range(steps):
         model(torch.randn(5, 3, 6, 6)).square().sum().backward()
         optimizer.step()

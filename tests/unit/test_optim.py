@@ -223,7 +223,7 @@ def test_a_model_without_vectors_has_one_group() -> None:
 def test_a_model_with_nothing_to_train_is_refused() -> None:
     for model in (nn.Flatten(), nn.Linear(3, 2).requires_grad_(False)):
         with pytest.raises(UsageError, match="nothing to train"):
-            build_optimizer(model, Optim(), CPU)
+            build_optimizer(model, Optim(), CPU, "no")
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_model_with_nothing_to_train_is_refused() -> None:
     ],
 )
 def test_the_optimizer_is_built_as_the_config_says(config: Optim, kind: type, expected: dict[str, Any]) -> None:
-    optimizer = build_optimizer(nn.Linear(3, 2), config, CPU)
+    optimizer = build_optimizer(nn.Linear(3, 2), config, CPU, "no")
     assert type(optimizer) is kind
     for group in optimizer.param_groups:
         assert {key: group[key] for key in expected} == expected
@@ -260,7 +260,7 @@ def test_a_step_equals_that_of_torchs_own_optimizer(name: Any) -> None:
     models = [nn.Linear(3, 2).double() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     config = Optim(name, lr=0.1, weight_decay=0.05)
-    ours = build_optimizer(models[0], config, CPU)
+    ours = build_optimizer(models[0], config, CPU, "no")
     groups = [{"params": [models[1].weight], "weight_decay": 0.05}, {"params": [models[1].bias], "weight_decay": 0.0}]
     theirs: torch.optim.Optimizer = {
         "sgd": lambda: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
@@ -277,6 +277,6 @@ def test_a_step_equals_that_of_torchs_own_optimizer(name: Any) -> None:
 
 
 def test_set_lr_reaches_all_groups() -> None:
-    optimizer = build_optimizer(nn.Linear(3, 2), Optim(), CPU)
+    optimizer = build_optimizer(nn.Linear(3, 2), Optim(), CPU, "no")
     set_lr(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]

@@ -1,0 +1,22 @@
+"""The best of several validations."""
+
+from __future__ import annotations
+
+import math
+
+from distloop.tracking.summary import better
+
+
+def test_the_better_row_follows_the_tasks_direction_and_the_earlier_one_wins_a_tie() -> None:
+    first, second = {"step": 1, "accuracy": 0.5, "loss": 2.0}, {"step": 2, "accuracy": 0.6, "loss": 1.0}
+    assert better(("accuracy", "max"), None, first) == first
+    assert better(("accuracy", "max"), first, second) == second
+    assert better(("loss", "min"), second, first) == second
+    assert better(("loss", "min"), first, {**first, "step": 3}) == first
+
+
+def test_a_validation_that_is_not_a_number_is_never_the_best() -> None:
+    lost, good = {"step": 1, "loss": math.nan}, {"step": 2, "loss": 1.0}
+    assert better(("loss", "min"), None, lost) is None
+    assert better(("loss", "min"), better(("loss", "min"), None, lost), good) == good
+    assert better(("loss", "min"), good, lost) == good
