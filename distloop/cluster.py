@@ -249,8 +249,9 @@ def report(error: UsageError) -> None:
     """Say a user's mistake on standard error: once, although several ranks may have met it."""
     if _first_to_report():
         rank = int(os.environ.get("RANK", 0))
-        who = f" (rank {rank} on {os.uname().nodename})" if rank else ""
-        print(f"\ndistloop{who}: {error}", file=sys.stderr, flush=True)
+        # Before ranks can talk another machine's message may be a second one: say whose it is.
+        who = f" (rank {rank} on {os.uname().nodename})" if rank and _store() is None else ""
+        print(f"\ndistloop: {error}{who}", file=sys.stderr, flush=True)
 
 
 def was_reported() -> bool:

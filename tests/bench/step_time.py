@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 
 from tests.ranks import clean_environment, free_port, rank_environment
 
@@ -54,8 +55,9 @@ def by_hand(steps: int, processes: int) -> list[float]:
     data = digits().train
     model: torch.nn.Module = cnn((1, 8, 8), 10, width=8)
     if processes > 1:
+        warnings.simplefilter("ignore", FutureWarning)  # of the argument below
         torch.distributed.init_process_group("gloo")
-        model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)  # as ours
     optimizer = torch.optim.SGD(model.parameters(), lr=3e-3, momentum=0.9, weight_decay=0.05, fused=True)
     rank = int(os.environ.get("RANK", 0))
     times: list[float] = []

@@ -387,7 +387,7 @@ def test_a_mistake_on_another_machine_is_said_with_its_name(
     monkeypatch.setenv("RANK", "4")
     monkeypatch.setenv("LOCAL_RANK", "0")
     cluster.report(UsageError("do this instead"))
-    assert capsys.readouterr().err == f"\ndistloop (rank 4 on {os.uname().nodename}): do this instead\n"
+    assert capsys.readouterr().err == f"\ndistloop: do this instead (rank 4 on {os.uname().nodename})\n"
 
 
 @pytest.mark.parametrize("code", [0, 1, 2])
