@@ -31,7 +31,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import send_to_device
 
-from distloop import checkpoint
+from distloop import checkpoint, launch_guards
 from distloop.config import Config
 from distloop.config_load import load_config
 from distloop.data.datasets import load_data
@@ -55,7 +55,7 @@ def build_accelerator(config: Config) -> tuple[Accelerator, list[str]]:
     """The Accelerator for this config, and warnings. Raises UsageError for a launch that is not what it says."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = config.device
-    if kind == "auto" and cluster.launcher_uses_cpu(os.environ):
+    if kind == "auto" and launch_guards.launcher_uses_cpu(os.environ):
         kind = "cpu"
     if kind == "auto":
         kind = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
@@ -65,9 +65,9 @@ def build_accelerator(config: Config) -> tuple[Accelerator, list[str]]:
         raise UsageError("precision = 'fp16' needs a GPU: on the CPU it would silently train in float32. Use bf16.")
     if config.dtype == "float64" and kind == "mps":
         raise UsageError("dtype = 'float64' does not exist on MPS; use --device cpu.")
-    launch = cluster.launched_by()
-    cluster.check_launch(os.environ, launch, config.device, kind == "cpu")
-    messages = cluster.override_launcher(os.environ, config.precision)
+    launch = launch_guards.launched_by()
+    launch_guards.check_launch(os.environ, launch, config.device, kind == "cpu")
+    messages = launch_guards.override_launcher(os.environ, config.precision)
     group: dict[str, Any] = {"timeout": timedelta(seconds=config.ddp.timeout_seconds)}
     if kind == "cuda" and "LOCAL_RANK" in os.environ:
         # A task that sees one device only has it as number 0, whatever its local rank.
@@ -88,8 +88,8 @@ def build_accelerator(config: Config) -> tuple[Accelerator, list[str]]:
             ),
         ],
     )
-    cluster.check_world(accelerator.num_processes, os.environ, config.expect_world, launch)
-    cluster.check_devices(accelerator.device, accelerator.num_processes)
+    launch_guards.check_world(accelerator.num_processes, os.environ, config.expect_world, launch)
+    launch_guards.check_devices(accelerator.device, accelerator.num_processes)
     return accelerator, messages
 
 
