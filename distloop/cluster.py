@@ -9,12 +9,14 @@ import multiprocessing
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, TypeVar
 
 from distloop.errors import UsageError
 
 Result = TypeVar("Result")
+SPEAKING_SECONDS = 20  # enough to import torch on a busy machine; the launcher cuts it short
 
 
 def adopt_slurm(environ: MutableMapping[str, str]) -> bool:
@@ -97,6 +99,12 @@ def report(error: UsageError) -> None:
         # Before ranks can talk another machine's message may be a second one: say whose it is.
         who = f" (rank {rank} on {os.uname().nodename})" if rank and _store() is None else ""
         print(f"\ndistloop: {error}{who}", file=sys.stderr, flush=True)
+
+
+def let_others_speak() -> None:
+    """Before leaving in silence: an elastic launcher ends all ranks when the first one leaves, said or not."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and _store() is None and not speaks(os.environ):
+        time.sleep(SPEAKING_SECONDS)
 
 
 def was_reported() -> bool:

@@ -224,7 +224,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except UsageError as error:
         cluster.report(error)
+        cluster.let_others_speak()
         return 2
+    except SystemExit as error:  # --help, or a mistake on the command line
+        if error.code:
+            cluster.let_others_speak()
+        raise
     except KeyboardInterrupt:
         if not quiet:
             print("\ndistloop: interrupted; the same command continues from the last checkpoint", file=sys.stderr)

@@ -222,3 +222,23 @@ def test_under_an_elastic_launcher_the_message_is_said_once_too(tmp_path: Path, 
     assert done.returncode != 0
     assert done.stdout.count("\ndistloop: ") == 1, done.stdout
     assert f'File "{REPOSITORY}' not in done.stdout, done.stdout  # the launcher's traceback, none of ours
+
+
+SLOW_RANK_0 = """
+import os, sys, time
+if os.environ["RANK"] == "0":
+    time.sleep(4)  # as on a busy machine: the other rank has met the mistake long before
+from distloop import cluster
+from distloop.train import main
+cluster.leave(main())
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--config", "nowhere.yaml"], ["--optim.lr", "fast"]])
+def test_an_elastic_launcher_does_not_end_the_rank_that_is_still_to_speak(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_RANK_0)
+    words = [*accelerate_launch(2, str(tmp_path / "slow.py")), *arguments]
+    done = command(words, tmp_path, {"ACCELERATE_USE_CPU": "true"})
+    assert done.returncode != 0
+    message = "--config nowhere.yaml: no such file" if "--config" in arguments else "Error parsing --optim.lr"
+    assert done.stdout.count(message) == 1, done.stdout

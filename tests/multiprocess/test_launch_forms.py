@@ -129,7 +129,8 @@ def test_two_processes_with_nothing_but_the_variables_of_torch_are_one_run(
     ranks = start_together(environments, [*MODULE, "--config", config.name], tmp_path)
     assert [rank.returncode for rank in ranks] == [0, 0], ranks
     check_run(tmp_path, expected, 2)
-    assert ranks[1].stdout == ""
+    said = [line for line in ranks[1].stdout.splitlines() if not line.startswith("[Gloo]")]  # older torch does
+    assert said == []
 
 
 def test_two_tasks_of_srun_are_one_run(tmp_path: Path, expected: list[float]) -> None:
