@@ -92,7 +92,7 @@ class Task:
 class Optim:
     name: Literal["sgd", "adam", "adamw"] = "adamw"
     """The optimizer."""
-    lr: PositiveFloat = 3e-3
+    lr: PositiveFloat = 1e-3
     """Peak learning rate. It belongs to the global batch and never changes with the number of processes."""
     weight_decay: NonNegativeFloat = 0.05
     """Decay of weights; norms and biases are not decayed."""
@@ -105,7 +105,7 @@ class Optim:
     eps: PositiveFloat = 1e-8
     """adam and adamw only."""
     clip_norm: PositiveFloat | None = None
-    """Largest norm of the whole step's gradient; null (on the command line None): no clipping."""
+    """Largest norm of the whole step's gradient; null: no clipping."""
 
 
 @section
@@ -239,7 +239,7 @@ FIXED_KEYS = ("seed", "dtype", "data.name", "model", "optim.name", "batch.global
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """The config as {"optim.lr": 0.003, …}; arguments stay whole mappings."""
+    """The config as {"optim.lr": 0.001, …}; arguments stay whole mappings."""
     flat: dict[str, Any] = {}
     for key, value in dataclasses.asdict(config).items():
         if dataclasses.is_dataclass(getattr(config, key)):

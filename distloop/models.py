@@ -37,13 +37,23 @@ def mlp(input_shape: tuple[int, ...], num_outputs: int, hidden: int = 128, layer
 
 
 def cnn(
-    input_shape: tuple[int, int, int], num_outputs: int, width: int = 32, norm: bool = True, dropout: float = 0.0
+    input_shape: tuple[int, int, int], num_outputs: int, width: int = 32, norm: str = "group", dropout: float = 0.0
 ) -> nn.Module:
-    """A small convolutional network: two blocks of two 3 × 3 convolutions, each halving the image."""
+    """A small convolutional network: two blocks of two 3 × 3 convolutions, each halving the image.
+
+    `norm`: group | batch | none. GroupNorm (Wu and He 2018) looks at one image at a time, so that training does not
+    depend on how a batch is divided; BatchNorm looks at a micro-batch.
+    """
+    kinds: dict[str, Callable[[int], nn.Module]] = {
+        "group": lambda size: nn.GroupNorm(math.gcd(8, size), size),
+        "batch": nn.BatchNorm2d,
+        "none": nn.Identity,
+    }
+    if norm not in kinds:
+        raise ValueError(f"norm is one of {', '.join(kinds)}, not {norm!r}")
 
     def convolution(inputs: int, outputs: int) -> list[nn.Module]:
-        layers: list[nn.Module] = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=not norm)]
-        return [*layers, nn.BatchNorm2d(outputs), nn.ReLU()] if norm else [*layers, nn.ReLU()]
+        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=norm == "none"), kinds[norm](outputs), nn.ReLU()]
 
     channels, height, pixels_wide = input_shape
     return nn.Sequential(

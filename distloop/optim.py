@@ -83,7 +83,9 @@ def check_schedule(schedule: Schedule, total_steps: int) -> None:
     """Raises UsageError for a schedule that does not fit into the run."""
     for key, steps in (("warmup_steps", schedule.warmup_steps), ("decay_steps", schedule.decay_steps or 0)):
         if steps >= total_steps:
-            raise UsageError(f"schedule.{key} = {steps} does not fit into a run of {total_steps} steps.")
+            raise UsageError(
+                f"schedule.{key} = {steps} does not fit into a run of {total_steps} steps: lower it, or train longer."
+            )
     if schedule.warmup_steps + (schedule.decay_steps or 0) > total_steps:
         raise UsageError(
             f"schedule.warmup_steps = {schedule.warmup_steps} and schedule.decay_steps = {schedule.decay_steps} do not "

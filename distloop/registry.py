@@ -67,4 +67,9 @@ def call(key: str, function: Callable[..., Any], arguments: dict[str, Any], offe
     except TypeError as error:
         takes = ", ".join(str(parameter) for parameter in signature.parameters.values())
         raise UsageError(f"{key} = {arguments}: {error}; it takes ({takes}).") from None
-    return function(**arguments, **extra)
+    try:
+        return function(**arguments, **extra)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if not function.__module__.startswith("distloop."):
+            raise  # the user's own code: the traceback is what helps
+        raise UsageError(f"{key} = {arguments}: {error}.") from None

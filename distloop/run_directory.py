@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distloop.checkpoint import STATE, newest_good, published_in, step_of
+from distloop.checkpoint import STATE, newest_good, published_in, step_of, weights_file
 from distloop.cluster import cpus_per_rank
 from distloop.config import FIXED_KEYS, Config, differences, is_one_of
 from distloop.config_load import config_from_mapping, dump, read_yaml
@@ -43,6 +43,9 @@ def open_run(config: Config, world_size: int, samples: int, total_steps: int) ->
     """
     path = Path(config.runs_dir) / str(config.name)
     messages: list[str] = []
+    fresh = config.resume == "never" or not published_in(path / "checkpoints")
+    if fresh and config.init_from:
+        messages.append(f"starting from the weights in {weights_file(config.init_from)}")
     try:
         if path.exists() and config.resume == "never":
             messages.append(f"the previous run was moved to {_move_aside(path)}")
@@ -68,7 +71,7 @@ def open_run(config: Config, world_size: int, samples: int, total_steps: int) ->
             )
         aside = set_rows_aside(path / METRICS, step)
         if aside:
-            messages.append(f"{aside} rows of metrics after step {step} were set aside: these steps are done again")
+            messages.append(f"metrics after step {step}, {aside} of them, were set aside: these steps are done again")
         attempt = int(status.get("attempt", 0)) + 1
         start = Start(path, attempt, checkpoint, False, messages)
         RunStatus(start, step, enabled=True).update(step)  # first: an extended run is not finished any more

@@ -118,7 +118,8 @@ def train(config: Config) -> None:
     start = cluster.from_main(lambda: open_run(config, world_size, plan.samples, total_steps))
     if start.finished:
         accelerator.print(
-            f"{start.path} is finished; its metrics are in {start.path / METRICS}. --name starts another."
+            f"{start.path} is finished; its metrics are in {start.path / METRICS}. "
+            "--name NAME trains another run, --resume extend goes on with this one."
         )
         accelerator.end_training()
         return
@@ -211,7 +212,7 @@ def train(config: Config) -> None:
                     if accelerator.is_main_process:
                         checkpoint.save(checkpoints, step, bare_model, optimizer, state, config.checkpoint.keep_last)
                     status.update(step)
-        trackers.say(*summary(start.path, best, metrics))
+    trackers.say(*summary(start.path, best, metrics))
     accelerator.end_training()
 
 

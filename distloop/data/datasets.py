@@ -42,6 +42,8 @@ class InMemory:
     """Inputs and targets as two tensors; whole batches are taken at once. Images may be augmented."""
 
     def __init__(self, inputs: Tensor, targets: Tensor, pad: int = 0, flip: bool = False) -> None:
+        if pad < 0:
+            raise ValueError(f"images cannot be shifted by {pad} pixels")
         self.inputs, self.targets, self.pad, self.flip = inputs, targets, pad, flip
         self.draws = DRAWS if pad or flip else 0
 

@@ -44,7 +44,15 @@ class SeededDataset(Dataset):
             for index in indices.tolist():
                 seed_sample(self.seed, epoch, index)
                 samples.append(self.dataset[index])
-            batch = self.collate(samples)
+            try:
+                batch = self.collate(samples)
+            except (RuntimeError, TypeError) as error:
+                if self.collate is not default_collate:
+                    raise
+                raise UsageError(
+                    f"Samples {indices.tolist()[:5]} and the rest of their batch do not go together: {error}\n"
+                    "Give all samples one form, or name a function of your own with data.collate."
+                ) from None
         self.check(batch, indices)
         return batch
 

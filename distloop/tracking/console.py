@@ -31,8 +31,8 @@ class Console:
         if sys.stdout.isatty():
             from rich.progress import BarColumn, Progress, TextColumn
 
-            columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"))
-            self.progress = Progress(*columns, refresh_per_second=5)
+            columns = (BarColumn(12), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"))
+            self.progress = Progress(*columns, refresh_per_second=5, transient=True)
             self.task = self.progress.add_task("starting", total=total_steps, completed=first_step)
             self.progress.start()
 
@@ -49,14 +49,23 @@ class Console:
         epoch = f"epoch {row['epoch']}/{self.epochs}"
         if row["kind"] == "train":
             left = (time.monotonic() - self.started) / (step - self.first_step) * (self.total_steps - step)
-            text = (
-                f"{epoch} · step {step}/{self.total_steps} · loss {number(row['running_loss'])} · "
-                f"lr {row['lr']:.3g} · {number(row['samples_per_second'])} samples/s · {duration(left)} left"
-            )
-            if self.progress:
-                self.progress.update(self.task, completed=step, description=text)
-            else:
-                self.line(text)
+            loss, rate = f"running loss {number(row['running_loss'])}", f"{number(row['samples_per_second'])} samples/s"
+            parts = [
+                epoch,
+                f"step {step}/{self.total_steps}",
+                loss,
+                f"lr {row['lr']:.3g}",
+                rate,
+                f"{duration(left)} left",
+            ]
+            if self.progress is None:
+                self.line(" · ".join(parts))
+                return
+            # What a narrow terminal has no room for beside the bar, the least needed first.
+            for part in (rate, f"lr {row['lr']:.3g}", epoch):
+                if len(" · ".join(parts)) > self.progress.console.width - 20:
+                    parts.remove(part)
+            self.progress.update(self.task, completed=step, description=" · ".join(parts))
         else:
             names = [name for name in row if name not in ("kind", "step", "epoch", "attempt", "samples")]
             text = " · ".join(f"{name} {number(row[name])}" for name in names)
@@ -65,3 +74,4 @@ class Console:
     def close(self) -> None:
         if self.progress:
             self.progress.stop()
+            self.progress = None

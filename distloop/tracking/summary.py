@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from distloop import __version__
+from distloop.checkpoint import MODEL, published_in
 from distloop.config import Config
 from distloop.data.sampling import Plan
 from distloop.run_directory import METRICS, Start
@@ -28,7 +29,7 @@ def describe(
         f"{config.model.name} with {parameters:,} parameters on {config.data.name}, {plan.samples:,} training samples",
         f"global batch {plan.global_batch_size} = {processes} × {plan.accumulation} micro-batch"
         f"{'es' if plan.accumulation > 1 else ''} × {plan.micro_batch_size} samples · "
-        f"{plan.steps_per_epoch} steps an epoch"
+        f"{plan.steps_per_epoch} step{'s' if plan.steps_per_epoch > 1 else ''} an epoch"
         f"{f', {dropped} samples of it dropped' if dropped else ''} · {total_steps} steps in all",
     ]
     if start.checkpoint:
@@ -60,6 +61,6 @@ def summary(path: Path, best: dict[str, Any] | None, last: dict[str, Any]) -> li
     return [
         *lines,
         f"  metrics, one JSON object a line: {path / METRICS}",
-        f"  weights: {path / 'checkpoints'}/step_…/model.safetensors",
+        *(f"  weights: {checkpoint / MODEL}" for checkpoint in published_in(path / "checkpoints")[-1:]),
         "  --name NAME trains another run, --resume extend --train.epochs N goes on with this one",
     ]

@@ -37,7 +37,7 @@ def ours(steps: int, processes: int) -> list[float]:
 
     Classification.forward = timed  # type: ignore[method-assign]
     often = str(10 * steps)
-    arguments = ["--model.args.width", "8", "--optim", "sgd", "--train.steps", str(steps)]
+    arguments = ["--model.args.width", "8", "--model.args.norm", "batch", "--optim", "sgd", "--train.steps", str(steps)]
     arguments += ["--batch.global-size", str(BATCH * processes), "--log.every-steps", often]
     arguments += ["--validate.every-steps", often, "--checkpoint.every-steps", often]
     train.main(arguments)
@@ -53,7 +53,7 @@ def by_hand(steps: int, processes: int) -> list[float]:
     from distloop.models import cnn
 
     data = digits().train
-    model: torch.nn.Module = cnn((1, 8, 8), 10, width=8)
+    model: torch.nn.Module = cnn((1, 8, 8), 10, width=8, norm="batch")
     if processes > 1:
         warnings.simplefilter("ignore", FutureWarning)  # of the argument below
         torch.distributed.init_process_group("gloo")

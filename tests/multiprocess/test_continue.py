@@ -16,7 +16,7 @@ from tests.records import largest_difference, losses, rows, status, weights
 # Everything that could carry a state: augmentation, BatchNorm, dropout, momentum, accumulation, clipping.
 SETTINGS = {
     "data": "digits",
-    "model": {"name": "cnn", "args": {"width": 8, "dropout": 0.3}},
+    "model": {"name": "cnn", "args": {"width": 8, "norm": "batch", "dropout": 0.3}},
     "optim": {"name": "adamw", "clip_norm": 1.0},
     "batch": {"global_size": 64, "micro_size": 16},
     "train": {"steps": 80},
@@ -94,7 +94,7 @@ def test_another_config_under_the_same_name_is_refused_with_the_differences(tmp_
     train(tmp_path, small(tmp_path)).check()
     outcome = train(tmp_path, [*small(tmp_path), "--optim.lr", "0.5"], 2)
     assert outcome.codes == [2, 2]
-    for words in ("optim.lr: 0.003 there, 0.5 now", "--name", "--resume never", "--resume extend"):
+    for words in ("optim.lr: 0.001 there, 0.5 now", "--name", "--resume never", "--resume extend"):
         assert outcome.output.count(words) == 1
     assert "Traceback" not in outcome.output
 
@@ -105,7 +105,7 @@ def test_resume_never_moves_the_old_run_aside(tmp_path: Path) -> None:
         train(tmp_path, [*small(tmp_path), "--optim.lr", "0.5", "--resume", "never"]).check()
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert names == ["run", "run.old-1", "run.old-2"]
-    assert "lr: 0.003" in (tmp_path / "runs" / "run.old-1" / "config.yaml").read_text()
+    assert "lr: 0.001" in (tmp_path / "runs" / "run.old-1" / "config.yaml").read_text()
     assert status(tmp_path / "runs" / "run")["attempt"] == 1
 
 

@@ -96,7 +96,7 @@ def check_refusal(done: subprocess.CompletedProcess[str], folder: Path) -> None:
     """A non-zero code, one message of ours that shows a right command, and nothing trained."""
     assert done.returncode != 0, done.stdout
     assert done.stdout.count("distloop: ") == 1, done.stdout
-    assert f'File "{REPOSITORY}' not in done.stdout, done.stdout  # a launcher may print its own traceback
+    assert f'File "{REPOSITORY}/distloop' not in done.stdout, done.stdout  # a launcher may print its own traceback
     assert not (folder / "runs").exists()
 
 

@@ -34,7 +34,11 @@ def test_the_numbers_do_not_depend_on_the_number_of_ranks(tmp_path: Path, batch_
 def test_ranks_validate_the_same_batch_statistics(tmp_path: Path) -> None:
     # With BatchNorm the ranks' running statistics differ: whoever validates a batch must use rank 0's. One batch
     # is validated by rank 0 alone, batches of 10 by both; the same model must give the same numbers.
-    settings = {"model": {"name": "cnn", "args": {"width": 8}}, "batch": {"global_size": 48}, "train": {"steps": 12}}
+    settings = {
+        "model": {"name": "cnn", "args": {"width": 8, "norm": "batch"}},
+        "batch": {"global_size": 48},
+        "train": {"steps": 12},
+    }
     arguments = ["--config", str(write_config(tmp_path, settings)), "--dtype", "float64"]
     whole = [*arguments, "--validate.batch-size", "360", "--name", "whole"]
     parts = [*arguments, "--validate.batch-size", "10", "--name", "parts"]
@@ -47,7 +51,11 @@ def test_ranks_validate_the_same_batch_statistics(tmp_path: Path) -> None:
 
 def test_a_checkpoint_gives_the_same_numbers_on_any_number_of_ranks(tmp_path: Path) -> None:
     # A BatchNorm model trained once, then validated from its weights after one step that changes next to nothing.
-    settings = {"model": {"name": "cnn", "args": {"width": 8}}, "train": {"steps": 20}, "dtype": "float64"}
+    settings = {
+        "model": {"name": "cnn", "args": {"width": 8, "norm": "batch"}},
+        "train": {"steps": 20},
+        "dtype": "float64",
+    }
     config = ["--config", str(write_config(tmp_path, settings))]
     train(tmp_path, [*config, "--name", "first"]).check()
     again = [*config, "--init-from", str(tmp_path / "runs" / "first"), "--train.steps", "1", "--optim.lr", "1e-15"]

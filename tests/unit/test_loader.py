@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.v2 import functional as reference
 
 from distloop.config import Data
@@ -273,3 +273,10 @@ def test_the_workers_are_those_set_or_the_ranks_share_of_the_cpus(
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
     dataset = InMemory(torch.zeros(2, 1), torch.zeros(2)) if in_memory else Noisy()
     assert worker_count(Data(workers=workers), dataset) == expected
+
+
+def test_samples_of_different_forms_lead_to_the_collate_setting() -> None:
+    ragged = [torch.zeros(size) for size in (3, 5)]
+    dataset = SeededDataset(ragged, 0, default_collate, lambda *_: None)
+    with pytest.raises(UsageError, match=r"(?s)Samples \[0, 1\].*data.collate"):
+        dataset.__getitems__(MicroBatch(0, np.array([0, 1])))

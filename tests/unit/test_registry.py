@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from distloop.data.datasets import digits
 from distloop.errors import UsageError
+from distloop.models import cnn
 from distloop.registry import call, import_callable, resolve
 
 KNOWN = {"linear": int, "mlp": float}
@@ -158,3 +160,19 @@ def test_a_type_error_inside_of_the_callable_is_not_taken_for_wrong_arguments() 
 
 def test_a_builtin_without_a_signature_is_called_with_the_arguments() -> None:
     assert call("data.args", dict, {"a": 1}, {"b": 2}) == {"a": 1}
+
+
+def test_what_a_built_in_does_not_take_is_a_users_mistake() -> None:
+    offered = {"input_shape": (1, 8, 8), "num_outputs": 10}
+    with pytest.raises(UsageError, match=r"model.args = \{'norm': 'layer'\}: norm is one of group, batch, none"):
+        call("model.args", cnn, {"norm": "layer"}, offered)
+    with pytest.raises(UsageError, match="images cannot be shifted by -1 pixels"):
+        call("data.args", digits, {"shift": -1}, {})
+
+
+def test_what_goes_wrong_in_a_users_own_code_keeps_its_traceback() -> None:
+    def mine(size: int) -> None:
+        raise ValueError("my own mistake")
+
+    with pytest.raises(ValueError, match="my own mistake"):
+        call("model.args", mine, {"size": 1}, {})
