@@ -29,10 +29,11 @@ def load_config(arguments: list[str], quiet: bool = False) -> Config:
     `quiet` leaves the command line's own help and error text to another rank. Raises UsageError for what a
     file says, SystemExit (0 for --help, 2 for an error) for what the command line says.
     """
-    arguments = ["None" if argument == "null" else _shorthand(argument) for argument in arguments]  # as in YAML
+    arguments = [_shorthand(argument) for argument in arguments]
     path = _config_path(arguments)
     settings: dict[str, Any] = read_yaml(Path(path)) if path else {}
     arguments = _take_single_arguments(arguments, settings)
+    arguments = ["None" if argument == "null" else argument for argument in arguments]  # as in YAML
     _choose_alternatives(settings, arguments)
     base = config_from_mapping(settings, path or "command line")
     nowhere = io.StringIO()

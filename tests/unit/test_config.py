@@ -501,3 +501,8 @@ def test_a_key_is_in_a_section_and_not_in_one_whose_name_it_begins_with() -> Non
     assert is_one_of("model", ("model",))
     assert not is_one_of("models.args", ("model",))
     assert not is_one_of("model", ("model.args",))
+
+
+def test_null_on_the_command_line_is_what_it_is_in_a_file() -> None:
+    config = load_config(["--optim.clip-norm", "null", "--model.args.hidden", "null", "--data.args", "{root: null}"])
+    assert (config.optim.clip_norm, config.model.args, config.data.args) == (None, {"hidden": None}, {"root": None})
