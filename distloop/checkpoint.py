@@ -2,9 +2,11 @@
 
     step_00001200/
         model.safetensors   weights; tensors that share memory are stored once, their other names as metadata
+        averaged.safetensors   their moving average, with optim.ema_decay
         optimizer.pt        the optimizer's state, loadable with weights_only
         state.json          the loop's own state: step, sums of the epoch so far, best metric, …
-        manifest.json       schema version, and size and SHA-256 of each file above
+        manifest.json       schema version, what is trained (hash of the config, fingerprint of the data), and
+                            size and SHA-256 of each file above
 
 All of it is read without running any code from the files.
 """
@@ -14,43 +16,66 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from distloop.errors import UsageError
 
-SCHEMA = 1
-MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
+SCHEMA = 2
+MODEL, AVERAGED = "model.safetensors", "averaged.safetensors"
+OPTIMIZER, STATE, MANIFEST = "optimizer.pt", "state.json", "manifest.json"
 
 
 class DamagedCheckpoint(Exception):
     """A checkpoint directory that does not hold what its manifest says; the message says why."""
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: Any, state: dict[str, Any], keep_last: int) -> Path:
-    """Publish a checkpoint of `step` in `folder`, then remove all but the last `keep_last`. Returns its path.
+class Weights(NamedTuple):
+    """Contiguous tensors on the host by name, and further names for some of them (tied weights)."""
 
-    `model` is the bare module; `state` is plain JSON. Raises OSError or RuntimeError when it cannot be
-    written; then nothing is published and nothing is removed.
+    tensors: dict[str, Tensor]
+    aliases: dict[str, str]
+
+
+class Snapshot(NamedTuple):
+    """What a checkpoint is written from, on the host and nobody else's to change."""
+
+    weights: Weights
+    averaged: Weights | None
+    optimizer: dict[str, Any]
+    state: dict[str, Any]
+    """The loop's own, as plain JSON."""
+    identity: dict[str, Any]
+    """What the run trains: goes into the manifest."""
+
+
+def publish(folder: Path, step: int, snapshot: Snapshot) -> Path:
+    """Write a checkpoint of `step` in `folder`; returns its path.
+
+    Raises OSError, RuntimeError or SafetensorError when it cannot be written; then nothing is published.
     """
     final = folder / f"step_{step:08d}"
     writing = folder / f".writing_{final.name}"
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
-    save_weights(model, writing / MODEL)
-    torch.save(optimizer.state_dict(), writing / OPTIMIZER)
-    (writing / STATE).write_text(json.dumps(state, indent=1) + "\n")
-    files = {
-        name: {"size": (writing / name).stat().st_size, "sha256": digest(writing / name)}
-        for name in (MODEL, OPTIMIZER, STATE)
-    }
-    (writing / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "step": step, "files": files}, indent=1) + "\n")
+    write_weights(snapshot.weights, writing / MODEL)
+    if snapshot.averaged is not None:
+        write_weights(snapshot.averaged, writing / AVERAGED)
+    with open(writing / OPTIMIZER, "wb") as file:  # given a path, torch.save holds up the other threads
+        torch.save(snapshot.optimizer, file)
+    (writing / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n")
+    files = {path.name: {"size": path.stat().st_size, "sha256": digest(path)} for path in sorted(writing.iterdir())}
+    manifest = {"schema": SCHEMA, "step": step, **snapshot.identity, "files": files}
+    (writing / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in (*writing.iterdir(), writing):
         _sync(path)
     if final.exists():  # left by an earlier attempt that this one did not start from, since it is damaged
@@ -59,10 +84,23 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Any, state: dict[
         final.rename(replaced)
     writing.rename(final)
     _sync(folder)
-    published = published_in(folder)
-    for old in (*published[: max(0, published.index(final) + 1 - keep_last)], *folder.glob(".replaced_*")):
-        shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def prune(folder: Path, final: Path, keep_last: int, keep: Callable[[int], bool]) -> None:
+    """Once `final` is published: remove the older ones but the last `keep_last` and those that `keep` names."""
+    published = published_in(folder)
+    for old in published[: max(0, published.index(final) + 1 - keep_last)]:
+        if not keep(step_of(old)):
+            shutil.rmtree(old, ignore_errors=True)
+    clean(folder)
+
+
+def clean(folder: Path) -> None:
+    """Remove what killed or failed saves left behind."""
+    for pattern in (".writing_*", ".replaced_*"):
+        for leftover in folder.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
@@ -83,15 +121,26 @@ def published_in(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def newest_published(folder: Path) -> Path | None:
+    """The latest checkpoint in `folder`, verified or not."""
+    published = published_in(folder)
+    return published[-1] if published else None
+
+
 def step_of(path: Path) -> int:
     """The step of a checkpoint directory, from its name."""
     return int(path.name.removeprefix("step_"))
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint directory."""
+    return json.loads((path / MANIFEST).read_text())
+
+
 def verify(path: Path) -> None:
     """Compare each file with the manifest. Raises DamagedCheckpoint with the reason."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_manifest(path)
         files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
         schema = manifest["schema"]
     except FileNotFoundError:
@@ -100,7 +149,7 @@ def verify(path: Path) -> None:
         raise DamagedCheckpoint(f"{MANIFEST} cannot be read ({type(error).__name__})") from None
     if schema != SCHEMA:
         raise DamagedCheckpoint(f"its format is version {schema}; this program reads version {SCHEMA}")
-    for name in (MODEL, OPTIMIZER, STATE):
+    for name in dict.fromkeys((MODEL, OPTIMIZER, STATE, *files)):
         if name not in files or not (path / name).is_file():
             raise DamagedCheckpoint(f"{name} is missing")
         size, checksum = files[name]
@@ -110,38 +159,54 @@ def verify(path: Path) -> None:
             raise DamagedCheckpoint(f"{name} does not have the contents that were written")
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Copy a verified checkpoint into `model` and `optimizer`, in place; returns the loop's state.
+def load(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averaged: AveragedModel | None = None
+) -> dict[str, Any]:
+    """Copy a verified checkpoint into `model`, `optimizer` and `averaged`, in place; returns the loop's state.
 
-    The optimizer keeps the hyperparameters that the config gave it; only its moments are taken.
+    The optimizer keeps the hyperparameters that the config gave it; only its moments are taken. Raises
+    UsageError for a checkpoint of another model, and for an optimizer's file that holds more than data.
     """
     load_weights(path / MODEL, model)
-    stored = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+    try:
+        stored = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{path / OPTIMIZER} cannot be read as plain data, and is not run: {reason}") from None
     groups = optimizer.state_dict()["param_groups"]
     if [len(group["params"]) for group in stored["param_groups"]] != [len(group["params"]) for group in groups]:
         raise UsageError(f"{path / OPTIMIZER} belongs to other parameters than this model's.")
     optimizer.load_state_dict({"state": stored["state"], "param_groups": groups})
-    return json.loads((path / STATE).read_text())
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            # Fused optimizers walk through the memory of both: a parameter in channels_last needs such moments.
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    state = json.loads((path / STATE).read_text())
+    if averaged is not None and (path / AVERAGED).exists():
+        load_weights(path / AVERAGED, averaged.module)
+        averaged.n_averaged.fill_(state["averaged_steps"])
+    return state
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """The model's parameters and buffers, contiguous, as safetensors."""
+def weights_of(model: nn.Module, copy: Callable[[str, Tensor], Tensor]) -> Weights:
+    """Copies of the model's parameters and buffers; tensors in the same place are one, under several names."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     owners: dict[tuple, str] = {}
-    storages: set[int] = set()
     for name, tensor in model.state_dict().items():
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and place in owners:
             aliases[name] = owners[place]
             continue
         owners[place] = name
-        tensors[name] = tensor.detach().cpu().contiguous()
-        storage = tensors[name].untyped_storage().data_ptr()
-        if storage in storages:  # a view of another tensor, which safetensors refuses
-            tensors[name] = tensors[name].clone()
-        storages.add(storage)
-    save_file(tensors, path, metadata={"format": "pt", "aliases": json.dumps(aliases)})
+        tensors[name] = copy(name, tensor)
+    return Weights(tensors, aliases)
+
+
+def write_weights(weights: Weights, path: Path) -> None:
+    """Weights as safetensors."""
+    save_file(weights.tensors, path, metadata={"format": "pt", "aliases": json.dumps(weights.aliases)})
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

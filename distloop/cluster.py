@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, TypeVar
 
-from distloop.errors import UsageError
+from distloop.errors import RunFailed, UsageError
 
 Result = TypeVar("Result")
 SPEAKING_SECONDS = 20  # enough to import torch on a busy machine; the launcher cuts it short
@@ -75,7 +75,7 @@ def share_cpus(environ: MutableMapping[str, str]) -> None:
 
 
 def from_main(function: Callable[[], Result]) -> Result:
-    """The result of `function`, called on rank 0 alone; what it raises as UsageError is raised on all ranks."""
+    """The result of `function`, called on rank 0 alone; a UsageError or RunFailed of it is raised on all ranks."""
     import torch.distributed as dist
 
     if not (dist.is_initialized() and dist.get_world_size() > 1):
@@ -84,16 +84,16 @@ def from_main(function: Callable[[], Result]) -> Result:
     if dist.get_rank() == 0:
         try:
             answer = [function()]
-        except UsageError as error:
+        except (UsageError, RunFailed) as error:
             answer = [error]
     dist.broadcast_object_list(answer)
-    if isinstance(answer[0], UsageError):
+    if isinstance(answer[0], (UsageError, RunFailed)):
         raise answer[0]
     return answer[0]
 
 
-def report(error: UsageError) -> None:
-    """Say a user's mistake on standard error: once, although several ranks may have met it."""
+def report(error: UsageError | RunFailed) -> None:
+    """Say on standard error what ends the run: once, although several ranks may have met it."""
     if _first_to_report():
         rank = int(os.environ.get("RANK", 0))
         # Before ranks can talk another machine's message may be a second one: say whose it is.
@@ -139,11 +139,11 @@ def _store() -> Any:
 
 def leave(code: int) -> None:
     """End the process with this exit code."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if code == 130 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Taking gloo or NCCL down with the interpreter now and then aborts, or hangs where a peer is gone: what
         # has to be closed is closed, so leave without it.
         for child in multiprocessing.active_children():  # loader workers
-            child.terminate()
+            child.kill()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

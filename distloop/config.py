@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import yaml
@@ -106,6 +108,9 @@ class Optim:
     """adam and adamw only."""
     clip_norm: PositiveFloat | None = None
     """Largest norm of the whole step's gradient; null: no clipping."""
+    ema_decay: Annotated[float, Gt(0), Lt(1)] | None = None
+    """Keep an exponential moving average of the weights with this decay, such as 0.999: it is what is
+    validated, and saved as averaged.safetensors beside the weights. null: none."""
 
 
 @section
@@ -141,6 +146,9 @@ class Train:
     """Passes over the training data. Give this or steps."""
     steps: PositiveInt | None = None
     """Optimizer steps. Give this or epochs."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When a step's gradient is not a number or infinite: stop: the run fails and names step, rank and
+    samples. skip: the step leaves parameters, moments and buffers as they were."""
 
 
 @section
@@ -156,9 +164,27 @@ class Validate:
 @section
 class Checkpoint:
     every_steps: PositiveInt | None = None
-    """Save after every so many steps, and at the end. null: at the end of each epoch."""
-    keep_last: PositiveInt = 2
-    """How many checkpoints are kept."""
+    """Save after every so many steps, and at the end. null: at the end of each epoch. A new best is saved
+    at once, and so is what is stopped."""
+    keep_last: Annotated[int, Ge(2)] = 2
+    """How many of the latest checkpoints are kept."""
+    keep_every_steps: PositiveInt | None = None
+    """Save after every so many steps, and keep these for good."""
+    best: str | None = None
+    """The validation metric of the checkpoint that is kept as the best, such as "max accuracy" or "min loss".
+    null: the task's own."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """When a checkpoint cannot be written: say so and go on until the next one, or stop the run. It fails in
+    any case when its last one cannot be written."""
+
+
+@section
+class Stop:
+    after_minutes: PositiveFloat | None = None
+    """Save and stop in time to have ended so many minutes after the start of the attempt. Slurm's time limit
+    is such a deadline by itself."""
+    reserve_seconds: NonNegativeFloat = 20.0
+    """Time to spare before a deadline, beyond what steps, validations and saves were measured to take."""
 
 
 @section
@@ -212,6 +238,7 @@ class Config:
     train: Train = Train()
     validate: Validate = Validate()
     checkpoint: Checkpoint = Checkpoint()
+    stop: Stop = Stop()
     log: Log = Log()
     ddp: Ddp = Ddp()
 
@@ -229,8 +256,10 @@ FREE_KEYS = (
     "data.root",
     "data.workers",
     "batch.micro_size",
+    "train.on_nonfinite",  # makes no difference to the steps before the first one that is not finite
     "validate",
     "checkpoint",
+    "stop",
     "log",
     "ddp",
 )
@@ -247,6 +276,12 @@ def flatten(config: Config) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def training_hash(config: Config) -> str:
+    """The SHA-256 of all settings that decide what is trained, in hexadecimal."""
+    settings = {key: value for key, value in flatten(config).items() if not is_one_of(key, FREE_KEYS)}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def is_one_of(key: str, keys: tuple[str, ...]) -> bool:

@@ -124,6 +124,8 @@ def check(config: Config) -> None:
         )
     if config.optim.nesterov and config.optim.momentum == 0:
         raise UsageError("optim.nesterov needs optim.momentum above 0.")
+    if config.checkpoint.best and not re.fullmatch(r"(min|max) [^\s]+", config.checkpoint.best):
+        raise UsageError(f"checkpoint.best = {config.checkpoint.best!r}: write 'max METRIC' or 'min METRIC'.")
     if config.schedule.name == "multi_step" and not config.schedule.milestones:
         raise UsageError("schedule.name = 'multi_step' needs schedule.milestones, the steps at which the rate drops.")
 

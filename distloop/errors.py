@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake."""
+"""What ends a run with one message instead of a traceback."""
 
 
 class UsageError(Exception):
@@ -14,6 +14,11 @@ class UsageError(Exception):
         # last part after our own name is the message itself.
         marker = f"{type(self).__name__}: "
         return text.rsplit(marker, 1)[-1].strip() if text.startswith("Caught ") else text
+
+
+class RunFailed(Exception):
+    """The end of a run that is nobody's mistake on the command line, and known well enough to need no traceback:
+    shown as one message, exit code 1."""
 
 
 class AlreadyReported(Exception):

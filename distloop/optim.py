@@ -1,11 +1,13 @@
-"""Parameter groups, the optimizer, and the learning rate as a pure function of the step."""
+"""Parameter groups, the optimizer, weight averaging, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from distloop.config import Optim, Schedule
 from distloop.errors import UsageError
@@ -39,6 +41,28 @@ def build_optimizer(model: nn.Module, config: Optim, device: torch.device, preci
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def build_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """A moving average of parameters and buffers; update_parameters(model) after each step.
+
+    The decay rises from 0.1 to `decay` over the first steps, (1 + n) / (10 + n), so that a short run's average
+    does not stay where training began (as in TensorFlow's ExponentialMovingAverage). The first update copies.
+    """
+    if decay is None:
+        return None
+
+    def update(averages: Any, values: Any, averaged: Tensor | int) -> None:
+        steps = int(averaged)  # counted on the host: nothing waits for the device
+        weight = 1 - min(decay, (1 + steps) / (10 + steps))
+        if averages[0].is_floating_point():
+            torch._foreach_mul_(averages, 1 - weight)  # not lerp: an attention mask's -inf stays what it is
+            torch._foreach_add_(averages, values, alpha=weight)
+        else:  # counters, such as BatchNorm's
+            torch._foreach_copy_(averages, values)
+
+    with torch.no_grad():
+        return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 def lr_at(step: int, total_steps: int, peak: float, schedule: Schedule) -> float:

@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distloop.checkpoint import STATE, newest_good, published_in, step_of, weights_file
+from distloop.checkpoint import clean, newest_good, published_in, read_manifest, step_of, weights_file
 from distloop.cluster import cpus_per_rank
-from distloop.config import FIXED_KEYS, Config, differences, is_one_of
+from distloop.config import FIXED_KEYS, Config, differences, is_one_of, training_hash
 from distloop.config_load import config_from_mapping, dump, read_yaml
-from distloop.errors import AlreadyReported, UsageError
+from distloop.errors import AlreadyReported, RunFailed, UsageError
+from distloop.lock import RunLock
 from distloop.tracking.metrics_file import set_rows_aside
 
 CONFIG, STATUS, METRICS, MISTAKE = "config.yaml", "status.json", "metrics.jsonl", "failures/mistake.txt"
@@ -30,50 +31,67 @@ class Start(NamedTuple):
     path: Path
     attempt: int
     checkpoint: Path | None
+    """To continue from."""
+    weights: Path | None
+    """To begin from, with --init-from."""
     finished: bool
     messages: list[str]
+    identity: dict[str, Any]
+    """What the run trains, as it stands in the manifest of each checkpoint."""
 
 
-def open_run(config: Config, world_size: int, samples: int, total_steps: int) -> Start:
-    """Create, or find and continue, the run's directory; rank 0 only.
+def path_of(config: Config) -> Path:
+    """The run's directory."""
+    return Path(config.runs_dir) / str(config.name)
+
+
+def open_run(config: Config, lock: RunLock, world_size: int, dataset: dict[str, Any], total_steps: int) -> Start:
+    """Create, or find and continue, the run's directory; rank 0 only. `dataset`: the training data's fingerprint.
 
     Order of resuming: a run of this name is continued from its newest good checkpoint; a finished one is
-    left as it is; --resume never moves it aside first. Raises UsageError when the directory belongs to a run
-    that trains differently, or cannot be written.
+    left as it is; --resume never moves it aside first. Nothing is changed before the lock is held. Raises
+    UsageError when the directory is in use, belongs to a run that trains differently, or cannot be written.
     """
-    path = Path(config.runs_dir) / str(config.name)
+    path = path_of(config)
     messages: list[str] = []
     fresh = config.resume == "never" or not published_in(path / "checkpoints")
-    if fresh and config.init_from:
-        messages.append(f"starting from the weights in {weights_file(config.init_from)}")
+    weights = weights_file(config.init_from) if fresh and config.init_from else None
     try:
-        if path.exists() and config.resume == "never":
-            messages.append(f"the previous run was moved to {_move_aside(path)}")
+        if path.exists():
+            if config.resume != "never" and _is_finished(path, config):
+                return Start(path, int(_read_json(path / STATUS)["attempt"]), None, None, True, messages, {})
+            messages += _acquire(lock, path)
+            if config.resume == "never":
+                lock.release()
+                aside = _move_aside(path)
+                messages.append(f"the previous run was moved to {aside}")
+                if weights and weights.is_relative_to(path):
+                    weights = aside / weights.relative_to(path)
         for folder in ("checkpoints", "failures"):
             (path / folder).mkdir(parents=True, exist_ok=True)
+        if lock.path is None:
+            messages += _acquire(lock, path)
+        if weights:
+            messages.append(f"starting from the weights in {weights}")
         (path / MISTAKE).unlink(missing_ok=True)
+        clean(path / "checkpoints")
         status = _read_json(path / STATUS)
         # A run that has saved nothing has nothing that another config would train differently.
         begun = bool(published_in(path / "checkpoints")) and (path / CONFIG).exists()
         changes = _changes(path, config) if begun else {}
-        if status.get("state") == "finished" and not changes:
-            return Start(path, int(status["attempt"]), None, True, messages)
         checkpoint, passed_over = newest_good(path / "checkpoints")
         messages += [f"passed over a damaged checkpoint: {line}" for line in passed_over]
         step = step_of(checkpoint) if checkpoint else 0
         if step > total_steps:
             raise UsageError(f"{path} is already at step {step}; it cannot end at step {total_steps}. Train longer.")
-        trained_on = json.loads((checkpoint / STATE).read_text())["samples"] if checkpoint else samples
-        if trained_on != samples:
-            raise UsageError(
-                f"{path} was trained on {trained_on} samples, the data has {samples} now: its order would be another. "
-                "Use --name OTHER or --resume never, or give it the data it had."
-            )
-        aside = set_rows_aside(path / METRICS, step)
-        if aside:
-            messages.append(f"metrics after step {step}, {aside} of them, were set aside: these steps are done again")
+        if checkpoint:
+            changes.update(_changes_of_data(path, read_manifest(checkpoint)["dataset"], dataset, config))
+        redone = set_rows_aside(path / METRICS, step)
+        if redone:
+            messages.append(f"metrics after step {step}, {redone} of them, were set aside: these steps are done again")
         attempt = int(status.get("attempt", 0)) + 1
-        start = Start(path, attempt, checkpoint, False, messages)
+        identity = {"config_sha256": training_hash(config), "dataset": dataset}
+        start = Start(path, attempt, checkpoint, weights, False, messages, identity)
         RunStatus(start, step, enabled=True).update(step)  # first: an extended run is not finished any more
         if changes:
             record = {"after_attempt": attempt - 1, "after_step": step, "changes": changes}
@@ -90,10 +108,11 @@ def open_run(config: Config, world_size: int, samples: int, total_steps: int) ->
 
 
 class RunStatus:
-    """Keeps status.json: written by rank 0 when the run starts, saves and ends, however it ends."""
+    """Keeps status.json: written by rank 0 when the run starts, has saved and ends, however it ends."""
 
     def __init__(self, start: Start, step: int, enabled: bool) -> None:
         self.start, self.step, self.enabled = start, step, enabled
+        self.stopped_by: str | None = None
 
     def __enter__(self) -> RunStatus:
         self._write("running", None)
@@ -106,7 +125,9 @@ class RunStatus:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         mistake = self.start.path / MISTAKE
-        if kind is None:
+        if kind is None and self.stopped_by:
+            self._write("stopped", self.stopped_by)
+        elif kind is None:
             self._write("finished", "all steps are done")
         elif issubclass(kind, UsageError):
             mistake.write_text(f"{error}\n")  # for the other ranks, whose connections break when this one leaves
@@ -115,16 +136,19 @@ class RunStatus:
             self._write("failed", mistake.read_text().strip())
             raise AlreadyReported from error
         elif issubclass(kind, KeyboardInterrupt):
-            self._write("stopped", "interrupted from the keyboard")
+            self._write("stopped", "interrupted from the keyboard, without saving")
         else:
-            self._write("failed", f"{kind.__name__}: {error}")
+            self._write("failed", str(error) if issubclass(kind, RunFailed) else f"{kind.__name__}: {error}")
 
     def _write(self, state: str, reason: str | None) -> None:
         if not self.enabled:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         status = {"state": state, "step": self.step, "attempt": self.start.attempt, "reason": reason, "written": now}
-        write_text(self.start.path / STATUS, json.dumps(status, indent=1) + "\n")
+        try:
+            write_text(self.start.path / STATUS, json.dumps(status, indent=1) + "\n")
+        except OSError as error:  # the disk is full: no reason to end
+            print(f"distloop: WARNING: {STATUS} cannot be written ({error.strerror}): {state}", flush=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -155,6 +179,32 @@ def environment(world_size: int) -> dict[str, Any]:
         "git_changes": (_git("status", "--porcelain") or "").splitlines()[:50],
         "command": _without_secrets(sys.argv),
     }
+
+
+def _acquire(lock: RunLock, path: Path) -> list[str]:
+    message = lock.acquire(path)
+    return [message] if message else []
+
+
+def _is_finished(path: Path, config: Config) -> bool:
+    """Whether the run is finished, as this config has it. Raises UsageError for a config that trains differently."""
+    if _read_json(path / STATUS).get("state") != "finished":
+        return False
+    return not ((path / CONFIG).exists() and _changes(path, config))
+
+
+def _changes_of_data(path: Path, old: dict[str, Any], new: dict[str, Any], config: Config) -> dict[str, Any]:
+    """What differs in the training data. Raises UsageError for a run that is not extended."""
+    if old == new:
+        return {}
+    what = (
+        f"was trained on {old['samples']} samples, the data has {new['samples']} now: its order would be another."
+        if old["samples"] != new["samples"]
+        else f"was trained on other data: these {new['samples']} samples have other contents."
+    )
+    if config.resume == "extend" and old["samples"] == new["samples"]:
+        return {"dataset": (old, new)}
+    raise UsageError(f"{path} {what} Use --name OTHER or --resume never, or give it the data it had.")
 
 
 def _changes(path: Path, config: Config) -> dict[str, tuple[Any, Any]]:

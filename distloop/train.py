@@ -17,13 +17,16 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import functools
+import traceback
 import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
-from distloop import cluster
+from distloop import cluster, stopping
 
+if __name__ == "__main__":
+    stopping.listen()  # before the long imports: from here on a signal is a wish to stop, not the end
 cluster.adopt_slurm(os.environ)
 cluster.share_cpus(os.environ)  # before torch reads the thread count
 
@@ -34,18 +37,21 @@ from accelerate.utils import send_to_device
 from distloop import checkpoint, launch_guards
 from distloop.config import Config
 from distloop.config_load import load_config
-from distloop.data.datasets import load_data
+from distloop.data.datasets import fingerprint, load_data
 from distloop.data.loader import example_batch, make_loader, offers_to_model
 from distloop.data.sampling import FixedBatchSampler, MicroBatchSampler, Order, Plan, is_due
-from distloop.errors import AlreadyReported, UsageError
-from distloop.gradients import divide_by_weight
+from distloop.errors import AlreadyReported, RunFailed, UsageError
+from distloop.gradients import divide_by_weight, norm_and_clip, settle_buckets
+from distloop.lock import RunLock
 from distloop.models import build_model
-from distloop.optim import build_optimizer, check_schedule, lr_at, set_lr
+from distloop.nonfinite import FiniteCheck
+from distloop.optim import build_average, build_optimizer, check_schedule, lr_at, set_lr
 from distloop.run_directory import METRICS, RunStatus, open_run
+from distloop.saving import Saver
 from distloop.seeding import seed_forward
 from distloop.tasks import build_task, introduce
 from distloop.tracking.losses import LossSums
-from distloop.tracking.summary import better, describe, summary
+from distloop.tracking.summary import best_rule, better, describe, stopped, summary
 from distloop.tracking.throughput import Throughput
 from distloop.tracking.trackers import Trackers
 from distloop.validate import broadcast_buffers, validate
@@ -93,12 +99,12 @@ def build_accelerator(config: Config) -> tuple[Accelerator, list[str]]:
     return accelerator, messages
 
 
-def train(config: Config) -> None:
+def train(config: Config, watch: stopping.Watch, lock: RunLock) -> None:
     """Train the config's run to its end, from its beginning or from where it was left."""
     # ---- who and what --------------------------------------------------------------------------------------
     accelerator, messages = build_accelerator(config)
     device, dtype = accelerator.device, getattr(torch, config.dtype)
-    rank, world_size = accelerator.process_index, accelerator.num_processes
+    rank, world_size, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     torch.set_float32_matmul_precision(config.matmul_precision)
 
     source = load_data(config.data)
@@ -113,9 +119,11 @@ def train(config: Config) -> None:
     total_steps = config.train.steps or (config.train.epochs or 0) * plan.steps_per_epoch
     check_schedule(config.schedule, total_steps)
     optimizer = build_optimizer(bare_model, config.optim, device, config.precision)
+    averaged = build_average(bare_model, config.optim.ema_decay)
 
-    # ---- from the start, or from where it was left ---------------------------------------------------------
-    start = cluster.from_main(lambda: open_run(config, world_size, plan.samples, total_steps))
+    # ---- the run's directory: from the start, or from where it was left ------------------------------------
+    watch.each_poll.append(lock.beat)
+    start = cluster.from_main(lambda: open_run(config, lock, world_size, fingerprint(source.train), total_steps))
     if start.finished:
         accelerator.print(
             f"{start.path} is finished; its metrics are in {start.path / METRICS}. "
@@ -123,45 +131,64 @@ def train(config: Config) -> None:
         )
         accelerator.end_training()
         return
-    state: dict[str, Any] = {"step": 0, "epoch_sums": (0.0, 0.0), "best": None, "skipped_steps": 0, "scaler": None}
-    if start.checkpoint:
-        state = checkpoint.load(start.checkpoint, bare_model, optimizer)
-    elif config.init_from:
-        checkpoint.load_weights(checkpoint.weights_file(config.init_from), bare_model)
-    step, best, skipped_steps = state["step"], state["best"], state["skipped_steps"]
+    if is_main:
+        watch.look_for(start.path, config.stop, os.environ)
+    agreement = stopping.Agreement(watch, world_size, timedelta(seconds=config.ddp.timeout_seconds))
 
     # ---- prepared by Accelerate ----------------------------------------------------------------------------
     if config.compile:
         bare_model.compile()
     model, optimizer = accelerator.prepare(bare_model, optimizer)
-    if accelerator.scaler is None:
+    scaler = accelerator.scaler
+    if scaler is None:
         optimizer = optimizer.optimizer  # the wrapper serves fp16's scaler only, and costs 0.15 ms a step
-    elif state["scaler"]:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    train_sampler = MicroBatchSampler(Order(plan.samples, config.seed), plan, rank, step, total_steps)
+    if world_size > 1:
+        size = min(plan.micro_batch_size, plan.samples)
+        batch = send_to_device(example_batch(source, config.data, config.seed, dtype, size), device)
+        settle_buckets(model, bare_model, task, batch, accelerator.backward)
+
+    # ---- what a checkpoint holds; after this, nothing knows whether the run was interrupted ----------------
+    state: dict[str, Any] = {"step": 0, "epoch_sums": (0.0, 0.0), "best": None, "skipped_steps": 0, "scaler": None}
+    if start.checkpoint:
+        state = checkpoint.load(start.checkpoint, bare_model, optimizer, averaged)
+    elif start.weights:
+        checkpoint.load_weights(start.weights, bare_model)
+    if scaler is not None and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    step, best, skipped_steps = state["step"], state["best"], state["skipped_steps"]
+
+    order = Order(plan.samples, config.seed)
+    train_sampler = MicroBatchSampler(order, plan, rank, step, total_steps)
     validation_sampler = FixedBatchSampler(len(source.validation), config.validate.batch_size, rank, world_size)
     make = functools.partial(make_loader, config.data, source, task, config.seed, device, dtype)
     train_loader = make(source.train, train_sampler)
     validation_loader = make(source.validation, validation_sampler, persistent=True)
+    validated_model = bare_model if averaged is None else averaged.module
 
-    checkpoints, metrics = start.path / "checkpoints", {}
+    rule = best_rule(config.checkpoint.best, task)
+    parameters = [parameter for parameter in bare_model.parameters() if parameter.requires_grad]
+    metrics: dict[str, Any] = {}
+    stop: str | None = None
     losses = LossSums(device, state["epoch_sums"])
+    finite = FiniteCheck(config.train.on_nonfinite, bare_model, optimizer, scaler, plan, order, rank)
     throughput = Throughput(device)
-    status = RunStatus(start, step, enabled=accelerator.is_main_process)
-    trackers = Trackers(start, step, total_steps, plan.steps_per_epoch, enabled=accelerator.is_main_process)
+    status = RunStatus(start, step, enabled=is_main)
+    trackers = Trackers(start, step, total_steps, plan.steps_per_epoch, enabled=is_main)
+    saver = Saver(start.path / "checkpoints", config.checkpoint, start.identity, watch, status.update, enabled=is_main)
     trackers.say(*messages, *start.messages, *describe(config, start, plan, bare_model, accelerator, step, total_steps))
 
     # ==== THE LOOP ==========================================================================================
-    with status, trackers:
+    with status, trackers, saver:
         batches = iter(train_loader)  # one iterator through all epochs: loader workers start once
         model.train()
-        while step < total_steps:
+        while step < total_steps and not stop:
             epoch, start_position, stop_position = plan.span(step)
             samples = stop_position - start_position  # of the global batch
             lr = lr_at(step, total_steps, config.optim.lr, config.schedule)
             set_lr(optimizer, lr)
 
             losses.start_step()
+            finite.start_step()
             window = plan.window(step, rank)
             for micro_step, (first, last) in enumerate(window):
                 batch = next(batches)
@@ -178,51 +205,76 @@ def train(config: Config) -> None:
                     accelerator.backward(loss * (world_size / samples))
                 losses.add(loss, weight)
 
+            if scaler is not None:
+                accelerator.unscale_gradients(optimizer)
             if task.weight != "samples":
                 divide_by_weight(bare_model, losses.step_weight, samples)
-            if config.optim.clip_norm:
-                accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+            gradient_norm = norm_and_clip(parameters, config.optim.clip_norm)
+            losses.end_step(left_out=finite.end_step(step, gradient_norm, losses.step_losses))
             # parameter update
             optimizer.step()
             optimizer.zero_grad()
-            skipped_steps += accelerator.scaler is not None and optimizer.step_was_skipped
+            if averaged is not None:
+                averaged.update_parameters(bare_model)
+            skipped_steps += scaler is not None and optimizer.step_was_skipped
             step += 1
             throughput.add(samples)
 
-            # ---- when due: log, validate, checkpoint -------------------------------------------------------
+            # ---- when due: log, validate, checkpoint, stop -------------------------------------------------
+            stop = agreement.reached()
             at_end = step == total_steps
-            if at_end or step % config.log.every_steps == 0:
+            log_due = at_end or step % config.log.every_steps == 0
+            validation_due = at_end or is_due(step, config.validate.every_steps, config.validate.every_epochs, plan)
+            save_due = at_end or bool(stop) or is_due(step, config.checkpoint.every_steps, 1, plan)
+            save_due = save_due or is_due(step, config.checkpoint.keep_every_steps or total_steps, None, plan)
+            if log_due or validation_due or save_due or finite.full:
+                left_out = finite.check()
+                skipped_steps += len(left_out)
+                trackers.say(*left_out)
+            if log_due:
                 mean, running_mean, _ = losses.read()
                 rates = {"lr": lr, "samples_per_second": throughput.read(), "skipped_steps": skipped_steps}
                 trackers.log("train", step, epoch, loss=mean, running_loss=running_mean, **rates)
             if step % plan.steps_per_epoch == 0:
                 trackers.log("epoch", step, epoch, loss=losses.read()[1])
                 losses.start_epoch()
-            if at_end or is_due(step, config.validate.every_steps, config.validate.every_epochs, plan):
-                with throughput.paused():
-                    metrics = validate(bare_model, task, validation_loader, validation_sampler)
+            if validation_due:
+                with throughput.paused(), watch.timed("validation"):
+                    metrics = validate(validated_model, task, validation_loader, validation_sampler)
                 trackers.log("validate", step, epoch, **metrics)
-                best = better(task.best, best, {"step": step, **metrics})
-            if at_end or is_due(step, config.checkpoint.every_steps, 1, plan):
+                best, previous = better(rule, best, {"step": step, **metrics}), best
+                save_due = save_due or best is not previous
+            if save_due:
                 with throughput.paused():
-                    broadcast_buffers(bare_model)  # a rank that continues has rank 0's
-                    state = {"step": step, "epoch_sums": losses.read()[2], "best": best, "skipped_steps": skipped_steps}
-                    state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
-                    state["samples"] = plan.samples
-                    if accelerator.is_main_process:
-                        checkpoint.save(checkpoints, step, bare_model, optimizer, state, config.checkpoint.keep_last)
-                    status.update(step)
-    trackers.say(*summary(start.path, best, metrics))
+                    broadcast_buffers(bare_model, averaged)  # a rank that continues has rank 0's
+                    state = {"epoch_sums": losses.read()[2], "best": best, "skipped_steps": skipped_steps}
+                    state["scaler"] = scaler.state_dict() if scaler is not None else None
+                    saver.save(step, bare_model, averaged, optimizer, state)
+        cluster.from_main(saver.finish)
+        if is_main:
+            (start.path / stopping.STOP).unlink(missing_ok=True)
+        status.stopped_by = stop if step < total_steps else None
+        if status.stopped_by == stopping.REASONS[stopping.SAVE_FAILED]:
+            raise RunFailed(f"Stopped after step {step} (checkpoint.on_failure): a checkpoint could not be written.")
+    agreement.close()
+    trackers.say(
+        *(stopped(start.path, step, total_steps, stop) if step < total_steps else summary(start.path, best, metrics))
+    )
     accelerator.end_training()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train as the command line says; returns the exit code: 0 in order, 2 wrong usage (1: an exception)."""
+    """Train as the command line says; returns the exit code: 0 in order, 1 failed, 2 wrong usage."""
     quiet = not cluster.speaks(os.environ)  # every rank meets the same mistakes; one says them
+    watch = stopping.listen()
     try:
-        train(load_config(sys.argv[1:] if arguments is None else arguments, quiet))
+        with RunLock() as lock:
+            train(load_config(sys.argv[1:] if arguments is None else arguments, quiet), watch, lock)
     except AlreadyReported:
         return 2
+    except RunFailed as error:
+        cluster.report(error)
+        return 1
     except UsageError as error:
         cluster.report(error)
         cluster.let_others_speak()
@@ -233,12 +285,13 @@ def main(arguments: list[str] | None = None) -> int:
         raise
     except KeyboardInterrupt:
         if not quiet:
-            print("\ndistloop: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+            print("\ndistloop: ended at once; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
     except Exception:
         if cluster.was_reported():  # another rank's mistake, already said, closed the connection
             return 2
-        raise
+        traceback.print_exc()
+        return 1
     return 0
 
 

@@ -70,8 +70,9 @@ def add_in_batch_order(
     return sums
 
 
-def broadcast_buffers(model: nn.Module) -> None:
+def broadcast_buffers(*models: nn.Module | None) -> None:
     """Give all ranks rank 0's buffers."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+        for model in models:
+            for buffer in model.buffers() if model is not None else ():
+                dist.broadcast(buffer, src=0)

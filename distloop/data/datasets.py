@@ -7,6 +7,8 @@ __getitem__ as for any PyTorch DataLoader. It is called with data.args, and with
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
 from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,24 @@ def image_folder(root: str, crop: int = 224, resize: int = 256) -> DataSource:
             f"{folders[0]} and {folders[1]} do not have the same classes; in one only: {', '.join(differing[:10])}"
         )
     return DataSource(train, validation, tuple(train.classes), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def fingerprint(dataset: Any) -> dict[str, Any]:
+    """What a data set can be known again by: its length; for tensors in memory, and for folders of files, a SHA-256
+    of their contents, or of their names and labels."""
+    known: dict[str, Any] = {"samples": len(dataset)}
+    if isinstance(dataset, InMemory):
+        digest = hashlib.sha256()
+        for tensor in (dataset.inputs, dataset.targets):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().data)
+        known["sha256"] = digest.hexdigest()
+    elif hasattr(dataset, "samples") and hasattr(dataset, "root"):  # torchvision's folders
+        digest = hashlib.sha256()
+        for path, label in dataset.samples:
+            digest.update(f"{os.path.relpath(path, dataset.root)} {label}\n".encode())
+        known["sha256"] = digest.hexdigest()
+    return known
 
 
 DATASETS: dict[str, Callable[..., DataSource]] = {

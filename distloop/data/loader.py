@@ -20,6 +20,7 @@ from distloop.data.sampling import MicroBatch
 from distloop.errors import UsageError
 from distloop.registry import import_callable
 from distloop.seeding import seed_sample, uniforms
+from distloop.stopping import leave_signals_to_parent
 from distloop.tasks import Task, checks_targets_only, inputs_of, targets_of, with_inputs
 
 
@@ -80,10 +81,10 @@ def collate_of(config: Data) -> Callable[[list], Any]:
     return import_callable("data.collate", config.collate) if config.collate else default_collate
 
 
-def example_batch(source: DataSource, config: Data, seed: int, dtype: torch.dtype) -> Any:
-    """The first training sample as a batch, as the model takes it."""
+def example_batch(source: DataSource, config: Data, seed: int, dtype: torch.dtype, samples: int = 1) -> Any:
+    """The first training samples as a batch, as the model takes it."""
     dataset = SeededDataset(source.train, seed, collate_of(config), no_check)
-    return to_model(dataset.__getitems__(MicroBatch(0, np.array([0]))), source, dtype)
+    return to_model(dataset.__getitems__(MicroBatch(0, np.arange(samples))), source, dtype)
 
 
 def offers_to_model(example: Any, source: DataSource) -> dict[str, Any]:
@@ -130,6 +131,7 @@ def make_loader(
         collate_fn=identity,
         pin_memory=device.type == "cuda",
         persistent_workers=persistent and workers > 0,
+        worker_init_fn=leave_signals_to_parent,
         # Forking a process that has initialised CUDA is unsafe.
         multiprocessing_context="forkserver" if workers and device.type == "cuda" else None,
     )

@@ -17,6 +17,7 @@ class LossSums:
         self.start_step()
 
     def start_step(self) -> None:
+        self.step_losses: list[Tensor] = []  # one for each micro-batch
         self.step_loss: Tensor | None = None
         self.step_weight: Tensor | int = 0
 
@@ -29,9 +30,16 @@ class LossSums:
     def add(self, loss: Tensor, weight: Tensor | int) -> None:
         """Count one micro-batch."""
         loss = loss.detach()
+        self.step_losses.append(loss)
         self.step_loss = loss if self.step_loss is None else self.step_loss + loss
         self.step_weight = self.step_weight + weight
-        self.epoch_loss += loss
+
+    def end_step(self, left_out: Tensor | None = None) -> None:
+        """Count the step into the epoch, unless the flag (a bool on the device) says that it is left out."""
+        loss, weight = self.step_loss, self.step_weight
+        if left_out is not None and loss is not None:
+            loss, weight = torch.where(left_out, 0, loss), torch.where(left_out, 0, torch.as_tensor(weight))
+        self.epoch_loss += loss if loss is not None else 0
         self.epoch_weight = self.epoch_weight + weight
 
     def read(self) -> tuple[float, float, tuple[float, float]]:

@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 
 class MetricsFile:
-    """Appends rows to a file."""
+    """Appends rows to a file. Where the disk is full, rows wait in memory for the next that can be written."""
 
     def __init__(self, path: Path) -> None:
-        self.file = open(path, "a")  # noqa: SIM115 - open as long as the run
+        self.path = path
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self.waiting: list[bytes] = []
 
     def log(self, row: dict[str, Any]) -> None:
         """Write one row. Numbers that JSON does not have (nan, inf) become null."""
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        self.file.write(json.dumps(clean) + "\n")
-        self.file.flush()
+        self.waiting.append((json.dumps(clean) + "\n").encode())
+        text = b"".join(self.waiting)
+        try:
+            size = os.fstat(self.descriptor).st_size
+            if os.write(self.descriptor, text) == len(text):
+                self.waiting = []
+                return
+            os.ftruncate(self.descriptor, size)  # no torn line
+            reason = "no room"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if len(self.waiting) == 1:
+            print(f"distloop: WARNING: {self.path} cannot be written ({reason}); its rows wait in memory", flush=True)
 
     def close(self) -> None:
-        self.file.close()
+        if self.waiting:
+            print(f"distloop: WARNING: {len(self.waiting)} rows could not be written to {self.path}", flush=True)
+        os.close(self.descriptor)
 
 
 def set_rows_aside(path: Path, step: int) -> int:

@@ -10,10 +10,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from distloop import __version__
-from distloop.checkpoint import MODEL, published_in
+from distloop.checkpoint import AVERAGED, MODEL, published_in, step_of
 from distloop.config import Config
 from distloop.data.sampling import Plan
+from distloop.errors import UsageError
 from distloop.run_directory import METRICS, Start
+from distloop.tasks import Task
 from distloop.tracking.console import number
 
 
@@ -33,7 +35,9 @@ def describe(
         f"{f', {dropped} samples of it dropped' if dropped else ''} · {total_steps} steps in all",
     ]
     if start.checkpoint:
-        lines.append(f"continuing after step {step} of {total_steps}, from {start.checkpoint}")
+        epoch, first, _ = plan.span(step) if step < total_steps else (total_steps // plan.steps_per_epoch, 0, 0)
+        where = f"epoch {epoch + 1}" + (f", after {first:,} of its samples" if first else "")
+        lines.append(f"continuing after step {step} of {total_steps} ({where}), from {start.checkpoint}")
     return lines
 
 
@@ -45,6 +49,26 @@ def better(rule: tuple[str, str], best: dict[str, Any] | None, row: dict[str, An
     if best is None:
         return row
     return row if (row[metric] > best[metric] if direction == "max" else row[metric] < best[metric]) else best
+
+
+def best_rule(named: str | None, task: Task) -> tuple[str, str]:
+    """(metric, min | max) of the best checkpoint, from checkpoint.best such as "max accuracy", or the task's own."""
+    if named is None:
+        return task.best
+    direction, metric = named.split()
+    return metric, direction
+
+
+def check_best(rule: tuple[str, str], metrics: dict[str, Any]) -> None:
+    """Raises UsageError when validation does not give the metric that the best checkpoint is chosen by."""
+    if rule[0] not in metrics:
+        known = ", ".join(name for name in metrics if name != "samples")
+        raise UsageError(f"checkpoint.best: validation gives no {rule[0]!r}, but {known}.")
+
+
+def stopped(path: Path, step: int, total_steps: int, reason: str | None) -> list[str]:
+    """The lines at the end of an attempt that was stopped."""
+    return [f"stopped after step {step} of {total_steps} ({reason}), saved in {path}; the same command continues"]
 
 
 def summary(path: Path, best: dict[str, Any] | None, last: dict[str, Any]) -> list[str]:
@@ -61,6 +85,18 @@ def summary(path: Path, best: dict[str, Any] | None, last: dict[str, Any]) -> li
     return [
         *lines,
         f"  metrics, one JSON object a line: {path / METRICS}",
-        *(f"  weights: {checkpoint / MODEL}" for checkpoint in published_in(path / "checkpoints")[-1:]),
+        *_weights(path, best),
         "  --name NAME trains another run, --resume extend --train.epochs N goes on with this one",
+    ]
+
+
+def _weights(path: Path, best: dict[str, Any] | None) -> list[str]:
+    published = published_in(path / "checkpoints")
+    steps = {published[-1]: ""} if published else {}
+    for checkpoint in published:
+        if best and step_of(checkpoint) == best["step"]:
+            steps[checkpoint] = " (best)"
+    return [
+        f"  weights{which}: {checkpoint / (AVERAGED if (checkpoint / AVERAGED).exists() else MODEL)}"
+        for checkpoint, which in steps.items()
     ]

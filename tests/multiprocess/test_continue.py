@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from distloop.config_load import load_config
+from distloop.data.datasets import fingerprint, load_data
+from distloop.lock import RunLock
 from distloop.run_directory import open_run
 from tests.ranks import Ranks, train, wait_until, write_config
 from tests.records import largest_difference, losses, rows, status, weights
@@ -141,7 +143,11 @@ def test_a_run_cannot_be_extended_to_less_than_it_has_done(tmp_path: Path) -> No
 def test_an_extended_run_is_not_finished_from_the_moment_its_config_is_replaced(tmp_path: Path) -> None:
     train(tmp_path, small(tmp_path)).check()
     config = load_config([*small(tmp_path), "--runs-dir", str(tmp_path / "runs"), "--train.epochs", "4"])
-    open_run(dataclasses.replace(config, resume="extend"), 1, samples=353, total_steps=20)  # and then it is killed
+    dataset = fingerprint(load_data(config.data).train)
+    with RunLock() as lock:
+        open_run(
+            dataclasses.replace(config, resume="extend"), lock, 1, dataset, total_steps=20
+        )  # and then it is killed
     assert status(tmp_path / "runs" / "run")["state"] == "running"
     train(tmp_path, [*small(tmp_path), "--train.epochs", "4"]).check()
     assert status(tmp_path / "runs" / "run")["step"] == 20

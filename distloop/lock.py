@@ -1,0 +1,194 @@
+"""Who owns a run directory: a file with the owner's names and a heartbeat.
+
+The heartbeat is a number that the owner counts up. Another process that finds it unchanged for DEAD_SECONDS of
+its own clock takes over, so that neither clocks nor process numbers of two machines are ever compared. On the
+same machine, and for the same Slurm job requeued, the answer is known at once.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from distloop.errors import UsageError
+
+LOCK = "lock.json"
+BEAT_SECONDS = 5.0
+DEAD_SECONDS = 30.0  # several beats, and longer than a shared file system takes to show one
+
+
+class RunLock:
+    """The lock of one run directory; nothing is held before acquire(). A context that releases it."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.identity = {
+            "token": uuid.uuid4().hex,
+            "machine": os.uname().nodename,
+            "processes": _process_space(),
+            "pid": os.getpid(),
+            "pid_started": _started(os.getpid()),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "slurm_restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+            "since": _now(),
+        }
+        self.beats = 0
+        self.next_beat = 0.0
+        self.busy = threading.Lock()  # beats come from another thread
+
+    def acquire(self, folder: Path) -> str | None:
+        """Own `folder`; returns a line on whom it was taken from, if anyone. Raises UsageError naming the owner."""
+        path = folder / LOCK
+        message = None
+        while True:
+            if self._create(path):
+                return message
+            owner = _read(path)
+            if owner is None:
+                continue  # released in between
+            if not self._is_dead(path, owner):
+                raise UsageError(
+                    f"{folder} belongs to a run that is going on: {describe(owner)}. Wait for its end, or stop it "
+                    f"(touch {folder / 'STOP'}), or use --name OTHER for a run of its own."
+                )
+            # Of several that find the owner dead one gets to rename its file.
+            stale = folder / f".{LOCK}.{self.identity['token']}"
+            try:
+                os.rename(path, stale)
+            except FileNotFoundError:
+                continue
+            taken = _read(stale)
+            if taken is not None and taken.get("token") != owner.get("token"):
+                _link_back(stale, path)  # another one was faster, and this is its lock
+            else:
+                message = f"taken over from {describe(owner)}, which is dead"
+            stale.unlink(missing_ok=True)
+
+    def beat(self) -> None:
+        """Show that the owner lives, when it is time to. Ends the process if another one has taken over."""
+        with self.busy:
+            if self.path is not None and time.monotonic() >= self.next_beat:
+                self.next_beat = time.monotonic() + BEAT_SECONDS
+                self._beat(self.path)
+
+    def _beat(self, path: Path) -> None:
+        try:
+            owner = _read(path)
+            if owner is not None and owner.get("token") != self.identity["token"]:
+                # This process was suspended for so long that it counted as dead. It must not write any more.
+                print(f"distloop: {path.parent} was taken over by {describe(owner)}; ending here.", flush=True)
+                os._exit(1)
+            self._write(path)
+        except OSError:
+            pass  # a full disk: the next beat may find room
+
+    def release(self) -> None:
+        """Give the directory free; the end of an attempt."""
+        with self.busy:
+            path, self.path = self.path, None
+        if path is not None and (_read(path) or {}).get("token") == self.identity["token"]:
+            path.unlink(missing_ok=True)
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def _create(self, path: Path) -> bool:
+        aside = path.with_name(f".{LOCK}.{self.identity['token']}")
+        self._write(aside)
+        try:
+            os.link(aside, path)  # fails where the file exists, and shows whole files only, on NFS too
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return False
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        self.path, self.next_beat = path, time.monotonic() + BEAT_SECONDS
+        return True
+
+    def _write(self, path: Path) -> None:
+        self.beats += 1
+        aside = path.with_name(f".{path.name}.writing")
+        aside.write_text(json.dumps({**self.identity, "beat": self.beats, "written": _now()}, indent=1) + "\n")
+        aside.replace(path)
+
+    def _is_dead(self, path: Path, owner: dict[str, Any]) -> bool:
+        job, restart = self.identity["slurm_job"], self.identity["slurm_restart"]
+        if job and owner.get("slurm_job") == job and int(owner.get("slurm_restart") or 0) < int(str(restart)):
+            return True  # Slurm requeues a job when its processes are gone
+        if owner.get("processes") and owner.get("processes") == self.identity["processes"]:
+            return _started(int(owner["pid"])) != owner["pid_started"]
+        print(
+            f"distloop: looking for up to {DEAD_SECONDS:.0f} s whether {describe(owner)} still owns {path.parent}",
+            flush=True,
+        )
+        until = time.monotonic() + DEAD_SECONDS
+        while time.monotonic() < until:
+            time.sleep(0.5)
+            now = _read(path)
+            if now is None or (now.get("token"), now.get("beat")) != (owner.get("token"), owner.get("beat")):
+                return now is None
+        return True
+
+
+def describe(owner: dict[str, Any]) -> str:
+    """ "process 123 on gpu03, Slurm job 42, since 2026-…" """
+    job = f", Slurm job {owner['slurm_job']}" if owner.get("slurm_job") else ""
+    return f"process {owner.get('pid')} on {owner.get('machine')}{job}, since {owner.get('since')}"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What the lock says; {} for a damaged one, None where there is none."""
+    try:
+        owner = json.loads(path.read_text())
+        return owner if isinstance(owner, dict) else {}
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+
+
+def _link_back(stale: Path, path: Path) -> None:
+    try:
+        os.link(stale, path)
+    except OSError:
+        if not path.exists():
+            os.rename(stale, path)
+
+
+def _process_space() -> str | None:
+    """What two processes share that see each other's numbers: the boot of the machine and the container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine started, in clock ticks since boot; None when it does not run.
+
+    With the number, which is used again some day, it names a process.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

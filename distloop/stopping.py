@@ -1,0 +1,263 @@
+"""Stopping in order: signals, a deadline, a STOP file and a launcher that is gone become one decision of all ranks.
+
+A thread in each process (Watch) collects what asks for a stop, from the first lines of the program on. The loop
+asks after each step whether the ranks have agreed (Agreement): they all stop after the same step, and save it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import datetime
+import multiprocessing
+import multiprocessing.util  # registers its own end before ours, so that ours comes first
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distloop.cluster import speaks
+
+if TYPE_CHECKING:  # the config's libraries are imported once signals are listened to
+    from distloop.config import Stop
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP = "STOP"
+STOP_FILE, AFTER_MINUTES, SLURM_LIMIT, LAUNCHER_GONE, SAVE_FAILED = 101, 102, 103, 104, 105
+REASONS = {
+    **{int(number): number.name for number in SIGNALS},
+    STOP_FILE: "the file STOP",
+    AFTER_MINUTES: "stop.after_minutes",
+    SLURM_LIMIT: "Slurm's time limit",
+    LAUNCHER_GONE: "its launcher is gone",
+    SAVE_FAILED: "a checkpoint could not be written",
+}
+POLL_SECONDS = 0.5
+SECOND_INTERRUPT_SECONDS = 2.0  # an elastic launcher passes Ctrl-C on, so that it arrives twice at once
+ORPHAN_SECONDS = 8.0  # what is left to save in when the launcher is gone
+AGREE_SECONDS = 0.02  # ranks ask each other about so often, however short a step is
+MOST_STEPS_BETWEEN = 16
+PR_SET_PDEATHSIG = 1
+
+_watch: Watch | None = None
+
+
+def listen() -> Watch:
+    """The process's Watch, started by the first call. Call it before the long imports, in the main thread."""
+    global _watch  # signals belong to the process, and arrive before anything could be handed on
+    if _watch is None or _watch.process != os.getpid():
+        _watch = Watch()
+    return _watch
+
+
+class Watch:
+    """Collects what asks for a stop, as a number in REASONS (a signal's own, or one of the above); 0: nothing.
+
+    It is a thread, so that a signal is answered at once, however long the main thread computes or waits.
+    """
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.wish = 0
+        self.started = time.time()
+        self.stop_file: Path | None = None
+        self.deadlines: dict[int, float] = {}
+        self.reserve_seconds = 0.0
+        self.each_poll: list[Callable[[], None]] = []
+        self._longest: dict[str, float] = {}
+        self._first_interrupt: float | None = None
+        self._leave: tuple[float, int] | None = None  # end the process at this time with this exit code
+        self._launcher = os.getppid() if launched(os.environ) else None
+        self._wakeup, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # `command &` in a script
+                signal.signal(number, self._in_main_thread)
+        threading.Thread(target=self._run, name="distloop-watch", daemon=True).start()
+
+    def look_for(self, run: Path, settings: Stop, environ: Mapping[str, str]) -> None:
+        """Watch for the file STOP in the run's directory and for deadlines. For rank 0: one clock, one disk."""
+        self.stop_file = run / STOP
+        self.reserve_seconds = settings.reserve_seconds
+        if settings.after_minutes:
+            self.deadlines[AFTER_MINUTES] = self.started + 60 * settings.after_minutes
+        limit = slurm_end_time(environ)
+        if limit:
+            self.deadlines[SLURM_LIMIT] = limit
+
+    def ask(self, wish: int) -> None:
+        """Ask for a stop; the first reason counts."""
+        if not self.wish:
+            self.wish = wish
+            more = " (Ctrl-C again: end at once)" if wish == signal.SIGINT else ""
+            self.say(f"{REASONS[wish]}: finishing what is going on, then saving and stopping{more}")
+
+    def say(self, text: str) -> None:
+        """A line on standard error, from one process of the machine."""
+        if speaks(os.environ):
+            with contextlib.suppress(OSError, ValueError):  # the terminal is gone
+                print(f"distloop: {text}", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """The longest time that a save or a validation took is kept free before a deadline."""
+        begun = time.monotonic()
+        yield
+        self.took(what, time.monotonic() - begun)
+
+    def took(self, what: str, seconds: float) -> None:
+        # Steps vary little: the latest says it best (the first ones compile, or start workers).
+        self._longest[what] = seconds if what == "steps" else max(seconds, self._longest.get(what, 0.0))
+
+    def reserve(self) -> float:
+        """Seconds to keep free before a deadline: for steps, a validation and a save as long as the longest yet."""
+        return self.reserve_seconds + 1.5 * sum(self._longest.values())
+
+    def _in_main_thread(self, number: int, frame: object) -> None:
+        """Python's own handler: the thread has been told by then; only a second Ctrl-C is for the main thread."""
+        if number == signal.SIGINT and self._again():
+            raise KeyboardInterrupt
+
+    def _again(self) -> bool:
+        now = time.monotonic()
+        if self._first_interrupt is None:
+            self._first_interrupt = now
+        return now - self._first_interrupt >= SECOND_INTERRUPT_SECONDS
+
+    def _run(self) -> None:
+        while True:
+            if select.select([self._wakeup], [], [], POLL_SECONDS)[0]:
+                for number in os.read(self._wakeup, 4096):
+                    if number == signal.SIGINT and self._again():
+                        # The main thread has been interrupted; if it cannot hear that, end without it.
+                        self._leave = self._leave or (time.monotonic() + 3, 130)
+                    if number in REASONS:
+                        self.ask(number)
+            if self._launcher and os.getppid() != self._launcher:
+                self.ask(LAUNCHER_GONE)
+                self._leave = self._leave or (time.monotonic() + ORPHAN_SECONDS, 1)
+            if self.stop_file and self.stop_file.exists():
+                self.ask(STOP_FILE)
+            for wish, deadline in self.deadlines.items():
+                if time.time() + self.reserve() >= deadline:
+                    self.ask(wish)
+            for function in self.each_poll:
+                function()
+            if self._leave and time.monotonic() > self._leave[0]:
+                self.say("ended without saving; the same command continues from the last checkpoint")
+                os._exit(self._leave[1])
+
+
+class Agreement:
+    """The ranks' common answer to whether to stop.
+
+    They exchange one word now and then, over gloo and beside the training: what is asked after one step is
+    read some steps later, when it has long arrived, so that no step waits. How many steps lie between is
+    agreed in the same exchange, from the time that steps take.
+    """
+
+    def __init__(self, watch: Watch, world_size: int, timeout: datetime.timedelta) -> None:
+        self.watch = watch
+        self.interval = self.steps_left = 1
+        self.since = time.monotonic()
+        self.exchange: Any = None
+        self.words: Any = None
+        self.group: Any = None
+        if world_size > 1:
+            import torch.distributed as dist
+
+            self.group = dist.new_group(backend="gloo", timeout=timeout)  # not in the queue of a GPU's collectives
+
+    def reached(self) -> str | None:
+        """Why all ranks stop after the step that was just done; None: go on. Call it after each step."""
+        self.steps_left -= 1
+        if self.steps_left:
+            return None
+        now = time.monotonic()
+        step_seconds = (now - self.since) / self.interval
+        self.watch.took("steps", (2 * self.interval + 1) * step_seconds)
+        decided, self.since = self.watch.wish, now
+        interval = max(1, min(MOST_STEPS_BETWEEN, int(AGREE_SECONDS / max(step_seconds, 1e-6))))
+        if self.group is None:
+            self.interval = interval
+        else:
+            decided = self._exchange(interval)
+        self.steps_left = self.interval
+        return REASONS[decided] if decided else None
+
+    def _exchange(self, interval: int) -> int:
+        import torch
+        import torch.distributed as dist
+
+        decided = 0
+        if self.exchange is not None:
+            self.exchange.wait()
+            decided, self.interval = self.words.tolist()
+        self.words = torch.tensor([self.watch.wish, interval])
+        self.exchange = dist.all_reduce(self.words, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return decided
+
+    def close(self) -> None:
+        """Wait for the exchange that nobody needs any more."""
+        if self.exchange is not None:
+            self.exchange.wait()
+
+
+def launched(environ: Mapping[str, str]) -> bool:
+    """Whether the parent process is a launcher, without which this one has no purpose. A shell is none."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False  # another operating system
+    names = {os.path.basename(word) for word in words[:4]} | set(words[:4])
+    launchers = {
+        "accelerate",
+        "accelerate-launch",
+        "accelerate.commands.launch",
+        "torchrun",
+        "torch.distributed.run",
+        "torch.distributed.launch",
+    }
+    if names & launchers or any(word.endswith("accelerate/commands/launch.py") for word in words[:4]):
+        return True
+    # Started by a launcher that has died since: init has adopted this process.
+    return os.getppid() == 1 and bool({"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & set(environ))
+
+
+def slurm_end_time(environ: Mapping[str, str]) -> float | None:
+    """When Slurm will end this job, in seconds since 1970; None outside of a job or without a limit."""
+    if "SLURM_JOB_ID" not in environ:
+        return None
+    if environ.get("SLURM_JOB_END_TIME", "").isdecimal():
+        return float(environ["SLURM_JOB_END_TIME"])
+    command = ("squeue", "--noheader", "--job", environ["SLURM_JOB_ID"], "--format", "%e")
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        return datetime.datetime.fromisoformat(answer.strip()).timestamp()
+    except (OSError, subprocess.SubprocessError, ValueError):  # no squeue here, or no limit
+        return None
+
+
+@atexit.register
+def kill_workers() -> None:
+    """At the end: multiprocessing asks its daemons by SIGTERM to end and waits, but ours do not listen to it."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def leave_signals_to_parent(worker: int = 0) -> None:
+    """For a loader worker: a stop is the business of the process that it works for, with which it ends."""
+    signal.set_wakeup_fd(-1)  # what the fork copied is the parent's
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
