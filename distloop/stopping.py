@@ -71,6 +71,7 @@ class Watch:
         self.deadlines: dict[int, float] = {}
         self.reserve_seconds = 0.0
         self.each_poll: list[Callable[[], None]] = []
+        self.between_steps = 0.0  # seconds
         self._longest: dict[str, float] = {}
         self._first_interrupt: float | None = None
         self._leave: tuple[float, int] | None = None  # end the process at this time with this exit code
@@ -87,11 +88,9 @@ class Watch:
         """Watch for the file STOP in the run's directory and for deadlines. For rank 0: one clock, one disk."""
         self.stop_file = run / STOP
         self.reserve_seconds = settings.reserve_seconds
-        if settings.after_minutes:
-            self.deadlines[AFTER_MINUTES] = self.started + 60 * settings.after_minutes
-        limit = slurm_end_time(environ)
-        if limit:
-            self.deadlines[SLURM_LIMIT] = limit
+        after = self.started + 60 * settings.after_minutes if settings.after_minutes else None
+        deadlines = {AFTER_MINUTES: after, SLURM_LIMIT: slurm_end_time(environ)}
+        self.deadlines = {wish: deadline for wish, deadline in deadlines.items() if deadline is not None}
 
     def ask(self, wish: int) -> None:
         """Ask for a stop; the first reason counts."""
@@ -108,10 +107,12 @@ class Watch:
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """The longest time that a save or a validation took is kept free before a deadline."""
+        """For what is no step: the longest that it took is kept free before a deadline."""
         begun = time.monotonic()
         yield
-        self.took(what, time.monotonic() - begun)
+        seconds = time.monotonic() - begun
+        self.between_steps += seconds
+        self.took(what, seconds)
 
     def took(self, what: str, seconds: float) -> None:
         # Steps vary little: the latest says it best (the first ones compile, or start workers).
@@ -119,7 +120,7 @@ class Watch:
 
     def reserve(self) -> float:
         """Seconds to keep free before a deadline: for steps, a validation and a save as long as the longest yet."""
-        return self.reserve_seconds + 1.5 * sum(self._longest.values())
+        return self.reserve_seconds + 1.5 * sum(list(self._longest.values()))
 
     def _in_main_thread(self, number: int, frame: object) -> None:
         """Python's own handler: the thread has been told by then; only a second Ctrl-C is for the main thread."""
@@ -144,7 +145,7 @@ class Watch:
             if self._launcher and os.getppid() != self._launcher:
                 self.ask(LAUNCHER_GONE)
                 self._leave = self._leave or (time.monotonic() + ORPHAN_SECONDS, 1)
-            if self.stop_file and self.stop_file.exists():
+            if self.stop_file and os.path.exists(self.stop_file):
                 self.ask(STOP_FILE)
             for wish, deadline in self.deadlines.items():
                 if time.time() + self.reserve() >= deadline:
@@ -167,7 +168,7 @@ class Agreement:
     def __init__(self, watch: Watch, world_size: int, timeout: datetime.timedelta) -> None:
         self.watch = watch
         self.interval = self.steps_left = 1
-        self.since = time.monotonic()
+        self.since: float | None = None
         self.exchange: Any = None
         self.words: Any = None
         self.group: Any = None
@@ -181,8 +182,8 @@ class Agreement:
         self.steps_left -= 1
         if self.steps_left:
             return None
-        now = time.monotonic()
-        step_seconds = (now - self.since) / self.interval
+        now = time.monotonic() - self.watch.between_steps
+        step_seconds = 1.0 if self.since is None else (now - self.since) / self.interval
         self.watch.took("steps", (2 * self.interval + 1) * step_seconds)
         decided, self.since = self.watch.wish, now
         interval = max(1, min(MOST_STEPS_BETWEEN, int(AGREE_SECONDS / max(step_seconds, 1e-6))))

@@ -245,7 +245,7 @@ def train(config: Config, watch: stopping.Watch, lock: RunLock) -> None:
                 best, previous = better(rule, best, {"step": step, **metrics}), best
                 save_due = save_due or best is not previous
             if save_due:
-                with throughput.paused():
+                with throughput.paused(), watch.timed("snapshot"):
                     broadcast_buffers(bare_model, averaged)  # a rank that continues has rank 0's
                     state = {"epoch_sums": losses.read()[2], "best": best, "skipped_steps": skipped_steps}
                     state["scaler"] = scaler.state_dict() if scaler is not None else None

@@ -44,6 +44,9 @@ def describe(
 def better(rule: tuple[str, str], best: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any] | None:
     """The better of two validation rows by the task's (metric, min | max); the earlier one if they are equal."""
     metric, direction = rule
+    if metric not in row:
+        known = ", ".join(name for name in row if name not in ("step", "samples"))
+        raise UsageError(f"checkpoint.best: validation gives no {metric!r}, but {known}.")
     if not math.isfinite(row.get(metric, math.nan)):
         return best
     if best is None:
@@ -57,13 +60,6 @@ def best_rule(named: str | None, task: Task) -> tuple[str, str]:
         return task.best
     direction, metric = named.split()
     return metric, direction
-
-
-def check_best(rule: tuple[str, str], metrics: dict[str, Any]) -> None:
-    """Raises UsageError when validation does not give the metric that the best checkpoint is chosen by."""
-    if rule[0] not in metrics:
-        known = ", ".join(name for name in metrics if name != "samples")
-        raise UsageError(f"checkpoint.best: validation gives no {rule[0]!r}, but {known}.")
 
 
 def stopped(path: Path, step: int, total_steps: int, reason: str | None) -> list[str]:

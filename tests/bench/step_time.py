@@ -41,7 +41,8 @@ def ours(steps: int, processes: int) -> list[float]:
     arguments += ["--batch.global-size", str(BATCH * processes), "--log.every-steps", often]
     arguments += ["--validate.every-steps", often, "--checkpoint.every-steps", often]
     train.main(arguments)
-    return times[1 : steps + 1]  # the first is a sample's, before training
+    before = 1 if processes == 1 else 3  # a sample's, and DDP's two, before training
+    return times[before : before + steps]
 
 
 def by_hand(steps: int, processes: int) -> list[float]:
