@@ -34,6 +34,8 @@ class Start(NamedTuple):
     """To continue from."""
     weights: Path | None
     """To begin from, with --init-from."""
+    step: int
+    """How many steps are done."""
     finished: bool
     messages: list[str]
     identity: dict[str, Any]
@@ -59,7 +61,8 @@ def open_run(config: Config, lock: RunLock, world_size: int, dataset: dict[str, 
     try:
         if path.exists():
             if config.resume != "never" and _is_finished(path, config):
-                return Start(path, int(_read_json(path / STATUS)["attempt"]), None, None, True, messages, {})
+                status = _read_json(path / STATUS)
+                return Start(path, int(status["attempt"]), None, None, int(status["step"]), True, messages, {})
             messages += _acquire(lock, path)
             if config.resume == "never":
                 lock.release()
@@ -80,6 +83,13 @@ def open_run(config: Config, lock: RunLock, world_size: int, dataset: dict[str, 
         begun = bool(published_in(path / "checkpoints")) and (path / CONFIG).exists()
         changes = _changes(path, config) if begun else {}
         checkpoint, passed_over = newest_good(path / "checkpoints")
+        if passed_over and checkpoint is None:  # nothing that a killed save could leave behind
+            raise UsageError(
+                f"None of the checkpoints in {path} is whole:\n  "
+                + "\n  ".join(passed_over)
+                + "\nBring back the files, "
+                "or use --resume never to move the run aside and start anew."
+            )
         messages += [f"passed over a damaged checkpoint: {line}" for line in passed_over]
         step = step_of(checkpoint) if checkpoint else 0
         if step > total_steps:
@@ -91,8 +101,8 @@ def open_run(config: Config, lock: RunLock, world_size: int, dataset: dict[str, 
             messages.append(f"metrics after step {step}, {redone} of them, were set aside: these steps are done again")
         attempt = int(status.get("attempt", 0)) + 1
         identity = {"config_sha256": training_hash(config), "dataset": dataset}
-        start = Start(path, attempt, checkpoint, weights, False, messages, identity)
-        RunStatus(start, step, enabled=True).update(step)  # first: an extended run is not finished any more
+        start = Start(path, attempt, checkpoint, weights, step, False, messages, identity)
+        RunStatus(start, enabled=True).update(step)  # first: an extended run is not finished any more
         if changes:
             record = {"after_attempt": attempt - 1, "after_step": step, "changes": changes}
             with open(path / "config_changes.jsonl", "a") as file:
@@ -110,8 +120,8 @@ def open_run(config: Config, lock: RunLock, world_size: int, dataset: dict[str, 
 class RunStatus:
     """Keeps status.json: written by rank 0 when the run starts, has saved and ends, however it ends."""
 
-    def __init__(self, start: Start, step: int, enabled: bool) -> None:
-        self.start, self.step, self.enabled = start, step, enabled
+    def __init__(self, start: Start, enabled: bool) -> None:
+        self.start, self.step, self.enabled = start, start.step, enabled
         self.stopped_by: str | None = None
 
     def __enter__(self) -> RunStatus:

@@ -19,7 +19,7 @@ if not __package__:
 import functools
 import traceback
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -99,8 +99,11 @@ def build_accelerator(config: Config) -> tuple[Accelerator, list[str]]:
     return accelerator, messages
 
 
-def train(config: Config, watch: stopping.Watch, lock: RunLock) -> None:
-    """Train the config's run to its end, from its beginning or from where it was left."""
+def train(config: Config, watch: stopping.Watch, attempt: ExitStack) -> None:
+    """Train the config's run to its end, from its beginning or from where it was left.
+
+    What has to be closed however the attempt ends is left with `attempt`.
+    """
     # ---- who and what --------------------------------------------------------------------------------------
     accelerator, messages = build_accelerator(config)
     device, dtype = accelerator.device, getattr(torch, config.dtype)
@@ -122,6 +125,7 @@ def train(config: Config, watch: stopping.Watch, lock: RunLock) -> None:
     averaged = build_average(bare_model, config.optim.ema_decay)
 
     # ---- the run's directory: from the start, or from where it was left ------------------------------------
+    lock = attempt.enter_context(RunLock())
     watch.each_poll.append(lock.beat)
     start = cluster.from_main(lambda: open_run(config, lock, world_size, fingerprint(source.train), total_steps))
     if start.finished:
@@ -131,6 +135,7 @@ def train(config: Config, watch: stopping.Watch, lock: RunLock) -> None:
         )
         accelerator.end_training()
         return
+    status = attempt.enter_context(RunStatus(start, enabled=is_main))
     if is_main:
         watch.look_for(start.path, config.stop, os.environ)
     agreement = stopping.Agreement(watch, world_size, timedelta(seconds=config.ddp.timeout_seconds))
@@ -172,13 +177,12 @@ def train(config: Config, watch: stopping.Watch, lock: RunLock) -> None:
     losses = LossSums(device, state["epoch_sums"])
     finite = FiniteCheck(config.train.on_nonfinite, bare_model, optimizer, scaler, plan, order, rank)
     throughput = Throughput(device)
-    status = RunStatus(start, step, enabled=is_main)
-    trackers = Trackers(start, step, total_steps, plan.steps_per_epoch, enabled=is_main)
+    trackers = Trackers(start, total_steps, plan.steps_per_epoch, enabled=is_main)
     saver = Saver(start.path / "checkpoints", config.checkpoint, start.identity, watch, status.update, enabled=is_main)
-    trackers.say(*messages, *start.messages, *describe(config, start, plan, bare_model, accelerator, step, total_steps))
+    trackers.say(*messages, *start.messages, *describe(config, start, plan, bare_model, accelerator, total_steps))
 
     # ==== THE LOOP ==========================================================================================
-    with status, trackers, saver:
+    with trackers, saver:
         batches = iter(train_loader)  # one iterator through all epochs: loader workers start once
         model.train()
         while step < total_steps and not stop:
@@ -229,7 +233,7 @@ def train(config: Config, watch: stopping.Watch, lock: RunLock) -> None:
             save_due = save_due or is_due(step, config.checkpoint.keep_every_steps or total_steps, None, plan)
             if log_due or validation_due or save_due or finite.full:
                 left_out = finite.check()
-                skipped_steps += len(left_out)
+                skipped_steps += len(left_out) if finite.skips else 0  # a scaler's are counted above
                 trackers.say(*left_out)
             if log_due:
                 mean, running_mean, _ = losses.read()
@@ -250,16 +254,17 @@ def train(config: Config, watch: stopping.Watch, lock: RunLock) -> None:
                     state = {"epoch_sums": losses.read()[2], "best": best, "skipped_steps": skipped_steps}
                     state["scaler"] = scaler.state_dict() if scaler is not None else None
                     saver.save(step, bare_model, averaged, optimizer, state)
+        if step < total_steps:
+            status.stopped_by = stop
+            trackers.say(f"stopping after step {step}: its checkpoint is being written")
         cluster.from_main(saver.finish)
-        if is_main:
-            (start.path / stopping.STOP).unlink(missing_ok=True)
-        status.stopped_by = stop if step < total_steps else None
         if status.stopped_by == stopping.REASONS[stopping.SAVE_FAILED]:
             raise RunFailed(f"Stopped after step {step} (checkpoint.on_failure): a checkpoint could not be written.")
+    if is_main:
+        (start.path / stopping.STOP).unlink(missing_ok=True)
+    ending = summary(start.path, best, metrics) if step == total_steps else stopped(start.path, step, total_steps, stop)
+    trackers.say(*ending)
     agreement.close()
-    trackers.say(
-        *(stopped(start.path, step, total_steps, stop) if step < total_steps else summary(start.path, best, metrics))
-    )
     accelerator.end_training()
 
 
@@ -268,8 +273,8 @@ def main(arguments: list[str] | None = None) -> int:
     quiet = not cluster.speaks(os.environ)  # every rank meets the same mistakes; one says them
     watch = stopping.listen()
     try:
-        with RunLock() as lock:
-            train(load_config(sys.argv[1:] if arguments is None else arguments, quiet), watch, lock)
+        with ExitStack() as attempt:
+            train(load_config(sys.argv[1:] if arguments is None else arguments, quiet), watch, attempt)
     except AlreadyReported:
         return 2
     except RunFailed as error:

@@ -20,9 +20,10 @@ from distloop.tracking.console import number
 
 
 def describe(
-    config: Config, start: Start, plan: Plan, model: nn.Module, accelerator: Accelerator, step: int, total_steps: int
+    config: Config, start: Start, plan: Plan, model: nn.Module, accelerator: Accelerator, total_steps: int
 ) -> list[str]:
     """The lines at the start of an attempt."""
+    step = start.step
     parameters = sum(parameter.numel() for parameter in model.parameters())
     processes = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''}"
     dropped = plan.samples - min(plan.samples, plan.steps_per_epoch * plan.global_batch_size)

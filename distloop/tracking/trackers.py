@@ -12,9 +12,9 @@ from distloop.tracking.metrics_file import MetricsFile
 class Trackers:
     """All trackers of rank 0; on the other ranks it does nothing. Use as a context around the loop."""
 
-    def __init__(self, start: Start, step: int, total_steps: int, steps_per_epoch: int, enabled: bool) -> None:
+    def __init__(self, start: Start, total_steps: int, steps_per_epoch: int, enabled: bool) -> None:
         self.attempt = start.attempt
-        self.console = Console(step, total_steps, -(-total_steps // steps_per_epoch)) if enabled else None
+        self.console = Console(start.step, total_steps, -(-total_steps // steps_per_epoch)) if enabled else None
         self.trackers: list[MetricsFile | Console] = []
         if self.console:
             self.trackers = [MetricsFile(start.path / METRICS), self.console]
