@@ -7,11 +7,11 @@ PROCS  ?= 1
 ARGS   ?=
 
 BIN := .venv/bin
-# One process: a GPU if there is one. Several: as many GPUs, or that many processes on the CPU.
-ONE     := --num_processes 1
-SEVERAL := --multi_gpu --num_processes $(PROCS)
-LAUNCH   = $(BIN)/accelerate launch --quiet --num_machines 1 --main_process_port 0 --mixed_precision no \
-           --dynamo_backend no $(if $(filter 1,$(PROCS)),$(ONE),$(SEVERAL))
+# One process: a GPU if there is one; without a launcher, which would end at Ctrl-C before the run has saved.
+# Several: as many GPUs, or that many processes on the CPU.
+SEVERAL := $(BIN)/accelerate launch --quiet --num_machines 1 --main_process_port 0 --mixed_precision no \
+           --dynamo_backend no --multi_gpu --num_processes $(PROCS)
+LAUNCH   = $(if $(filter 1,$(PROCS)),$(BIN)/python,$(SEVERAL))
 # Accelerate starts several processes without a GPU only when it is told so.
 CPU      = $(BIN)/python -c 'import torch; print("false" if torch.cuda.is_available() else "true")'
 

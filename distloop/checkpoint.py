@@ -75,24 +75,31 @@ def publish(folder: Path, step: int, snapshot: Snapshot) -> Path:
     (writing / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n")
     files = {path.name: {"size": path.stat().st_size, "sha256": digest(path)} for path in sorted(writing.iterdir())}
     manifest = {"schema": SCHEMA, "step": step, **snapshot.identity, "files": files}
+    manifest["sha256"] = digest_of(manifest)
     (writing / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in (*writing.iterdir(), writing):
-        _sync(path)
+        sync(path)
     if final.exists():  # left by an earlier attempt that this one did not start from, since it is damaged
         replaced = folder / f".replaced_{final.name}"
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     writing.rename(final)
-    _sync(folder)
+    sync(folder)
     return final
 
 
 def prune(folder: Path, final: Path, keep_last: int, keep: Callable[[int], bool]) -> None:
-    """Once `final` is published: remove the older ones but the last `keep_last` and those that `keep` names."""
+    """Once `final` is published: remove the older ones but the last `keep_last` and those that `keep` names.
+
+    Later ones are damaged, and were passed over by this attempt: they go as well.
+    """
     published = published_in(folder)
-    for old in published[: max(0, published.index(final) + 1 - keep_last)]:
+    place = published.index(final) + 1
+    for old in published[: max(0, place - keep_last)]:
         if not keep(step_of(old)):
             shutil.rmtree(old, ignore_errors=True)
+    for passed_over in published[place:]:
+        shutil.rmtree(passed_over, ignore_errors=True)
     clean(folder)
 
 
@@ -142,21 +149,27 @@ def verify(path: Path) -> None:
     try:
         manifest = read_manifest(path)
         files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        schema = manifest["schema"]
+        schema, step, checksum = manifest["schema"], manifest["step"], manifest.pop("sha256", None)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{MANIFEST} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{MANIFEST} cannot be read ({type(error).__name__})") from None
     if schema != SCHEMA:
         raise DamagedCheckpoint(f"its format is version {schema}; this program reads version {SCHEMA}")
+    if checksum != digest_of(manifest) or step != step_of(path):
+        raise DamagedCheckpoint(f"{MANIFEST} does not have the contents that were written")
     for name in dict.fromkeys((MODEL, OPTIMIZER, STATE, *files)):
         if name not in files or not (path / name).is_file():
             raise DamagedCheckpoint(f"{name} is missing")
         size, checksum = files[name]
-        if (path / name).stat().st_size != size:
-            raise DamagedCheckpoint(f"{name} has {(path / name).stat().st_size} bytes instead of {size}")
-        if digest(path / name) != checksum:
-            raise DamagedCheckpoint(f"{name} does not have the contents that were written")
+        try:
+            found = (path / name).stat().st_size
+            if found != size:
+                raise DamagedCheckpoint(f"{name} has {found} bytes instead of {size}")
+            if digest(path / name) != checksum:
+                raise DamagedCheckpoint(f"{name} does not have the contents that were written")
+        except OSError as error:
+            raise DamagedCheckpoint(f"{name} cannot be read ({error.strerror})") from None
 
 
 def load(
@@ -248,6 +261,11 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest_of(manifest: dict[str, Any]) -> str:
+    """The SHA-256 of a manifest that has none yet."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _differing_shapes(found: dict[str, tuple], expected: dict[str, tuple], most: int = 6) -> str:
     lines = [f"  {name}: only in the file, {list(found[name])}" for name in found if name not in expected]
     lines += [f"  {name}: only in the model, {list(expected[name])}" for name in expected if name not in found]
@@ -259,7 +277,7 @@ def _differing_shapes(found: dict[str, tuple], expected: dict[str, tuple], most:
     return "\n".join(lines[:most] + ([f"  and {len(lines) - most} more"] if len(lines) > most else []))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -7,6 +7,7 @@ same machine, and for the same Slurm job requeued, the answer is known at once.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -80,13 +81,21 @@ class RunLock:
     def _beat(self, path: Path) -> None:
         try:
             owner = _read(path)
-            if owner is not None and owner.get("token") != self.identity["token"]:
+            if owner and owner.get("token") != self.identity["token"]:
                 # This process was suspended for so long that it counted as dead. It must not write any more.
-                print(f"distloop: {path.parent} was taken over by {describe(owner)}; ending here.", flush=True)
+                with contextlib.suppress(OSError, ValueError):
+                    print(f"distloop: {path.parent} was taken over by {describe(owner)}; ending here.", flush=True)
                 os._exit(1)
             self._write(path)
         except OSError:
             pass  # a full disk: the next beat may find room
+
+    def move(self, folder: Path, to: Path) -> None:
+        """Rename the folder that is owned, and give it free."""
+        with self.busy:
+            folder.rename(to)
+            self.path = to / LOCK
+        self.release()
 
     def release(self) -> None:
         """Give the directory free; the end of an attempt."""
@@ -130,7 +139,7 @@ class RunLock:
         if job and owner.get("slurm_job") == job and int(owner.get("slurm_restart") or 0) < int(str(restart)):
             return True  # Slurm requeues a job when its processes are gone
         if owner.get("processes") and owner.get("processes") == self.identity["processes"]:
-            return _started(int(owner["pid"])) != owner["pid_started"]
+            return _started(int(owner["pid"])) not in (owner["pid_started"], "unknown")
         print(
             f"distloop: looking for up to {DEAD_SECONDS:.0f} s whether {describe(owner)} still owns {path.parent}",
             flush=True,
@@ -184,9 +193,15 @@ def _started(pid: int) -> str | None:
     With the number, which is used again some day, it names a process.
     """
     try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:  # another user's
+        return "unknown"
+    try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return None
+        return "unknown"
     return None if fields[0] in "ZX" else fields[19]
 
 

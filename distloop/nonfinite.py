@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -43,14 +44,23 @@ class FiniteCheck:
         self.policy, self.optimizer, self.scaler = policy, optimizer, scaler
         self.plan, self.order, self.rank = plan, order, rank
         self.unread: list[Step] = []
+        self.model = model
         self.skips = policy == "skip" and scaler is None  # a GradScaler skips by itself
-        self.buffers = list(model.buffers()) if policy == "skip" else []
-        self.kept = [buffer.clone() for buffer in self.buffers]
+        self.kept: list[Tensor] = []
+        if self.skips and optimizer.defaults.get("momentum") and not optimizer.state:
+            # Fused SGD takes its first step's moments from uninitialised memory when it leaves that step out.
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def start_step(self) -> None:
         """Before a step's first forward pass."""
-        if self.buffers:
-            torch._foreach_copy_(self.kept, self.buffers)
+        if self.policy == "skip":
+            buffers = list(self.model.buffers())
+            if len(self.kept) != len(buffers):
+                self.kept = [buffer.clone() for buffer in buffers]
+            elif buffers:
+                torch._foreach_copy_(self.kept, buffers)
 
     def end_step(self, step: int, norm: Tensor, losses: list[Tensor]) -> Tensor | None:
         """Before the update: `norm` is that of the whole gradient, `losses` those of this rank's micro-batches.
@@ -61,7 +71,7 @@ class FiniteCheck:
         if self.policy == "stop":
             return None
         bad = ~torch.isfinite(norm)
-        for buffer, kept in zip(self.buffers, self.kept, strict=True):
+        for buffer, kept in zip(self.model.buffers(), self.kept, strict=True):
             torch.where(bad, kept, buffer, out=buffer)
         if self.skips and self.optimizer.defaults.get("fused"):
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.to(torch.float32)  # type: ignore[attr-defined]
@@ -98,6 +108,17 @@ class FiniteCheck:
             )
         return [f"WARNING: {self._describe(step)} It was left out." for step in bad]
 
+    def check_parameters(self, step: int, parameters: Sequence[Tensor]) -> None:
+        """Before a checkpoint: an update may overflow although its gradient is finite. Waits for the device.
+
+        Raises RunFailed, on all ranks.
+        """
+        if not bool(torch.nn.utils.get_total_norm(parameters, float("inf")).isfinite()):
+            raise RunFailed(
+                f"The parameters are not finite after step {step}, while its gradient was: optim.lr is far too high. "
+                "The checkpoints hold none of it."
+            )
+
     def _describe(self, step: Step) -> str:
         """What is known of a bad step. A collective call."""
         own = [place for place, loss in enumerate(step.losses) if not bool(torch.isfinite(loss))]
@@ -109,14 +130,12 @@ class FiniteCheck:
         what = f"The gradient of step {step.number + 1} is not finite ({float(step.norm)})"
         for rank, found in enumerate(places):
             for place in found:
-                first, last = self.plan.window(step.number, rank)[place]
-                samples = self.order(epoch, first, last).tolist()
-                listed = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
+                samples = self._samples(epoch, *self.plan.window(step.number, rank)[place])
                 micro = f"micro-batch {place + 1} of {len(step.losses)}, " if len(step.losses) > 1 else ""
-                return (
-                    f"{what}: the loss of rank {rank} is not either ({micro}{len(samples)} samples: {listed}; "
-                    f"epoch {epoch + 1})."
-                )
+                return f"{what}: the loss of rank {rank} is not either ({micro}{samples})."
+        return f"{what}, while the losses of all ranks are ({self._samples(epoch, start, stop)})."
+
+    def _samples(self, epoch: int, start: int, stop: int) -> str:
         samples = self.order(epoch, start, stop).tolist()
         listed = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
-        return f"{what}, while the losses of all ranks are ({len(samples)} samples: {listed}; epoch {epoch + 1})."
+        return f"{len(samples)} samples: {listed}; epoch {epoch + 1}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,25 +44,32 @@ def build_optimizer(model: nn.Module, config: Optim, device: torch.device, preci
 
 
 def build_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    """A moving average of parameters and buffers; update_parameters(model) after each step.
+    """What holds a moving average of parameters and buffers, for update_average; None without a decay."""
+    return None if decay is None else AveragedModel(model, use_buffers=True)
 
-    The decay rises from 0.1 to `decay` over the first steps, (1 + n) / (10 + n), so that a short run's average
-    does not stay where training began (as in TensorFlow's ExponentialMovingAverage). The first update copies.
+
+@torch.no_grad()
+def update_average(averaged: AveragedModel, model: nn.Module, decay: float) -> None:
+    """Bring the average up to date, after each step; the first time it is a copy.
+
+    The decay rises to `decay` over the first steps, as (1 + n) / (10 + n), so that a short run's average does not
+    stay where training began (TensorFlow's ExponentialMovingAverage). AveragedModel.update_parameters would
+    make the host wait for a GPU; here the count stays on the host.
     """
-    if decay is None:
-        return None
-
-    def update(averages: Any, values: Any, averaged: Tensor | int) -> None:
-        steps = int(averaged)  # counted on the host: nothing waits for the device
-        weight = 1 - min(decay, (1 + steps) / (10 + steps))
-        if averages[0].is_floating_point():
-            torch._foreach_mul_(averages, 1 - weight)  # not lerp: an attention mask's -inf stays what it is
-            torch._foreach_add_(averages, values, alpha=weight)
-        else:  # counters, such as BatchNorm's
-            torch._foreach_copy_(averages, values)
-
-    with torch.no_grad():
-        return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    steps = int(averaged.n_averaged)
+    keep = min(decay, (1 + steps) / (10 + steps)) if steps else 0.0
+    averages = itertools.chain(averaged.module.parameters(), averaged.module.buffers())
+    moving: list[tuple[Tensor, Tensor]] = []
+    for average, value in zip(averages, itertools.chain(model.parameters(), model.buffers()), strict=True):
+        if keep and average.is_floating_point():
+            moving.append((average, value))
+        else:  # such as BatchNorm's counters
+            average.copy_(value)
+    if moving:
+        targets, values = map(list, zip(*moving, strict=True))
+        torch._foreach_mul_(targets, keep)  # not lerp: an attention mask's -inf stays what it is
+        torch._foreach_add_(targets, values, alpha=1 - keep)
+    averaged.n_averaged += 1
 
 
 def lr_at(step: int, total_steps: int, peak: float, schedule: Schedule) -> float:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distloop.checkpoint import clean, newest_good, published_in, read_manifest, step_of, weights_file
+from distloop.checkpoint import clean, newest_good, published_in, read_manifest, step_of, sync, weights_file
 from distloop.cluster import cpus_per_rank
 from distloop.config import FIXED_KEYS, Config, differences, is_one_of, training_hash
 from distloop.config_load import config_from_mapping, dump, read_yaml
@@ -65,8 +65,8 @@ def open_run(config: Config, lock: RunLock, world_size: int, dataset: dict[str, 
                 return Start(path, int(status["attempt"]), None, None, int(status["step"]), True, messages, {})
             messages += _acquire(lock, path)
             if config.resume == "never":
-                lock.release()
-                aside = _move_aside(path)
+                aside = _place_aside(path)
+                lock.move(path, aside)
                 messages.append(f"the previous run was moved to {aside}")
                 if weights and weights.is_relative_to(path):
                     weights = aside / weights.relative_to(path)
@@ -165,6 +165,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old or the new one, never a part."""
     aside = path.with_name(f".{path.name}.writing")
     aside.write_text(text)
+    sync(aside)
     aside.replace(path)
 
 
@@ -241,11 +242,10 @@ def _changes(path: Path, config: Config) -> dict[str, tuple[Any, Any]]:
     return changed
 
 
-def _move_aside(path: Path) -> Path:
+def _place_aside(path: Path) -> Path:
     number = 1
     while (other := path.with_name(f"{path.name}.old-{number}")).exists():
         number += 1
-    path.rename(other)
     return other
 
 

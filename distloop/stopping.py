@@ -6,6 +6,7 @@ asks after each step whether the ranks have agreed (Agreement): they all stop af
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import contextlib
 import ctypes
@@ -20,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,8 +76,9 @@ class Watch:
         self.between_steps = 0.0  # seconds
         self._longest: dict[str, float] = {}
         self._first_interrupt: float | None = None
+        self._interrupted = False  # by a second Ctrl-C
         self._leave: tuple[float, int] | None = None  # end the process at this time with this exit code
-        self._launcher = os.getppid() if launched(os.environ) else None
+        self._launcher = launcher(os.environ)
         self._wakeup, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -123,38 +126,50 @@ class Watch:
         return self.reserve_seconds + 1.5 * sum(list(self._longest.values()))
 
     def _in_main_thread(self, number: int, frame: object) -> None:
-        """Python's own handler: the thread has been told by then; only a second Ctrl-C is for the main thread."""
-        if number == signal.SIGINT and self._again():
+        """Python's own handler, which may run long after the signal came: the thread has been told by then."""
+        if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
 
-    def _again(self) -> bool:
+    def _interrupt(self) -> None:
+        """Ctrl-C: the first asks for a stop; a second, which is not the first one passed on, ends at once."""
         now = time.monotonic()
         if self._first_interrupt is None:
             self._first_interrupt = now
-        return now - self._first_interrupt >= SECOND_INTERRUPT_SECONDS
+        elif now - self._first_interrupt >= SECOND_INTERRUPT_SECONDS and not self._interrupted:
+            self._interrupted = True
+            self._leave = self._leave or (now + 3, 130)  # without the main thread, if it cannot hear
+            _thread.interrupt_main()
 
     def _run(self) -> None:
+        complained = False
         while True:
-            if select.select([self._wakeup], [], [], POLL_SECONDS)[0]:
-                for number in os.read(self._wakeup, 4096):
-                    if number == signal.SIGINT and self._again():
-                        # The main thread has been interrupted; if it cannot hear that, end without it.
-                        self._leave = self._leave or (time.monotonic() + 3, 130)
-                    if number in REASONS:
-                        self.ask(number)
-            if self._launcher and os.getppid() != self._launcher:
-                self.ask(LAUNCHER_GONE)
-                self._leave = self._leave or (time.monotonic() + ORPHAN_SECONDS, 1)
-            if self.stop_file and os.path.exists(self.stop_file):
-                self.ask(STOP_FILE)
-            for wish, deadline in self.deadlines.items():
-                if time.time() + self.reserve() >= deadline:
-                    self.ask(wish)
-            for function in self.each_poll:
-                function()
-            if self._leave and time.monotonic() > self._leave[0]:
-                self.say("ended without saving; the same command continues from the last checkpoint")
-                os._exit(self._leave[1])
+            try:
+                self._poll()
+            except Exception as error:  # whatever it is, signals and heartbeats must go on
+                if not complained:
+                    self.say(f"WARNING: looking for a reason to stop failed ({type(error).__name__}: {error})")
+                complained = True
+
+    def _poll(self) -> None:
+        if select.select([self._wakeup], [], [], POLL_SECONDS)[0]:
+            for number in os.read(self._wakeup, 4096):
+                if number == signal.SIGINT:
+                    self._interrupt()
+                if number in REASONS:
+                    self.ask(number)
+        if self._leave and time.monotonic() > self._leave[0]:
+            self.say("ended without saving; the same command continues from the last checkpoint")
+            os._exit(self._leave[1])
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self.ask(LAUNCHER_GONE)
+            self._leave = self._leave or (time.monotonic() + ORPHAN_SECONDS, 1)
+        if self.stop_file and os.path.exists(self.stop_file):
+            self.ask(STOP_FILE)
+        for wish, deadline in self.deadlines.items():
+            if time.time() + self.reserve() >= deadline:
+                self.ask(wish)
+        for function in self.each_poll:
+            function()
 
 
 class Agreement:
@@ -179,14 +194,17 @@ class Agreement:
 
     def reached(self) -> str | None:
         """Why all ranks stop after the step that was just done; None: go on. Call it after each step."""
+        if self.group is None and self.watch.wish:
+            return REASONS[self.watch.wish]
         self.steps_left -= 1
         if self.steps_left:
             return None
         now = time.monotonic() - self.watch.between_steps
         step_seconds = 1.0 if self.since is None else (now - self.since) / self.interval
         self.watch.took("steps", (2 * self.interval + 1) * step_seconds)
-        decided, self.since = self.watch.wish, now
+        self.since = now
         interval = max(1, min(MOST_STEPS_BETWEEN, int(AGREE_SECONDS / max(step_seconds, 1e-6))))
+        decided = 0
         if self.group is None:
             self.interval = interval
         else:
@@ -212,12 +230,16 @@ class Agreement:
             self.exchange.wait()
 
 
-def launched(environ: Mapping[str, str]) -> bool:
-    """Whether the parent process is a launcher, without which this one has no purpose. A shell is none."""
+def launcher(environ: Mapping[str, str]) -> int | None:
+    """The parent process, if it is a launcher, without which this one has no purpose; a shell is none.
+
+    -1 where a launcher has died before it could be looked at.
+    """
+    parent = os.getppid()
     try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        words = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
-        return False  # another operating system
+        return None  # another operating system
     names = {os.path.basename(word) for word in words[:4]} | set(words[:4])
     launchers = {
         "accelerate",
@@ -228,9 +250,9 @@ def launched(environ: Mapping[str, str]) -> bool:
         "torch.distributed.launch",
     }
     if names & launchers or any(word.endswith("accelerate/commands/launch.py") for word in words[:4]):
-        return True
-    # Started by a launcher that has died since: init has adopted this process.
-    return os.getppid() == 1 and bool({"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & set(environ))
+        return parent
+    adopted = parent == 1 and bool({"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & set(environ))
+    return -1 if adopted else None
 
 
 def slurm_end_time(environ: Mapping[str, str]) -> float | None:
@@ -253,6 +275,16 @@ def kill_workers() -> None:
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
+
+
+def start_forkserver() -> None:
+    """Start multiprocessing's server for loader workers with these signals blocked: they reach a whole group."""
+    resource_tracker.ensure_running()  # first: it unblocks them
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def leave_signals_to_parent(worker: int = 0) -> None:

@@ -45,7 +45,7 @@ from distloop.gradients import divide_by_weight, norm_and_clip, settle_buckets
 from distloop.lock import RunLock
 from distloop.models import build_model
 from distloop.nonfinite import FiniteCheck
-from distloop.optim import build_average, build_optimizer, check_schedule, lr_at, set_lr
+from distloop.optim import build_average, build_optimizer, check_schedule, lr_at, set_lr, update_average
 from distloop.run_directory import METRICS, RunStatus, open_run
 from distloop.saving import Saver
 from distloop.seeding import seed_forward
@@ -168,7 +168,8 @@ def train(config: Config, watch: stopping.Watch, attempt: ExitStack) -> None:
     make = functools.partial(make_loader, config.data, source, task, config.seed, device, dtype)
     train_loader = make(source.train, train_sampler)
     validation_loader = make(source.validation, validation_sampler, persistent=True)
-    validated_model = bare_model if averaged is None else averaged.module
+    # Prepared only for the autocast of mixed precision.
+    validated = bare_model if averaged is None else accelerator.prepare_model(averaged.module, evaluation_mode=True)
 
     rule = best_rule(config.checkpoint.best, task)
     parameters = [parameter for parameter in bare_model.parameters() if parameter.requires_grad]
@@ -219,7 +220,7 @@ def train(config: Config, watch: stopping.Watch, attempt: ExitStack) -> None:
             optimizer.step()
             optimizer.zero_grad()
             if averaged is not None:
-                averaged.update_parameters(bare_model)
+                update_average(averaged, bare_model, config.optim.ema_decay or 0.0)
             skipped_steps += scaler is not None and optimizer.step_was_skipped
             step += 1
             throughput.add(samples)
@@ -244,12 +245,13 @@ def train(config: Config, watch: stopping.Watch, attempt: ExitStack) -> None:
                 losses.start_epoch()
             if validation_due:
                 with throughput.paused(), watch.timed("validation"):
-                    metrics = validate(validated_model, task, validation_loader, validation_sampler)
+                    metrics = validate(validated, task, validation_loader, validation_sampler)
                 trackers.log("validate", step, epoch, **metrics)
                 best, previous = better(rule, best, {"step": step, **metrics}), best
                 save_due = save_due or best is not previous
             if save_due:
                 with throughput.paused(), watch.timed("snapshot"):
+                    finite.check_parameters(step, parameters)
                     broadcast_buffers(bare_model, averaged)  # a rank that continues has rank 0's
                     state = {"epoch_sums": losses.read()[2], "best": best, "skipped_steps": skipped_steps}
                     state["scaler"] = scaler.state_dict() if scaler is not None else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any
@@ -165,14 +166,20 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
         digest = hashlib.sha256()
         for tensor in (dataset.inputs, dataset.targets):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().numpy().data)
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         known["sha256"] = digest.hexdigest()
-    elif hasattr(dataset, "samples") and hasattr(dataset, "root"):  # torchvision's folders
+    elif _is_folder(dataset):
         digest = hashlib.sha256()
         for path, label in dataset.samples:
             digest.update(f"{os.path.relpath(path, dataset.root)} {label}\n".encode())
         known["sha256"] = digest.hexdigest()
     return known
+
+
+def _is_folder(dataset: Any) -> bool:
+    """Whether it is one of torchvision's folders; torchvision is imported only by those who use it."""
+    datasets = sys.modules.get("torchvision.datasets")
+    return datasets is not None and isinstance(dataset, datasets.DatasetFolder)
 
 
 DATASETS: dict[str, Callable[..., DataSource]] = {

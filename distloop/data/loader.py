@@ -20,7 +20,7 @@ from distloop.data.sampling import MicroBatch
 from distloop.errors import UsageError
 from distloop.registry import import_callable
 from distloop.seeding import seed_sample, uniforms
-from distloop.stopping import leave_signals_to_parent
+from distloop.stopping import leave_signals_to_parent, start_forkserver
 from distloop.tasks import Task, checks_targets_only, inputs_of, targets_of, with_inputs
 
 
@@ -135,6 +135,8 @@ def make_loader(
         # Forking a process that has initialised CUDA is unsafe.
         multiprocessing_context="forkserver" if workers and device.type == "cuda" else None,
     )
+    if loader.multiprocessing_context is not None:
+        start_forkserver()
     prepared = prepare_data_loader(
         loader, device=device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
     )

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from distloop.checkpoint import sync
+
 
 class MetricsFile:
     """Appends rows to a file. Where the disk is full, rows wait in memory for the next that can be written."""
@@ -59,5 +61,6 @@ def set_rows_aside(path: Path, step: int) -> int:
             file.writelines(line + "\n" for line in aside)
         replacement = path.with_name(f".{path.name}.writing")
         replacement.write_text("".join(line + "\n" for line in kept))
+        sync(replacement)
         replacement.replace(path)
     return len(aside)
