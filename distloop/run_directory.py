@@ -66,10 +66,11 @@ def open_run(config: Config, lock: RunLock, world_size: int, dataset: dict[str, 
             messages += _acquire(lock, path)
             if config.resume == "never":
                 aside = _place_aside(path)
+                inside = _relative(weights, path)
                 lock.move(path, aside)
                 messages.append(f"the previous run was moved to {aside}")
-                if weights and weights.is_relative_to(path):
-                    weights = aside / weights.relative_to(path)
+                if inside is not None:
+                    weights = aside / inside
         for folder in ("checkpoints", "failures"):
             (path / folder).mkdir(parents=True, exist_ok=True)
         if lock.path is None:
@@ -240,6 +241,13 @@ def _changes(path: Path, config: Config) -> dict[str, tuple[Any, Any]]:
             f"would mean something else:\n{lines}\nUse --name OTHER or --resume never."
         )
     return changed
+
+
+def _relative(weights: Path | None, path: Path) -> Path | None:
+    """Where in `path` the weights are, if they are."""
+    if weights is None or not weights.resolve().is_relative_to(path.resolve()):
+        return None
+    return weights.resolve().relative_to(path.resolve())
 
 
 def _place_aside(path: Path) -> Path:

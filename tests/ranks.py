@@ -20,7 +20,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TIMEOUT = 120
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["distloop.train", "sklearn.datasets", "sklearn.model_selection"])
+# torch._dynamo comes with the first optimizer and takes longer to import than most runs here take.
+_context.set_forkserver_preload(["distloop.train", "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"])
 
 
 @dataclass
@@ -71,6 +72,8 @@ def _rank(arguments: list[str], folder: str, environment: dict[str, str], output
     os.environ.update(environment)
     os.chdir(folder)
     sys.path.insert(0, folder)
+    # As in a process of its own: loader workers are forked, where Python does so, and not imported anew.
+    multiprocessing.set_start_method(None, force=True)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -106,6 +109,12 @@ class Ranks:
             process = _context.Process(target=_rank, args=(arguments, str(folder), variables, str(output)))
             process.start()
             self.processes.append(process)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()  # what a test that failed has left
 
     def kill(self) -> None:
         """kill -9 all ranks."""

@@ -102,7 +102,9 @@ def rewrite_manifest(path: Path, **changes: Any) -> None:
     for name in manifest["files"]:
         contents = (path / name).read_bytes()
         manifest["files"][name] = {"size": len(contents), "sha256": hashlib.sha256(contents).hexdigest()}
-    (path / MANIFEST).write_text(json.dumps({**manifest, **changes}))
+    del manifest["sha256"]
+    manifest.update(changes)
+    (path / MANIFEST).write_text(json.dumps({**manifest, "sha256": checkpoint.digest_of(manifest)}))
 
 
 # ---- what is saved comes back ----------------------------------------------------------------------------------
@@ -293,7 +295,7 @@ def test_a_checkpoint_that_cannot_be_written_publishes_and_removes_nothing(
 
 def test_files_are_synced_before_the_checkpoint_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    original, rename = checkpoint._sync, Path.rename
+    original, rename = checkpoint.sync, Path.rename
 
     def synced(path: Path) -> None:
         events.append(path.name)
@@ -303,7 +305,7 @@ def test_files_are_synced_before_the_checkpoint_is_published(tmp_path: Path, mon
         events.append(f"rename {path.name}")
         return rename(path, target)
 
-    monkeypatch.setattr(checkpoint, "_sync", synced)
+    monkeypatch.setattr(checkpoint, "sync", synced)
     monkeypatch.setattr(Path, "rename", renamed)
     saved(tmp_path, 1)
     before, after = events[: events.index("rename .writing_step_00000001")], events[-1]
@@ -405,8 +407,9 @@ def test_a_manifest_of_another_form_is_named_and_the_older_checkpoint_taken(tmp_
 def test_a_manifest_that_leaves_a_file_out_does_not_vouch_for_it(tmp_path: Path, name: str) -> None:
     newer = saved(tmp_path, 10, 20)
     manifest = json.loads((newer / MANIFEST).read_text())
-    del manifest["files"][name]
-    (newer / MANIFEST).write_text(json.dumps(manifest))
+    files = manifest["files"]
+    del files[name]
+    rewrite_manifest(newer, files=files)
     assert f"{name} is missing" in passed_over(tmp_path)
 
 

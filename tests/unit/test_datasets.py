@@ -23,7 +23,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, FashionMNIST
 
 from distloop.config import Data
-from distloop.data.datasets import DataSource, InMemory, cifar10, diabetes, digits, load_data
+from distloop.data.datasets import DataSource, InMemory, cifar10, diabetes, digits, fingerprint, load_data
 from distloop.data.loader import SeededDataset, collate_of, no_check, to_model
 from distloop.data.sampling import MicroBatch
 from distloop.errors import UsageError
@@ -462,3 +462,64 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str, hint: str) -> No
 def test_arguments_that_a_data_set_does_not_take_are_refused_with_those_that_it_takes() -> None:
     with pytest.raises(UsageError, match=r"data.args.*'shifts'.*takes \(shift"):
         load_data(Data("digits", args={"shifts": 2}))
+
+
+# ---- known again ---------------------------------------------------------------------------------------------
+
+
+def two_tensors(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(6, 4, generator=generator), torch.randint(3, (6,), generator=generator)
+
+
+def test_data_in_memory_is_known_by_its_contents() -> None:
+    inputs, targets = two_tensors()
+    known = fingerprint(InMemory(inputs, targets))
+    assert known["samples"] == 6
+    assert known == fingerprint(InMemory(*two_tensors()))
+    assert known == fingerprint(InMemory(inputs, targets, pad=2)), "how it is augmented is the config's to say"
+    strided = inputs.T.contiguous().T
+    assert not strided.is_contiguous()
+    assert known == fingerprint(InMemory(strided, targets)), "how it lies in memory is nothing of its contents"
+    changed = inputs.clone()
+    changed[5, 3] = torch.nextafter(changed[5, 3], torch.tensor(9.0))
+    relabelled = targets.clone()
+    relabelled[0] = (relabelled[0] + 1) % 3
+    others = [
+        InMemory(changed, targets),
+        InMemory(inputs, relabelled),
+        InMemory(inputs.flip(0), targets.flip(0)),
+        InMemory(inputs.double(), targets),
+        InMemory(inputs.reshape(6, 2, 2), targets),
+        InMemory(inputs[:5], targets[:5]),
+    ]
+    digests = [fingerprint(other)["sha256"] for other in others]
+    assert len({known["sha256"], *digests}) == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.bool, torch.uint8, torch.complex64])
+def test_data_of_any_type_is_known(dtype: torch.dtype) -> None:
+    zeros, ones = torch.zeros(4, 2, dtype=dtype), torch.ones(4, 2, dtype=dtype)
+    targets = torch.zeros(4)
+    assert fingerprint(InMemory(zeros, targets)) == fingerprint(InMemory(zeros.clone(), targets))
+    assert fingerprint(InMemory(zeros, targets)) != fingerprint(InMemory(ones, targets))
+
+
+def test_folders_of_pictures_are_known_by_names_and_labels_wherever_they_are(tmp_path: Path) -> None:
+    def known(folder: str, changes: dict[str, dict[str, int]]) -> dict[str, Any]:
+        write_pictures(tmp_path / folder, {"train": {"cat": 3, "dog": 2}, "val": {"cat": 1, "dog": 1}, **changes})
+        return fingerprint(load_data(Data("image_folder", root=str(tmp_path / folder))).train)
+
+    first = known("first", {})
+    assert first["samples"] == 5
+    assert known("moved", {}) == first
+    assert known("other-labels", {"train": {"cat": 2, "dog": 3}})["sha256"] != first["sha256"]
+    (tmp_path / "moved" / "train" / "cat" / "0.jpg").rename(tmp_path / "moved" / "train" / "cat" / "00.jpg")
+    again = fingerprint(load_data(Data("image_folder", root=str(tmp_path / "moved"))).train)
+    assert again["samples"] == 5
+    assert again["sha256"] != first["sha256"]
+
+
+def test_of_other_data_sets_the_length_is_known() -> None:
+    assert fingerprint([(1, 2), (3, 4)]) == {"samples": 2}
+    assert fingerprint(load_data(Data("tests.user_code:lines", args={"samples": 12})).train) == {"samples": 12}

@@ -1,4 +1,4 @@
-"""The learning rate against PyTorch's schedulers, and the parameter groups."""
+"""The learning rate against PyTorch's schedulers, the parameter groups, and the moving average."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ from torch.optim import lr_scheduler
 
 from distloop.config import Optim, Schedule
 from distloop.errors import UsageError
-from distloop.optim import build_optimizer, check_schedule, lr_at, parameter_groups, set_lr
+from distloop.optim import (
+    build_average,
+    build_optimizer,
+    check_schedule,
+    lr_at,
+    parameter_groups,
+    set_lr,
+    update_average,
+)
 
 PEAK = 0.3
 CPU = torch.device("cpu")
@@ -280,3 +288,73 @@ def test_set_lr_reaches_all_groups() -> None:
     optimizer = build_optimizer(nn.Linear(3, 2), Optim(), CPU, "no")
     set_lr(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+
+
+# ---- the moving average --------------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """Parameters, one of them tied, and buffers of all kinds: statistics, a counter and a mask with -inf."""
+
+    mask: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.second = nn.Linear(3, 4, bias=False)
+        self.second.weight = self.first.weight
+        self.register_buffer("mask", torch.tensor([[0.0, float("-inf")], [float("inf"), 1.0]]))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.first(inputs) + self.second(inputs))
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_average_is_that_of_its_formula(decay: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Masked().to(dtype)
+    average = build_average(model, decay)
+    assert average is not None
+    name, place = "first.weight", (1, 2)
+    history: list[tuple[float, float]] = []
+    for _ in range(30):
+        with torch.no_grad():
+            model(torch.randn(8, 3, dtype=dtype))
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        update_average(average, model, decay)
+        history.append((float(model.state_dict()[name][place]), float(model.norm.running_var[0])))  # type: ignore[index]
+    expected = list(history[0])
+    for number, values in enumerate(history[1:], start=1):
+        kept = min(decay, (1 + number) / (10 + number))
+        expected = [kept * old + (1 - kept) * new for old, new in zip(expected, values, strict=True)]
+    found = average.module.state_dict()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    assert float(found[name][place]) == pytest.approx(expected[0], rel=tolerance)
+    assert float(found["norm.running_var"][0]) == pytest.approx(expected[1], rel=tolerance)
+    assert int(found["norm.num_batches_tracked"]) == 30
+    assert int(average.n_averaged) == 30
+    assert torch.equal(found["mask"], model.mask), "infinite numbers stay what they are"
+    assert torch.equal(found["second.weight"], found["first.weight"])
+
+
+def test_the_average_begins_with_the_first_weights_and_is_apart_from_the_model() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2)
+    average = build_average(model, 0.9)
+    assert average is not None
+    averaged = average.module.get_parameter("weight")
+    assert torch.equal(averaged, model.weight)
+    with torch.no_grad():
+        model.weight.fill_(3)
+    update_average(average, model, 0.9)
+    assert torch.equal(averaged, torch.full((2, 2), 3.0))
+    with torch.no_grad():
+        model.weight.zero_()
+    assert torch.equal(averaged, torch.full((2, 2), 3.0))
+
+
+def test_without_a_decay_there_is_no_average() -> None:
+    assert build_average(nn.Linear(2, 2), None) is None

@@ -1,0 +1,97 @@
+"""What the tests of stopping and continuing train; and tasks that stop their own run."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from distloop.data.datasets import DataSource, InMemory, digits
+from distloop.models import cnn
+from distloop.tasks import Classification, Regression
+from tests.user_code import NextLetter, digest
+
+
+def stop_in_call(number: int, rank: int = 0, signal_name: str = "SIGTERM") -> dict[str, str]:
+    """The environment in which one rank of a task below gets this signal in the middle of a step: in its `number`th
+    loss of this attempt. It is sent by the process to itself, so that a test knows when it comes."""
+    return {"TEST_STOP": f"{rank} {number} {signal_name}"}
+
+
+class StopsItself:
+    """Before a task: sends its process the signal that the environment asks for."""
+
+    calls = 0
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        rank, number, name = os.environ.get("TEST_STOP", "0 0 SIGTERM").split()
+        if torch.is_grad_enabled():
+            self.calls += 1
+            if self.calls == int(number) and os.environ.get("RANK", "0") == rank:
+                os.kill(os.getpid(), getattr(signal, name))
+        return super().loss(outputs, batch)  # type: ignore[misc]
+
+
+class StoppedClassification(StopsItself, Classification):
+    pass
+
+
+class StoppedRegression(StopsItself, Regression):
+    pass
+
+
+class StoppedNextLetter(StopsItself, NextLetter):
+    pass
+
+
+class RecordedClassification(StoppedClassification):
+    """Writes a line for each micro-batch that is trained on, into a file of this rank and attempt: index and digest
+    of the input of each sample, which indexed_digits put into the batch."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        if torch.is_grad_enabled():
+            name = f"{os.environ['TEST_ATTEMPT']}-{os.environ.get('RANK', '0')}"
+            with open(Path(self.folder) / name, "a") as file:
+                words = (f"{index}:{digest(row)}" for index, row in zip(batch[2].tolist(), batch[0], strict=True))
+                file.write(" ".join(words) + "\n")
+        return super().loss(outputs, batch)
+
+
+class IndexedImages(InMemory):
+    def batch(self, indices: NDArray[np.int64], random: NDArray[np.float64]) -> Any:
+        return *super().batch(indices, random), torch.from_numpy(indices)
+
+
+def indexed_digits() -> DataSource:
+    """digits() with the indices of the samples as the third part of a batch."""
+    source = digits()
+    train, validation = (
+        IndexedImages(half.inputs, half.targets, half.pad) for half in (source.train, source.validation)
+    )
+    return DataSource(train, validation, source.classes, source.mean, source.std)
+
+
+def channels_last(input_shape: tuple[int, int, int], num_outputs: int, norm: str = "batch") -> nn.Module:
+    """The package's cnn with its parameters in channels_last."""
+    return cnn(input_shape, num_outputs, width=8, norm=norm).to(memory_format=torch.channels_last)
+
+
+def stored_points(file: str) -> DataSource:
+    """Inputs and targets from a file, which may change while its name does not."""
+    inputs, targets = torch.load(file, weights_only=True)
+    return DataSource(InMemory(inputs, targets), InMemory(inputs[:8], targets[:8]))
+
+
+def store_points(file: Path, seed: int, samples: int = 16) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    torch.save(tuple(torch.randn(samples, size, generator=generator) for size in (3, 1)), file)

@@ -1,0 +1,339 @@
+"""Saving beside training: one write at a time, of what there was when it was asked for; failures are said."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from distloop import saving
+from distloop.checkpoint import Snapshot, load, newest_good, publish, published_in, verify
+from distloop.config import Checkpoint
+from distloop.errors import RunFailed
+from distloop.optim import build_average, update_average
+from distloop.saving import HostBuffers, Saver
+from distloop.stopping import SAVE_FAILED, Watch
+
+# ---- copies ----------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_is_contiguous_equal_and_apart() -> None:
+    image = torch.arange(120.0).reshape(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    copy = HostBuffers().copy("image", image)
+    assert torch.equal(copy, image)
+    assert copy.is_contiguous()
+    image.zero_()
+    assert copy.sum() == sum(range(120))
+
+
+def test_what_an_optimizer_keeps_is_copied_with_its_strides() -> None:
+    moments = torch.arange(120.0).reshape(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    state = {"state": {0: {"exp_avg": moments, "step": torch.tensor(3.0)}}, "param_groups": [{"betas": (0.9, 0.99)}]}
+    copy = HostBuffers().copy_tree("optimizer", state)
+    assert copy["param_groups"] == state["param_groups"]
+    assert isinstance(copy["param_groups"][0]["betas"], tuple)
+    assert torch.equal(copy["state"][0]["exp_avg"], moments)
+    assert copy["state"][0]["exp_avg"].stride() == moments.stride()
+    assert float(copy["state"][0]["step"]) == 3
+
+
+def test_nothing_in_a_copied_tree_is_shared_with_the_original() -> None:
+    inner = [1, 2]
+    state = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1, "params": inner}]}
+    copy = HostBuffers().copy_tree("optimizer", state)
+    state["state"][0]["exp_avg"].zero_()  # type: ignore[index]
+    state["param_groups"][0]["lr"] = 7.0  # type: ignore[index]
+    inner.append(3)
+    assert torch.equal(copy["state"][0]["exp_avg"], torch.ones(3))
+    assert copy["param_groups"] == [{"lr": 0.1, "params": [1, 2]}]
+
+
+def test_memory_is_used_again_from_save_to_save() -> None:
+    buffers = HostBuffers()
+    tensor = torch.ones(4, 4)
+    first = buffers.copy("weight", tensor)
+    second = buffers.copy("weight", tensor * 2)
+    assert second.data_ptr() == first.data_ptr()
+    assert torch.equal(second, tensor * 2)
+    assert buffers.copy("other", tensor).data_ptr() != first.data_ptr()
+    trees = [buffers.copy_tree("o", {"state": {0: {"a": tensor * n}, 1: {"a": tensor}}}) for n in (1, 2)]
+    assert trees[0]["state"][0]["a"].data_ptr() == trees[1]["state"][0]["a"].data_ptr()
+    assert trees[0]["state"][0]["a"].data_ptr() != trees[0]["state"][1]["a"].data_ptr()
+
+
+@pytest.mark.parametrize("other", [torch.ones(3, 2), torch.ones(2, 3, dtype=torch.float64), torch.ones(6)])
+def test_a_tensor_of_another_kind_gets_other_memory(other: torch.Tensor) -> None:
+    buffers = HostBuffers()
+    buffers.copy("weight", torch.zeros(2, 3))
+    copy = buffers.copy("weight", other)
+    assert torch.equal(copy, other)
+    assert copy.dtype == other.dtype
+
+
+def test_a_parameter_is_copied_without_its_graph() -> None:
+    copy = HostBuffers().copy("weight", nn.Parameter(torch.ones(2)))
+    assert not copy.requires_grad
+
+
+# ---- the saver -------------------------------------------------------------------------------------------------
+
+
+class Heard:
+    """In place of a Watch: what it was told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.wishes: list[int] = []
+        self.times: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def ask(self, wish: int) -> None:
+        self.wishes.append(wish)
+
+    def took(self, what: str, seconds: float) -> None:
+        assert seconds >= 0
+        self.times.append(what)
+
+
+class Run:
+    """What a loop has at hand: a model, its average, an optimizer with moments, and a Saver."""
+
+    def __init__(self, folder: Path, enabled: bool = True, **settings: Any) -> None:
+        torch.manual_seed(0)
+        self.folder = folder
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.averaged = build_average(self.model, 0.9)
+        self.heard = Heard()
+        self.published: list[int] = []
+        watch = cast(Watch, self.heard)
+        self.saver = Saver(folder, Checkpoint(**settings), {"dataset": {}}, watch, self.published.append, enabled)
+
+    def train(self) -> None:
+        self.model(torch.randn(8, 3)).square().sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        assert self.averaged is not None
+        update_average(self.averaged, self.model, 0.9)
+
+    def save(self, step: int, best: int | None = None) -> None:
+        self.saver.save(step, self.model, self.averaged, self.optimizer, {"best": {"step": best} if best else None})
+
+
+class SlowDisk:
+    """publish() that waits until it is let go; notes how many go on at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self.begun = threading.Event(), threading.Event()
+        self.now = self.most = 0
+        self.steps: list[int] = []
+        monkeypatch.setattr(saving, "publish", self.publish)
+
+    def publish(self, folder: Path, step: int, snapshot: Snapshot) -> Path:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        self.steps.append(step)
+        self.begun.set()
+        assert self.go.wait(60)
+        final = publish(folder, step, snapshot)
+        self.now -= 1
+        return final
+
+
+def test_a_checkpoint_holds_what_there_was_when_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = SlowDisk(monkeypatch)
+    run = Run(tmp_path)
+    run.train()
+    then = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    assert run.averaged is not None
+    average = {name: tensor.clone() for name, tensor in run.averaged.module.state_dict().items()}
+    moments = run.optimizer.state_dict()["state"][0]["exp_avg"].clone()
+    run.save(1)
+    for _ in range(3):  # goes on while the write waits
+        run.train()
+    assert not torch.equal(run.optimizer.state_dict()["state"][0]["exp_avg"], moments)
+    disk.go.set()
+    run.saver.finish()
+    (path,) = published_in(tmp_path)
+    verify(path)
+    for name, expected in (("model", then), ("averaged", average)):
+        stored = load_file(path / f"{name}.safetensors")
+        assert all(torch.equal(stored[key], expected[key]) for key in expected), name
+    stored = torch.load(path / "optimizer.pt", weights_only=True)["state"][0]
+    assert torch.equal(stored["exp_avg"], moments)
+    other = Run(tmp_path)
+    state = load(path, other.model, other.optimizer, other.averaged)
+    assert (state["step"], state["averaged_steps"]) == (1, 1)
+    assert other.averaged is not None
+    assert int(other.averaged.n_averaged) == 1
+
+
+def test_a_save_does_not_wait_for_its_write_but_for_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = SlowDisk(monkeypatch)
+    run = Run(tmp_path)
+    run.train()
+    run.save(1)  # returns although nothing is written
+    assert disk.begun.wait(60)
+    assert published_in(tmp_path) == []
+    first = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    run.train()
+    second = threading.Thread(target=run.save, args=(2,))
+    second.start()
+    second.join(0.3)
+    assert second.is_alive(), "it overwrites the buffers that are being written"
+    assert disk.steps == [1]
+    disk.go.set()
+    second.join(60)
+    run.saver.finish()
+    assert disk.steps == [1, 2]
+    assert disk.most == 1
+    assert [path.name for path in published_in(tmp_path)] == ["step_00000001", "step_00000002"]
+    stored = load_file(tmp_path / "step_00000001" / "model.safetensors")
+    assert all(torch.equal(stored[name], first[name]) for name in first)
+    assert run.published == [1, 2]
+    assert run.heard.times == ["save", "save"]
+
+
+def leave(saver: Saver, error: type[BaseException] | None) -> None:
+    saver.__exit__(error)
+
+
+@pytest.mark.parametrize(
+    "leave_it",
+    [
+        lambda saver: saver.finish(),
+        lambda saver: saver.wait(),
+        lambda saver: leave(saver, None),
+        lambda saver: leave(saver, ValueError),
+    ],
+    ids=["finish", "wait", "end", "failure"],
+)
+def test_the_end_waits_for_the_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leave_it: Callable[[Saver], None]
+) -> None:
+    disk = SlowDisk(monkeypatch)
+    run = Run(tmp_path)
+    run.save(1)
+    assert disk.begun.wait(60)
+    end = threading.Thread(target=leave_it, args=(run.saver,))
+    end.start()
+    end.join(0.2)
+    assert end.is_alive()
+    disk.go.set()
+    end.join(60)
+    assert not end.is_alive()
+    assert newest_good(tmp_path)[0] == tmp_path / "step_00000001"
+
+
+def test_a_second_interrupt_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = SlowDisk(monkeypatch)
+    run = Run(tmp_path)
+    run.save(1)
+    assert disk.begun.wait(60)
+    leave(run.saver, KeyboardInterrupt)
+    assert published_in(tmp_path) == []
+    disk.go.set()
+    run.saver.wait()
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def publish_in_vain(folder: Path, step: int, snapshot: Snapshot) -> Path:
+        (folder / f".writing_step_{step:08d}").mkdir(parents=True)
+        raise error
+
+    monkeypatch.setattr(saving, "publish", publish_in_vain)
+
+
+def test_a_failed_write_is_said_and_the_next_save_tries_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path)
+    run.save(1)
+    run.saver.wait()
+    with monkeypatch.context() as patch:
+        fail(patch, OSError(errno.ENOSPC, "No space left on device"))
+        run.save(2)
+        run.saver.wait()
+    (line,) = run.heard.lines
+    for words in ("step 2", str(tmp_path), "No space left on device", "step_00000001, is whole", "tries again"):
+        assert words in line
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"], "its leftovers are removed"
+    assert run.published == [1]
+    assert run.heard.wishes == []
+    run.save(3)
+    run.saver.finish()
+    assert run.published == [1, 3]
+    assert len(run.heard.lines) == 1
+
+
+def test_a_failed_write_asks_for_a_stop_where_the_policy_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, on_failure="stop")
+    fail(monkeypatch, RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos\nand more"))
+    run.save(1)
+    run.saver.wait()
+    assert run.heard.wishes == [SAVE_FAILED]
+    assert "There is none yet." in run.heard.lines[0]
+    assert "unexpected pos" in run.heard.lines[0]
+    assert "and more" not in run.heard.lines[0]
+
+
+@pytest.mark.parametrize("policy", ["continue", "stop"])
+def test_a_run_without_its_last_checkpoint_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    run = Run(tmp_path, on_failure=policy)
+    run.save(1)
+    run.saver.wait()
+    fail(monkeypatch, PermissionError(errno.EACCES, "Permission denied"))
+    run.save(2)
+    with pytest.raises(RunFailed, match=r"last checkpoint is missing.*step 2.*Permission denied.*step_00000001"):
+        run.saver.finish()
+
+
+def test_an_earlier_failure_is_no_failure_of_a_run_whose_last_checkpoint_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path)
+    with monkeypatch.context() as patch:
+        fail(patch, OSError(errno.ENOSPC, "No space left on device"))
+        run.save(1)
+        run.saver.wait()
+    run.save(2)
+    run.saver.finish()
+
+
+def test_the_last_the_best_and_those_for_keeps_stay(tmp_path: Path) -> None:
+    run = Run(tmp_path, keep_last=2, keep_every_steps=5)
+    for step in range(1, 13):
+        run.save(step, best=3 if step >= 3 else None)
+    run.saver.finish()
+    assert [path.name for path in published_in(tmp_path)] == [f"step_{step:08d}" for step in (3, 5, 10, 11, 12)]
+
+
+def test_what_was_the_best_goes_when_there_is_a_better_one(tmp_path: Path) -> None:
+    run = Run(tmp_path, keep_last=2)
+    for step, best in ((1, 1), (2, 1), (3, 1), (4, 4), (5, 4), (6, 4), (7, 4)):
+        run.save(step, best)
+        run.saver.wait()
+    assert [path.name for path in published_in(tmp_path)] == [f"step_{step:08d}" for step in (4, 6, 7)]
+
+
+def test_the_other_ranks_save_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path / "checkpoints", enabled=False)
+    run.save(1)
+    run.saver.finish()
+    assert not (tmp_path / "checkpoints").exists()
+    assert run.published == []
