@@ -58,10 +58,11 @@ class Snapshot(NamedTuple):
     """What the run trains: goes into the manifest."""
 
 
-def publish(folder: Path, step: int, snapshot: Snapshot) -> Path:
+def publish(folder: Path, step: int, snapshot: Snapshot, owned: Callable[[], None] = lambda: None) -> Path:
     """Write a checkpoint of `step` in `folder`; returns its path.
 
     Raises OSError, RuntimeError or SafetensorError when it cannot be written; then nothing is published.
+    `owned` is called before: it does not return when the folder has another owner by now.
     """
     final = folder / f"step_{step:08d}"
     writing = folder / f".writing_{final.name}"
@@ -79,6 +80,7 @@ def publish(folder: Path, step: int, snapshot: Snapshot) -> Path:
     (writing / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in (*writing.iterdir(), writing):
         sync(path)
+    owned()
     if final.exists():  # left by an earlier attempt that this one did not start from, since it is damaged
         replaced = folder / f".replaced_{final.name}"
         shutil.rmtree(replaced, ignore_errors=True)

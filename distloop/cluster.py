@@ -5,6 +5,7 @@ torch and Accelerate are imported where they are needed: the environment has to 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -92,13 +93,19 @@ def from_main(function: Callable[[], Result]) -> Result:
     return answer[0]
 
 
+def say(text: str, file: Any = None) -> None:
+    """Print a line. Where it cannot be written (a full disk, a terminal that is gone) it is lost, and no more."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=file or sys.stdout, flush=True)
+
+
 def report(error: UsageError | RunFailed) -> None:
     """Say on standard error what ends the run: once, although several ranks may have met it."""
     if _first_to_report():
         rank = int(os.environ.get("RANK", 0))
         # Before ranks can talk another machine's message may be a second one: say whose it is.
         who = f" (rank {rank} on {os.uname().nodename})" if rank and _store() is None else ""
-        print(f"\ndistloop: {error}{who}", file=sys.stderr, flush=True)
+        say(f"\ndistloop: {error}{who}", sys.stderr)
 
 
 def let_others_speak() -> None:
@@ -144,7 +151,8 @@ def leave(code: int) -> None:
         # has to be closed is closed, so leave without it.
         for child in multiprocessing.active_children():  # loader workers
             child.kill()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

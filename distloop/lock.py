@@ -46,10 +46,12 @@ class RunLock:
     def acquire(self, folder: Path) -> str | None:
         """Own `folder`; returns a line on whom it was taken from, if anyone. Raises UsageError naming the owner."""
         path = folder / LOCK
-        message = None
         while True:
             if self._create(path):
-                return message
+                for leftover in folder.glob(f".{LOCK}.*"):  # of starts that were killed
+                    if not leftover.name.startswith(f".{LOCK}.after-"):
+                        leftover.unlink(missing_ok=True)
+                return None
             owner = _read(path)
             if owner is None:
                 continue  # released in between
@@ -58,18 +60,33 @@ class RunLock:
                     f"{folder} belongs to a run that is going on: {describe(owner)}. Wait for its end, or stop it "
                     f"(touch {folder / 'STOP'}), or use --name OTHER for a run of its own."
                 )
-            # Of several that find the owner dead one gets to rename its file.
-            stale = folder / f".{LOCK}.{self.identity['token']}"
-            try:
-                os.rename(path, stale)
-            except FileNotFoundError:
-                continue
-            taken = _read(stale)
-            if taken is not None and taken.get("token") != owner.get("token"):
-                _link_back(stale, path)  # another one was faster, and this is its lock
-            else:
-                message = f"taken over from {describe(owner)}, which is dead"
-            stale.unlink(missing_ok=True)
+            if self._replace(path, owner):
+                return f"taken over from {describe(owner)}, which is dead"
+
+    def _replace(self, path: Path, owner: dict[str, Any]) -> bool:
+        """Put our lock in the place of a dead owner's, with no moment without one; False: look again.
+
+        Of several that find it dead, the one that creates a file with the dead one's name may do so.
+        """
+        claim = path.with_name(f".{LOCK}.after-{owner.get('token', 'nobody')}")
+        try:
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            # Another one is at it: a moment. What is left by one that was killed at it is removed.
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - claim.stat().st_mtime > DEAD_SECONDS:
+                    claim.unlink()
+            time.sleep(0.02)
+            return False
+        try:
+            now = _read(path)
+            if now is None or now.get("token") != owner.get("token"):
+                return False  # another one was faster
+            self._write(path)
+            self.path, self.next_beat = path, time.monotonic() + BEAT_SECONDS
+            return True
+        finally:
+            claim.unlink(missing_ok=True)
 
     def beat(self) -> None:
         """Show that the owner lives, when it is time to. Ends the process if another one has taken over."""
@@ -87,8 +104,9 @@ class RunLock:
                     print(f"distloop: {path.parent} was taken over by {describe(owner)}; ending here.", flush=True)
                 os._exit(1)
             self._write(path)
-        except OSError:
-            pass  # a full disk: the next beat may find room
+        except OSError:  # a full disk, on which the time of the file can be set all the same
+            with contextlib.suppress(OSError):
+                os.utime(path)
 
     def move(self, folder: Path, to: Path) -> None:
         """Rename the folder that is owned, and give it free."""
@@ -139,17 +157,18 @@ class RunLock:
         if job and owner.get("slurm_job") == job and int(owner.get("slurm_restart") or 0) < int(str(restart)):
             return True  # Slurm requeues a job when its processes are gone
         if owner.get("processes") and owner.get("processes") == self.identity["processes"]:
-            return _started(int(owner["pid"])) not in (owner["pid_started"], "unknown")
+            started = owner.get("pid_started")  # none: a damaged lock
+            return not (started and owner.get("pid")) or _started(int(owner["pid"])) not in (started, "unknown")
         print(
             f"distloop: looking for up to {DEAD_SECONDS:.0f} s whether {describe(owner)} still owns {path.parent}",
             flush=True,
         )
+        sign = _sign(path)
         until = time.monotonic() + DEAD_SECONDS
         while time.monotonic() < until:
             time.sleep(0.5)
-            now = _read(path)
-            if now is None or (now.get("token"), now.get("beat")) != (owner.get("token"), owner.get("beat")):
-                return now is None
+            if _sign(path) != sign:
+                return not path.exists()
         return True
 
 
@@ -170,12 +189,13 @@ def _read(path: Path) -> dict[str, Any] | None:
         return {}
 
 
-def _link_back(stale: Path, path: Path) -> None:
+def _sign(path: Path) -> tuple[Any, ...]:
+    """What of a lock changes while its owner lives; compared with itself only."""
+    owner = _read(path) or {}
     try:
-        os.link(stale, path)
+        return owner.get("token"), owner.get("beat"), path.stat().st_mtime_ns
     except OSError:
-        if not path.exists():
-            os.rename(stale, path)
+        return ()
 
 
 def _process_space() -> str | None:
@@ -196,11 +216,11 @@ def _started(pid: int) -> str | None:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except OSError:  # another user's
-        return "unknown"
+    except PermissionError:  # another user's, which can be looked at all the same
+        pass
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except OSError:  # another operating system, or hidden from other users
         return "unknown"
     return None if fields[0] in "ZX" else fields[19]
 

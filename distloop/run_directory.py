@@ -10,11 +10,12 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distloop.checkpoint import clean, newest_good, published_in, read_manifest, step_of, sync, weights_file
-from distloop.cluster import cpus_per_rank
+from distloop.cluster import cpus_per_rank, say
 from distloop.config import FIXED_KEYS, Config, differences, is_one_of, training_hash
 from distloop.config_load import config_from_mapping, dump, read_yaml
 from distloop.errors import AlreadyReported, RunFailed, UsageError
@@ -103,7 +104,7 @@ def open_run(config: Config, lock: RunLock, world_size: int, dataset: dict[str, 
         attempt = int(status.get("attempt", 0)) + 1
         identity = {"config_sha256": training_hash(config), "dataset": dataset}
         start = Start(path, attempt, checkpoint, weights, step, False, messages, identity)
-        RunStatus(start, enabled=True).update(step)  # first: an extended run is not finished any more
+        RunStatus(start, True, lock.beat).update(step)  # first: an extended run is not finished any more
         if changes:
             record = {"after_attempt": attempt - 1, "after_step": step, "changes": changes}
             with open(path / "config_changes.jsonl", "a") as file:
@@ -121,7 +122,8 @@ def open_run(config: Config, lock: RunLock, world_size: int, dataset: dict[str, 
 class RunStatus:
     """Keeps status.json: written by rank 0 when the run starts, has saved and ends, however it ends."""
 
-    def __init__(self, start: Start, enabled: bool) -> None:
+    def __init__(self, start: Start, enabled: bool, owned: Callable[[], None] = lambda: None) -> None:
+        self.owned = owned
         self.start, self.step, self.enabled = start, start.step, enabled
         self.stopped_by: str | None = None
 
@@ -154,12 +156,13 @@ class RunStatus:
     def _write(self, state: str, reason: str | None) -> None:
         if not self.enabled:
             return
+        self.owned()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         status = {"state": state, "step": self.step, "attempt": self.start.attempt, "reason": reason, "written": now}
         try:
             write_text(self.start.path / STATUS, json.dumps(status, indent=1) + "\n")
         except OSError as error:  # the disk is full: no reason to end
-            print(f"distloop: WARNING: {STATUS} cannot be written ({error.strerror}): {state}", flush=True)
+            say(f"distloop: WARNING: {STATUS} cannot be written ({error.strerror}): {state}")
 
 
 def write_text(path: Path, text: str) -> None:

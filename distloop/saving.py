@@ -63,6 +63,16 @@ class HostBuffers:
             self.event.synchronize()
 
 
+def reason_of(error: BaseException) -> str:
+    """Why a file could not be written, in a few words: the operating system's own, where a library hides them."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error).split("\n")[0] or type(error).__name__
+
+
 class Saver:
     """Rank 0's checkpoints; on the other ranks it does nothing. Use as a context around the loop.
 
@@ -77,9 +87,10 @@ class Saver:
         watch: Watch,
         published: Callable[[int], None],
         enabled: bool,
+        owned: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.settings, self.identity = folder, settings, identity
-        self.watch, self.published, self.enabled = watch, published, enabled
+        self.watch, self.published, self.owned, self.enabled = watch, published, owned, enabled
         self.buffers = HostBuffers()
         self.thread: threading.Thread | None = None
         self.failure: str | None = None
@@ -136,7 +147,7 @@ class Saver:
     def _write(self, step: int, best: int | None, snapshot: Snapshot, begun: float) -> None:
         try:
             self.buffers.ready()
-            final = publish(self.folder, step, snapshot)
+            final = publish(self.folder, step, snapshot, self.owned)
             every = self.settings.keep_every_steps
             prune(
                 self.folder,
@@ -149,7 +160,7 @@ class Saver:
         except Exception as error:  # each library has its own for a full disk
             shutil.rmtree(self.folder / f".writing_step_{step:08d}", ignore_errors=True)
             newest = newest_published(self.folder)
-            reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+            reason = reason_of(error)
             self.failure = (
                 f"The checkpoint of step {step} could not be written to {self.folder}: {reason}. "
                 f"{f'The last one, {newest.name}, is whole.' if newest else 'There is none yet.'}"

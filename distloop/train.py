@@ -135,7 +135,7 @@ def train(config: Config, watch: stopping.Watch, attempt: ExitStack) -> None:
         )
         accelerator.end_training()
         return
-    status = attempt.enter_context(RunStatus(start, enabled=is_main))
+    status = attempt.enter_context(RunStatus(start, is_main, lock.beat))
     if is_main:
         watch.look_for(start.path, config.stop, os.environ)
     agreement = stopping.Agreement(watch, world_size, timedelta(seconds=config.ddp.timeout_seconds))
@@ -178,8 +178,9 @@ def train(config: Config, watch: stopping.Watch, attempt: ExitStack) -> None:
     losses = LossSums(device, state["epoch_sums"])
     finite = FiniteCheck(config.train.on_nonfinite, bare_model, optimizer, scaler, plan, order, rank)
     throughput = Throughput(device)
-    trackers = Trackers(start, total_steps, plan.steps_per_epoch, enabled=is_main)
-    saver = Saver(start.path / "checkpoints", config.checkpoint, start.identity, watch, status.update, enabled=is_main)
+    trackers = Trackers(start, total_steps, plan.steps_per_epoch, is_main, lock.beat)
+    folder = start.path / "checkpoints"
+    saver = Saver(folder, config.checkpoint, start.identity, watch, status.update, is_main, lock.beat)
     trackers.say(*messages, *start.messages, *describe(config, start, plan, bare_model, accelerator, total_steps))
 
     # ==== THE LOOP ==========================================================================================

@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any
 
+from distloop.cluster import say
+
 
 def number(value: Any) -> str:
     """A number as people read it: 0.9806, 1.2e-05, 12345; anything else (a list of a user's task) as it is."""
@@ -41,7 +43,7 @@ class Console:
         if self.progress:
             self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, flush=True)
+            say(text)
 
     def log(self, row: dict[str, Any]) -> None:
         """Show one row of metrics."""

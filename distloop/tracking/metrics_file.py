@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distloop.checkpoint import sync
+from distloop.cluster import say
 
 
 class MetricsFile:
@@ -23,22 +24,26 @@ class MetricsFile:
         """Write one row. Numbers that JSON does not have (nan, inf) become null."""
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self.waiting.append((json.dumps(clean) + "\n").encode())
+        reason = self._write()
+        if reason and len(self.waiting) == 1:
+            say(f"distloop: WARNING: {self.path} cannot be written ({reason}); its rows wait in memory")
+
+    def _write(self) -> str | None:
+        """Write what waits, all or nothing; returns why that was not possible."""
         text = b"".join(self.waiting)
         try:
             size = os.fstat(self.descriptor).st_size
             if os.write(self.descriptor, text) == len(text):
                 self.waiting = []
-                return
+                return None
             os.ftruncate(self.descriptor, size)  # no torn line
-            reason = "no room"
+            return "no room"
         except OSError as error:
-            reason = error.strerror or str(error)
-        if len(self.waiting) == 1:
-            print(f"distloop: WARNING: {self.path} cannot be written ({reason}); its rows wait in memory", flush=True)
+            return error.strerror or str(error)
 
     def close(self) -> None:
-        if self.waiting:
-            print(f"distloop: WARNING: {len(self.waiting)} rows could not be written to {self.path}", flush=True)
+        if self.waiting and self._write():
+            say(f"distloop: WARNING: {len(self.waiting)} rows could not be written to {self.path}")
         os.close(self.descriptor)
 
 

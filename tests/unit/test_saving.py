@@ -138,13 +138,13 @@ class SlowDisk:
         self.steps: list[int] = []
         monkeypatch.setattr(saving, "publish", self.publish)
 
-    def publish(self, folder: Path, step: int, snapshot: Snapshot) -> Path:
+    def publish(self, folder: Path, step: int, snapshot: Snapshot, owned: Callable[[], None]) -> Path:
         self.now += 1
         self.most = max(self.most, self.now)
         self.steps.append(step)
         self.begun.set()
         assert self.go.wait(60)
-        final = publish(folder, step, snapshot)
+        final = publish(folder, step, snapshot, owned)
         self.now -= 1
         return final
 
@@ -250,7 +250,7 @@ def test_a_second_interrupt_does_not_wait(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def publish_in_vain(folder: Path, step: int, snapshot: Snapshot) -> Path:
+    def publish_in_vain(folder: Path, step: int, snapshot: Snapshot, *rest: Any) -> Path:
         (folder / f".writing_step_{step:08d}").mkdir(parents=True)
         raise error
 
