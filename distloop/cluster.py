@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping
@@ -146,6 +147,8 @@ def _store() -> Any:
 
 def leave(code: int) -> None:
     """End the process with this exit code."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # nothing is left to stop, and Python gives its handlers up as it ends
     if code == 130 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Taking gloo or NCCL down with the interpreter now and then aborts, or hangs where a peer is gone: what
         # has to be closed is closed, so leave without it.

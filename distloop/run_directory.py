@@ -126,6 +126,7 @@ class RunStatus:
         self.owned = owned
         self.start, self.step, self.enabled = start, start.step, enabled
         self.stopped_by: str | None = None
+        self.closed = False
 
     def __enter__(self) -> RunStatus:
         self._write("running", None)
@@ -134,9 +135,16 @@ class RunStatus:
     def update(self, step: int) -> None:
         """The run has been saved at `step`."""
         self.step = step
-        self._write("running", None)
+        if not self.closed:  # a save goes on when Ctrl-C has ended the rest
+            self._write("running", None)
+
+    def cut_off(self, reason: str) -> None:
+        """The process ends at once, without its main thread."""
+        if not self.closed:
+            self._write("stopped", f"{reason}, without saving")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.closed = True
         mistake = self.start.path / MISTAKE
         if kind is None and self.stopped_by:
             self._write("stopped", self.stopped_by)

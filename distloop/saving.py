@@ -139,9 +139,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is not None and issubclass(kind, KeyboardInterrupt):  # Ctrl-C again: end at once
-            self.published = lambda step: None  # by then the status says that it was stopped
-        else:
+        if kind is None or not issubclass(kind, KeyboardInterrupt):  # Ctrl-C again: end at once
             self.wait()
 
     def _write(self, step: int, best: int | None, snapshot: Snapshot, begun: float) -> None:

@@ -6,7 +6,6 @@ asks after each step whether the ranks have agreed (Agreement): they all stop af
 
 from __future__ import annotations
 
-import _thread
 import atexit
 import contextlib
 import ctypes
@@ -73,6 +72,7 @@ class Watch:
         self.deadlines: dict[int, float] = {}
         self.reserve_seconds = 0.0
         self.each_poll: list[Callable[[], None]] = []
+        self.before_leaving: list[Callable[[str], None]] = []  # told why, when this thread ends the process
         self.between_steps = 0.0  # seconds
         self._longest: dict[str, float] = {}
         self._first_interrupt: float | None = None
@@ -138,7 +138,7 @@ class Watch:
         elif now - self._first_interrupt >= SECOND_INTERRUPT_SECONDS and not self._interrupted:
             self._interrupted = True
             self._leave = self._leave or (now + 3, 130)  # without the main thread, if it cannot hear
-            _thread.interrupt_main()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it where it sleeps, too
 
     def _run(self) -> None:
         complained = False
@@ -150,6 +150,11 @@ class Watch:
                     self.say(f"WARNING: looking for a reason to stop failed ({type(error).__name__}: {error})")
                 complained = True
 
+    def _last_words(self) -> None:
+        for record in self.before_leaving:
+            with contextlib.suppress(Exception):
+                record("interrupted from the keyboard" if self._interrupted else REASONS[self.wish])
+
     def _poll(self) -> None:
         if select.select([self._wakeup], [], [], POLL_SECONDS)[0]:
             for number in os.read(self._wakeup, 4096):
@@ -159,6 +164,9 @@ class Watch:
                     self.ask(number)
         if self._leave and time.monotonic() > self._leave[0]:
             self.say("ended without saving; the same command continues from the last checkpoint")
+            last = threading.Thread(target=self._last_words, daemon=True)
+            last.start()
+            last.join(0.5)  # a disk that hangs does not hold up the end
             os._exit(self._leave[1])
         if self._launcher is not None and os.getppid() != self._launcher:
             self.ask(LAUNCHER_GONE)
@@ -292,5 +300,19 @@ def leave_signals_to_parent(worker: int = 0) -> None:
     signal.set_wakeup_fd(-1)  # what the fork copied is the parent's
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # only now: see signals_blocked
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # it died before that
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """For starting loader workers: until they ignore these signals they have them blocked, as a copy of this thread."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -136,6 +136,7 @@ def train(config: Config, watch: stopping.Watch, attempt: ExitStack) -> None:
         accelerator.end_training()
         return
     status = attempt.enter_context(RunStatus(start, is_main, lock.beat))
+    watch.before_leaving += [status.cut_off, lambda reason: lock.release()]
     if is_main:
         watch.look_for(start.path, config.stop, os.environ)
     agreement = stopping.Agreement(watch, world_size, timedelta(seconds=config.ddp.timeout_seconds))

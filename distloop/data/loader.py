@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -20,7 +22,7 @@ from distloop.data.sampling import MicroBatch
 from distloop.errors import UsageError
 from distloop.registry import import_callable
 from distloop.seeding import seed_sample, uniforms
-from distloop.stopping import leave_signals_to_parent, start_forkserver
+from distloop.stopping import leave_signals_to_parent, signals_blocked, start_forkserver
 from distloop.tasks import Task, checks_targets_only, inputs_of, targets_of, with_inputs
 
 
@@ -73,7 +75,10 @@ class Loader:
         self.loader, self.finish = loader, finish
 
     def __iter__(self) -> Iterator[Any]:
-        return map(self.finish, self.loader)
+        batches = iter(self.loader)
+        with signals_blocked():  # workers start with the first batch
+            first = list(itertools.islice(batches, 1))
+        return map(self.finish, itertools.chain(first, batches))
 
 
 def collate_of(config: Data) -> Callable[[list], Any]:
@@ -135,7 +140,7 @@ def make_loader(
         # Forking a process that has initialised CUDA is unsafe.
         multiprocessing_context="forkserver" if workers and device.type == "cuda" else None,
     )
-    if loader.multiprocessing_context is not None:
+    if workers and (loader.multiprocessing_context or multiprocessing).get_start_method() == "forkserver":
         start_forkserver()
     prepared = prepare_data_loader(
         loader, device=device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True

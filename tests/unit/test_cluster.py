@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -175,6 +176,12 @@ def test_a_mistake_on_another_machine_is_said_with_its_name(
 
 @pytest.mark.parametrize("code", [0, 1, 2])
 def test_leaving_ends_the_process_with_the_code(code: int) -> None:
-    with pytest.raises(SystemExit) as end:
-        cluster.leave(code)
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    before = [signal.getsignal(number) for number in signals]
+    try:
+        with pytest.raises(SystemExit) as end:
+            cluster.leave(code)
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
     assert end.value.code == code

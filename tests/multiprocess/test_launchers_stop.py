@@ -1,0 +1,235 @@
+"""Stopping by way of what started the run: Accelerate's launcher, a shell that goes away, a terminal."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from distloop.checkpoint import published_in, step_of, verify
+from tests.ranks import accelerate_launch, clean_environment, wait_until
+from tests.records import rows, status
+from tests.stopping import NOTICE, check_nothing_runs, processes_of, reached, run_of, waiting_run
+
+TRAIN = [sys.executable, "-m", "distloop.train"]
+CPU = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+GONE = "its launcher is gone"
+# (processes, signal to the launcher) -> why the run says that it stopped. An elastic launcher, of several
+# processes, passes some signals on; the plain one is ended by them, as both are by those they do not know.
+LAUNCHERS = {
+    (1, "SIGTERM"): GONE,
+    (1, "SIGINT"): GONE,
+    (1, "SIGUSR1"): GONE,
+    (1, "SIGKILL"): GONE,
+    (2, "SIGTERM"): "SIGTERM",
+    (2, "SIGINT"): "SIGINT",
+    (2, "SIGUSR1"): GONE,
+    (2, "SIGKILL"): GONE,
+}
+COVERING = {(1, "SIGTERM"), (1, "SIGKILL"), (2, "SIGINT"), (2, "SIGKILL")}
+
+Start = Callable[[list[str]], subprocess.Popen]
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Iterator[str]:
+    """Stands in the environment of all that a test starts; what is left at its end is killed."""
+    text = uuid.uuid4().hex
+    yield text
+    for pid in processes_of(tmp_path, text):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def start(tmp_path: Path, marker: str) -> Start:
+    """Start a command in the test's folder, with its output in the file `output` there."""
+
+    def start(words: list[str]) -> subprocess.Popen:
+        environment = {**clean_environment(), **CPU, "DISTLOOP_TEST": marker}
+        with open(tmp_path / "output", "w") as output:
+            return subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=output, stderr=output)
+
+    return start
+
+
+def endless(folder: Path) -> list[str]:
+    return [*waiting_run(folder), "--train.steps", "100000", "--data.workers", "2"]
+
+
+def check_saved(folder: Path, reason: str) -> int:
+    """The run is stopped for this reason and its last step is saved; returns which."""
+    run = run_of(folder)
+    assert (status(run)["state"], status(run)["reason"]) == ("stopped", reason), (folder / "output").read_text()
+    newest = published_in(run / "checkpoints")[-1]
+    verify(newest)
+    assert step_of(newest) == status(run)["step"] == rows(run, "train")[-1]["step"]
+    return step_of(newest)
+
+
+@pytest.mark.parametrize(
+    ("processes", "name"),
+    [pytest.param(*case, marks=() if case in COVERING else pytest.mark.long) for case in LAUNCHERS],
+)
+def test_a_run_is_saved_and_gone_when_its_launcher_is_stopped_or_killed(
+    tmp_path: Path, start: Start, marker: str, processes: int, name: str
+) -> None:
+    launcher = start([*accelerate_launch(processes), *endless(tmp_path)])
+    reached(tmp_path, 4)
+    assert len(processes_of(tmp_path, marker)) >= 1 + processes * 3, "launcher, trainers and their loader workers"
+    launcher.send_signal(signal.Signals[name])
+    check_nothing_runs_but_the_dead(tmp_path, marker, launcher)
+    check_saved(tmp_path, LAUNCHERS[processes, name])
+    assert (tmp_path / "output").read_text().count(NOTICE) == 1
+
+
+def check_nothing_runs_but_the_dead(folder: Path, marker: str, launcher: subprocess.Popen) -> None:
+    check_nothing_runs(folder, marker)
+    launcher.wait(1)
+
+
+def test_a_trainer_that_hangs_does_not_outlive_its_launcher(tmp_path: Path, start: Start, marker: str) -> None:
+    launcher = start([*accelerate_launch(1), *endless(tmp_path)])
+    reached(tmp_path, 4)
+    (tmp_path / "hold-step").write_text("in C")
+    wait_until((tmp_path / "at-step-0").exists, "a step that does not end")
+    launcher.kill()
+    check_nothing_runs_but_the_dead(tmp_path, marker, launcher)
+    run = run_of(tmp_path)
+    verify(published_in(run / "checkpoints")[-1])
+    assert "ended without saving" in (tmp_path / "output").read_text()
+
+
+def test_a_trainer_whose_launcher_died_before_it_could_look_does_not_run_on(
+    tmp_path: Path, start: Start, marker: str
+) -> None:
+    # The launcher's variables, and a parent that is gone before Python has started.
+    words = ["env", "TORCHELASTIC_RUN_ID=none", "ACCELERATE_MIXED_PRECISION=no", "ACCELERATE_DYNAMO_BACKEND=no"]
+    script = 'while kill -0 $PPID_OF_SHELL 2>/dev/null; do :; done; exec "$@"'
+    inner = ["bash", "-c", script, "bash", *words, *TRAIN, *endless(tmp_path)]
+    shell = start(["bash", "-c", 'PPID_OF_SHELL=$$ "$@" & exit', "bash", *inner])
+    shell.wait(10)
+    wait_until(lambda: (tmp_path / "runs").exists() or NOTICE in (tmp_path / "output").read_text(), "the trainer")
+    check_nothing_runs(tmp_path, marker, seconds=20)  # it had to be imported first
+
+
+@pytest.mark.parametrize("how", ["nohup", pytest.param("setsid", marks=pytest.mark.long)])
+def test_a_trainer_started_from_a_shell_goes_on_when_the_shell_is_killed(
+    tmp_path: Path, start: Start, marker: str, how: str
+) -> None:
+    arguments = [*waiting_run(tmp_path), "--train.steps", "200"]  # two seconds: several looks at the parent
+    shell = start(["bash", "-c", f'{how} "$@" & sleep 1000', "bash", *TRAIN, *arguments])
+    reached(tmp_path, 4)
+    shell.kill()
+    shell.wait()
+    wait_until(lambda: status(run_of(tmp_path))["state"] != "running", "the end")
+    assert status(run_of(tmp_path))["state"] == "finished"
+    assert status(run_of(tmp_path))["step"] == 200
+    assert NOTICE not in (tmp_path / "output").read_text()
+
+
+# ---- in a terminal -------------------------------------------------------------------------------------------
+
+needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
+
+
+class Terminal:
+    """A terminal of tmux with a shell in `folder`."""
+
+    def __init__(self, folder: Path, marker: str) -> None:
+        self.socket = str(folder / "tmux")
+        (folder / "bashrc").write_text("PS1='ready> '\n")
+        environment = {**clean_environment(), **CPU, "DISTLOOP_TEST": marker, "TERM": "screen"}
+        words = ["tmux", "-S", self.socket, "-f", "/dev/null", "new-session", "-d", "-x", "250", "-y", "50"]
+        subprocess.run([*words, "bash --rcfile bashrc"], cwd=folder, env=environment, check=True)
+        wait_until(lambda: "ready>" in self.screen(), "the shell")
+
+    def _tmux(self, *words: str) -> str:
+        return subprocess.run(["tmux", "-S", self.socket, *words], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    def screen(self) -> str:
+        """What has been shown, with what has scrolled away."""
+        return self._tmux("capture-pane", "-p", "-J", "-S", "-")
+
+    def type(self, text: str) -> None:
+        self._tmux("send-keys", "-l", text)
+        self._tmux("send-keys", "Enter")
+
+    def interrupt(self) -> None:
+        self._tmux("send-keys", "C-c")
+
+    def shows(self, text: str) -> None:
+        wait_until(lambda: text in self.screen(), f"{text!r} on the screen")
+
+    def prompt_is_back(self) -> None:
+        wait_until(lambda: self.screen().rstrip().endswith("ready>"), "the prompt")
+
+    def kill(self) -> None:
+        """kill -9 the server, with all of its terminals."""
+        os.kill(int(self._tmux("display-message", "-p", "#{pid}")), signal.SIGKILL)
+
+
+@pytest.fixture
+def terminal(tmp_path: Path, marker: str) -> Terminal:
+    return Terminal(tmp_path, marker)  # the marker's fixture kills it
+
+
+@needs_tmux
+@pytest.mark.parametrize(
+    "words",
+    [
+        TRAIN,
+        pytest.param(accelerate_launch(1), marks=pytest.mark.long),
+        pytest.param(accelerate_launch(2), marks=pytest.mark.long),
+    ],
+    ids=["python", "accelerate launch", "accelerate launch, two processes"],
+)
+def test_ctrl_c_in_a_terminal_saves_and_the_same_command_says_where_it_goes_on(
+    tmp_path: Path, terminal: Terminal, words: list[str]
+) -> None:
+    command = " ".join([*words, *waiting_run(tmp_path), "--train.steps", "250"])
+    terminal.type(command)
+    reached(tmp_path, 4)
+    terminal.interrupt()
+    terminal.shows(NOTICE)
+    terminal.shows("(Ctrl-C again: end at once)")
+    terminal.shows("stopped after step")
+    terminal.prompt_is_back()
+    step = check_saved_in_terminal(tmp_path, terminal.screen())
+    if words == TRAIN:
+        terminal.type("echo code=$?")
+        terminal.shows("code=0")
+    terminal.type(command)
+    terminal.shows(f"continuing after step {step} of 250")
+    terminal.shows("finished: ")
+    terminal.prompt_is_back()
+    assert [row["step"] for row in rows(run_of(tmp_path), "train")] == list(range(1, 251))
+
+
+def check_saved_in_terminal(folder: Path, screen: str) -> int:
+    reason = status(run_of(folder))["reason"]
+    assert reason in ("SIGINT", GONE), screen  # a launcher is interrupted as well, and may be gone first
+    assert status(run_of(folder))["state"] == "stopped", screen
+    newest = published_in(run_of(folder) / "checkpoints")[-1]
+    verify(newest)
+    assert step_of(newest) == status(run_of(folder))["step"]
+    assert f"stopped after step {step_of(newest)} of 250 ({reason}), saved in" in screen
+    return step_of(newest)
+
+
+@needs_tmux
+@pytest.mark.long
+def test_a_trainer_under_nohup_goes_on_when_its_terminal_is_killed(tmp_path: Path, terminal: Terminal) -> None:
+    arguments = [*waiting_run(tmp_path), "--train.steps", "200"]
+    terminal.type(" ".join(["nohup", *TRAIN, *arguments, "> output 2>&1 &"]))
+    reached(tmp_path, 4)
+    terminal.kill()
+    wait_until(lambda: status(run_of(tmp_path))["state"] != "running", "the end")
+    assert status(run_of(tmp_path))["state"] == "finished"
+    assert NOTICE not in (tmp_path / "output").read_text()

@@ -1,0 +1,376 @@
+"""The parts of stopping: what is kept free before a deadline, when it is, who is a launcher, and the agreement."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from distloop import stopping
+from distloop.config import Stop
+from distloop.stopping import MOST_STEPS_BETWEEN, REASONS, STOP_FILE, Agreement, Watch, leave_signals_to_parent
+from tests import ranks
+from tests.ranks import command, wait_until
+
+
+def apart(function: Callable[..., Any], *arguments: Any, processes: int = 1) -> list[Any]:
+    """The results of `function`, one from each of new processes: signals and the Watch belong to a process.
+
+    Several are given their rank as the first argument.
+    """
+    with ProcessPoolExecutor(processes, mp_context=ranks._context) as pool:
+        own: list[tuple[Any, ...]] = [(rank,) for rank in range(processes)] if processes > 1 else [()]
+        tasks = [pool.submit(function, *first, *arguments) for first in own]
+        return [task.result(60) for task in tasks]
+
+
+def run_here(folder: Path) -> Watch:
+    """A Watch of the run in `folder`, in this process."""
+    watch = stopping.listen()
+    watch.look_for(folder, Stop(), {})
+    return watch
+
+
+# ---- a deadline ----------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """In place of the module time: it goes on when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return self.now
+
+
+def measured_reserve(kept: float, step: float, validation: float, steps: int) -> list[float]:
+    """The reserve after each of these steps, with a validation after every fifth."""
+    watch, clock = stopping.listen(), Clock()
+    stopping.time = clock  # type: ignore[attr-defined, assignment]
+    watch.reserve_seconds = kept
+    agreement = Agreement(watch, 1, datetime.timedelta(seconds=60))
+    reserves = []
+    for number in range(1, steps + 1):
+        clock.now += step
+        agreement.reached()
+        reserves.append(watch.reserve())
+        if number % 5 == 0:
+            with watch.timed("validation"):
+                clock.now += validation
+    return reserves
+
+
+def test_the_reserve_is_what_the_next_step_validation_and_save_may_take() -> None:
+    (reserves,) = apart(measured_reserve, 20.0, 1.0, 0.0, 8)
+    assert reserves[-1] == pytest.approx(20 + 1.5 * 3)  # the agreement of several ranks takes some steps
+    (reserves,) = apart(measured_reserve, 0.0, 1.0, 60.0, 8)
+    # A validation is kept free once, and is not taken for a part of the step after it.
+    assert all(60 < reserve < 100 for reserve in reserves[5:])
+
+
+def longest_of_each() -> list[float]:
+    watch = stopping.listen()
+    reserves = []
+    for what, seconds in (("save", 8.0), ("save", 2.0), ("validation", 4.0), ("steps", 2.0), ("steps", 1.0)):
+        watch.took(what, seconds)
+        reserves.append(watch.reserve())
+    return reserves
+
+
+def test_the_longest_save_and_validation_count_and_the_latest_steps() -> None:
+    assert apart(longest_of_each) == [[12.0, 12.0, 18.0, 21.0, 19.5]]
+
+
+def test_slurms_end_time_is_read_inside_of_a_job_only() -> None:
+    assert stopping.slurm_end_time({"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "1800000000"}) == 1.8e9
+    assert stopping.slurm_end_time({"SLURM_JOB_END_TIME": "1800000000"}) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("echo 2031-02-03T04:05:06", datetime.datetime(2031, 2, 3, 4, 5, 6).timestamp()),
+        ("echo N/A", None),
+        ("echo Unknown", None),
+        ("true", None),
+        ("exit 1", None),
+    ],
+)
+def test_squeue_is_asked_where_the_environment_does_not_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, expected: float | None
+) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\n{answer}\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert stopping.slurm_end_time({"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "Unknown"}) == expected
+
+
+def test_without_squeue_there_is_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert stopping.slurm_end_time({"SLURM_JOB_ID": "7"}) is None
+
+
+# ---- what asks -----------------------------------------------------------------------------------------------
+
+
+def wishes_after(numbers: list[int]) -> list[int]:
+    watch = stopping.listen()
+    found = []
+    for number in numbers:
+        os.kill(os.getpid(), number)
+        wait_until(lambda: watch.wish, "the wish")
+        found.append(watch.wish)
+    return found
+
+
+def test_the_first_reason_counts() -> None:
+    assert apart(wishes_after, [signal.SIGUSR2, signal.SIGTERM]) == [[signal.SIGUSR2, signal.SIGUSR2]]
+
+
+def goes_on_watching(folder: Path) -> tuple[bool, int]:
+    """Whether the thread lives after a look at the disk failed, and what it finds then."""
+
+    class BadDisk(type(folder)):  # type: ignore[misc]
+        def stat(self, **options: Any) -> Any:
+            raise OSError(116, "Stale file handle")
+
+        def __fspath__(self) -> str:
+            raise OSError(116, "Stale file handle")
+
+    def beat_that_fails() -> None:
+        looked.append(1)
+        raise OSError(5, "Input/output error")
+
+    looked: list[int] = []
+    watch = stopping.listen()
+    watch.stop_file = BadDisk(folder)
+    watch.each_poll.append(beat_that_fails)
+    deadline = time.monotonic() + 3 * stopping.POLL_SECONDS
+    while time.monotonic() < deadline and len(looked) < 2:
+        time.sleep(0.01)
+    watch.each_poll.clear()
+    watch.stop_file = None
+    os.kill(os.getpid(), signal.SIGTERM)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and not watch.wish:
+        time.sleep(0.01)
+    return bool(looked), watch.wish
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_fails_for_a_while_does_not_end_the_watch(tmp_path: Path) -> None:
+    assert apart(goes_on_watching, tmp_path)[0][1] == signal.SIGTERM
+
+
+def wish_for_stop_file(folder: Path) -> int:
+    watch = run_here(folder)
+    (folder / "STOP").touch()
+    wait_until(lambda: watch.wish, "the wish")
+    return watch.wish
+
+
+def test_the_stop_file_is_found(tmp_path: Path) -> None:
+    assert apart(wish_for_stop_file, tmp_path) == [STOP_FILE]
+
+
+def test_an_interrupt_that_a_script_ignores_for_its_background_stays_ignored(tmp_path: Path) -> None:
+    # `command &` in a shell script: Ctrl-C is for what runs in the foreground.
+    code = (
+        "import os, signal; from distloop import stopping; stopping.listen(); os.kill(os.getpid(), signal.SIGINT); "
+        "print(signal.getsignal(signal.SIGINT).name, stopping.listen().wish)"
+    )
+    done = command(["sh", "-c", 'trap "" INT; "$@"', "sh", sys.executable, "-c", code], tmp_path)
+    assert done.stdout == "SIG_IGN 0\n"
+
+
+# ---- loader workers ------------------------------------------------------------------------------------------
+
+
+def ignored_by_worker() -> list[str]:
+    leave_signals_to_parent()
+    return [signal.getsignal(number).name for number in stopping.SIGNALS]  # type: ignore[union-attr]
+
+
+def test_a_worker_ignores_what_asks_for_a_stop() -> None:
+    assert apart(ignored_by_worker) == [["SIG_IGN"] * len(stopping.SIGNALS)]
+
+
+def late_worker(folder: Path, parent: int) -> None:
+    """A worker that gets to its setting up when the process that started it is dead."""
+    (folder / "pid").write_text(str(os.getpid()))
+    wait_until(lambda: os.getppid() != parent, "the parent's death")
+    leave_signals_to_parent()
+    (folder / "survived").touch()
+    time.sleep(60)
+
+
+def test_a_worker_whose_parent_died_while_it_started_ends(tmp_path: Path) -> None:
+    code = (
+        "import multiprocessing, os, pathlib, sys; from tests.unit.test_stopping import late_worker; "
+        "multiprocessing.get_context('fork').Process(target=late_worker, "
+        "args=(pathlib.Path(sys.argv[1]), os.getpid()), daemon=True).start(); "
+        "exec('while not os.path.exists(sys.argv[1] + \"/pid\"): pass'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=ranks.clean_environment(), check=False)
+    wait_until((tmp_path / "pid").read_text, "the worker's number")
+    worker = int((tmp_path / "pid").read_text())
+
+    def gone() -> bool:
+        try:
+            return Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except OSError:
+            return True
+
+    wait_until(lambda: gone() or (tmp_path / "survived").exists(), "the worker")
+    survived = (tmp_path / "survived").exists()
+    if not gone():
+        os.kill(worker, signal.SIGKILL)
+    assert not survived
+
+
+def workers_at_exit() -> int:
+    """How many daemonic children that ignore SIGTERM are left after what atexit does."""
+    process = multiprocessing.get_context("fork").Process(target=deaf, daemon=True)
+    process.start()
+    stopping.kill_workers()
+    process.join(10)
+    return process.exitcode or 0
+
+
+def deaf() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+
+
+def test_workers_that_do_not_listen_are_killed_at_the_end() -> None:
+    code = "from tests.unit.test_stopping import workers_at_exit; print(workers_at_exit())"
+    done = command([sys.executable, "-c", code], ranks.REPOSITORY)
+    assert done.stdout == f"{-signal.SIGKILL}\n"
+
+
+# ---- the agreement -------------------------------------------------------------------------------------------
+
+
+def agree(
+    rank: int, port: int, seconds: tuple[float, float], wishes: tuple[dict[int, int], dict[int, int]], calls: int
+) -> dict[str, Any]:
+    """The answers of `calls` steps of this rank, which take `seconds[rank]`; wishes[rank]: {call: wish}."""
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    original, exchanges, intervals, answers = dist.all_reduce, [], [], []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        exchanges.append(call)
+        return original(*arguments, **options)
+
+    dist.all_reduce = counted
+    watch = SimpleNamespace(wish=0, between_steps=0.0, took=lambda *_: None)
+    agreement = Agreement(watch, 2, datetime.timedelta(seconds=30))  # type: ignore[arg-type]
+    for call in range(1, calls + 1):
+        time.sleep(seconds[rank])
+        watch.wish = wishes[rank].get(call, watch.wish)
+        answers.append(agreement.reached())
+        intervals.append(agreement.interval)
+        if answers[-1]:
+            break
+    agreement.close()
+    dist.destroy_process_group()
+    return {"answers": answers, "intervals": intervals, "exchanges": exchanges}
+
+
+def of_two_ranks(
+    seconds: tuple[float, float], wishes: tuple[dict[int, int], dict[int, int]], calls: int
+) -> list[dict[str, Any]]:
+    return apart(agree, ranks.free_port(), seconds, wishes, calls, processes=2)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_hear_one_ranks_wish_at_the_same_step(rank: int) -> None:
+    wishes: tuple[dict[int, int], dict[int, int]] = ({}, {})
+    wishes[rank][5] = signal.SIGTERM
+    one, other = of_two_ranks((0.03, 0.001), wishes, 100)
+    assert one["answers"] == other["answers"]
+    assert one["answers"][-1] == "SIGTERM"
+    assert 5 <= len(one["answers"]) <= 5 + 2 * MOST_STEPS_BETWEEN
+
+
+def test_ranks_that_were_asked_for_different_reasons_give_one() -> None:
+    one, other = of_two_ranks((0.0, 0.0), ({5: signal.SIGINT}, {3: signal.SIGUSR1}), 100)
+    assert one["answers"] == other["answers"]
+    assert one["answers"][-1] in (REASONS[signal.SIGINT], REASONS[signal.SIGUSR1])
+
+
+def test_ranks_exchange_rarely_where_steps_are_short_and_always_at_the_same_steps() -> None:
+    calls = 160
+    one, other = of_two_ranks((0.0005, 0.0005), ({}, {}), calls)
+    assert one["answers"] == other["answers"] == [None] * calls
+    assert one["exchanges"] == other["exchanges"]
+    assert one["intervals"] == other["intervals"]
+    assert max(one["intervals"]) <= MOST_STEPS_BETWEEN
+    assert len(one["exchanges"]) < calls / 4
+
+
+def test_ranks_exchange_after_each_step_where_steps_are_long() -> None:
+    one, other = of_two_ranks((0.05, 0.05), ({}, {}), 8)
+    assert one["exchanges"] == other["exchanges"] == list(range(1, 9))
+
+
+def alone(wish_at: int) -> list[str | None]:
+    watch = stopping.listen()
+    agreement = Agreement(watch, 1, datetime.timedelta(seconds=30))
+    answers = []
+    for call in range(1, 100):
+        time.sleep(0.03)
+        if call == wish_at:
+            watch.wish = STOP_FILE
+        answers.append(agreement.reached())
+        if answers[-1]:
+            break
+    return answers
+
+
+def test_one_process_answers_at_the_end_of_the_step() -> None:
+    assert apart(alone, 4) == [[None, None, None, REASONS[STOP_FILE]]]
+
+
+# ---- who is a launcher ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["accelerate", "launch", "train.py"], True),
+        (["python", "-m", "accelerate.commands.launch", "train.py"], True),
+        (["python", "/x/site-packages/accelerate/commands/launch.py", "train.py"], True),
+        (["python", "/x/bin/accelerate", "launch", "train.py"], True),
+        (["/x/bin/python", "/x/bin/torchrun", "train.py"], True),
+        (["python", "-m", "torch.distributed.run", "train.py"], True),
+        (["bash"], False),
+        (["bash", "-c", "accelerate launch train.py"], False),
+        (["tmux"], False),
+        (["python", "-m", "pytest"], False),
+        (["make", "train"], False),
+    ],
+)
+def test_launchers_are_known_by_their_command_line(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], expected: bool
+) -> None:
+    shown = "\0".join([*words, ""]).encode()
+    monkeypatch.setattr(stopping, "Path", lambda path: SimpleNamespace(read_bytes=lambda: shown))
+    assert stopping.launcher({}) == (os.getppid() if expected else None)
