@@ -5,12 +5,15 @@ torch and Accelerate are imported where they are needed: the environment has to 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
+import multiprocessing.util  # registers its own end before ours, so that ours comes first
 import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, TypeVar
@@ -145,15 +148,24 @@ def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
+@atexit.register
+def kill_workers() -> None:
+    """End loader workers: multiprocessing asks its daemons by SIGTERM and waits, but ours do not listen to it."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a worker for an accident
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
 def leave(code: int) -> None:
     """End the process with this exit code."""
+    kill_workers()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # nothing is left to stop, and Python gives its handlers up as it ends
     if code == 130 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Taking gloo or NCCL down with the interpreter now and then aborts, or hangs where a peer is gone: what
         # has to be closed is closed, so leave without it.
-        for child in multiprocessing.active_children():  # loader workers
-            child.kill()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()

@@ -6,12 +6,10 @@ asks after each step whether the ranks have agreed (Agreement): they all stop af
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import datetime
 import multiprocessing
-import multiprocessing.util  # registers its own end before ours, so that ours comes first
 import os
 import select
 import signal
@@ -275,14 +273,6 @@ def slurm_end_time(environ: Mapping[str, str]) -> float | None:
         return datetime.datetime.fromisoformat(answer.strip()).timestamp()
     except (OSError, subprocess.SubprocessError, ValueError):  # no squeue here, or no limit
         return None
-
-
-@atexit.register
-def kill_workers() -> None:
-    """At the end: multiprocessing asks its daemons by SIGTERM to end and waits, but ours do not listen to it."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
 
 
 def start_forkserver() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from distloop import stopping
+from distloop import cluster, stopping
 from distloop.config import Stop
 from distloop.stopping import MOST_STEPS_BETWEEN, REASONS, STOP_FILE, Agreement, Watch, leave_signals_to_parent
 from tests import ranks
@@ -249,7 +249,7 @@ def workers_at_exit() -> int:
     """How many daemonic children that ignore SIGTERM are left after what atexit does."""
     process = multiprocessing.get_context("fork").Process(target=deaf, daemon=True)
     process.start()
-    stopping.kill_workers()
+    cluster.kill_workers()
     process.join(10)
     return process.exitcode or 0
 
