@@ -87,10 +87,9 @@ def open_run(config: Config, lock: RunLock, world_size: int, dataset: dict[str, 
         checkpoint, passed_over = newest_good(path / "checkpoints")
         if passed_over and checkpoint is None:  # nothing that a killed save could leave behind
             raise UsageError(
-                f"None of the checkpoints in {path} is whole:\n  "
-                + "\n  ".join(passed_over)
-                + "\nBring back the files, "
-                "or use --resume never to move the run aside and start anew."
+                f"None of the checkpoints in {path} is whole:\n"
+                + "".join(f"  {line}\n" for line in passed_over)
+                + "Bring back the files, or use --resume never to move the run aside and start anew."
             )
         messages += [f"passed over a damaged checkpoint: {line}" for line in passed_over]
         step = step_of(checkpoint) if checkpoint else 0

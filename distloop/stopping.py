@@ -278,11 +278,8 @@ def slurm_end_time(environ: Mapping[str, str]) -> float | None:
 def start_forkserver() -> None:
     """Start multiprocessing's server for loader workers with these signals blocked: they reach a whole group."""
     resource_tracker.ensure_running()  # first: it unblocks them
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
+    with signals_blocked():
         forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def leave_signals_to_parent(worker: int = 0) -> None:
