@@ -1,19 +1,53 @@
-"""The `distloop` command: one word for each of the things it does."""
+"""The `distloop` command: one word for each of the things it does, each imported only when it is asked for."""
 
 from __future__ import annotations
 
 import sys
 
+COMMANDS = {
+    "train": "train a model, or continue a run",
+    "status": "a table of runs, or one run in detail",
+    "doctor": "check machines, devices and network before a big job",
+}
+USAGE = (
+    "usage: distloop COMMAND …\n\n"
+    + "".join(f"  {command:<8} {what}\n" for command, what in COMMANDS.items())
+    + "\ndistloop COMMAND --help explains each; distloop --version"
+)
+
 
 def main() -> None:
-    """distloop train …: what python -m distloop.train does."""
-    if sys.argv[1:2] != ["train"]:
-        asked_for_help = sys.argv[1:2] in (["--help"], ["-h"])
-        print("usage: distloop train [--config FILE] [--help] …", file=sys.stdout if asked_for_help else sys.stderr)
-        sys.exit(0 if asked_for_help else 2)
-    from distloop import cluster, stopping
+    """Do what the command line says; leaves with the command's exit code."""
+    word, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if word == "train":
+        from distloop import cluster, stopping
 
-    stopping.listen()  # before the long imports: from here on a signal is a wish to stop, not the end
-    from distloop.train import main as train
+        stopping.listen()  # before the long imports: from here on a signal is a wish to stop, not the end
+        from distloop.train import main as train
 
-    cluster.leave(train(sys.argv[2:]))
+        cluster.leave(train(arguments))
+    elif word == "status":
+        from distloop.status import main as status
+
+        sys.exit(status(arguments))
+    elif word == "doctor":
+        from distloop import cluster
+        from distloop.doctor import main as doctor
+
+        cluster.leave(doctor(arguments))
+    elif word in ("--help", "-h"):
+        print(USAGE)
+    elif word == "--version":
+        from distloop import __version__
+
+        print(f"distloop {__version__}")
+    else:
+        from distloop.errors import suggest
+
+        problem = f"distloop: there is no command {word!r}.{suggest(word, list(COMMANDS))}\n\n" if word else ""
+        print(f"{problem}{USAGE}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

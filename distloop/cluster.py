@@ -103,49 +103,15 @@ def say(text: str, file: Any = None) -> None:
         print(text, file=file or sys.stdout, flush=True)
 
 
-def report(error: UsageError | RunFailed) -> None:
-    """Say on standard error what ends the run: once, although several ranks may have met it."""
-    if _first_to_report():
-        rank = int(os.environ.get("RANK", 0))
-        # Before ranks can talk another machine's message may be a second one: say whose it is.
-        who = f" (rank {rank} on {os.uname().nodename})" if rank and _store() is None else ""
-        say(f"\ndistloop: {error}{who}", sys.stderr)
-
-
 def let_others_speak() -> None:
     """Before leaving in silence: an elastic launcher ends all ranks when the first one leaves, said or not."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and _store() is None and not speaks(os.environ):
+    if "TORCHELASTIC_RUN_ID" in os.environ and not speaks(os.environ):
         time.sleep(SPEAKING_SECONDS)
-
-
-def was_reported() -> bool:
-    """Whether another rank has reported a user's mistake, so that this one's trouble is only a consequence."""
-    try:
-        return _store() is not None and _store().check(["distloop/reported"])
-    except Exception:
-        return False
-
-
-def _first_to_report() -> bool:
-    store = _store()
-    if store is None:
-        return speaks(os.environ)
-    try:
-        return store.add("distloop/reported", 1) == 1
-    except Exception:  # rank 0 keeps the store and has left: it has said why
-        return int(os.environ.get("RANK", 0)) == 0
 
 
 def speaks(environ: Mapping[str, str]) -> bool:
     """Whether this process says what it meets before ranks can talk: one on each machine, which may differ."""
     return int(environ.get("LOCAL_RANK", 0)) == 0
-
-
-def _store() -> Any:
-    dist = sys.modules.get("torch.distributed")
-    if dist is None or not dist.is_available() or not dist.is_initialized():
-        return None
-    return dist.distributed_c10d._get_default_store()
 
 
 @atexit.register

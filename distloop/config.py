@@ -185,6 +185,8 @@ class Stop:
     is such a deadline by itself."""
     reserve_seconds: NonNegativeFloat = 20.0
     """Time to spare before a deadline, beyond what steps, validations and saves were measured to take."""
+    max_requeues: NonNegativeInt = 100
+    """How often a Slurm job of the scripts in slurm/ goes back to the queue when its time is over."""
 
 
 @section
@@ -195,8 +197,10 @@ class Log:
 
 @section
 class Ddp:
+    join_seconds: PositiveInt = 300
+    """How long the ranks wait for each other at the start; the missing are named then."""
     timeout_seconds: PositiveInt = 600
-    """How long a collective may wait for its peers."""
+    """How long ranks wait for one that is suspended, hangs or takes much longer; it is named then."""
     find_unused_parameters: bool = False
     """For models that leave parameters out of some forward passes."""
 

@@ -21,10 +21,6 @@ class RunFailed(Exception):
     shown as one message, exit code 1."""
 
 
-class AlreadyReported(Exception):
-    """What one rank meets because another one made known a user's mistake and left."""
-
-
 def suggest(word: str, known: list[str]) -> str:
     """ " Did you mean 'x'?" for the nearest of `known`, or the list of them when it is short."""
     import difflib

@@ -156,9 +156,9 @@ class RunLock:
         job, restart = self.identity["slurm_job"], self.identity["slurm_restart"]
         if job and owner.get("slurm_job") == job and int(owner.get("slurm_restart") or 0) < int(str(restart)):
             return True  # Slurm requeues a job when its processes are gone
-        if owner.get("processes") and owner.get("processes") == self.identity["processes"]:
-            started = owner.get("pid_started")  # none: a damaged lock
-            return not (started and owner.get("pid")) or _started(int(owner["pid"])) not in (started, "unknown")
+        ended = _has_ended(owner, self.identity["processes"])
+        if ended is not None:
+            return ended
         print(
             f"distloop: looking for up to {DEAD_SECONDS:.0f} s whether {describe(owner)} still owns {path.parent}",
             flush=True,
@@ -170,6 +170,30 @@ class RunLock:
             if _sign(path) != sign:
                 return not path.exists()
         return True
+
+
+def owner_of(folder: Path) -> dict[str, Any] | None:
+    """What the lock of a run directory says of its owner; {} for a damaged one, None where there is none."""
+    return _read(folder / LOCK)
+
+
+def why_gone(folder: Path, owner: dict[str, Any] | None) -> str | None:
+    """Why nobody runs in `folder`, whose lock says `owner`, any more; None while the owner lives.
+
+    One look for those who only want to know. A process of this machine is looked for; of another machine's the age
+    of the heartbeat counts, by the file system's clock and ours, on which no one who takes over may rely.
+    """
+    if owner is None:
+        return "its process has ended"
+    process = f"process {owner.get('pid')} on {owner.get('machine')}"
+    ended = _has_ended(owner, _process_space())
+    if ended is not None:
+        return f"{process} has ended" if ended else None
+    try:
+        silent = time.time() - (folder / LOCK).stat().st_mtime
+    except FileNotFoundError:  # released in between
+        return f"{process} has ended"
+    return f"silent {silent:.0f} s: {process}" if silent > DEAD_SECONDS else None
 
 
 def describe(owner: dict[str, Any]) -> str:
@@ -187,6 +211,16 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     except ValueError:
         return {}
+
+
+def _has_ended(owner: dict[str, Any], processes: object) -> bool | None:
+    """Whether the owner has ended, as far as one among these `processes` can see; None for another machine's."""
+    if not owner.get("processes") or owner["processes"] != processes:
+        return None
+    started, pid = owner.get("pid_started"), owner.get("pid")
+    if not (started and isinstance(pid, int)):  # a damaged lock
+        return True
+    return _started(pid) not in (started, "unknown")
 
 
 def _sign(path: Path) -> tuple[Any, ...]:

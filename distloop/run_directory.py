@@ -18,11 +18,12 @@ from distloop.checkpoint import clean, newest_good, published_in, read_manifest,
 from distloop.cluster import cpus_per_rank, say
 from distloop.config import FIXED_KEYS, Config, differences, is_one_of, training_hash
 from distloop.config_load import config_from_mapping, dump, read_yaml
-from distloop.errors import AlreadyReported, RunFailed, UsageError
+from distloop.errors import UsageError
+from distloop.failures import Verdict
 from distloop.lock import RunLock
 from distloop.tracking.metrics_file import set_rows_aside
 
-CONFIG, STATUS, METRICS, MISTAKE = "config.yaml", "status.json", "metrics.jsonl", "failures/mistake.txt"
+CONFIG, STATUS, METRICS = "config.yaml", "status.json", "metrics.jsonl"
 SECRET = re.compile(r"(key|token|secret|passw|credential)", re.IGNORECASE)
 
 
@@ -78,8 +79,9 @@ def open_run(config: Config, lock: RunLock, world_size: int, dataset: dict[str, 
             messages += _acquire(lock, path)
         if weights:
             messages.append(f"starting from the weights in {weights}")
-        (path / MISTAKE).unlink(missing_ok=True)
         clean(path / "checkpoints")
+        for leftover in (path / "failures").glob("*rank*"):  # of an attempt that was killed
+            leftover.unlink(missing_ok=True)
         status = _read_json(path / STATUS)
         # A run that has saved nothing has nothing that another config would train differently.
         begun = bool(published_in(path / "checkpoints")) and (path / CONFIG).exists()
@@ -103,7 +105,8 @@ def open_run(config: Config, lock: RunLock, world_size: int, dataset: dict[str, 
         attempt = int(status.get("attempt", 0)) + 1
         identity = {"config_sha256": training_hash(config), "dataset": dataset}
         start = Start(path, attempt, checkpoint, weights, step, False, messages, identity)
-        RunStatus(start, True, lock.beat).update(step)  # first: an extended run is not finished any more
+        # First: an extended run is not finished any more.
+        RunStatus(start, True, total_steps, owned=lock.beat).update(step, status.get("best"))
         if changes:
             record = {"after_attempt": attempt - 1, "after_step": step, "changes": changes}
             with open(path / "config_changes.jsonl", "a") as file:
@@ -121,51 +124,65 @@ def open_run(config: Config, lock: RunLock, world_size: int, dataset: dict[str, 
 class RunStatus:
     """Keeps status.json: written by rank 0 when the run starts, has saved and ends, however it ends."""
 
-    def __init__(self, start: Start, enabled: bool, owned: Callable[[], None] = lambda: None) -> None:
-        self.owned = owned
-        self.start, self.step, self.enabled = start, start.step, enabled
+    def __init__(
+        self,
+        start: Start,
+        enabled: bool,
+        total_steps: int,
+        judge: Callable[[BaseException], Verdict] | None = None,
+        owned: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.start, self.enabled, self.total_steps = start, enabled, total_steps
+        self.judge, self.owned = judge, owned
+        self.step = start.step
+        self.best: dict[str, Any] | None = None
+        self.best_rule: tuple[str, str] | None = None
         self.stopped_by: str | None = None
         self.closed = False
 
     def __enter__(self) -> RunStatus:
-        self._write("running", None)
         return self
 
-    def update(self, step: int) -> None:
-        """The run has been saved at `step`."""
-        self.step = step
+    def update(self, step: int, best: dict[str, Any] | None) -> None:
+        """The run has been saved at `step`; `best`: the best validation row so far."""
+        self.step, self.best = step, best
         if not self.closed:  # a save goes on when Ctrl-C has ended the rest
             self._write("running", None)
 
-    def cut_off(self, reason: str) -> None:
+    def cut_off(self, state: str, reason: str) -> None:
         """The process ends at once, without its main thread."""
         if not self.closed:
-            self._write("stopped", f"{reason}, without saving")
+            self._write(state, f"{reason}, without saving" if state == "stopped" else reason)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and self.judge is not None:
+            verdict = self.judge(error)  # of all ranks: this one's error may be a consequence
+            self.closed = True
+            self._write("stopped" if isinstance(error, KeyboardInterrupt) else "failed", verdict.reason)
+            return
         self.closed = True
-        mistake = self.start.path / MISTAKE
-        if kind is None and self.stopped_by:
+        if self.stopped_by:
             self._write("stopped", self.stopped_by)
-        elif kind is None:
-            self._write("finished", "all steps are done")
-        elif issubclass(kind, UsageError):
-            mistake.write_text(f"{error}\n")  # for the other ranks, whose connections break when this one leaves
-            self._write("failed", str(error))
-        elif mistake.exists() and issubclass(kind, Exception):
-            self._write("failed", mistake.read_text().strip())
-            raise AlreadyReported from error
-        elif issubclass(kind, KeyboardInterrupt):
-            self._write("stopped", "interrupted from the keyboard, without saving")
         else:
-            self._write("failed", str(error) if issubclass(kind, RunFailed) else f"{kind.__name__}: {error}")
+            self._write("finished", "all steps are done")
 
     def _write(self, state: str, reason: str | None) -> None:
         if not self.enabled:
             return
         self.owned()
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        status = {"state": state, "step": self.step, "attempt": self.start.attempt, "reason": reason, "written": now}
+        status = {
+            "state": state,
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "best": self.best,
+            "best_rule": self.best_rule,
+            "attempt": self.start.attempt,
+            "first_step": self.start.step,  # of this attempt
+            "reason": reason,
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "slurm_restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+            "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
         try:
             write_text(self.start.path / STATUS, json.dumps(status, indent=1) + "\n")
         except OSError as error:  # the disk is full: no reason to end

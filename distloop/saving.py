@@ -85,7 +85,7 @@ class Saver:
         settings: Checkpoint,
         identity: dict[str, Any],
         watch: Watch,
-        published: Callable[[int], None],
+        published: Callable[[int, dict[str, Any] | None], None],
         enabled: bool,
         owned: Callable[[], None] = lambda: None,
     ) -> None:
@@ -117,7 +117,7 @@ class Saver:
             self.identity,
         )
         self.buffers.record()
-        best = (state["best"] or {}).get("step")
+        best = state["best"]
         self.thread = threading.Thread(
             target=self._write, args=(step, best, snapshot, begun), name="distloop-save", daemon=True
         )
@@ -142,7 +142,7 @@ class Saver:
         if kind is None or not issubclass(kind, KeyboardInterrupt):  # Ctrl-C again: end at once
             self.wait()
 
-    def _write(self, step: int, best: int | None, snapshot: Snapshot, begun: float) -> None:
+    def _write(self, step: int, best: dict[str, Any] | None, snapshot: Snapshot, begun: float) -> None:
         try:
             self.buffers.ready()
             final = publish(self.folder, step, snapshot, self.owned)
@@ -151,9 +151,9 @@ class Saver:
                 self.folder,
                 final,
                 self.settings.keep_last,
-                lambda step: step == best or bool(every and step and step % every == 0),
+                lambda other: other == (best or {}).get("step") or bool(every and other and other % every == 0),
             )
-            self.published(step)
+            self.published(step, best)
             self.failure = None
         except Exception as error:  # each library has its own for a full disk
             shutil.rmtree(self.folder / f".writing_step_{step:08d}", ignore_errors=True)

@@ -7,9 +7,7 @@ asks after each step whether the ranks have agreed (Agreement): they all stop af
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
-import multiprocessing
 import os
 import select
 import signal
@@ -18,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +40,6 @@ SECOND_INTERRUPT_SECONDS = 2.0  # an elastic launcher passes Ctrl-C on, so that 
 ORPHAN_SECONDS = 8.0  # what is left to save in when the launcher is gone
 AGREE_SECONDS = 0.02  # ranks ask each other about so often, however short a step is
 MOST_STEPS_BETWEEN = 16
-PR_SET_PDEATHSIG = 1
 
 _watch: Watch | None = None
 
@@ -70,12 +66,14 @@ class Watch:
         self.deadlines: dict[int, float] = {}
         self.reserve_seconds = 0.0
         self.each_poll: list[Callable[[], None]] = []
-        self.before_leaving: list[Callable[[str], None]] = []  # told why, when this thread ends the process
+        # Told how (stopped | failed) and why, when this thread ends the process.
+        self.before_leaving: list[Callable[[str, str], None]] = []
         self.between_steps = 0.0  # seconds
         self._longest: dict[str, float] = {}
         self._first_interrupt: float | None = None
+        self.failing = False
         self._interrupted = False  # by a second Ctrl-C
-        self._leave: tuple[float, int] | None = None  # end the process at this time with this exit code
+        self._leave: tuple[float, int, str | None] | None = None  # when to end the process, exit code, why it failed
         self._launcher = launcher(os.environ)
         self._wakeup, write = os.pipe()
         os.set_blocking(write, False)
@@ -97,8 +95,15 @@ class Watch:
         """Ask for a stop; the first reason counts."""
         if not self.wish:
             self.wish = wish
+            if self.failing:  # a launcher that ends what is left
+                return
             more = " (Ctrl-C again: end at once)" if wish == signal.SIGINT else ""
             self.say(f"{REASONS[wish]}: finishing what is going on, then saving and stopping{more}")
+
+    def leave_within(self, seconds: float | None, code: int = 1, failure: str | None = None) -> None:
+        """End the process in so many seconds, if it has not ended by then: it has failed. None: do not."""
+        self.failing = seconds is not None
+        self._leave = None if seconds is None else (time.monotonic() + seconds, code, failure)
 
     def say(self, text: str) -> None:
         """A line on standard error, from one process of the machine."""
@@ -135,7 +140,7 @@ class Watch:
             self._first_interrupt = now
         elif now - self._first_interrupt >= SECOND_INTERRUPT_SECONDS and not self._interrupted:
             self._interrupted = True
-            self._leave = self._leave or (now + 3, 130)  # without the main thread, if it cannot hear
+            self._leave = self._leave or (now + 3, 130, None)  # without the main thread, if it cannot hear
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it where it sleeps, too
 
     def _run(self) -> None:
@@ -149,9 +154,12 @@ class Watch:
                 complained = True
 
     def _last_words(self) -> None:
+        state, why = "stopped", "interrupted from the keyboard" if self._interrupted else REASONS.get(self.wish, "")
+        if self._leave and self._leave[2]:
+            state, why = "failed", self._leave[2]
         for record in self.before_leaving:
             with contextlib.suppress(Exception):
-                record("interrupted from the keyboard" if self._interrupted else REASONS[self.wish])
+                record(state, why)
 
     def _poll(self) -> None:
         if select.select([self._wakeup], [], [], POLL_SECONDS)[0]:
@@ -161,14 +169,15 @@ class Watch:
                 if number in REASONS:
                     self.ask(number)
         if self._leave and time.monotonic() > self._leave[0]:
-            self.say("ended without saving; the same command continues from the last checkpoint")
+            if self._leave[2] is None:
+                self.say("ended without saving; the same command continues from the last checkpoint")
             last = threading.Thread(target=self._last_words, daemon=True)
             last.start()
             last.join(0.5)  # a disk that hangs does not hold up the end
             os._exit(self._leave[1])
         if self._launcher is not None and os.getppid() != self._launcher:
             self.ask(LAUNCHER_GONE)
-            self._leave = self._leave or (time.monotonic() + ORPHAN_SECONDS, 1)
+            self._leave = self._leave or (time.monotonic() + ORPHAN_SECONDS, 1, None)
         if self.stop_file and os.path.exists(self.stop_file):
             self.ask(STOP_FILE)
         for wish, deadline in self.deadlines.items():
@@ -273,33 +282,3 @@ def slurm_end_time(environ: Mapping[str, str]) -> float | None:
         return datetime.datetime.fromisoformat(answer.strip()).timestamp()
     except (OSError, subprocess.SubprocessError, ValueError):  # no squeue here, or no limit
         return None
-
-
-def start_forkserver() -> None:
-    """Start multiprocessing's server for loader workers with these signals blocked: they reach a whole group."""
-    resource_tracker.ensure_running()  # first: it unblocks them
-    with signals_blocked():
-        forkserver.ensure_running()
-
-
-def leave_signals_to_parent(worker: int = 0) -> None:
-    """For a loader worker: a stop is the business of the process that it works for, with which it ends."""
-    signal.set_wakeup_fd(-1)  # what the fork copied is the parent's
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # only now: see signals_blocked
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():  # it died before that
-        os._exit(1)
-
-
-@contextlib.contextmanager
-def signals_blocked() -> Iterator[None]:
-    """For starting loader workers: until they ignore these signals they have them blocked, as a copy of this thread."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -17,10 +17,8 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import functools
-import traceback
 import warnings
 from contextlib import ExitStack, nullcontext
-from datetime import timedelta
 from typing import Any
 
 from distloop import cluster, stopping
@@ -31,21 +29,22 @@ cluster.adopt_slurm(os.environ)
 cluster.share_cpus(os.environ)  # before torch reads the thread count
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import send_to_device
 
-from distloop import checkpoint, launch_guards
+from distloop import checkpoint, launch_guards, rendezvous
 from distloop.config import Config
 from distloop.config_load import load_config
 from distloop.data.datasets import fingerprint, load_data
 from distloop.data.loader import example_batch, make_loader, offers_to_model
 from distloop.data.sampling import FixedBatchSampler, MicroBatchSampler, Order, Plan, is_due
-from distloop.errors import AlreadyReported, RunFailed, UsageError
+from distloop.errors import RunFailed, UsageError
 from distloop.gradients import divide_by_weight, norm_and_clip, settle_buckets
 from distloop.lock import RunLock
 from distloop.models import build_model
 from distloop.nonfinite import FiniteCheck
 from distloop.optim import build_average, build_optimizer, check_schedule, lr_at, set_lr, update_average
+from distloop.roll_call import RollCall
 from distloop.run_directory import METRICS, RunStatus, open_run
 from distloop.saving import Saver
 from distloop.seeding import seed_forward
@@ -57,7 +56,7 @@ from distloop.tracking.trackers import Trackers
 from distloop.validate import broadcast_buffers, validate
 
 
-def build_accelerator(config: Config) -> tuple[Accelerator, list[str]]:
+def build_accelerator(config: Config, roll_call: RollCall) -> tuple[Accelerator, list[str]]:
     """The Accelerator for this config, and warnings. Raises UsageError for a launch that is not what it says."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = config.device
@@ -74,24 +73,26 @@ def build_accelerator(config: Config) -> tuple[Accelerator, list[str]]:
     launch = launch_guards.launched_by()
     launch_guards.check_launch(os.environ, launch, config.device, kind == "cpu")
     messages = launch_guards.override_launcher(os.environ, config.precision)
-    group: dict[str, Any] = {"timeout": timedelta(seconds=config.ddp.timeout_seconds)}
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    launch_guards.check_world(world_size, os.environ, config.expect_world, launch)
+    local_device = None
     if kind == "cuda" and "LOCAL_RANK" in os.environ:
         # A task that sees one device only has it as number 0, whatever its local rank.
         local_device = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
         os.environ["LOCAL_RANK"] = str(local_device)
         torch.cuda.set_device(local_device)  # before the process group exists, or it guesses
-        group["backend"] = "cuda:nccl,cpu:gloo"  # what ranks tell each other need not wait in the GPUs' queue
+    if world_size > 1:
+        rendezvous.start_group(os.environ, config.ddp, local_device, roll_call)
     # torch 2.14 renames the argument below, Accelerate has not followed yet.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
         cpu=kind == "cpu",
         mixed_precision=config.precision,
         kwargs_handlers=[
-            InitProcessGroupKwargs(**group),
             DistributedDataParallelKwargs(
                 find_unused_parameters=config.ddp.find_unused_parameters,
                 broadcast_buffers=False,  # we do so before validating and saving, not in each forward pass
-            ),
+            )
         ],
     )
     launch_guards.check_world(accelerator.num_processes, os.environ, config.expect_world, launch)
@@ -99,20 +100,23 @@ def build_accelerator(config: Config) -> tuple[Accelerator, list[str]]:
     return accelerator, messages
 
 
-def train(config: Config, watch: stopping.Watch, attempt: ExitStack) -> None:
+def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: ExitStack) -> None:
     """Train the config's run to its end, from its beginning or from where it was left.
 
     What has to be closed however the attempt ends is left with `attempt`.
     """
     # ---- who and what --------------------------------------------------------------------------------------
-    accelerator, messages = build_accelerator(config)
+    accelerator, messages = build_accelerator(config, roll_call)
+    here = roll_call.position  # where this rank is, for the case that it fails
     device, dtype = accelerator.device, getattr(torch, config.dtype)
     rank, world_size, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     torch.set_float32_matmul_precision(config.matmul_precision)
 
+    here.enter("loading the data set")
     source = load_data(config.data)
     task = build_task(config.task)
     example = send_to_device(example_batch(source, config.data, config.seed, dtype), device)
+    here.enter("building the model")
     torch.manual_seed(config.seed)  # the initial weights
     bare_model = build_model(config.model, offers_to_model(example, source)).to(device, dtype)
     introduce(task, bare_model, example, source)
@@ -125,6 +129,7 @@ def train(config: Config, watch: stopping.Watch, attempt: ExitStack) -> None:
     averaged = build_average(bare_model, config.optim.ema_decay)
 
     # ---- the run's directory: from the start, or from where it was left ------------------------------------
+    here.enter("opening the run directory")
     lock = attempt.enter_context(RunLock())
     watch.each_poll.append(lock.beat)
     start = cluster.from_main(lambda: open_run(config, lock, world_size, fingerprint(source.train), total_steps))
@@ -135,13 +140,16 @@ def train(config: Config, watch: stopping.Watch, attempt: ExitStack) -> None:
         )
         accelerator.end_training()
         return
-    status = attempt.enter_context(RunStatus(start, is_main, lock.beat))
-    watch.before_leaving += [status.cut_off, lambda reason: lock.release()]
+    roll_call.keep_records(start.path / "failures", start.attempt)
+    watch.each_poll.append(roll_call.write_record)
+    status = attempt.enter_context(RunStatus(start, is_main, total_steps, roll_call.judge, lock.beat))
+    watch.before_leaving += [status.cut_off, roll_call.cut_off, lambda state, reason: lock.release()]
     if is_main:
         watch.look_for(start.path, config.stop, os.environ)
-    agreement = stopping.Agreement(watch, world_size, timedelta(seconds=config.ddp.timeout_seconds))
+    agreement = stopping.Agreement(watch, world_size, rendezvous.group_timeout(config.ddp))
 
     # ---- prepared by Accelerate ----------------------------------------------------------------------------
+    here.enter("preparing the model")
     if config.compile:
         bare_model.compile()
     model, optimizer = accelerator.prepare(bare_model, optimizer)
@@ -173,6 +181,7 @@ def train(config: Config, watch: stopping.Watch, attempt: ExitStack) -> None:
     validated = bare_model if averaged is None else accelerator.prepare_model(averaged.module, evaluation_mode=True)
 
     rule = best_rule(config.checkpoint.best, task)
+    status.best, status.best_rule = best, rule
     parameters = [parameter for parameter in bare_model.parameters() if parameter.requires_grad]
     metrics: dict[str, Any] = {}
     stop: str | None = None
@@ -194,21 +203,23 @@ def train(config: Config, watch: stopping.Watch, attempt: ExitStack) -> None:
             lr = lr_at(step, total_steps, config.optim.lr, config.schedule)
             set_lr(optimizer, lr)
 
+            here.start_step(step + 1)
             losses.start_step()
             finite.start_step()
             window = plan.window(step, rank)
             for micro_step, (first, last) in enumerate(window):
+                here.enter("loading a batch")
                 batch = next(batches)
                 seed_forward(config.seed, step, micro_step * world_size + rank, device)
                 # Ranks exchange gradients once a step, in the backward pass of its last micro-batch.
                 with nullcontext() if micro_step + 1 == len(window) else accelerator.no_sync(model):
-                    # forward pass
+                    here.enter("forward pass")
                     outputs = task.forward(model, batch)
-                    # loss computation: sums over the micro-batch
+                    here.enter("loss computation")  # sums over the micro-batch
                     loss, weight = task.loss(outputs, batch)
                     if first == last:  # the short last step of an epoch may have no sample for this rank
                         loss, weight = loss * 0, weight * 0
-                    # backward pass; DDP takes the mean over the ranks, we want their sum
+                    here.enter("backward pass")  # DDP takes the mean over the ranks, we want their sum
                     accelerator.backward(loss * (world_size / samples))
                 losses.add(loss, weight)
 
@@ -218,7 +229,7 @@ def train(config: Config, watch: stopping.Watch, attempt: ExitStack) -> None:
                 divide_by_weight(bare_model, losses.step_weight, samples)
             gradient_norm = norm_and_clip(parameters, config.optim.clip_norm)
             losses.end_step(left_out=finite.end_step(step, gradient_norm, losses.step_losses))
-            # parameter update
+            here.enter("parameter update")
             optimizer.step()
             optimizer.zero_grad()
             if averaged is not None:
@@ -246,18 +257,21 @@ def train(config: Config, watch: stopping.Watch, attempt: ExitStack) -> None:
                 trackers.log("epoch", step, epoch, loss=losses.read()[1])
                 losses.start_epoch()
             if validation_due:
+                here.enter("validation")
                 with throughput.paused(), watch.timed("validation"):
                     metrics = validate(validated, task, validation_loader, validation_sampler)
                 trackers.log("validate", step, epoch, **metrics)
                 best, previous = better(rule, best, {"step": step, **metrics}), best
                 save_due = save_due or best is not previous
             if save_due:
+                here.enter("checkpoint")
                 with throughput.paused(), watch.timed("snapshot"):
                     finite.check_parameters(step, parameters)
                     broadcast_buffers(bare_model, averaged)  # a rank that continues has rank 0's
                     state = {"epoch_sums": losses.read()[2], "best": best, "skipped_steps": skipped_steps}
                     state["scaler"] = scaler.state_dict() if scaler is not None else None
                     saver.save(step, bare_model, averaged, optimizer, state)
+        here.enter("finishing")
         if step < total_steps:
             status.stopped_by = stop
             trackers.say(f"stopping after step {step}: its checkpoint is being written")
@@ -274,33 +288,24 @@ def train(config: Config, watch: stopping.Watch, attempt: ExitStack) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit code: 0 in order, 1 failed, 2 wrong usage."""
-    quiet = not cluster.speaks(os.environ)  # every rank meets the same mistakes; one says them
     watch = stopping.listen()
+    roll_call = RollCall(watch)
+    quiet = not cluster.speaks(os.environ)  # every rank meets the same mistakes; one says them
     try:
-        with ExitStack() as attempt:
-            train(load_config(sys.argv[1:] if arguments is None else arguments, quiet), watch, attempt)
-    except AlreadyReported:
-        return 2
-    except RunFailed as error:
-        cluster.report(error)
-        return 1
-    except UsageError as error:
-        cluster.report(error)
-        cluster.let_others_speak()
-        return 2
+        config = load_config(sys.argv[1:] if arguments is None else arguments, quiet)
     except SystemExit as error:  # --help, or a mistake on the command line
         if error.code:
             cluster.let_others_speak()
         raise
-    except KeyboardInterrupt:
-        if not quiet:
-            print("\ndistloop: ended at once; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
-    except Exception:
-        if cluster.was_reported():  # another rank's mistake, already said, closed the connection
-            return 2
-        traceback.print_exc()
-        return 1
+    except UsageError as error:
+        return roll_call.judge(error).code
+    try:
+        with ExitStack() as attempt:
+            train(config, watch, roll_call, attempt)
+    except BaseException as error:
+        return roll_call.judge(error).code
+    finally:
+        roll_call.close()
     return 0
 
 

@@ -19,10 +19,10 @@ from distloop.cluster import cpus_per_rank
 from distloop.config import Data
 from distloop.data.datasets import DataSource
 from distloop.data.sampling import MicroBatch
+from distloop.data.worker_signals import leave_signals_to_parent, signals_blocked, start_forkserver
 from distloop.errors import UsageError
 from distloop.registry import import_callable
 from distloop.seeding import seed_sample, uniforms
-from distloop.stopping import leave_signals_to_parent, signals_blocked, start_forkserver
 from distloop.tasks import Task, checks_targets_only, inputs_of, targets_of, with_inputs
 
 

@@ -1,0 +1,119 @@
+"""What is known of a rank that failed, and what is said of it: the first one's failure, not its consequences."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from distloop.errors import RunFailed, UsageError
+
+# Whose words a rank's error carries that has lost its peers.
+CONSEQUENCE = re.compile(r"gloo|nccl|c10d|process ?group", re.IGNORECASE)
+
+
+class Position:
+    """Where this rank is. The loop writes it, which costs two assignments; a thread reads it."""
+
+    def __init__(self) -> None:
+        self.step = 0  # the one that is being done, from 1; 0: none yet
+        self.phase = "starting"
+        self.marks = 0  # phases entered since the step began: the same number on all ranks
+
+    def enter(self, phase: str) -> None:
+        """The rank begins with `phase`, such as "forward pass"."""
+        self.phase = phase
+        self.marks += 1
+
+    def start_step(self, step: int) -> None:
+        """The rank begins with this step, counted from 1."""
+        self.step, self.marks = step, 0
+
+
+@dataclass
+class Place:
+    """What is known of a rank."""
+
+    rank: int
+    node: str = "an unknown machine"
+    pid: int = 0
+    step: int = 0
+    phase: str = "starting"
+    marks: int = 0
+    stack: str = ""  # where its main thread is, once it has not moved for long
+    heard: float = field(default_factory=time.monotonic)
+    moved: float = field(default_factory=time.monotonic)
+    left: str | None = None  # in order, and why
+
+    def update(self, message: dict[str, Any]) -> None:
+        self.heard = time.monotonic()
+        if (message["step"], message["marks"]) != (self.step, self.marks):
+            self.moved = self.heard
+        self.step, self.marks, self.phase = message["step"], message["marks"], message["phase"]
+        self.stack = message.get("stack", "")
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.node}"
+
+    @property
+    def where(self) -> str:
+        return f"in step {self.step}, {self.phase}" if self.step else f"before the first step, {self.phase}"
+
+
+class Verdict(NamedTuple):
+    """Why the run ends: the exit code of all ranks, a line for status.json, and what is shown."""
+
+    code: int
+    reason: str
+    text: str
+
+
+def describe_error(error: BaseException) -> tuple[str, str, str]:
+    """(kind, what, traceback) of what a rank has met; kind: mistake, failed or consequence."""
+    if isinstance(error, UsageError):
+        return "mistake", str(error), ""
+    if isinstance(error, RunFailed):
+        return "known", str(error), ""
+    if isinstance(error, SystemExit):
+        what = f"it left with sys.exit({error.code!r}) before the run was done"
+    else:
+        what = "".join(traceback.format_exception_only(error)).strip()
+    trace = "".join(traceback.format_exception(error))
+    return ("consequence" if is_consequence(error) else "failed"), what, trace
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether this is what a rank meets when another one is gone."""
+    distributed = sys.modules.get("torch.distributed")
+    known = getattr(distributed, "DistError", ()) if distributed is not None else ()
+    return bool(known and isinstance(error, known)) or (
+        type(error) is RuntimeError and CONSEQUENCE.search(str(error)) is not None
+    )
+
+
+def verdict(place: Place, kind: str, what: str, trace: str, own: Place, world_size: int) -> Verdict:
+    """What is said of the rank that was first; `what`, with a rank that stands still: for how many seconds."""
+    if kind in ("mistake", "known"):
+        return Verdict(2 if kind == "mistake" else 1, what, f"\ndistloop: {what}")
+    if world_size == 1:
+        return Verdict(1, what, f"{trace}\ndistloop: failed {place.where}: {what}")
+    first = f"{place}, {place.where}"
+    headlines = {
+        "failed": f"{first}, failed first: {what}",
+        "gone": f"{place} was the first to end, without a word: "
+        + ("it crashed in native code" if trace else "killed (out of memory, kill -9), or left by os._exit")
+        + f". Last heard of {place.where}, {time.monotonic() - place.heard:.1f} s before; {own} is {own.where}",
+        "silent": f"{first}, has not been heard of for {what} s (ddp.timeout_seconds): it is suspended, or its "
+        "machine hangs",
+        "standing": f"{first}, has kept the others waiting for {what} s (ddp.timeout_seconds)",
+        "behind": f"{first}, is behind the others, whose wait for it ended with: {what}",
+        "consequence": f"the connections between the ranks broke, and none of them is known to have failed before; "
+        f"{first}, says: {what}",
+    }
+    headline = headlines[kind].splitlines()[0]
+    stack = "".join(f"  {line}\n" for line in trace.splitlines())
+    text = f"\ndistloop: {headline}\n{stack}distloop: all {world_size} ranks end because of it"
+    return Verdict(1, headline, text)

@@ -1,0 +1,154 @@
+"""How ranks find each other: all of them within a limit, or with the names of those that are missing.
+
+torch is imported where it is needed: the environment has to be in order before that.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from distloop.errors import RunFailed, UsageError
+
+if TYPE_CHECKING:
+    from distloop.config import Ddp
+    from distloop.roll_call import RollCall
+
+UNKNOWN_NAME_SECONDS = 5.0  # a name server may stumble once, but a wrong name stays wrong
+BACKEND_SECONDS = 30.0
+TELLING_SECONDS = 10.0  # for what rank 0 has to say of those that are missing
+
+
+def join(environ: Mapping[str, str], limit_seconds: float) -> Any:
+    """The store that all ranks share (a torch.distributed.Store), once all have come. Collective.
+
+    Reads torch's variables, RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and those of an elastic agent, which
+    keeps the store itself. Raises UsageError for an address or port that cannot be right, RunFailed for ranks
+    that did not come.
+    """
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+    agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    store = open_store(environ["MASTER_ADDR"], environ["MASTER_PORT"], rank == 0 and not agent, limit_seconds, "rank")
+    # An agent keeps its store over restarts of the ranks: each has keys of its own.
+    store = PrefixStore(f"distloop/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    meet(store, rank, world_size, limit_seconds, "rank")
+    return store
+
+
+def open_store(host: str, port: str, is_master: bool, limit_seconds: float, members: str) -> Any:
+    """The torch TCPStore at this address; number 0 of the `members` ("rank", "machine") keeps it."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    if not (port.isdecimal() and 0 < int(port) < 65536):
+        raise UsageError(f"MASTER_PORT = {port!r} is not a port: give a number between 1024 and 65535.")
+    if not is_master:
+        _wait_for_answer(host, int(port), limit_seconds, members)
+    try:
+        timeout = timedelta(seconds=limit_seconds)
+        return TCPStore(
+            host, int(port), is_master=is_master, timeout=timeout, wait_for_workers=False, multi_tenant=True
+        )
+    except (RuntimeError, ValueError) as error:
+        text, here = str(error).splitlines()[0], os.uname().nodename
+        if "EADDRINUSE" in text or "in use" in text:
+            raise UsageError(
+                f"Port {port} of {here} is in use by another program: choose another MASTER_PORT."
+            ) from None
+        who = f"cannot be listened on by {here}" if is_master else f"of {host} is not that of a run's {members} 0"
+        raise RunFailed(f"Port {port} {who}: {text}") from None
+
+
+def _wait_for_answer(host: str, port: int, limit_seconds: float, members: str) -> None:
+    """Wait until somebody listens there. torch would wait as well, but say it in pages."""
+    here, begun = os.uname().nodename, time.monotonic()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=min(5.0, limit_seconds)).close()
+            return
+        except OSError as error:
+            waited, problem = time.monotonic() - begun, error
+        if isinstance(problem, socket.gaierror) and waited > min(UNKNOWN_NAME_SECONDS, limit_seconds):
+            raise UsageError(f"MASTER_ADDR = {host!r} is no name or address that {here} knows ({problem.strerror}).")
+        if waited > limit_seconds:
+            raise RunFailed(
+                f"No answer from {members} 0 at {host}:{port} within {limit_seconds:.0f} s, asked from {here} "
+                f"({problem.strerror or problem}). Is the address right, was {members} 0 started, is there a firewall?"
+            )
+        time.sleep(0.2)
+
+
+def meet(store: Any, number: int, expected: int, limit_seconds: float, members: str) -> None:
+    """Wait for all members, numbered from 0. Raises RunFailed, on all that came, with the names of the missing."""
+    here = [f"here/{other}" for other in range(expected)]
+    store.set(here[number], os.uname().nodename)
+    if number:
+        try:
+            told = _within(limit_seconds + TELLING_SECONDS, lambda: store.check(["result"]))
+            problem = store.get("result").decode() if told else ""
+            store.add("told", 1)
+        except RuntimeError:
+            told = False
+        if not told:
+            raise RunFailed(f"{members.capitalize()} 0, for which the others waited, is gone or hangs.")
+    else:
+        _within(limit_seconds, lambda: store.check(here))
+        present = [other for other in range(expected) if store.check([here[other]])]
+        problem = ""
+        if len(present) < expected:
+            missing = ", ".join(str(other) for other in range(expected) if other not in present)
+            came = ", ".join(f"{other} ({store.get(here[other]).decode()})" for other in present)
+            problem = (
+                f"{members.capitalize()} {missing} of {expected} did not come within {limit_seconds:.0f} s; here are "
+                f"{came}. Was each started, with the same address, port and number of {members}s, and what does its "
+                "own output say?"
+            )
+        store.set("result", problem)
+        # Who keeps the store must not leave before the others have read this.
+        _within(TELLING_SECONDS, lambda: store.add("told", 0) >= len(present) - 1)
+    if problem:
+        raise RunFailed(problem)
+
+
+def _within(seconds: float, condition: Callable[[], bool]) -> bool:
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def start_group(environ: Mapping[str, str], settings: Ddp, cuda_device: int | None, roll_call: RollCall) -> None:
+    """Bring all ranks together: their roll call first, which tells who is missing, then torch's process group.
+
+    Accelerate takes a group that exists. Made here it has its limit, and knows its device. Collective.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+    store = join(environ, settings.join_seconds)
+    rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    roll_call.gather(
+        PrefixStore("roll_call", store), rank, world_size, environ["MASTER_ADDR"], settings.timeout_seconds
+    )
+    dist.init_process_group(
+        # What ranks tell each other need not wait in the GPUs' queue.
+        "gloo" if cuda_device is None else "cuda:nccl,cpu:gloo",
+        store=PrefixStore("group", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=group_timeout(settings),
+        device_id=None if cuda_device is None else torch.device("cuda", cuda_device),
+    )
+
+
+def group_timeout(settings: Ddp) -> timedelta:
+    """The backends' own limit: behind that of the roll call, which can say who is waited for."""
+    return timedelta(seconds=settings.timeout_seconds + BACKEND_SECONDS)
