@@ -12,6 +12,8 @@ import multiprocessing.util  # registers its own end before ours, so that ours c
 import os
 import re
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -38,7 +40,7 @@ def adopt_slurm(environ: MutableMapping[str, str]) -> bool:
     environ["WORLD_SIZE"] = str(tasks)
     environ["LOCAL_RANK"] = environ.get("SLURM_LOCALID", "0")
     environ["LOCAL_WORLD_SIZE"] = str(_tasks_on_node(environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)), node))
-    environ.setdefault("MASTER_ADDR", first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1")))
+    environ.setdefault("MASTER_ADDR", address_of(first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))))
     # The same on all ranks, different for jobs and steps that share a node, below the ephemeral ports.
     environ.setdefault("MASTER_PORT", str(10000 + (job * 16 + step) % 20000))
     return True
@@ -50,6 +52,21 @@ def first_host(nodelist: str) -> str:
     if match is None:
         raise UsageError(f"SLURM_STEP_NODELIST = {nodelist!r} is not a list of nodes; set MASTER_ADDR.")
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match[0])
+
+
+def address_of(node: str) -> str:
+    """The node's name, or the address that Slurm has for it where the name means nothing here."""
+    try:
+        socket.getaddrinfo(node, None)
+        return node
+    except OSError:
+        command = ("scontrol", "show", "node", node)
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            shown = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+            match = re.search(r"\bNodeAddr=(\S+)", shown)
+            if match:
+                return match[1]
+    return node
 
 
 def _tasks_on_node(counts: str, node: int) -> int:

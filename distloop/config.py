@@ -149,6 +149,8 @@ class Train:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """When a step's gradient is not a number or infinite: stop: the run fails and names step, rank and
     samples. skip: the step leaves parameters, moments and buffers as they were."""
+    detect_anomaly: bool = False
+    """Let autograd name the forward operation behind a NaN, which makes steps several times slower."""
 
 
 @section
@@ -260,6 +262,7 @@ FREE_KEYS = (
     "data.root",
     "data.workers",
     "batch.micro_size",
+    "train.detect_anomaly",
     "train.on_nonfinite",  # makes no difference to the steps before the first one that is not finite
     "validate",
     "checkpoint",

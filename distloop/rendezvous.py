@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -152,3 +153,25 @@ def start_group(environ: Mapping[str, str], settings: Ddp, cuda_device: int | No
 def group_timeout(settings: Ddp) -> timedelta:
     """The backends' own limit: behind that of the roll call, which can say who is waited for."""
     return timedelta(seconds=settings.timeout_seconds + BACKEND_SECONDS)
+
+
+def main(arguments: list[str]) -> int:
+    """Meet the other machines, for launch/multi_node.sh: HOST PORT NUMBER MACHINES SECONDS; returns the exit code."""
+    host, port, *numbers = arguments
+    try:
+        number, machines, limit = (int(value) for value in numbers)
+        if not 0 <= number < machines:
+            raise UsageError(f"MACHINE_RANK = {number} is not one of 0 to {machines - 1} (MACHINES = {machines}).")
+        print(f"machine {number} of {machines}: waiting for the others at {host}:{port}", flush=True)
+        meet(open_store(host, port, number == 0, limit, "machine"), number, machines, limit, "machine")
+    except (UsageError, RunFailed) as error:
+        print(f"\ndistloop: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except ValueError:
+        print(f"\ndistloop: MACHINE_RANK, MACHINES and JOIN_SECONDS are numbers, not {numbers}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

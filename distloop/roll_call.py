@@ -118,9 +118,9 @@ class RollCall:
         if rank == 0:
             self._listener = socket.create_server(("", 0), backlog=world_size)
             self._token = secrets.token_hex(16)
-            store.set("roll_call", f"{self._listener.getsockname()[1]} {self._token}")
+            store.set("roll_call", f"{self._listener.getsockname()[1]} {self._token} {own.node}")
         else:
-            port, token = store.get("roll_call").decode().split()
+            port, token, self.places[0].node = store.get("roll_call").decode().split()
             try:
                 line = _Line(socket.create_connection((host, int(port)), timeout=30))
             except OSError as error:

@@ -151,6 +151,15 @@ def seconds_since(moment: str | None) -> float | None:
     return None if then is None else max(0.0, (datetime.datetime.now(datetime.UTC) - then).total_seconds())
 
 
+def failure_of(run: Run) -> dict[str, Any] | None:
+    """What the run's attempt has kept of its failure: rank, node, step, phase, traceback, …"""
+    try:
+        record = _parse((run.path / "failures" / f"attempt_{run.attempt or 0:04d}.json").read_bytes())
+    except OSError:
+        return None
+    return record if isinstance(record, dict) and run.state in ("failed", "gone") else None
+
+
 def _read_status(path: Path) -> tuple[dict[str, Any] | None, str | None]:
     """What status.json says, or why it cannot be read; without one the run has not begun."""
     try:

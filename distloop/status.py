@@ -11,11 +11,21 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from distloop.errors import UsageError
 from distloop.ranking import Ranking, natural_order, rank
-from distloop.runs import Run, checkpoint_steps, is_run, last_validation, metrics_in, read_run, runs_in, seconds_since
+from distloop.runs import (
+    Run,
+    checkpoint_steps,
+    failure_of,
+    is_run,
+    last_validation,
+    metrics_in,
+    read_run,
+    runs_in,
+    seconds_since,
+)
 from distloop.tracking.console import number
 
 UNKNOWN = "–"
@@ -120,12 +130,15 @@ def details(run: Run) -> list[str]:
     if run.first_step:
         lines.append(("this attempt", f"began after step {run.first_step}"))
     for index, each in enumerate(run.ranks[:MOST_RANKS]):
-        place = f"rank {each.get('rank')} on {each.get('node')} · step {each.get('step')} · {each.get('phase')}"
-        lines.append(("" if index else "ranks", f"{place} · process {each.get('pid')}"))
+        lines.append(("" if index else "ranks", f"{_place(each)} · process {each.get('pid')}"))
     if len(run.ranks) > MOST_RANKS:
         lines.append(("", f"and {len(run.ranks) - MOST_RANKS} more"))
     for index, line in enumerate((run.reason or "").strip().splitlines()[:MOST_LINES]):
         lines.append(("" if index else "reason", line))
+    failure = failure_of(run)
+    if failure:
+        lines.append(("failed first", _place(failure)))
+        lines += [("", line) for line in str(failure.get("traceback") or "").splitlines()[-MOST_LINES:]]
     return [f"  {title:<16}  {text}".rstrip() for title, text in lines]
 
 
@@ -215,7 +228,12 @@ def _as_json(run: Run, index: int, ranking: Ranking | None, detailed: bool) -> d
             shown |= {"sorted_by": ranking.by, "direction": ranking.direction, "value": value, "value_step": step}
     if detailed:
         shown |= {"checkpoints": checkpoint_steps(run.path), "last_validation": last_validation(run.path)}
+        shown |= {"failure": failure_of(run)}
     return shown
+
+
+def _place(rank: dict[str, Any]) -> str:
+    return f"rank {rank.get('rank')} on {rank.get('node')} · step {rank.get('step')} · {rank.get('phase')}"
 
 
 def _progress(run: Run) -> str:

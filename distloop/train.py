@@ -111,6 +111,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     device, dtype = accelerator.device, getattr(torch, config.dtype)
     rank, world_size, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     torch.set_float32_matmul_precision(config.matmul_precision)
+    torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
 
     here.enter("loading the data set")
     source = load_data(config.data)

@@ -1,0 +1,30 @@
+# shellcheck shell=bash
+# What the scripts of this folder share. Not run by itself.
+home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$home/.venv/bin/accelerate" ]; then
+  PATH=$home/.venv/bin:$PATH # made by `make train`
+fi
+
+fail() {
+  echo "$(basename "$0"): $*" >&2
+  exit 2
+}
+
+# The GPUs that this machine shows to PyTorch.
+gpus() { python -c 'import torch; print(torch.cuda.device_count())'; }
+
+# prepare PROCESSES: for so many ranks on this machine.
+prepare() {
+  case $1 in '' | *[!0-9]* | 0) fail "PROCESSES=$1 is not a number of processes" ;; esac
+  # The launcher would give each rank one thread, on a machine of any size.
+  local cpus
+  cpus=$(nproc)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > $1 ? cpus / $1 : 1))}
+  # The launcher hands these signals on, and gives the ranks two minutes to save, not 30 seconds.
+  export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 PET_SHUTDOWN_TIMEOUT=120
+}
+
+# on_cpu: let Accelerate's launcher start ranks without GPUs.
+on_cpu() { export ACCELERATE_USE_CPU=true; }
+
+launch() { exec accelerate launch --quiet --config_file "$home/launch/accelerate/$1.yaml" "${@:2}"; }
