@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from distloop.errors import UsageError
 from distloop.ranking import Ranking, natural_order, rank

@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from distloop import cluster, stopping
 from distloop.config import Stop
-from distloop.stopping import MOST_STEPS_BETWEEN, REASONS, STOP_FILE, Agreement, Watch, leave_signals_to_parent
+from distloop.data.worker_signals import leave_signals_to_parent
+from distloop.stopping import MOST_STEPS_BETWEEN, REASONS, STOP_FILE, Agreement, Watch
 from tests import ranks
 from tests.ranks import command, wait_until
 

@@ -1,0 +1,395 @@
+"""What `distloop doctor` thinks of what the ranks have found: a line, a verdict and what to do for each subject.
+
+Plain functions of the facts of all ranks (doctor_facts.py), by rank.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from distloop.doctor_facts import MATRIX_SIZES
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+GIB = 2**30
+SLOW_RATIO = 1.3  # the slowest rank over the median: in a synchronous run all wait for it
+LEAST_SHARED_MEMORY = GIB
+LEAST_MEMORY_PER_RANK = GIB
+LEAST_FREE = {"run directory": 10 * GIB, "/tmp": GIB}
+LEAST_LIMITS = {"open files": (4096, "ulimit -n 65536"), "processes": (4096, "ulimit -u 65536")}
+LEAST_GPU_BANDWIDTH = 1e9  # bytes a second between GPUs: less is what plain Ethernet gives
+
+Facts = Sequence[Mapping[str, Any]]
+
+
+class Line(NamedTuple):
+    """One line of the table; `advice` says what to do where the verdict is not ok."""
+
+    verdict: str
+    check: str
+    found: str
+    advice: str = ""
+
+
+def check_facts(facts: Facts) -> list[Line]:
+    """The lines on what each rank found alone."""
+    checks = (launch, versions, code, devices, cpus, memory, disks, shared_memory, limits, environment)
+    return [line for check in checks for line in check(facts)]
+
+
+# ---- in words ------------------------------------------------------------------------------------------------
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """ "rank 3", or "ranks 0-2, 5"."""
+    numbers = sorted(ranks)
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    text = ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in spans)
+    return f"rank{'s' if len(numbers) > 1 else ''} {text}"
+
+
+def where(facts: Facts, ranks: Iterable[int]) -> str:
+    """ "ranks 2-3 on n2"."""
+    ranks = list(ranks)
+    nodes = list(dict.fromkeys(facts[rank]["node"] for rank in ranks))
+    shown = ", ".join(nodes[:4]) + (f" and {len(nodes) - 4} more" if len(nodes) > 4 else "")
+    return f"{ranks_text(ranks)} on {shown}"
+
+
+def spread(facts: Facts, value: Callable[[Mapping[str, Any]], Any]) -> dict[str, list[int]]:
+    """The ranks that have each value, commonest first."""
+    groups: dict[str, list[int]] = {}
+    for rank, fact in enumerate(facts):
+        groups.setdefault(str(value(fact)), []).append(rank)
+    return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
+
+
+def spread_text(facts: Facts, value: Callable[[Mapping[str, Any]], Any]) -> str:
+    return "; ".join(f"{found} on {where(facts, ranks)}" for found, ranks in spread(facts, value).items())
+
+
+def size_text(size: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}" if size < 100 else f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"
+
+
+def nodes_of(facts: Facts) -> dict[str, list[int]]:
+    """The ranks of each node."""
+    nodes: dict[str, list[int]] = {}
+    for rank, fact in enumerate(facts):
+        nodes.setdefault(fact["node"], []).append(rank)
+    return nodes
+
+
+# ---- what each rank found alone ------------------------------------------------------------------------------
+
+
+def launch(facts: Facts) -> list[Line]:
+    problems = spread([fact for fact in facts if fact["launch"]], lambda fact: fact["launch"])
+    for problem in problems:
+        what, _, right = problem.partition("\n")
+        return [Line(FAIL, "launch", what, right)]
+    warnings = sorted({warning for fact in facts for warning in fact["launch_warnings"]})
+    if warnings:
+        return [Line(WARN, "launch", "; ".join(warnings), "Harmless if the config asks for the same.")]
+    nodes = nodes_of(facts)
+    places = [f"{ranks_text(ranks)} on {node}" for node, ranks in nodes.items()]
+    shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more nodes" if len(places) > 8 else "")
+    return [Line(OK, "launch", shown if len(facts) > 1 else f"one process on {facts[0]['node']}")]
+
+
+def versions(facts: Facts) -> list[Line]:
+    lines = []
+    advice = "Use one environment on all nodes: a virtual environment on a shared disk, or a container."
+    for name in facts[0]["versions"]:
+        if len(spread(facts, lambda fact, name=name: fact["versions"][name])) > 1:
+            text = spread_text(facts, lambda fact, name=name: fact["versions"][name])
+            lines.append(Line(FAIL, "versions", f"{name} differs: {text}", advice))
+    if len(spread(facts, lambda fact: fact["driver"])) > 1:
+        text = spread_text(facts, lambda fact: fact["driver"])
+        lines.append(Line(WARN, "versions", f"the GPU driver differs: {text}", "Ask for nodes of one kind."))
+    if not lines:
+        known = {**facts[0]["versions"], "driver": facts[0]["driver"]}
+        shown = ", ".join(f"{name} {version}" for name, version in known.items() if version)
+        lines.append(Line(OK, "versions", shown + (", the same on all ranks" if len(facts) > 1 else "")))
+    return lines
+
+
+def code(facts: Facts) -> list[Line]:
+    def text(fact: Mapping[str, Any]) -> str:
+        own = fact["code"]
+        if own["commit"] is None:
+            return f"files {own['digest']} in {own['folder']}"
+        return f"commit {own['commit']}{' with changes' if own['changed'] else ''} ({own['digest']}) in {own['folder']}"
+
+    if len(spread(facts, lambda fact: fact["code"]["digest"])) > 1:
+        advice = "Start all ranks from one copy of the code, on a shared disk, or bring the copies to one commit."
+        return [Line(FAIL, "code", f"the ranks run different code: {spread_text(facts, text)}", advice)]
+    return [Line(OK, "code", text(facts[0]))]
+
+
+def devices(facts: Facts) -> list[Line]:
+    gpus = {rank: fact["gpu"] for rank, fact in enumerate(facts) if fact["gpu"]}
+    without = [rank for rank in range(len(facts)) if rank not in gpus]
+    wants = facts[0]["wants_device"]
+    advice = "See that each task is given a GPU (nvidia-smi there, CUDA_VISIBLE_DEVICES, Slurm's --gpus-per-node)."
+    if without and (gpus or wants == "cuda"):
+        return [Line(FAIL, "devices", f"no GPU for {where(facts, without)}", advice)]
+    if not gpus:
+        driver = facts[0]["driver"]
+        if driver and wants == "auto":
+            found = f"the CPU, although there is a GPU driver ({driver}): PyTorch {facts[0]['versions']['torch']} sees no GPU"
+            return [Line(WARN, "devices", found, "Install a PyTorch for this driver's CUDA; see CUDA_VISIBLE_DEVICES.")]
+        return [Line(OK, "devices", "the CPU")]
+    lines = []
+    places: dict[tuple[str, str], list[int]] = {}
+    for rank, gpu in gpus.items():
+        places.setdefault((facts[rank]["host"], gpu["uuid"]), []).append(rank)
+    for (_, uuid), ranks in places.items():
+        if len(ranks) > 1:
+            found = f"{where(facts, ranks)} are on one GPU ({uuid})"
+            advice = "Start at most one process per GPU; CUDA_VISIBLE_DEVICES must differ between tasks that see one each."
+            lines.append(Line(FAIL, "devices", found, advice))
+    if len(spread(facts, lambda fact: fact["gpu"]["name"])) > 1:
+        found = f"GPUs differ: {spread_text(facts, lambda fact: fact['gpu']['name'])}"
+        lines.append(Line(WARN, "devices", found, "All wait for the slowest: ask for nodes of one kind."))
+    for node, ranks in nodes_of(facts).items():
+        visible = max(gpus[rank]["visible"] for rank in ranks)
+        if visible > len(ranks):
+            found = f"{node} shows {visible} GPUs to {len(ranks)} rank{'s' if len(ranks) > 1 else ''}"
+            lines.append(Line(WARN, "devices", found, "Start one process per GPU to use them all."))
+    busy = [rank for rank, gpu in gpus.items() if gpu["free"] < 0.9 * gpu["total"]]
+    if busy:
+        least = min(gpus[rank]["free"] for rank in busy)
+        found = f"GPU memory is in use by others for {where(facts, busy)}: {size_text(least)} free"
+        lines.append(Line(WARN, "devices", found, "See what runs there (nvidia-smi), or ask for exclusive GPUs."))
+    name = f"{facts[0]['gpu']['name']}, {size_text(facts[0]['gpu']['total'])}"
+    return lines or [Line(OK, "devices", f"{len(gpus)} × {name}" if len(gpus) > 1 else name)]
+
+
+def cpus(facts: Facts) -> list[Line]:
+    lines = []
+    lost = [
+        rank
+        for rank, fact in enumerate(facts)
+        if (fact["slurm_cpus_per_task"] or "").isdecimal() and len(fact["cpus"]) < int(fact["slurm_cpus_per_task"])
+    ]
+    if lost:
+        fact = facts[lost[0]]
+        found = (
+            f"SLURM_CPUS_PER_TASK is {fact['slurm_cpus_per_task']}, but {where(facts, lost)} may use "
+            f"{len(fact['cpus'])} of the node's CPUs"
+        )
+        advice = "srun does not take over --cpus-per-task: export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK before it."
+        lines.append(Line(WARN, "CPUs", found, advice))
+    for node, ranks in nodes_of(facts).items():
+        there = len({cpu for rank in ranks for cpu in facts[rank]["cpus"]})
+        threads = sum(facts[rank]["threads"] for rank in ranks)
+        share = max(1, there // len(ranks))
+        if threads > max(there, len(ranks)):
+            found = f"{len(ranks)} ranks on {node} compute with {threads} threads on {there} CPUs"
+            lines.append(Line(WARN, "CPUs", found, f"export OMP_NUM_THREADS={share}"))
+        elif len(ranks) > there:
+            found = f"{len(ranks)} ranks on {node} share {there} CPUs"
+            lines.append(Line(WARN, "CPUs", found, "Ask for at least one CPU per rank (Slurm: --cpus-per-task)."))
+        elif facts[ranks[0]]["device"] == "cpu" and 2 * threads <= there:
+            found = f"{len(ranks)} rank{'s' if len(ranks) > 1 else ''} on {node} compute with {threads} threads on {there} CPUs"
+            advice = f"export OMP_NUM_THREADS={share}: launchers set 1 where it is not set."
+            lines.append(Line(WARN, "CPUs", found, advice))
+    text = spread_text(facts, lambda fact: f"{len(fact['cpus'])} CPUs and {fact['threads']} threads")
+    return lines or [Line(OK, "CPUs", text)]
+
+
+def memory(facts: Facts) -> list[Line]:
+    nodes = {node: ranks for node, ranks in nodes_of(facts).items() if facts[ranks[0]]["memory"] is not None}
+    if not nodes:
+        return []
+    node = min(nodes, key=lambda node: facts[nodes[node][0]]["memory"] / len(nodes[node]))
+    left, count = facts[nodes[node][0]]["memory"], len(nodes[node])
+    found = f"{size_text(left)} left on {node}, for {count} rank{'s' if count > 1 else ''} and their loader workers"
+    if left / count < LEAST_MEMORY_PER_RANK:
+        return [Line(WARN, "memory", found, "Ask for more memory (Slurm: --mem), or start fewer ranks per node.")]
+    return [Line(OK, "memory", found)]
+
+
+def disks(facts: Facts) -> list[Line]:
+    lines = []
+    for name, least in LEAST_FREE.items():
+        known = [fact for fact in facts if fact["disks"][name]["free"] is not None]
+        if known:
+            fact = min(known, key=lambda fact: fact["disks"][name]["free"])
+            free, path = fact["disks"][name]["free"], fact["disks"][name]["path"]
+            found = f"{size_text(free)} free in {path}" + (f" of {fact['node']}" if len(nodes_of(facts)) > 1 else "")
+            if free < least:
+                lines.append(Line(WARN, "disk", found, f"Make room: {size_text(least)} is little enough."))
+            else:
+                lines.append(Line(OK, "disk", found))
+    return lines
+
+
+def shared_memory(facts: Facts) -> list[Line]:
+    known = [fact for fact in facts if fact["shared_memory"] is not None]
+    if not known:
+        return []
+    fact = min(known, key=lambda fact: fact["shared_memory"])
+    found = f"{size_text(fact['shared_memory'])} free in /dev/shm of {fact['node']}"
+    if fact["shared_memory"] < LEAST_SHARED_MEMORY:
+        advice = "Loader workers hand batches over in it: docker run --shm-size=16g (or --ipc=host), or data.workers 0."
+        return [Line(WARN, "shared memory", found, advice)]
+    return [Line(OK, "shared memory", found)]
+
+
+def limits(facts: Facts) -> list[Line]:
+    lines = []
+
+    def text(name: str, value: int | None) -> str:
+        if value is None:
+            return f"{name} unlimited"
+        return f"{name} {size_text(value) if name == 'locked memory' else value}"
+
+    for name, (least, advice) in LEAST_LIMITS.items():
+        low = [rank for rank, fact in enumerate(facts) if (fact["limits"][name] or least) < least]
+        if low:
+            found = f"{text(name, facts[low[0]]['limits'][name])} for {where(facts, low)}"
+            lines.append(Line(WARN, "limits", found, f"{advice} before the start, or ask whoever keeps the machine."))
+    locked = [rank for rank, fact in enumerate(facts) if fact["rdma"] and fact["limits"]["locked memory"] is not None]
+    if locked:
+        found = f"{text('locked memory', facts[locked[0]]['limits']['locked memory'])} for {where(facts, locked)}"
+        advice = "InfiniBand needs it: ulimit -l unlimited (Slurm: LimitMEMLOCK=infinity for slurmd)."
+        lines.append(Line(WARN, "limits", found, advice))
+    shown = ", ".join(text(name, value) for name, value in facts[0]["limits"].items())
+    return lines or [Line(OK, "limits", shown)]
+
+
+def _is_on(value: str) -> bool:
+    return value.lower() not in ("", "0", "false", "no")
+
+
+# variable -> (whether its value is bad, what to do)
+BAD_SETTINGS: dict[str, tuple[Callable[[str], bool], str]] = {
+    "CUDA_LAUNCH_BLOCKING": (_is_on, "The CPU waits for each kernel: unset it unless you look for an error."),
+    "NCCL_DEBUG": (lambda value: value.upper() == "TRACE", "It writes without end: use WARN or INFO."),
+    "NCCL_P2P_DISABLE": (_is_on, "GPUs talk through the host's memory: unset it."),
+    "NCCL_SHM_DISABLE": (_is_on, "GPUs of a node may talk through the network: unset it."),
+    "NCCL_IB_DISABLE": (_is_on, "Nodes talk through plain sockets: unset it where there is InfiniBand or RoCE."),
+    "TORCH_DISTRIBUTED_DEBUG": (lambda value: value.upper() == "DETAIL", "It checks each collective: unset it."),
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": (lambda value: value == "0", "A failed collective hangs: unset it."),
+    "TORCH_NCCL_BLOCKING_WAIT": (_is_on, "The CPU waits for each collective: unset it."),
+    "PYTORCH_NO_CUDA_MEMORY_CACHING": (_is_on, "Each tensor asks the driver for memory: unset it."),
+}
+
+
+def environment(facts: Facts) -> list[Line]:
+    lines = []
+    for variable, (is_bad, advice) in BAD_SETTINGS.items():
+        bad = [rank for rank, fact in enumerate(facts) if is_bad(fact["settings"].get(variable, _absent(variable)))]
+        if bad:
+            found = f"{variable}={facts[bad[0]]['settings'][variable]} for {where(facts, bad)}"
+            lines.append(Line(WARN, "environment", found, advice))
+    hidden = [rank for rank, fact in enumerate(facts) if fact["settings"].get("CUDA_VISIBLE_DEVICES") == ""]
+    if hidden and facts[0]["wants_device"] != "cpu":
+        found = f"CUDA_VISIBLE_DEVICES is set and empty for {where(facts, hidden)}: all GPUs are hidden"
+        lines.append(Line(WARN, "environment", found, "Unset it, or say --device cpu if that is meant."))
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        wrong = [rank for rank, fact in enumerate(facts) if variable in fact["unknown_interfaces"]]
+        if wrong:
+            value = facts[wrong[0]]["unknown_interfaces"][variable]
+            found = f"{variable}={value} names no network interface of {where(facts, wrong)}"
+            lines.append(Line(FAIL, "environment", found, "Unset it, or name one that `ip link` shows on that node."))
+    names = sorted({name for fact in facts for name in fact["settings"] if name.startswith(("NCCL_", "TORCH_NCCL_"))})
+    for name in names:
+        if len(spread(facts, lambda fact, name=name: fact["settings"].get(name))) > 1:
+            found = f"{name} differs: {spread_text(facts, lambda fact, name=name: fact['settings'].get(name))}"
+            lines.append(Line(WARN, "environment", found, "Export it alike on all nodes, or nowhere."))
+    file = next((fact["accelerate_config"] for fact in facts if fact["accelerate_config"]), None)
+    if file:
+        found = f"{file} decides what a bare `accelerate launch` is not told"
+        advice = "Give `accelerate launch --config_file launch/accelerate/….yaml`, as the scripts in launch/ do."
+        lines.append(Line(WARN, "environment", found, advice))
+    return lines or [Line(OK, "environment", "no setting that is known to be bad")]
+
+
+def _absent(variable: str) -> str:
+    """A value that is not bad."""
+    return "" if variable != "TORCH_NCCL_ASYNC_ERROR_HANDLING" else "1"
+
+
+# ---- what they found together --------------------------------------------------------------------------------
+
+
+def runs_dir(facts: Facts, answers: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """The answers are those of share_runs_dir."""
+    lines = []
+    bad = [answer if answer["problem"] else {"problem": ""} for answer in answers]
+    for problem, ranks in spread(bad, lambda answer: answer["problem"]).items():
+        if problem:
+            path, seconds = answers[ranks[0]]["path"], answers[ranks[0]]["seconds"]
+            found = f"{path} {problem}: {where(facts, ranks)}" + (f", after {seconds:.0f} s" if seconds >= 1 else "")
+            advice = "Give --runs-dir an absolute path on a disk that all nodes share and you may write to."
+            lines.append(Line(FAIL, "run directory", found, advice))
+    if lines:
+        return lines
+    path = answers[0]["path"]
+    if len(facts) == 1:
+        return [Line(OK, "run directory", f"{path} can be written")]
+    slowest = max(range(len(answers)), key=lambda rank: answers[rank]["seconds"])
+    seconds = answers[slowest]["seconds"]
+    found = f"{path} is shared by all ranks and can be written; a file is seen within {time_text(seconds)}"
+    return [Line(OK, "run directory", found)]
+
+
+def time_text(seconds: float) -> str:
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def slowest_rank(facts: Facts, seconds: Sequence[float], device: str) -> list[Line]:
+    """`seconds`: of the same matrix product, by rank."""
+    operations = 2 * MATRIX_SIZES[device] ** 3
+    median = statistics.median(seconds)
+    found = f"{operations / median / 1e9:,.0f} GFLOP/s in float32"
+    if len(facts) == 1:
+        return [Line(OK, "speed", found)]
+    slowest = max(range(len(seconds)), key=lambda rank: seconds[rank])
+    ratio = seconds[slowest] / median
+    found += f" at the median; slowest is {where(facts, [slowest])}, {ratio:.2f} times the median"
+    if ratio > SLOW_RATIO:
+        advice = (
+            "All wait for it: see what else runs there, its clock and temperature, its CPU binding; run doctor again, "
+            "and leave the node out if it stays so (Slurm: --exclude)."
+        )
+        return [Line(WARN, "speed", found, advice)]
+    return [Line(OK, "speed", found)]
+
+
+def all_reduce(facts: Facts, answers: Sequence[tuple[Mapping[int, float], bool]], device: str) -> list[Line]:
+    """The answers are those of all_reduce_seconds."""
+    wrong = [rank for rank, (_, right) in enumerate(answers) if not right]
+    if wrong:
+        advice = "Do not train on these nodes before this is understood (NCCL_DEBUG=INFO says which way data goes)."
+        return [Line(FAIL, "all-reduce", f"the sum is wrong on {where(facts, wrong)}", advice)]
+    world_size = len(facts)
+    parts, bandwidth = [], 0.0
+    for size in answers[0][0]:
+        seconds = max(taken[size] for taken, _ in answers)
+        # What each rank has to send and receive at least, whatever the algorithm.
+        bandwidth = 2 * (world_size - 1) / world_size * size / seconds
+        shown = f", {bandwidth / 1e9:.2g} GB/s" if size >= 2**20 else ""
+        parts.append(f"{size_text(size)} in {time_text(seconds)}{shown}")
+    found = f"{'NCCL' if device == 'cuda' else 'gloo'}, {world_size} ranks: {'; '.join(parts)}"
+    if device == "cuda" and bandwidth < LEAST_GPU_BANDWIDTH:
+        advice = "Less than a fast network gives: NCCL_DEBUG=INFO says which one is used (NCCL_SOCKET_IFNAME, NCCL_IB_HCA)."
+        return [Line(WARN, "all-reduce", found, advice)]
+    return [Line(OK, "all-reduce", found)]

@@ -1,0 +1,353 @@
+"""What a rank finds out for `distloop doctor`: about itself and its machine alone, and together with the others.
+
+Nothing is judged here: see doctor_checks.py. torch is imported where it is needed: the environment has to be in
+order before that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import secrets
+import shutil
+import socket
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import distloop
+from distloop import launch_guards
+from distloop.errors import UsageError
+from distloop.failures import Position
+
+REDUCED = {4 * 2**10: 20, 2**20: 10, 32 * 2**20: 5}  # bytes of an all-reduce -> how often it is timed
+MATRIX_SIZES = {"cpu": 1024, "cuda": 8192}  # some 30 ms on a core and on a large GPU
+PRODUCTS = 5
+SHOWN_SETTINGS = re.compile(r"(NCCL|GLOO|CUDA|TORCH|PYTORCH|OMP|MKL)_")
+LIMITS = {"open files": "RLIMIT_NOFILE", "processes": "RLIMIT_NPROC", "locked memory": "RLIMIT_MEMLOCK"}
+
+
+# ---- alone ---------------------------------------------------------------------------------------------------
+
+
+def find_facts(given: Mapping[str, str], runs_dir: str, device: str, expected: int | None) -> dict[str, Any]:
+    """What this rank knows without the others, as plain JSON.
+
+    `given` is the environment before anything was set in it, `device` and `expected` are what --device and
+    --expect-world ask for.
+    """
+    import torch
+
+    uses_cuda = torch.cuda.is_available() and not (
+        device == "cpu" or (device == "auto" and launch_guards.launcher_uses_cpu(given))
+    )
+    problem, warnings = _launch(given, device, not uses_cuda, expected)
+    return {
+        "rank": int(os.environ.get("RANK", 0)),
+        "node": node_name(os.environ),
+        "host": os.uname().nodename,
+        "launch": problem,
+        "launch_warnings": warnings,
+        "device": "cuda" if uses_cuda else "cpu",
+        "wants_device": "cpu" if launch_guards.launcher_uses_cpu(given) and device == "auto" else device,
+        "gpu": _gpu() if uses_cuda else None,
+        "versions": _versions(),
+        "driver": _driver(),
+        "code": _code(),
+        "cpus": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1)),
+        "threads": torch.get_num_threads(),
+        "slurm_cpus_per_task": given.get("SLURM_CPUS_PER_TASK"),
+        "memory": _memory(),
+        "disks": {"run directory": _free(Path(runs_dir)), "/tmp": _free(Path("/tmp"))},
+        "shared_memory": _free(Path("/dev/shm"))["free"] if os.path.isdir("/dev/shm") else None,
+        "limits": _limits(),
+        "rdma": os.path.isdir("/sys/class/infiniband") and bool(os.listdir("/sys/class/infiniband")),
+        "settings": {name: value for name, value in sorted(given.items()) if SHOWN_SETTINGS.match(name)},
+        "unknown_interfaces": unknown_interfaces(given, [name for _, name in socket.if_nameindex()]),
+        "accelerate_config": _accelerate_config(),
+    }
+
+
+def node_name(environ: Mapping[str, str]) -> str:
+    """The machine's name: Slurm's own for it, where it has one."""
+    return environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+def _launch(given: Mapping[str, str], device: str, use_cpu: bool, expected: int | None) -> tuple[str, list[str]]:
+    """What is wrong with how this process was started, and warnings, as a run would say them."""
+    launch = launch_guards.launched_by()
+    try:
+        warnings = launch_guards.override_launcher(dict(given), "no")
+        launch_guards.check_launch(os.environ, launch, device, use_cpu)
+        launch_guards.check_world(int(os.environ.get("WORLD_SIZE", 1)), os.environ, expected, launch)
+    except UsageError as error:
+        return str(error), []
+    return "", warnings
+
+
+def _gpu() -> dict[str, Any]:
+    """The GPU of this rank, which from here on is torch's current one: chosen as train.py does."""
+    import torch
+
+    visible = torch.cuda.device_count()
+    number = int(os.environ.get("LOCAL_RANK", 0)) % visible
+    torch.cuda.set_device(number)
+    properties = torch.cuda.get_device_properties(number)
+    free, total = torch.cuda.mem_get_info(number)
+    return {
+        "name": properties.name,
+        "uuid": str(getattr(properties, "uuid", number)),
+        "free": free,
+        "total": total,
+        "visible": visible,
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    import torch
+    import torch.distributed as dist
+
+    def of_package(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    has_nccl = torch.version.cuda is not None and dist.is_nccl_available()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: of_package(name) for name in ("torchvision", "accelerate", "numpy")},
+        "distloop": distloop.__version__,
+        "CUDA": torch.version.cuda,
+        "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None,
+    }
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's kernel driver."""
+    with contextlib.suppress(OSError):
+        match = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text())
+        return match[1] if match else None
+    return None
+
+
+def _code() -> dict[str, Any]:
+    """Which distloop this is: a digest of its files, and the git commit if it lies in a repository."""
+    folder = Path(distloop.__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+
+    def git(*words: str) -> str | None:
+        try:
+            command = ("git", "-C", str(folder), *words)
+            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    commit = git("rev-parse", "--short", "HEAD") if git("ls-files", "__init__.py") else None
+    changed = bool(git("status", "--porcelain", "--", ".")) if commit else False
+    return {"folder": str(folder), "digest": digest.hexdigest()[:12], "commit": commit, "changed": changed}
+
+
+def _memory() -> int | None:
+    """Bytes that the machine has left, or the control group may have if that is less."""
+    found = []
+    with contextlib.suppress(OSError):
+        match = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        found += [1024 * int(match[1])] if match else []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):  # "": version 2, where a limit of any group above counts
+                root = Path("/sys/fs/cgroup", controllers)
+                groups = [root / path.strip("/"), *(root / path.strip("/")).parents]
+                names = [group / name for group in groups for name in ("memory.max", "memory.limit_in_bytes")]
+                texts = [name.read_text().strip() for name in names if name.is_file()]
+                found += [int(text) for text in texts if text.isdecimal()]
+    return min(found, default=None)
+
+
+def _free(path: Path) -> dict[str, Any]:
+    """Bytes free for files in this folder, which need not exist yet."""
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    try:
+        return {"path": str(path.absolute()), "free": shutil.disk_usage(there).free}
+    except OSError:
+        return {"path": str(path.absolute()), "free": None}
+
+
+def _limits() -> dict[str, int | None]:
+    """The soft limits of this process; None: unlimited."""
+    import resource
+
+    soft = {name: resource.getrlimit(getattr(resource, limit))[0] for name, limit in LIMITS.items()}
+    return {name: None if value == resource.RLIM_INFINITY else value for name, value in soft.items()}
+
+
+def unknown_interfaces(environ: Mapping[str, str], there: list[str]) -> dict[str, str]:
+    """Variables that name network interfaces of which this machine has none: variable -> value.
+
+    Gloo takes names, NCCL beginnings of names, =names, and ^names that are not to be used.
+    """
+    unknown = {}
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        value = environ.get(variable, "")
+        exact = variable.startswith("GLOO") or value.startswith("=")
+        names = value.removeprefix("=").split(",")
+        known = any(other == name or (not exact and other.startswith(name)) for name in names for other in there)
+        if value and not value.startswith("^") and not known:
+            unknown[variable] = value
+    return unknown
+
+
+def _accelerate_config() -> str | None:
+    """The user's own default file, where a bare `accelerate launch` takes what it is not told."""
+    with contextlib.suppress(OSError):
+        if "--config_file" in Path(f"/proc/{os.getppid()}/cmdline").read_text():
+            return None
+    try:
+        from accelerate.commands.config.config_args import default_config_file
+    except Exception:  # another Accelerate: no opinion
+        return None
+    return str(default_config_file) if os.path.isfile(default_config_file) else None
+
+
+# ---- together ------------------------------------------------------------------------------------------------
+
+
+class Together:
+    """Does the same piece of work on all ranks, and tells each what all have found. Without a group: on this one."""
+
+    def __init__(self, position: Position, world_size: int) -> None:
+        self.position, self.world_size = position, world_size
+
+    def gather(self, phase: str, work: Callable[[], Any]) -> list[Any]:
+        """The results of `work` on all ranks, by rank. Collective."""
+        import torch.distributed as dist
+
+        self.position.enter(phase)
+        own = work()
+        # A phase of its own, so that a rank that hangs at work is seen to be behind those that wait for it.
+        self.position.enter(f"{phase}, waiting for the others")
+        if self.world_size == 1:
+            return [own]
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, own)
+        return found
+
+
+def share_runs_dir(together: Together, rank: int, runs_dir: str, limit_seconds: float) -> list[dict[str, Any]]:
+    """Let rank 0 and each other rank leave files for each other in the run directory's parent. Collective.
+
+    By rank: the path meant, `problem` in words or "", and `seconds` until the other side's file was seen.
+    Every rank, not one of each node, since ranks of one node may differ in working directory or container.
+    """
+    folder = Path(runs_dir).absolute()
+    token = secrets.token_hex(8)
+    created: list[Path] = []
+
+    def start() -> str:
+        try:
+            created.extend(path for path in (folder, *folder.parents) if not path.exists())
+            meeting = folder / f".doctor-{token}"
+            meeting.mkdir(parents=True)
+            created.insert(0, meeting)
+            (meeting / "rank_0").write_text(token)
+        except OSError as error:
+            return f"cannot be written: {error.strerror}"
+        return ""
+
+    token, problem = together.gather(
+        "run directory, writing", lambda: (token, start()) if rank == 0 else (None, None)
+    )[0]
+    meeting = folder / f".doctor-{token}"
+
+    def answer() -> dict[str, Any]:
+        if problem:
+            return {"path": str(folder), "problem": problem if rank == 0 else "", "seconds": 0.0}
+        begun = time.monotonic()
+        while not _holds(meeting / "rank_0", token):
+            if time.monotonic() - begun > limit_seconds:
+                return {"path": str(folder), "problem": "does not show what rank 0 wrote", "seconds": limit_seconds}
+            time.sleep(0.02)
+        seconds = time.monotonic() - begun
+        try:
+            if rank:
+                (meeting / f"rank_{rank}").write_text(token)
+        except OSError as error:
+            return {"path": str(folder), "problem": f"cannot be written: {error.strerror}", "seconds": seconds}
+        return {"path": str(folder), "problem": "", "seconds": seconds}
+
+    answers = together.gather("run directory, reading what rank 0 wrote", answer)
+
+    def finish() -> list[dict[str, Any]]:
+        begun = time.monotonic()
+        wanted = [other for other, found in enumerate(answers) if other and not problem and not found["problem"]]
+        while wanted and time.monotonic() - begun <= limit_seconds:
+            wanted = [other for other in wanted if not _holds(meeting / f"rank_{other}", token)]
+            if wanted:
+                time.sleep(0.02)
+        for other in wanted:
+            answers[other] |= {"problem": "is written to, but rank 0 does not see it", "seconds": limit_seconds}
+        for other in range(len(answers)):
+            with contextlib.suppress(OSError):
+                (meeting / f"rank_{other}").unlink(missing_ok=True)
+        for path in created:
+            with contextlib.suppress(OSError):  # in use by somebody else by now
+                path.rmdir()
+        return answers
+
+    return together.gather("run directory, reading what the others wrote", lambda: finish() if rank == 0 else None)[0]
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text() == text
+    except OSError:
+        return False
+
+
+def matrix_product_seconds(device: str) -> float:
+    """The median time of a product of two float32 matrices of MATRIX_SIZES[device]."""
+    import torch
+
+    size = MATRIX_SIZES[device]
+    matrix = torch.ones(size, size, device=device)
+    return _median_seconds(lambda: matrix @ matrix, PRODUCTS, device)
+
+
+def all_reduce_seconds(device: str, group: Any) -> tuple[dict[int, float], bool]:
+    """By bytes, the median time of an all-reduce; and whether the sums were right. Collective."""
+    import torch
+    import torch.distributed as dist
+
+    seconds, right = {}, True
+    for size, times in REDUCED.items():
+        tensor = torch.ones(size // 4, device=device)
+        dist.all_reduce(tensor, group=group)
+        right &= bool((tensor == dist.get_world_size(group)).all())
+        tensor.zero_()
+        seconds[size] = _median_seconds(lambda tensor=tensor: dist.all_reduce(tensor, group=group), times, device)
+    return seconds, right
+
+
+def _median_seconds(work: Callable[[], Any], times: int, device: str) -> float:
+    import torch
+
+    taken = []
+    for _ in range(times + 1):
+        begun = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - begun)
+    return statistics.median(taken[1:])  # without the first, which sets things up

@@ -1,0 +1,62 @@
+# shellcheck shell=bash
+# What the sbatch scripts of this folder share. Not submitted by itself.
+
+# ---- your environment: the one place to set it up -------------------------------------------------------------
+# module load cuda/12.8
+# source /path/to/venv/bin/activate
+# python=(apptainer exec --nv --bind "$PWD" /path/to/image.sif python)
+python=(python)
+if [ -x "$home/.venv/bin/python" ]; then python=("$home/.venv/bin/python"); fi # made by `make train`
+
+# Nodes often have no internet: W&B writes into the run directory. Afterwards, where there is some:
+# wandb sync runs/NAME/wandb/offline-run-*
+export WANDB_MODE=${WANDB_MODE:-offline}
+
+# DISTLOOP_STAGE=/shared/imagenet.tar (or a folder) is copied to each node's own disk first, and read from there.
+stage_to=${DISTLOOP_STAGE_TO:-${TMPDIR:-/tmp}/distloop-$SLURM_JOB_ID}
+# ---------------------------------------------------------------------------------------------------------------
+
+export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} # the package need not be installed
+
+fail() {
+  echo "distloop: $*" >&2
+  exit 2
+}
+
+on_each_node() { srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --gres=none "$@"; }
+
+# train ARGUMENTS…: one task per GPU, to the end of the run or of the job's time.
+train() {
+  local tasks=${SLURM_NTASKS_PER_NODE:-$SLURM_NTASKS} gpus=${SLURM_GPUS_ON_NODE:-0} code=0 step
+  if [ "$gpus" != 0 ] && [ "$gpus" != "$tasks" ]; then
+    fail "$tasks tasks for $gpus GPUs on a node: each GPU needs a task, sbatch --gpus-per-node=$gpus --ntasks-per-node=$gpus"
+  fi
+  echo "distloop: job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST: a node has $tasks tasks" \
+    "and $gpus GPUs, a task has ${SLURM_CPUS_PER_TASK:-1} CPUs; in $PWD"
+
+  if [ -n "${DISTLOOP_STAGE:-}" ]; then
+    # shellcheck disable=SC2016 # expanded on the node
+    on_each_node bash -c 'mkdir -p "$2" && if [ -d "$1" ]; then cp -r "$1/." "$2"; else tar -xf "$1" -C "$2"; fi' \
+      stage "$DISTLOOP_STAGE" "$stage_to" || fail "$DISTLOOP_STAGE could not be copied to $stage_to on all nodes"
+    trap 'on_each_node rm -rf "$stage_to"' EXIT
+    set -- "$@" --data.root "$stage_to"
+  fi
+
+  # srun does not take --cpus-per-task over from sbatch. GPUs are not bound to tasks, so that peers can reach them.
+  # Ranks end each other and say why: srun waits for that before it kills what is left.
+  SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} srun --gpu-bind=none --kill-on-bad-exit=0 --wait=30 \
+    "${python[@]}" -u -m distloop.train --expect-world "$SLURM_NTASKS" "$@" &
+  step=$!
+  trap : TERM USR1 USR2 # meant for the ranks; the script outlives them, to hear how they ended
+  wait "$step" || code=$?
+  while kill -0 "$step" 2>/dev/null; do # a signal ended the wait, not the step
+    code=0
+    wait "$step" || code=$?
+  done
+
+  # Only a run that was stopped by the end of its time, or by a preemption, goes back to the queue.
+  if [ "$code" = 0 ] && scontrol show job "$SLURM_JOB_ID" | "${python[@]}" -m distloop.requeue "$@"; then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  return "$code"
+}
