@@ -5,20 +5,15 @@ Plain functions of the facts of all ranks (doctor_facts.py), by rank.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from distloop.doctor_facts import MATRIX_SIZES
-
 OK, WARN, FAIL = "ok", "warn", "fail"
 GIB = 2**30
-SLOW_RATIO = 1.3  # the slowest rank over the median: in a synchronous run all wait for it
 LEAST_SHARED_MEMORY = GIB
 LEAST_MEMORY_PER_RANK = GIB
 LEAST_FREE = {"run directory": 10 * GIB, "/tmp": GIB}
 LEAST_LIMITS = {"open files": (4096, "ulimit -n 65536"), "processes": (4096, "ulimit -u 65536")}
-LEAST_GPU_BANDWIDTH = 1e9  # bytes a second between GPUs: less is what plain Ethernet gives
 
 Facts = Sequence[Mapping[str, Any]]
 
@@ -62,16 +57,21 @@ def where(facts: Facts, ranks: Iterable[int]) -> str:
     return f"{ranks_text(ranks)} on {shown}"
 
 
-def spread(facts: Facts, value: Callable[[Mapping[str, Any]], Any]) -> dict[str, list[int]]:
-    """The ranks that have each value, commonest first."""
+def spread(values: Sequence[Any]) -> dict[str, list[int]]:
+    """The ranks that have each value, given by rank; the commonest value first."""
     groups: dict[str, list[int]] = {}
-    for rank, fact in enumerate(facts):
-        groups.setdefault(str(value(fact)), []).append(rank)
+    for rank, value in enumerate(values):
+        groups.setdefault(str(value), []).append(rank)
     return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
 
 
-def spread_text(facts: Facts, value: Callable[[Mapping[str, Any]], Any]) -> str:
-    return "; ".join(f"{found} on {where(facts, ranks)}" for found, ranks in spread(facts, value).items())
+def spread_text(facts: Facts, values: Sequence[Any]) -> str:
+    """ "2.14 on ranks 0-2 on n1, n2; 2.13 on rank 3 on n2"."""
+    return "; ".join(f"{value} on {where(facts, ranks)}" for value, ranks in spread(values).items())
+
+
+def count_text(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def size_text(size: float) -> str:
@@ -95,9 +95,9 @@ def nodes_of(facts: Facts) -> dict[str, list[int]]:
 
 
 def launch(facts: Facts) -> list[Line]:
-    problems = spread([fact for fact in facts if fact["launch"]], lambda fact: fact["launch"])
-    for problem in problems:
-        what, _, right = problem.partition("\n")
+    problems = [fact["launch"] for fact in facts if fact["launch"]]
+    if problems:
+        what, _, right = problems[0].partition("\n")
         return [Line(FAIL, "launch", what, right)]
     warnings = sorted({warning for fact in facts for warning in fact["launch_warnings"]})
     if warnings:
@@ -112,12 +112,13 @@ def versions(facts: Facts) -> list[Line]:
     lines = []
     advice = "Use one environment on all nodes: a virtual environment on a shared disk, or a container."
     for name in facts[0]["versions"]:
-        if len(spread(facts, lambda fact, name=name: fact["versions"][name])) > 1:
-            text = spread_text(facts, lambda fact, name=name: fact["versions"][name])
-            lines.append(Line(FAIL, "versions", f"{name} differs: {text}", advice))
-    if len(spread(facts, lambda fact: fact["driver"])) > 1:
-        text = spread_text(facts, lambda fact: fact["driver"])
-        lines.append(Line(WARN, "versions", f"the GPU driver differs: {text}", "Ask for nodes of one kind."))
+        values = [fact["versions"][name] for fact in facts]
+        if len(set(values)) > 1:
+            lines.append(Line(FAIL, "versions", f"{name} differs: {spread_text(facts, values)}", advice))
+    drivers = [fact["driver"] for fact in facts]
+    if len(set(drivers)) > 1:
+        found = f"the GPU driver differs: {spread_text(facts, drivers)}"
+        lines.append(Line(WARN, "versions", found, "Ask for nodes of one kind."))
     if not lines:
         known = {**facts[0]["versions"], "driver": facts[0]["driver"]}
         shown = ", ".join(f"{name} {version}" for name, version in known.items() if version)
@@ -132,9 +133,10 @@ def code(facts: Facts) -> list[Line]:
             return f"files {own['digest']} in {own['folder']}"
         return f"commit {own['commit']}{' with changes' if own['changed'] else ''} ({own['digest']}) in {own['folder']}"
 
-    if len(spread(facts, lambda fact: fact["code"]["digest"])) > 1:
+    if len({fact["code"]["digest"] for fact in facts}) > 1:
+        found = f"the ranks run different code: {spread_text(facts, [text(fact) for fact in facts])}"
         advice = "Start all ranks from one copy of the code, on a shared disk, or bring the copies to one commit."
-        return [Line(FAIL, "code", f"the ranks run different code: {spread_text(facts, text)}", advice)]
+        return [Line(FAIL, "code", found, advice)]
     return [Line(OK, "code", text(facts[0]))]
 
 
@@ -148,7 +150,8 @@ def devices(facts: Facts) -> list[Line]:
     if not gpus:
         driver = facts[0]["driver"]
         if driver and wants == "auto":
-            found = f"the CPU, although there is a GPU driver ({driver}): PyTorch {facts[0]['versions']['torch']} sees no GPU"
+            torch = f"PyTorch {facts[0]['versions']['torch']}"
+            found = f"the CPU: there is a GPU driver ({driver}), but {torch} sees no GPU"
             return [Line(WARN, "devices", found, "Install a PyTorch for this driver's CUDA; see CUDA_VISIBLE_DEVICES.")]
         return [Line(OK, "devices", "the CPU")]
     lines = []
@@ -158,15 +161,18 @@ def devices(facts: Facts) -> list[Line]:
     for (_, uuid), ranks in places.items():
         if len(ranks) > 1:
             found = f"{where(facts, ranks)} are on one GPU ({uuid})"
-            advice = "Start at most one process per GPU; CUDA_VISIBLE_DEVICES must differ between tasks that see one each."
+            advice = (
+                "Start at most one process per GPU; CUDA_VISIBLE_DEVICES must differ between tasks that see one each."
+            )
             lines.append(Line(FAIL, "devices", found, advice))
-    if len(spread(facts, lambda fact: fact["gpu"]["name"])) > 1:
-        found = f"GPUs differ: {spread_text(facts, lambda fact: fact['gpu']['name'])}"
+    names = [gpu["name"] for gpu in gpus.values()]
+    if len(set(names)) > 1:
+        found = f"GPUs differ: {spread_text(facts, names)}"
         lines.append(Line(WARN, "devices", found, "All wait for the slowest: ask for nodes of one kind."))
     for node, ranks in nodes_of(facts).items():
         visible = max(gpus[rank]["visible"] for rank in ranks)
         if visible > len(ranks):
-            found = f"{node} shows {visible} GPUs to {len(ranks)} rank{'s' if len(ranks) > 1 else ''}"
+            found = f"{node} shows {visible} GPUs to {count_text(len(ranks), 'rank')}"
             lines.append(Line(WARN, "devices", found, "Start one process per GPU to use them all."))
     busy = [rank for rank, gpu in gpus.items() if gpu["free"] < 0.9 * gpu["total"]]
     if busy:
@@ -195,19 +201,16 @@ def cpus(facts: Facts) -> list[Line]:
     for node, ranks in nodes_of(facts).items():
         there = len({cpu for rank in ranks for cpu in facts[rank]["cpus"]})
         threads = sum(facts[rank]["threads"] for rank in ranks)
-        share = max(1, there // len(ranks))
-        if threads > max(there, len(ranks)):
-            found = f"{len(ranks)} ranks on {node} compute with {threads} threads on {there} CPUs"
-            lines.append(Line(WARN, "CPUs", found, f"export OMP_NUM_THREADS={share}"))
-        elif len(ranks) > there:
-            found = f"{len(ranks)} ranks on {node} share {there} CPUs"
+        advice = f"export OMP_NUM_THREADS={max(1, there // len(ranks))}"
+        found = f"{count_text(len(ranks), 'rank')} on {node} with {count_text(threads, 'thread')} on {there} CPUs"
+        if len(ranks) > there:
             lines.append(Line(WARN, "CPUs", found, "Ask for at least one CPU per rank (Slurm: --cpus-per-task)."))
-        elif facts[ranks[0]]["device"] == "cpu" and 2 * threads <= there:
-            found = f"{len(ranks)} rank{'s' if len(ranks) > 1 else ''} on {node} compute with {threads} threads on {there} CPUs"
-            advice = f"export OMP_NUM_THREADS={share}: launchers set 1 where it is not set."
-            lines.append(Line(WARN, "CPUs", found, advice))
-    text = spread_text(facts, lambda fact: f"{len(fact['cpus'])} CPUs and {fact['threads']} threads")
-    return lines or [Line(OK, "CPUs", text)]
+        elif threads > there:
+            lines.append(Line(WARN, "CPUs", found, f"{advice}: threads in excess wait for each other."))
+        elif facts[ranks[0]]["device"] == "cpu" and 4 * threads <= there:  # torch itself takes a thread per core
+            lines.append(Line(WARN, "CPUs", found, f"{advice}: launchers set 1 where it is not set."))
+    each = spread([f"{len(fact['cpus'])} CPUs and {count_text(fact['threads'], 'thread')}" for fact in facts])
+    return lines or [Line(OK, "CPUs", "; ".join(f"{text} for {where(facts, ranks)}" for text, ranks in each.items()))]
 
 
 def memory(facts: Facts) -> list[Line]:
@@ -215,9 +218,9 @@ def memory(facts: Facts) -> list[Line]:
     if not nodes:
         return []
     node = min(nodes, key=lambda node: facts[nodes[node][0]]["memory"] / len(nodes[node]))
-    left, count = facts[nodes[node][0]]["memory"], len(nodes[node])
-    found = f"{size_text(left)} left on {node}, for {count} rank{'s' if count > 1 else ''} and their loader workers"
-    if left / count < LEAST_MEMORY_PER_RANK:
+    left, ranks = facts[nodes[node][0]]["memory"], nodes[node]
+    found = f"{size_text(left)} left on {node}, for {count_text(len(ranks), 'rank')} and loader workers"
+    if left / len(ranks) < LEAST_MEMORY_PER_RANK:
         return [Line(WARN, "memory", found, "Ask for more memory (Slurm: --mem), or start fewer ranks per node.")]
     return [Line(OK, "memory", found)]
 
@@ -292,9 +295,10 @@ BAD_SETTINGS: dict[str, tuple[Callable[[str], bool], str]] = {
 def environment(facts: Facts) -> list[Line]:
     lines = []
     for variable, (is_bad, advice) in BAD_SETTINGS.items():
-        bad = [rank for rank, fact in enumerate(facts) if is_bad(fact["settings"].get(variable, _absent(variable)))]
+        values = [fact["settings"].get(variable) for fact in facts]
+        bad = [rank for rank, value in enumerate(values) if value is not None and is_bad(value)]
         if bad:
-            found = f"{variable}={facts[bad[0]]['settings'][variable]} for {where(facts, bad)}"
+            found = f"{variable}={values[bad[0]]} for {where(facts, bad)}"
             lines.append(Line(WARN, "environment", found, advice))
     hidden = [rank for rank, fact in enumerate(facts) if fact["settings"].get("CUDA_VISIBLE_DEVICES") == ""]
     if hidden and facts[0]["wants_device"] != "cpu":
@@ -308,8 +312,9 @@ def environment(facts: Facts) -> list[Line]:
             lines.append(Line(FAIL, "environment", found, "Unset it, or name one that `ip link` shows on that node."))
     names = sorted({name for fact in facts for name in fact["settings"] if name.startswith(("NCCL_", "TORCH_NCCL_"))})
     for name in names:
-        if len(spread(facts, lambda fact, name=name: fact["settings"].get(name))) > 1:
-            found = f"{name} differs: {spread_text(facts, lambda fact, name=name: fact['settings'].get(name))}"
+        values = [fact["settings"].get(name, "unset") for fact in facts]
+        if len(set(values)) > 1:
+            found = f"{name} differs: {spread_text(facts, values)}"
             lines.append(Line(WARN, "environment", found, "Export it alike on all nodes, or nowhere."))
     file = next((fact["accelerate_config"] for fact in facts if fact["accelerate_config"]), None)
     if file:
@@ -317,79 +322,3 @@ def environment(facts: Facts) -> list[Line]:
         advice = "Give `accelerate launch --config_file launch/accelerate/….yaml`, as the scripts in launch/ do."
         lines.append(Line(WARN, "environment", found, advice))
     return lines or [Line(OK, "environment", "no setting that is known to be bad")]
-
-
-def _absent(variable: str) -> str:
-    """A value that is not bad."""
-    return "" if variable != "TORCH_NCCL_ASYNC_ERROR_HANDLING" else "1"
-
-
-# ---- what they found together --------------------------------------------------------------------------------
-
-
-def runs_dir(facts: Facts, answers: Sequence[Mapping[str, Any]]) -> list[Line]:
-    """The answers are those of share_runs_dir."""
-    lines = []
-    bad = [answer if answer["problem"] else {"problem": ""} for answer in answers]
-    for problem, ranks in spread(bad, lambda answer: answer["problem"]).items():
-        if problem:
-            path, seconds = answers[ranks[0]]["path"], answers[ranks[0]]["seconds"]
-            found = f"{path} {problem}: {where(facts, ranks)}" + (f", after {seconds:.0f} s" if seconds >= 1 else "")
-            advice = "Give --runs-dir an absolute path on a disk that all nodes share and you may write to."
-            lines.append(Line(FAIL, "run directory", found, advice))
-    if lines:
-        return lines
-    path = answers[0]["path"]
-    if len(facts) == 1:
-        return [Line(OK, "run directory", f"{path} can be written")]
-    slowest = max(range(len(answers)), key=lambda rank: answers[rank]["seconds"])
-    seconds = answers[slowest]["seconds"]
-    found = f"{path} is shared by all ranks and can be written; a file is seen within {time_text(seconds)}"
-    return [Line(OK, "run directory", found)]
-
-
-def time_text(seconds: float) -> str:
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
-
-
-def slowest_rank(facts: Facts, seconds: Sequence[float], device: str) -> list[Line]:
-    """`seconds`: of the same matrix product, by rank."""
-    operations = 2 * MATRIX_SIZES[device] ** 3
-    median = statistics.median(seconds)
-    found = f"{operations / median / 1e9:,.0f} GFLOP/s in float32"
-    if len(facts) == 1:
-        return [Line(OK, "speed", found)]
-    slowest = max(range(len(seconds)), key=lambda rank: seconds[rank])
-    ratio = seconds[slowest] / median
-    found += f" at the median; slowest is {where(facts, [slowest])}, {ratio:.2f} times the median"
-    if ratio > SLOW_RATIO:
-        advice = (
-            "All wait for it: see what else runs there, its clock and temperature, its CPU binding; run doctor again, "
-            "and leave the node out if it stays so (Slurm: --exclude)."
-        )
-        return [Line(WARN, "speed", found, advice)]
-    return [Line(OK, "speed", found)]
-
-
-def all_reduce(facts: Facts, answers: Sequence[tuple[Mapping[int, float], bool]], device: str) -> list[Line]:
-    """The answers are those of all_reduce_seconds."""
-    wrong = [rank for rank, (_, right) in enumerate(answers) if not right]
-    if wrong:
-        advice = "Do not train on these nodes before this is understood (NCCL_DEBUG=INFO says which way data goes)."
-        return [Line(FAIL, "all-reduce", f"the sum is wrong on {where(facts, wrong)}", advice)]
-    world_size = len(facts)
-    parts, bandwidth = [], 0.0
-    for size in answers[0][0]:
-        seconds = max(taken[size] for taken, _ in answers)
-        # What each rank has to send and receive at least, whatever the algorithm.
-        bandwidth = 2 * (world_size - 1) / world_size * size / seconds
-        shown = f", {bandwidth / 1e9:.2g} GB/s" if size >= 2**20 else ""
-        parts.append(f"{size_text(size)} in {time_text(seconds)}{shown}")
-    found = f"{'NCCL' if device == 'cuda' else 'gloo'}, {world_size} ranks: {'; '.join(parts)}"
-    if device == "cuda" and bandwidth < LEAST_GPU_BANDWIDTH:
-        advice = "Less than a fast network gives: NCCL_DEBUG=INFO says which one is used (NCCL_SOCKET_IFNAME, NCCL_IB_HCA)."
-        return [Line(WARN, "all-reduce", found, advice)]
-    return [Line(OK, "all-reduce", found)]

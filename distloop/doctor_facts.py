@@ -1,4 +1,4 @@
-"""What a rank finds out for `distloop doctor`: about itself and its machine alone, and together with the others.
+"""What a rank finds out for `distloop doctor` about itself and its machine, without the others.
 
 Nothing is judged here: see doctor_checks.py. torch is imported where it is needed: the environment has to be in
 order before that.
@@ -12,29 +12,19 @@ import importlib.metadata
 import os
 import platform
 import re
-import secrets
 import shutil
 import socket
-import statistics
 import subprocess
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import distloop
 from distloop import launch_guards
 from distloop.errors import UsageError
-from distloop.failures import Position
 
-REDUCED = {4 * 2**10: 20, 2**20: 10, 32 * 2**20: 5}  # bytes of an all-reduce -> how often it is timed
-MATRIX_SIZES = {"cpu": 1024, "cuda": 8192}  # some 30 ms on a core and on a large GPU
-PRODUCTS = 5
 SHOWN_SETTINGS = re.compile(r"(NCCL|GLOO|CUDA|TORCH|PYTORCH|OMP|MKL)_")
 LIMITS = {"open files": "RLIMIT_NOFILE", "processes": "RLIMIT_NPROC", "locked memory": "RLIMIT_MEMLOCK"}
-
-
-# ---- alone ---------------------------------------------------------------------------------------------------
 
 
 def find_facts(given: Mapping[str, str], runs_dir: str, device: str, expected: int | None) -> dict[str, Any]:
@@ -61,7 +51,9 @@ def find_facts(given: Mapping[str, str], runs_dir: str, device: str, expected: i
         "versions": _versions(),
         "driver": _driver(),
         "code": _code(),
-        "cpus": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1)),
+        "cpus": sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1)),
         "threads": torch.get_num_threads(),
         "slurm_cpus_per_task": given.get("SLURM_CPUS_PER_TASK"),
         "memory": _memory(),
@@ -219,135 +211,3 @@ def _accelerate_config() -> str | None:
     except Exception:  # another Accelerate: no opinion
         return None
     return str(default_config_file) if os.path.isfile(default_config_file) else None
-
-
-# ---- together ------------------------------------------------------------------------------------------------
-
-
-class Together:
-    """Does the same piece of work on all ranks, and tells each what all have found. Without a group: on this one."""
-
-    def __init__(self, position: Position, world_size: int) -> None:
-        self.position, self.world_size = position, world_size
-
-    def gather(self, phase: str, work: Callable[[], Any]) -> list[Any]:
-        """The results of `work` on all ranks, by rank. Collective."""
-        import torch.distributed as dist
-
-        self.position.enter(phase)
-        own = work()
-        # A phase of its own, so that a rank that hangs at work is seen to be behind those that wait for it.
-        self.position.enter(f"{phase}, waiting for the others")
-        if self.world_size == 1:
-            return [own]
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, own)
-        return found
-
-
-def share_runs_dir(together: Together, rank: int, runs_dir: str, limit_seconds: float) -> list[dict[str, Any]]:
-    """Let rank 0 and each other rank leave files for each other in the run directory's parent. Collective.
-
-    By rank: the path meant, `problem` in words or "", and `seconds` until the other side's file was seen.
-    Every rank, not one of each node, since ranks of one node may differ in working directory or container.
-    """
-    folder = Path(runs_dir).absolute()
-    token = secrets.token_hex(8)
-    created: list[Path] = []
-
-    def start() -> str:
-        try:
-            created.extend(path for path in (folder, *folder.parents) if not path.exists())
-            meeting = folder / f".doctor-{token}"
-            meeting.mkdir(parents=True)
-            created.insert(0, meeting)
-            (meeting / "rank_0").write_text(token)
-        except OSError as error:
-            return f"cannot be written: {error.strerror}"
-        return ""
-
-    token, problem = together.gather(
-        "run directory, writing", lambda: (token, start()) if rank == 0 else (None, None)
-    )[0]
-    meeting = folder / f".doctor-{token}"
-
-    def answer() -> dict[str, Any]:
-        if problem:
-            return {"path": str(folder), "problem": problem if rank == 0 else "", "seconds": 0.0}
-        begun = time.monotonic()
-        while not _holds(meeting / "rank_0", token):
-            if time.monotonic() - begun > limit_seconds:
-                return {"path": str(folder), "problem": "does not show what rank 0 wrote", "seconds": limit_seconds}
-            time.sleep(0.02)
-        seconds = time.monotonic() - begun
-        try:
-            if rank:
-                (meeting / f"rank_{rank}").write_text(token)
-        except OSError as error:
-            return {"path": str(folder), "problem": f"cannot be written: {error.strerror}", "seconds": seconds}
-        return {"path": str(folder), "problem": "", "seconds": seconds}
-
-    answers = together.gather("run directory, reading what rank 0 wrote", answer)
-
-    def finish() -> list[dict[str, Any]]:
-        begun = time.monotonic()
-        wanted = [other for other, found in enumerate(answers) if other and not problem and not found["problem"]]
-        while wanted and time.monotonic() - begun <= limit_seconds:
-            wanted = [other for other in wanted if not _holds(meeting / f"rank_{other}", token)]
-            if wanted:
-                time.sleep(0.02)
-        for other in wanted:
-            answers[other] |= {"problem": "is written to, but rank 0 does not see it", "seconds": limit_seconds}
-        for other in range(len(answers)):
-            with contextlib.suppress(OSError):
-                (meeting / f"rank_{other}").unlink(missing_ok=True)
-        for path in created:
-            with contextlib.suppress(OSError):  # in use by somebody else by now
-                path.rmdir()
-        return answers
-
-    return together.gather("run directory, reading what the others wrote", lambda: finish() if rank == 0 else None)[0]
-
-
-def _holds(path: Path, text: str) -> bool:
-    try:
-        return path.read_text() == text
-    except OSError:
-        return False
-
-
-def matrix_product_seconds(device: str) -> float:
-    """The median time of a product of two float32 matrices of MATRIX_SIZES[device]."""
-    import torch
-
-    size = MATRIX_SIZES[device]
-    matrix = torch.ones(size, size, device=device)
-    return _median_seconds(lambda: matrix @ matrix, PRODUCTS, device)
-
-
-def all_reduce_seconds(device: str, group: Any) -> tuple[dict[int, float], bool]:
-    """By bytes, the median time of an all-reduce; and whether the sums were right. Collective."""
-    import torch
-    import torch.distributed as dist
-
-    seconds, right = {}, True
-    for size, times in REDUCED.items():
-        tensor = torch.ones(size // 4, device=device)
-        dist.all_reduce(tensor, group=group)
-        right &= bool((tensor == dist.get_world_size(group)).all())
-        tensor.zero_()
-        seconds[size] = _median_seconds(lambda tensor=tensor: dist.all_reduce(tensor, group=group), times, device)
-    return seconds, right
-
-
-def _median_seconds(work: Callable[[], Any], times: int, device: str) -> float:
-    import torch
-
-    taken = []
-    for _ in range(times + 1):
-        begun = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - begun)
-    return statistics.median(taken[1:])  # without the first, which sets things up

@@ -14,6 +14,7 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class RunLock:
         self.beats = 0
         self.next_beat = 0.0
         self.busy = threading.Lock()  # beats come from another thread
+        self.before_leaving: list[Callable[[], None]] = []
 
     def acquire(self, folder: Path) -> str | None:
         """Own `folder`; returns a line on whom it was taken from, if anyone. Raises UsageError naming the owner."""
@@ -102,6 +104,8 @@ class RunLock:
                 # This process was suspended for so long that it counted as dead. It must not write any more.
                 with contextlib.suppress(OSError, ValueError):
                     print(f"distloop: {path.parent} was taken over by {describe(owner)}; ending here.", flush=True)
+                for function in self.before_leaving:
+                    function()
                 os._exit(1)
             self._write(path)
         except OSError:  # a full disk, on which the time of the file can be set all the same

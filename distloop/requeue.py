@@ -1,9 +1,10 @@
 """Whether a Slurm job goes back to the queue: asked by the scripts in slurm/ when their ranks have ended in order.
 
-    scontrol show job "$SLURM_JOB_ID" | python -m distloop.requeue --config configs/digits.yaml …
+    scontrol show job "$SLURM_JOB_ID" | python -m distloop.requeue answer --config configs/digits.yaml …
 
-It takes the arguments of the run, finds in the run's directory how it ended, and says with exit code 0 that the job
-is to be requeued, with 3 that it is not. Slurm's tools are not called from here: it may run in a container.
+`answer` or `lost`: whether all nodes of the job answer, or one is lost. After it come the arguments of the run, in
+whose directory it is found how the run ended. Exit code 0 says that the job is to be requeued, 3 that it is not.
+Slurm's tools are not called from here: it may run in a container.
 """
 
 from __future__ import annotations
@@ -25,47 +26,50 @@ DONE = 3
 WARNINGS = (REASONS[signal.SIGUSR1], REASONS[signal.SIGUSR2], REASONS[SLURM_LIMIT])
 
 
-def decide(status: Mapping[str, Any], job: Mapping[str, str], max_requeues: int) -> tuple[bool, str]:
+def decide(
+    status: Mapping[str, Any], job: Mapping[str, str], max_requeues: int, node_lost: bool = False
+) -> tuple[bool, str]:
     """Whether to requeue, and a line that says why or why not; no line where nothing is to be said.
 
     `status` is the run's status.json, `job` what `scontrol show job` says. SIGTERM alone is no reason to come
     back: it is what scancel sends.
     """
     restarts = int(job.get("Restarts", 0))
-    if str(status.get("slurm_job")) != job.get("JobId") or status.get("slurm_restart") != restarts:
-        return False, ""  # it has not trained: another one owns the run, or it was finished before
-    if status.get("state") != "stopped":
-        return False, ""
+    ours = str(status.get("slurm_job")) == job.get("JobId") and status.get("slurm_restart") == restarts
+    if not node_lost and (not ours or status.get("state") != "stopped"):
+        return False, ""  # finished, failed, or never begun, since another one owns the run
     reason, step, attempt = str(status.get("reason")), status.get("step"), int(status.get("attempt", 1))
     preempted = job.get("PreemptTime", "None") != "None"
     if job.get("JobState") != "RUNNING":
         return False, f"not requeued: Slurm is ending the job ({job.get('JobState')})"
-    if not (reason in WARNINGS or (preempted and reason == REASONS[signal.SIGTERM])):
+    if not node_lost and not (reason in WARNINGS or (preempted and reason == REASONS[signal.SIGTERM])):
         return False, f"not requeued: the run was stopped by {reason}; the same sbatch command continues it"
     if job.get("Requeue") == "0":
         return False, "not requeued: the job was submitted with --no-requeue; the same sbatch command continues it"
     if restarts >= max_requeues:
         return False, f"not requeued: restarted {restarts} times already (stop.max_requeues)"
-    if attempt > 1 and step == status.get("first_step") and not preempted:
+    if ours and attempt > 1 and step == status.get("first_step") and not preempted:
         return False, (
             f"not requeued: no progress, attempt {attempt} began and ended with step {step}. Give the job more time "
             "(--time), or save and start faster."
         )
-    why = "preempted" if preempted else reason
-    return True, f"requeued after step {step} of {status.get('total_steps')} ({why}); it continues there"
+    why = "a node is lost" if node_lost else "preempted" if preempted else reason
+    return True, f"requeued after step {step or 0} of {status.get('total_steps')} ({why}); it continues there"
 
 
 def main(arguments: list[str]) -> int:
     """Read Slurm's view of the job from standard input; print the decision; return the exit code."""
     job = dict(re.findall(r"(\w+)=(\S*)", sys.stdin.read()))
     job["JobId"] = os.environ.get("SLURM_JOB_ID", "")  # a task of an array is shown by its own number, too
+    nodes, *arguments = arguments
     try:
         config = load_config(arguments, quiet=False)
-        status = json.loads((path_of(config) / STATUS).read_text())
+        file = path_of(config) / STATUS
+        status = json.loads(file.read_text()) if file.exists() else {}
     except (UsageError, OSError, ValueError) as error:
         print(f"distloop: not requeued: {error}", file=sys.stderr)
         return DONE
-    requeue, line = decide(status, job, config.stop.max_requeues)
+    requeue, line = decide(status, job, config.stop.max_requeues, nodes == "lost")
     if line:
         print(f"distloop: {line}", flush=True)
     return 0 if requeue else DONE

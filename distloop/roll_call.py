@@ -37,6 +37,7 @@ STUCK_SECONDS = 5.0  # after the verdict, for a main thread that hangs in a coll
 LEAVE_SECONDS = 20.0  # after the verdict, for a main thread that is on its way out: a save may be under way
 LOST_SECONDS = 60  # after so long without an answer from its kernel a machine counts as gone
 RECORD = "ranks.json"
+IN_ORDER = "in order"
 
 
 class _Line:
@@ -211,7 +212,7 @@ class RollCall:
     def close(self) -> None:
         """The end of the process's part in the run."""
         if self.verdict is None:
-            self.leave("in order")
+            self.leave(IN_ORDER)
         self.watch.leave_within(None)
         self._closed = True
         with contextlib.suppress(OSError):
@@ -246,8 +247,9 @@ class RollCall:
         with self._deciding:
             if self.verdict is not None:
                 return
-            if self.places[0].left and self.rank:
-                self.verdict = Verdict(1, f"rank 0 left: {self.places[0].left}", "")
+            left = place if place.left else self.places[0]  # for a reason that is no failure
+            if left.left and left.left != IN_ORDER and kind in ("gone", "consequence"):
+                self.verdict = Verdict(1, f"{left} left: {left.left}", "")
             else:
                 self._note_own_position()
                 self.verdict = verdict(place, kind, what, trace, self.places[self.rank], self.world_size)
@@ -312,7 +314,7 @@ class RollCall:
         if messages is None:
             self._lines.remove(line)
             line.socket.close()
-            if line.place is not None and not line.place.left and not self._closed:
+            if line.place is not None and not self._closed and line.place.left != IN_ORDER:
                 self._heard_end(line.place, "gone", "", self._crash_of(line.place.rank))
             return
         for message in messages:

@@ -133,6 +133,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     here.enter("opening the run directory")
     lock = attempt.enter_context(RunLock())
     watch.each_poll.append(lock.beat)
+    lock.before_leaving.append(lambda: roll_call.leave("its run directory was taken over"))
     start = cluster.from_main(lambda: open_run(config, lock, world_size, fingerprint(source.train), total_steps))
     if start.finished:
         accelerator.print(

@@ -5,6 +5,7 @@
 # autograd's anomaly detection names the forward operation behind a NaN; the run directory is a temporary one. What you
 # add counts over what is set here.
 set -euo pipefail
+# shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 prepare 1
 export CUDA_LAUNCH_BLOCKING=1 PYTHONFAULTHANDLER=1

@@ -5,6 +5,7 @@
 # MASTER_ADDR: machine 0, as all of them reach it. The run directory (--runs-dir) is one that all of them share.
 # PROCESSES: ranks on each machine (its GPUs; two on the CPU). MASTER_PORT: 29500. JOIN_SECONDS: 180.
 set -euo pipefail
+# shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 for name in MASTER_ADDR MACHINES MACHINE_RANK; do

@@ -3,6 +3,7 @@
 #   launch/single_node.sh --config configs/cifar10.yaml
 #   PROCESSES=4 launch/single_node.sh --config configs/digits.yaml
 set -euo pipefail
+# shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 kind=multi_gpu available=$(gpus)

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154
 # What the sbatch scripts of this folder share. Not submitted by itself.
 
 # ---- your environment: the one place to set it up -------------------------------------------------------------
@@ -23,7 +23,9 @@ fail() {
   exit 2
 }
 
-on_each_node() { srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --gres=none "$@"; }
+on_each_node() {
+  srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --gres=none "$@"
+}
 
 # train ARGUMENTS…: one task per GPU, to the end of the run or of the job's time.
 train() {
@@ -54,9 +56,12 @@ train() {
     wait "$step" || code=$?
   done
 
-  # Only a run that was stopped by the end of its time, or by a preemption, goes back to the queue.
-  if [ "$code" = 0 ] && scontrol show job "$SLURM_JOB_ID" | "${python[@]}" -m distloop.requeue "$@"; then
-    scontrol requeue "$SLURM_JOB_ID"
+  # A run goes back to the queue if it was stopped by the end of its time, by a preemption, or by a node that is lost
+  # (which Slurm may notice minutes later).
+  local nodes=answer
+  if [ "$code" != 0 ] && ! on_each_node true; then nodes=lost; fi
+  if [ "$code" = 0 ] || [ $nodes = lost ]; then
+    scontrol show job "$SLURM_JOB_ID" | "${python[@]}" -m distloop.requeue $nodes "$@" && scontrol requeue "$SLURM_JOB_ID"
   fi
   return "$code"
 }
