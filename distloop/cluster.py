@@ -79,6 +79,11 @@ def _tasks_on_node(counts: str, node: int) -> int:
     return expanded[node] if node < len(expanded) else 1
 
 
+def node_name() -> str:
+    """What this machine is called: by Slurm, where it has a name of its own for it."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
 def cpus_per_rank(environ: Mapping[str, str]) -> int:
     """The CPUs that this rank may use: Slurm's share of the task, else its part of what the process is bound to.
 

@@ -21,15 +21,16 @@ import contextlib
 import io
 import json
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from distloop import cluster, stopping
-from distloop.doctor_checks import FAIL, OK, WARN, Line
+from distloop.doctor_lines import FAIL, OK, WARN, Line, nodes_of
 from distloop.errors import RunFailed, UsageError
 from distloop.roll_call import RollCall
 
 COLOURS = {OK: "32", WARN: "33", FAIL: "31"}
-LAST_SECONDS = 5.0  # what a signal leaves, in which a rank that failed can still be named
+LAST_SECONDS = 3.0  # what a signal leaves, in which a rank that failed can still be named
 
 
 class _Watch(stopping.Watch):
@@ -96,10 +97,10 @@ def examine(options: argparse.Namespace, given: dict[str, str], roll_call: RollC
     here.enter("importing torch")
     import torch.distributed as dist
 
-    from distloop import doctor_checks as checks
     from distloop import doctor_together as together
     from distloop import launch_guards, rendezvous
     from distloop.config import Ddp
+    from distloop.doctor_checks import check_facts
     from distloop.doctor_facts import find_facts
 
     here.enter("looking around")
@@ -124,8 +125,8 @@ def examine(options: argparse.Namespace, given: dict[str, str], roll_call: RollC
 
     ranks = together.Ranks(here, rank, world_size)
     everyone = ranks.gather("looking around", lambda: facts)
-    report.about = {"world_size": world_size, "nodes": list(checks.nodes_of(everyone)), "ranks": everyone}
-    report.lines += checks.check_facts(everyone)
+    report.about = {"world_size": world_size, "nodes": list(nodes_of(everyone)), "ranks": everyone}
+    report.lines += check_facts(everyone)
     answers = together.share_runs_dir(ranks, options.runs_dir, options.check_seconds / 2)
     report.lines += together.runs_dir(everyone, answers)
 
@@ -146,7 +147,7 @@ def examine(options: argparse.Namespace, given: dict[str, str], roll_call: RollC
     return ranks.gather("finishing", lambda: int(report.verdict == FAIL))[0]
 
 
-def advice_on_address(environ: Any) -> str:
+def advice_on_address(environ: Mapping[str, str]) -> str:
     """What to do when ranks do not find each other."""
     address = environ.get("MASTER_ADDR", "")
     several = environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"]) != environ["WORLD_SIZE"]
@@ -201,6 +202,9 @@ def main(arguments: list[str] | None = None) -> int:
     roll_call.watch.before_leaving.append(report.cut_off)
     try:
         return examine(options, given, roll_call, report)
+    except KeyboardInterrupt:  # a second Ctrl-C
+        report.cut_off("failed", "interrupted from the keyboard")
+        return 130
     except BaseException as error:
         report.lines.append(Line(FAIL, "ranks", roll_call.judge(error).reason))
         report.show()

@@ -1,97 +1,41 @@
-"""What `distloop doctor` thinks of what the ranks have found: a line, a verdict and what to do for each subject.
+"""What `distloop doctor` thinks of what each rank has found alone: a verdict for each subject, and what to do.
 
 Plain functions of the facts of all ranks (doctor_facts.py), by rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-OK, WARN, FAIL = "ok", "warn", "fail"
+from distloop.doctor_lines import (
+    FAIL,
+    OK,
+    WARN,
+    Facts,
+    Line,
+    count_text,
+    group,
+    names_text,
+    nodes_of,
+    ranks_text,
+    size_text,
+    spread,
+    spread_text,
+    where,
+)
+
 GIB = 2**30
 LEAST_SHARED_MEMORY = GIB
 LEAST_MEMORY_PER_RANK = GIB
 LEAST_FREE = {"run directory": 10 * GIB, "/tmp": GIB}
 LEAST_LIMITS = {"open files": (4096, "ulimit -n 65536"), "processes": (4096, "ulimit -u 65536")}
 
-Facts = Sequence[Mapping[str, Any]]
-
-
-class Line(NamedTuple):
-    """One line of the table; `advice` says what to do where the verdict is not ok."""
-
-    verdict: str
-    check: str
-    found: str
-    advice: str = ""
-
 
 def check_facts(facts: Facts) -> list[Line]:
     """The lines on what each rank found alone."""
     checks = (launch, versions, code, devices, cpus, memory, disks, shared_memory, limits, environment)
     return [line for check in checks for line in check(facts)]
-
-
-# ---- in words ------------------------------------------------------------------------------------------------
-
-
-def ranks_text(ranks: Iterable[int]) -> str:
-    """ "rank 3", or "ranks 0-2, 5"."""
-    numbers = sorted(ranks)
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    text = ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in spans)
-    return f"rank{'s' if len(numbers) > 1 else ''} {text}"
-
-
-def where(facts: Facts, ranks: Iterable[int]) -> str:
-    """ "ranks 2-3 on n2"."""
-    ranks = list(ranks)
-    nodes = list(dict.fromkeys(facts[rank]["node"] for rank in ranks))
-    shown = ", ".join(nodes[:4]) + (f" and {len(nodes) - 4} more" if len(nodes) > 4 else "")
-    return f"{ranks_text(ranks)} on {shown}"
-
-
-def spread(values: Sequence[Any]) -> dict[str, list[int]]:
-    """The ranks that have each value, given by rank; the commonest value first."""
-    groups: dict[str, list[int]] = {}
-    for rank, value in enumerate(values):
-        groups.setdefault(str(value), []).append(rank)
-    return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
-
-
-def spread_text(facts: Facts, values: Sequence[Any]) -> str:
-    """ "2.14 on ranks 0-2 on n1, n2; 2.13 on rank 3 on n2"."""
-    return "; ".join(f"{value} on {where(facts, ranks)}" for value, ranks in spread(values).items())
-
-
-def count_text(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def size_text(size: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}" if size < 100 else f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"
-
-
-def nodes_of(facts: Facts) -> dict[str, list[int]]:
-    """The ranks of each node."""
-    nodes: dict[str, list[int]] = {}
-    for rank, fact in enumerate(facts):
-        nodes.setdefault(fact["node"], []).append(rank)
-    return nodes
-
-
-# ---- what each rank found alone ------------------------------------------------------------------------------
 
 
 def launch(facts: Facts) -> list[Line]:
@@ -169,10 +113,10 @@ def devices(facts: Facts) -> list[Line]:
     if len(set(names)) > 1:
         found = f"GPUs differ: {spread_text(facts, names)}"
         lines.append(Line(WARN, "devices", found, "All wait for the slowest: ask for nodes of one kind."))
-    for node, ranks in nodes_of(facts).items():
-        visible = max(gpus[rank]["visible"] for rank in ranks)
-        if visible > len(ranks):
-            found = f"{node} shows {visible} GPUs to {count_text(len(ranks), 'rank')}"
+    shown = group(nodes_of(facts), lambda ranks: (max(gpus[rank]["visible"] for rank in ranks), len(ranks)))
+    for (visible, count), alike in shown.items():
+        if visible > count:
+            found = f"{visible} GPUs are shown to {count_text(count, 'rank')}: {names_text(alike)}"
             lines.append(Line(WARN, "devices", found, "Start one process per GPU to use them all."))
     busy = [rank for rank, gpu in gpus.items() if gpu["free"] < 0.9 * gpu["total"]]
     if busy:
@@ -198,19 +142,24 @@ def cpus(facts: Facts) -> list[Line]:
         )
         advice = "srun does not take over --cpus-per-task: export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK before it."
         lines.append(Line(WARN, "CPUs", found, advice))
-    for node, ranks in nodes_of(facts).items():
-        there = len({cpu for rank in ranks for cpu in facts[rank]["cpus"]})
-        threads = sum(facts[rank]["threads"] for rank in ranks)
-        advice = f"export OMP_NUM_THREADS={max(1, there // len(ranks))}"
-        found = f"{count_text(len(ranks), 'rank')} on {node} with {count_text(threads, 'thread')} on {there} CPUs"
-        if len(ranks) > there:
+    nodes = nodes_of(facts)
+    for (count, threads, there), alike in group(
+        nodes, lambda ranks: (len(ranks), sum(facts[rank]["threads"] for rank in ranks), _cpus_of(facts, ranks))
+    ).items():
+        found = f"{count_text(count, 'rank')} with {count_text(threads, 'thread')} on {there} CPUs: {names_text(alike)}"
+        advice = f"export OMP_NUM_THREADS={max(1, there // count)}"
+        if count > there:
             lines.append(Line(WARN, "CPUs", found, "Ask for at least one CPU per rank (Slurm: --cpus-per-task)."))
         elif threads > there:
             lines.append(Line(WARN, "CPUs", found, f"{advice}: threads in excess wait for each other."))
-        elif facts[ranks[0]]["device"] == "cpu" and 4 * threads <= there:  # torch itself takes a thread per core
+        elif facts[nodes[alike[0]][0]]["device"] == "cpu" and 4 * threads <= there:  # torch takes one per core
             lines.append(Line(WARN, "CPUs", found, f"{advice}: launchers set 1 where it is not set."))
     each = spread([f"{len(fact['cpus'])} CPUs and {count_text(fact['threads'], 'thread')}" for fact in facts])
     return lines or [Line(OK, "CPUs", "; ".join(f"{text} for {where(facts, ranks)}" for text, ranks in each.items()))]
+
+
+def _cpus_of(facts: Facts, ranks: Iterable[int]) -> int:
+    return len({cpu for rank in ranks for cpu in facts[rank]["cpus"]})
 
 
 def memory(facts: Facts) -> list[Line]:

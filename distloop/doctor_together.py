@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distloop.doctor_checks import FAIL, OK, WARN, Facts, Line, size_text, spread, where
+from distloop.doctor_lines import FAIL, OK, WARN, Facts, Line, size_text, spread, time_text, where
 from distloop.failures import Position
 
 REDUCED = {4 * 2**10: 20, 2**20: 10, 32 * 2**20: 5}  # bytes of an all-reduce -> how often it is timed
@@ -171,13 +171,6 @@ def runs_dir(facts: Facts, answers: Sequence[Mapping[str, Any]]) -> list[Line]:
     seconds = max(answer["seconds"] for answer in answers)
     found = f"{path} is shared by all ranks and can be written; a file is seen within {time_text(seconds)}"
     return [Line(OK, "run directory", found)]
-
-
-def time_text(seconds: float) -> str:
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
 
 
 def slowest_rank(facts: Facts, seconds: Sequence[float], device: str) -> list[Line]:

@@ -5,7 +5,6 @@ torch is imported where it is needed: the environment has to be in order before 
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 import time
@@ -13,6 +12,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from distloop.cluster import node_name
 from distloop.errors import RunFailed, UsageError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def open_store(host: str, port: str, is_master: bool, limit_seconds: float, memb
             host, int(port), is_master=is_master, timeout=timeout, wait_for_workers=False, multi_tenant=True
         )
     except (RuntimeError, ValueError) as error:
-        text, here = str(error).splitlines()[0], os.uname().nodename
+        text, here = str(error).splitlines()[0], node_name()
         if "EADDRINUSE" in text or "in use" in text:
             raise UsageError(
                 f"Port {port} of {here} is in use by another program: choose another MASTER_PORT."
@@ -67,7 +67,7 @@ def open_store(host: str, port: str, is_master: bool, limit_seconds: float, memb
 
 def _wait_for_answer(host: str, port: int, limit_seconds: float, members: str) -> None:
     """Wait until somebody listens there. torch would wait as well, but say it in pages."""
-    here, begun = os.uname().nodename, time.monotonic()
+    here, begun = node_name(), time.monotonic()
     while True:
         try:
             socket.create_connection((host, port), timeout=min(5.0, limit_seconds)).close()
@@ -87,7 +87,7 @@ def _wait_for_answer(host: str, port: int, limit_seconds: float, members: str) -
 def meet(store: Any, number: int, expected: int, limit_seconds: float, members: str) -> None:
     """Wait for all members, numbered from 0. Raises RunFailed, on all that came, with the names of the missing."""
     here = [f"here/{other}" for other in range(expected)]
-    store.set(here[number], os.uname().nodename)
+    store.set(here[number], node_name())
     if number:
         try:
             told = _within(limit_seconds + TELLING_SECONDS, lambda: store.check(["result"]))

@@ -23,7 +23,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO, Any
 
-from distloop.cluster import let_others_speak, say, speaks
+from distloop.cluster import let_others_speak, node_name, say, speaks
 from distloop.errors import UsageError
 from distloop.failures import Place, Position, Verdict, describe_error, verdict
 from distloop.stopping import Watch
@@ -94,7 +94,7 @@ class RollCall:
         self.folder: Path | None = None
         self.attempt = 0
         self.rank, self.world_size, self.limit = 0, 1, 600.0
-        self.places: list[Place] = [Place(0, os.uname().nodename, os.getpid())]
+        self.places: list[Place] = [Place(0, node_name(), os.getpid())]
         self._lines: list[_Line] = []
         self._listener: socket.socket | None = None
         self._token = ""
@@ -115,7 +115,7 @@ class RollCall:
         self.rank, self.world_size, self.limit = rank, world_size, limit_seconds
         self.places = [Place(number) for number in range(world_size)]
         own = self.places[rank]
-        own.node, own.pid = os.uname().nodename, os.getpid()
+        own.node, own.pid = node_name(), os.getpid()
         if rank == 0:
             self._listener = socket.create_server(("", 0), backlog=world_size)
             self._token = secrets.token_hex(16)
@@ -145,7 +145,7 @@ class RollCall:
 
     def _crash_path(self, rank: int) -> Path:
         assert self.folder is not None
-        return self.folder / f"crash_rank_{rank:05d}.txt"
+        return self.folder / f"crash_{self.attempt:04d}_rank_{rank:05d}.txt"
 
     def write_record(self) -> None:
         """On rank 0, now and then: where all ranks are."""
@@ -238,7 +238,9 @@ class RollCall:
             with contextlib.suppress(OSError):
                 self._crash_path(self.rank).unlink()
         if self.folder is not None and self.rank == 0 and self.folder.exists():
-            empty = [path for path in self.folder.glob("crash_rank_*.txt") if not path.stat().st_size]
+            empty = [
+                path for path in self.folder.glob(f"crash_{self.attempt:04d}_rank_*.txt") if not path.stat().st_size
+            ]
             for path in (self.folder / RECORD, *empty):  # of ranks that were killed
                 path.unlink(missing_ok=True)
 
@@ -253,6 +255,9 @@ class RollCall:
             else:
                 self._note_own_position()
                 self.verdict = verdict(place, kind, what, trace, self.places[self.rank], self.world_size)
+            if self.world_size == 1 and int(os.environ.get("RANK", 0)):  # another machine's may be a second message
+                who = f" (rank {os.environ['RANK']} on {self.places[0].node})"
+                self.verdict = self.verdict._replace(text=self.verdict.text + who)
             # Before the ranks are gathered, or when rank 0 is gone, one of each machine speaks.
             own = place is self.places[self.rank] and kind == "failed"
             gathered = self.world_size > 1 and self.rank <= 1

@@ -23,9 +23,7 @@ fail() {
   exit 2
 }
 
-on_each_node() {
-  srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --gres=none "$@"
-}
+on_each_node() { srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "$@"; }
 
 # train ARGUMENTS…: one task per GPU, to the end of the run or of the job's time.
 train() {

@@ -54,7 +54,7 @@ def rank_main(processes: int, rounds: int, folder: Path) -> None:
     optimizer.step()
     optimizer.zero_grad()
 
-    saver = Saver(folder / "ours", Checkpoint(), {}, listen(), lambda step: None, enabled=rank == 0)
+    saver = Saver(folder / "ours", Checkpoint(), {}, listen(), lambda step, best: None, enabled=rank == 0)
     pending: list[Any] = []
     group: Any = dist.new_group(backend="gloo")  # its thread must not meet our collectives
 

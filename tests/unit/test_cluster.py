@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import cast
 
 import pytest
 
 from distloop import cluster
 from distloop.cluster import adopt_slurm, first_host, share_cpus
 from distloop.errors import UsageError
+from distloop.roll_call import RollCall
+from distloop.stopping import Watch
 
 # The third of five tasks under srun: two nodes with two tasks each, then one with one.
 STEP = {
@@ -158,11 +161,10 @@ def test_a_mistake_is_said_once_on_a_machine_where_ranks_cannot_talk(
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
-    cluster.report(UsageError("do this instead"))
+    assert RollCall(cast(Watch, None)).judge(UsageError("do this instead")).code == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == ("\ndistloop: do this instead\n" if said else "")
-    assert not cluster.was_reported()
 
 
 def test_a_mistake_on_another_machine_is_said_with_its_name(
@@ -170,7 +172,7 @@ def test_a_mistake_on_another_machine_is_said_with_its_name(
 ) -> None:
     monkeypatch.setenv("RANK", "4")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    cluster.report(UsageError("do this instead"))
+    RollCall(cast(Watch, None)).judge(UsageError("do this instead"))
     assert capsys.readouterr().err == f"\ndistloop: do this instead (rank 4 on {os.uname().nodename})\n"
 
 

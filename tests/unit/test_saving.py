@@ -116,7 +116,14 @@ class Run:
         self.heard = Heard()
         self.published: list[int] = []
         watch = cast(Watch, self.heard)
-        self.saver = Saver(folder, Checkpoint(**settings), {"dataset": {}}, watch, self.published.append, enabled)
+        self.saver = Saver(
+            folder,
+            Checkpoint(**settings),
+            {"dataset": {}},
+            watch,
+            lambda step, best: self.published.append(step),
+            enabled,
+        )
 
     def train(self) -> None:
         self.model(torch.randn(8, 3)).square().sum().backward()
