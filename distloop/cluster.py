@@ -18,9 +18,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from distloop.errors import RunFailed, UsageError
+
+if TYPE_CHECKING:
+    from distloop.failures import Position
 
 Result = TypeVar("Result")
 SPEAKING_SECONDS = 20  # enough to import torch on a busy machine; the launcher cuts it short
@@ -101,8 +104,11 @@ def share_cpus(environ: MutableMapping[str, str]) -> None:
         environ.setdefault("OMP_NUM_THREADS", str(cpus_per_rank(environ)))
 
 
-def from_main(function: Callable[[], Result]) -> Result:
-    """The result of `function`, called on rank 0 alone; a UsageError or RunFailed of it is raised on all ranks."""
+def from_main(function: Callable[[], Result], here: Position | None = None) -> Result:
+    """The result of `function`, called on rank 0 alone; a UsageError or RunFailed of it is raised on all ranks.
+
+    `here`: this rank's position, by which it is known who waits for whom.
+    """
     import torch.distributed as dist
 
     if not (dist.is_initialized() and dist.get_world_size() > 1):
@@ -113,6 +119,8 @@ def from_main(function: Callable[[], Result]) -> Result:
             answer = [function()]
         except (UsageError, RunFailed) as error:
             answer = [error]
+    if here is not None:
+        here.enter(here.phase if dist.get_rank() == 0 else "waiting for rank 0")
     dist.broadcast_object_list(answer)
     if isinstance(answer[0], (UsageError, RunFailed)):
         raise answer[0]

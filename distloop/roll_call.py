@@ -26,6 +26,7 @@ from typing import IO, Any
 from distloop.cluster import let_others_speak, node_name, say, speaks
 from distloop.errors import UsageError
 from distloop.failures import Place, Position, Verdict, describe_error, verdict
+from distloop.json_lines import JsonLines
 from distloop.stopping import Watch
 
 BEAT_SECONDS = 0.25
@@ -35,53 +36,14 @@ SEARCH_SECONDS = 4.0  # how long rank 0, when it hears of consequences only, loo
 ANSWER_SECONDS = 10.0  # how long a rank waits for rank 0's verdict
 STUCK_SECONDS = 5.0  # after the verdict, for a main thread that hangs in a collective
 LEAVE_SECONDS = 20.0  # after the verdict, for a main thread that is on its way out: a save may be under way
-LOST_SECONDS = 60  # after so long without an answer from its kernel a machine counts as gone
 RECORD = "ranks.json"
 IN_ORDER = "in order"
 
 
-class _Line:
-    """A connection over which JSON goes, one object a line."""
+class _Line(JsonLines):
+    """A connection to another rank."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
-        self.place: Place | None = None  # of the other side
-        self.rest = b""
-        self.sending = threading.Lock()
-        connection.settimeout(5)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # A machine that is gone closes nothing: its kernel is asked now and then.
-        for name, value in (("TCP_KEEPIDLE", LOST_SECONDS // 4), ("TCP_KEEPINTVL", LOST_SECONDS // 4)):
-            if hasattr(socket, name):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * LOST_SECONDS)
-
-    def fileno(self) -> int:
-        return self.socket.fileno()
-
-    def send(self, **message: Any) -> bool:
-        """Whether it could be sent."""
-        try:
-            with self.sending:
-                self.socket.sendall(json.dumps(message).encode() + b"\n")
-            return True
-        except OSError:
-            return False
-
-    def receive(self) -> list[dict[str, Any]] | None:
-        """What has arrived; None: the other side is gone."""
-        try:
-            data = self.socket.recv(65536)
-        except TimeoutError:
-            return []
-        except OSError:
-            data = b""
-        if not data:
-            return None
-        *lines, self.rest = (self.rest + data).split(b"\n")
-        return [json.loads(line) for line in lines]
+    place: Place | None = None  # what is known of that rank, once it has said who it is
 
 
 class RollCall:

@@ -134,7 +134,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     lock = attempt.enter_context(RunLock())
     watch.each_poll.append(lock.beat)
     lock.before_leaving.append(lambda: roll_call.leave("its run directory was taken over"))
-    start = cluster.from_main(lambda: open_run(config, lock, world_size, fingerprint(source.train), total_steps))
+    start = cluster.from_main(lambda: open_run(config, lock, world_size, fingerprint(source.train), total_steps), here)
     if start.finished:
         accelerator.print(
             f"{start.path} is finished; its metrics are in {start.path / METRICS}. "
@@ -261,7 +261,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
             if validation_due:
                 here.enter("validation")
                 with throughput.paused(), watch.timed("validation"):
-                    metrics = validate(validated, task, validation_loader, validation_sampler)
+                    metrics = validate(validated, task, validation_loader, validation_sampler, here)
                 trackers.log("validate", step, epoch, **metrics)
                 best, previous = better(rule, best, {"step": step, **metrics}), best
                 save_due = save_due or best is not previous
@@ -277,7 +277,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
         if step < total_steps:
             status.stopped_by = stop
             trackers.say(f"stopping after step {step}: its checkpoint is being written")
-        cluster.from_main(saver.finish)
+        cluster.from_main(saver.finish, here)
         if status.stopped_by == stopping.REASONS[stopping.SAVE_FAILED]:
             raise RunFailed(f"Stopped after step {step} (checkpoint.on_failure): a checkpoint could not be written.")
     if is_main:

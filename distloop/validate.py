@@ -10,15 +10,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distloop.data.sampling import FixedBatchSampler
+from distloop.failures import Position
 from distloop.tasks import Task
 
 
-def validate(model: nn.Module, task: Task, loader: Iterable[Any], sampler: FixedBatchSampler) -> dict[str, float]:
+def validate(
+    model: nn.Module, task: Task, loader: Iterable[Any], sampler: FixedBatchSampler, here: Position | None = None
+) -> dict[str, float]:
     """The task's summary over the whole validation set, with `samples`; the same on all ranks.
 
     `model` is the bare module: DDP's forward waits for its peers, which may have fewer batches. `loader`
     yields the batches that `sampler` deals to this rank. The sums of each batch are kept apart and added in
-    the order of the batches, in float64, so that the result does not depend on who computed which.
+    the order of the batches, in float64, so that the result does not depend on who computed which. `here`: this
+    rank's position, by which it is known who waits for whom.
     """
     broadcast_buffers(model)  # BatchNorm's statistics differ between ranks: all validate rank 0's
     was_training = model.training
@@ -37,6 +41,8 @@ def validate(model: nn.Module, task: Task, loader: Iterable[Any], sampler: Fixed
                 if not value.is_floating_point():
                     counts[name] = counts[name] + value if name in counts else value.to(torch.int64)
     model.train(was_training)
+    if here is not None:
+        here.enter("adding up the validation")
     sums = add_in_batch_order(rows, counts, sampler, next(model.parameters()).device)
     return {**task.summary(sums), "samples": int(sums["samples"])}
 
