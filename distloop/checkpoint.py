@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from distloop.errors import UsageError
+from distloop.run_files import sync
 
 SCHEMA = 2
 MODEL, AVERAGED = "model.safetensors", "averaged.safetensors"
@@ -277,11 +277,3 @@ def _differing_shapes(found: dict[str, tuple], expected: dict[str, tuple], most:
         if name in found and found[name] != expected[name]
     ]
     return "\n".join(lines[:most] + ([f"  and {len(lines) - most} more"] if len(lines) > most else []))
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

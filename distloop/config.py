@@ -66,6 +66,8 @@ class Data:
     workers: NonNegativeInt | Literal["auto"] = "auto"
     """Loader processes per rank. auto: none for data in memory, else the CPUs this process may use, shared
     by the ranks of the machine."""
+    timeout_seconds: PositiveInt = 600
+    """How long loader processes may take for a batch before the run fails instead of waiting for them."""
     collate: str | None = None
     """module:callable that makes a batch of a list of samples (default: PyTorch's)."""
     args: Arguments = no_arguments()
@@ -261,6 +263,7 @@ FREE_KEYS = (
     "expect_world",
     "data.root",
     "data.workers",
+    "data.timeout_seconds",
     "batch.micro_size",
     "train.detect_anomaly",
     "train.on_nonfinite",  # makes no difference to the steps before the first one that is not finite

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distloop.errors import UsageError
-from distloop.runs import CONFIG, Run, metrics_in, seconds_since, validation_rows
+from distloop.run_files import CONFIG
+from distloop.runs import Run, metrics_in, seconds_since, validation_rows
 
 LOWER_IS_BETTER = ("loss", "error")  # in the name of a metric; of others more is better
 

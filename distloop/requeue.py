@@ -19,7 +19,7 @@ from typing import Any
 
 from distloop.config_load import load_config
 from distloop.errors import UsageError
-from distloop.run_directory import STATUS, path_of
+from distloop.run_files import STATUS, path_of
 from distloop.stopping import REASONS, SLURM_LIMIT
 
 DONE = 3

@@ -15,15 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from distloop.lock import LOCK, owner_of, why_gone
+from distloop.run_files import CHECKPOINTS, METRICS, RANKS, STATUS
 
-# As run_directory.py and checkpoint.py have them, which import torch.
-CONFIG, STATUS, METRICS, CHECKPOINTS, RANKS = (
-    "config.yaml",
-    "status.json",
-    "metrics.jsonl",
-    "checkpoints",
-    "failures/ranks.json",
-)
 NO_METRICS = ("kind", "step", "epoch", "attempt", "samples")  # numbers in a validation row, but not what it found
 
 

@@ -45,7 +45,9 @@ from distloop.models import build_model
 from distloop.nonfinite import FiniteCheck
 from distloop.optim import build_average, build_optimizer, check_schedule, lr_at, set_lr, update_average
 from distloop.roll_call import RollCall
-from distloop.run_directory import METRICS, RunStatus, open_run
+from distloop.run_directory import open_run
+from distloop.run_files import CHECKPOINTS, FAILURES, METRICS
+from distloop.run_status import RunStatus
 from distloop.saving import Saver
 from distloop.seeding import seed_forward
 from distloop.tasks import build_task, introduce
@@ -142,7 +144,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
         )
         accelerator.end_training()
         return
-    roll_call.keep_records(start.path / "failures", start.attempt)
+    roll_call.keep_records(start.path / FAILURES, start.attempt)
     watch.each_poll.append(roll_call.write_record)
     status = attempt.enter_context(RunStatus(start, is_main, total_steps, roll_call.judge, lock.beat))
     watch.before_leaving += [status.cut_off, roll_call.cut_off, lambda state, reason: lock.release()]
@@ -191,7 +193,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     finite = FiniteCheck(config.train.on_nonfinite, bare_model, optimizer, scaler, plan, order, rank)
     throughput = Throughput(device)
     trackers = Trackers(start, total_steps, plan.steps_per_epoch, is_main, lock.beat)
-    folder = start.path / "checkpoints"
+    folder = start.path / CHECKPOINTS
     saver = Saver(folder, config.checkpoint, start.identity, watch, status.update, is_main, lock.beat)
     trackers.say(*messages, *start.messages, *describe(config, start, plan, bare_model, accelerator, total_steps))
 

@@ -137,6 +137,7 @@ def make_loader(
         pin_memory=device.type == "cuda",
         persistent_workers=persistent and workers > 0,
         worker_init_fn=leave_signals_to_parent,
+        timeout=config.timeout_seconds if workers else 0,
         # Forking a process that has initialised CUDA is unsafe.
         multiprocessing_context="forkserver" if workers and device.type == "cuda" else None,
     )

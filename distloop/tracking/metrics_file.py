@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from distloop.checkpoint import sync
 from distloop.cluster import say
+from distloop.run_files import sync
 
 
 class MetricsFile:

@@ -14,7 +14,8 @@ from distloop.checkpoint import AVERAGED, MODEL, published_in, step_of
 from distloop.config import Config
 from distloop.data.sampling import Plan
 from distloop.errors import UsageError
-from distloop.run_directory import METRICS, Start
+from distloop.run_directory import Start
+from distloop.run_files import METRICS
 from distloop.tasks import Task
 from distloop.tracking.console import number
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from distloop.run_directory import METRICS, Start
+from distloop.run_directory import Start
+from distloop.run_files import METRICS
 from distloop.tracking.console import Console
 from distloop.tracking.metrics_file import MetricsFile
 

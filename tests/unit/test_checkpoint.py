@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from distloop import checkpoint
+from distloop import checkpoint, run_files
 from distloop.checkpoint import (
     MANIFEST,
     MODEL,
@@ -295,7 +295,7 @@ def test_a_checkpoint_that_cannot_be_written_publishes_and_removes_nothing(
 
 def test_files_are_synced_before_the_checkpoint_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    original, rename = checkpoint.sync, Path.rename
+    original, rename = run_files.sync, Path.rename
 
     def synced(path: Path) -> None:
         events.append(path.name)

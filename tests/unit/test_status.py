@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from distloop import checkpoint, run_directory, runs
+from distloop import checkpoint, runs
 from distloop.lock import LOCK, RunLock
 from distloop.runs import read_run
 from distloop.status import columns, fit, main
@@ -52,7 +52,12 @@ def validated(path: Path, **metrics: list[float]) -> Path:
         for index, values in enumerate(zip(*metrics.values(), strict=True)):
             found = dict(zip(metrics, values, strict=True))
             step = 10 * (index + 1)
-            misleading = {"kind": "train", "step": step, **dict.fromkeys(metrics, -100 if index else 100)}
+            misleading = {
+                "kind": "train",
+                "next": "validate",
+                "step": step,
+                **dict.fromkeys(metrics, -100 if index else 100),
+            }
             clean = {key: value if math.isfinite(value) else None for key, value in found.items()}
             row = {"kind": "validate", "step": step, "epoch": index + 1, "attempt": 1, **clean, "samples": 360}
             file.write(f"{json.dumps(misleading)}\n{json.dumps(row)}\n")
@@ -208,12 +213,22 @@ def test_a_running_run_is_at_the_step_that_all_its_ranks_have_reached(tmp_path: 
     assert read_run(run).step == 40  # what is saved is what counts
 
 
-def test_the_files_are_those_that_a_run_writes() -> None:
-    assert (runs.CONFIG, runs.STATUS, runs.METRICS) == (
-        run_directory.CONFIG,
-        run_directory.STATUS,
-        run_directory.METRICS,
-    )
+def test_a_run_that_is_gone_is_at_what_it_saved_and_its_ranks_are_where_they_were_last(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "run", "running")
+    ranks = [{"rank": 0, "node": "n1", "pid": 7, "step": 57, "phase": "forward pass"}]
+    (run / "failures" / "ranks.json").write_text(json.dumps({"written": ago(60), "ranks": ranks}))
+    found = read_run(run)
+    assert (found.state, found.step, found.ranks) == ("gone", 40, ranks)
+
+
+def test_numbers_that_json_does_not_have_are_null_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path, "run", best={**BEST, "loss": math.nan})
+    assert main([str(tmp_path), "--json"]) == 0
+
+    def none(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    assert json.loads(capsys.readouterr().out, parse_constant=none)[0]["best"] == {**BEST, "loss": None}
 
 
 # ---- ranking -----------------------------------------------------------------------------------------------------
@@ -365,6 +380,7 @@ def test_no_runs_is_no_mistake_and_a_missing_folder_is_one(tmp_path: Path, capsy
     assert main([str(tmp_path), "--sort", "loss"]) == 0
     capsys.readouterr()
     assert as_json(capsys, str(tmp_path)) == []
+    assert command([sys.executable, "-m", "distloop.status", "missing"], tmp_path).returncode == 2
     for name, says in (("missing", "no such folder"), ("file", "is a file")):
         assert main([str(tmp_path / name)]) == 2
         said = capsys.readouterr()
@@ -422,9 +438,14 @@ def test_a_terminal_is_filled_and_never_overflown(tmp_path: Path, width: int, so
     assert "[red]run" in shown
     assert "begin xxx" in shown
     assert ("seed=1" in shown) == bool(sort)
-    begin = re.search(r"a-run-with-a-\S+", shown)  # folded where there is no room, but whole
-    assert begin
-    assert begin[0] == long_name or long_name[len(begin[0]) :][:4] in shown
+    place = 1 if sort else 0
+    first = next(index for index, line in enumerate(lines) if "a-run" in line)
+    folded = [lines[first].split()[place]]  # where there is no room, but whole
+    for line in lines[first + 1 :]:
+        if not line.strip():
+            break
+        folded.append(line.split()[0])
+    assert "".join(folded) == long_name
     assert ("Slurm job" in shown) == (width == 160)
 
 

@@ -1,0 +1,84 @@
+"""status.json: how a run is doing, or how it ended."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from distloop.cluster import say
+from distloop.failures import Verdict
+from distloop.run_files import STATUS, write_text
+
+if TYPE_CHECKING:
+    from distloop.run_directory import Start
+
+
+class RunStatus:
+    """Keeps status.json: written by rank 0 when the run starts, has saved and ends, however it ends."""
+
+    def __init__(
+        self,
+        start: Start,
+        enabled: bool,
+        total_steps: int,
+        judge: Callable[[BaseException], Verdict] | None = None,
+        owned: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.start, self.enabled, self.total_steps = start, enabled, total_steps
+        self.judge, self.owned = judge, owned
+        self.step = start.step
+        self.best: dict[str, Any] | None = None
+        self.best_rule: tuple[str, str] | None = None
+        self.stopped_by: str | None = None
+        self.closed = False
+
+    def __enter__(self) -> RunStatus:
+        return self
+
+    def update(self, step: int, best: dict[str, Any] | None) -> None:
+        """The run has been saved at `step`; `best`: the best validation row so far."""
+        self.step, self.best = step, best
+        if not self.closed:  # a save goes on when Ctrl-C has ended the rest
+            self._write("running", None)
+
+    def cut_off(self, state: str, reason: str) -> None:
+        """The process ends at once, without its main thread."""
+        if not self.closed:
+            self._write(state, f"{reason}, without saving" if state == "stopped" else reason)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and self.judge is not None:
+            verdict = self.judge(error)  # of all ranks: this one's error may be a consequence
+            self.closed = True
+            self._write("stopped" if isinstance(error, KeyboardInterrupt) else "failed", verdict.reason)
+            return
+        self.closed = True
+        if self.stopped_by:
+            self._write("stopped", self.stopped_by)
+        else:
+            self._write("finished", "all steps are done")
+
+    def _write(self, state: str, reason: str | None) -> None:
+        if not self.enabled:
+            return
+        self.owned()
+        status = {
+            "state": state,
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "best": self.best,
+            "best_rule": self.best_rule,
+            "attempt": self.start.attempt,
+            "first_step": self.start.step,  # of this attempt
+            "reason": reason,
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "slurm_restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+            "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        try:
+            write_text(self.start.path / STATUS, json.dumps(status, indent=1) + "\n")
+        except OSError as error:  # the disk is full: no reason to end
+            say(f"distloop: WARNING: {STATUS} cannot be written ({error.strerror}): {state}")
