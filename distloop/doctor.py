@@ -198,6 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
         cluster.say(f"distloop: {error}", sys.stderr)
         return 2
     roll_call = RollCall(_Watch())
+    roll_call.limit_name = "--check-seconds"
     report = Report(options.json)
     roll_call.watch.before_leaving.append(report.cut_off)
     try:

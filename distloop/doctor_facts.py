@@ -21,6 +21,7 @@ from typing import Any
 
 import distloop
 from distloop import launch_guards
+from distloop.cluster import node_name
 from distloop.errors import UsageError
 
 SHOWN_SETTINGS = re.compile(r"(NCCL|GLOO|CUDA|TORCH|PYTORCH|OMP|MKL)_")
@@ -41,7 +42,7 @@ def find_facts(given: Mapping[str, str], runs_dir: str, device: str, expected: i
     problem, warnings = _launch(given, device, not uses_cuda, expected)
     return {
         "rank": int(os.environ.get("RANK", 0)),
-        "node": node_name(os.environ),
+        "node": node_name(),
         "host": os.uname().nodename,
         "launch": problem,
         "launch_warnings": warnings,
@@ -65,11 +66,6 @@ def find_facts(given: Mapping[str, str], runs_dir: str, device: str, expected: i
         "unknown_interfaces": unknown_interfaces(given, [name for _, name in socket.if_nameindex()]),
         "accelerate_config": _accelerate_config(),
     }
-
-
-def node_name(environ: Mapping[str, str]) -> str:
-    """The machine's name: Slurm's own for it, where it has one."""
-    return environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 def _launch(given: Mapping[str, str], device: str, use_cpu: bool, expected: int | None) -> tuple[str, list[str]]:

@@ -21,6 +21,10 @@ class RunFailed(Exception):
     shown as one message, exit code 1."""
 
 
+class Unanswered(RunFailed):
+    """Rank 0, which would say what is wrong, does not answer itself."""
+
+
 def suggest(word: str, known: list[str]) -> str:
     """ " Did you mean 'x'?" for the nearest of `known`, or the list of them when it is short."""
     import difflib

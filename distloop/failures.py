@@ -95,7 +95,7 @@ def is_consequence(error: BaseException) -> bool:
 
 
 def verdict(place: Place, kind: str, what: str, trace: str, own: Place, world_size: int) -> Verdict:
-    """What is said of the rank that was first; `what`, with a rank that stands still: for how many seconds."""
+    """What is said of the rank that was first; `what`, with a rank that stands still: for how long."""
     if kind in ("mistake", "known"):
         return Verdict(2 if kind == "mistake" else 1, what, f"\ndistloop: {what}")
     if world_size == 1:
@@ -106,9 +106,8 @@ def verdict(place: Place, kind: str, what: str, trace: str, own: Place, world_si
         "gone": f"{place} was the first to end, without a word: "
         + ("it crashed in native code" if trace else "killed (out of memory, kill -9), or left by os._exit")
         + f". Last heard of {place.where}, {time.monotonic() - place.heard:.1f} s before; {own} is {own.where}",
-        "silent": f"{first}, has not been heard of for {what} s (ddp.timeout_seconds): it is suspended, or its "
-        "machine hangs",
-        "standing": f"{first}, has kept the others waiting for {what} s (ddp.timeout_seconds)",
+        "silent": f"{first}, has not been heard of for {what}: it is suspended, or its machine hangs",
+        "standing": f"{first}, has kept the others waiting for {what}",
         "behind": f"{first}, is behind the others, whose wait for it ended with: {what}",
         "consequence": f"the connections between the ranks broke, and none of them is known to have failed before; "
         f"{first}, says: {what}",

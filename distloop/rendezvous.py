@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from distloop.cluster import node_name
-from distloop.errors import RunFailed, UsageError
+from distloop.errors import RunFailed, Unanswered, UsageError
 
 if TYPE_CHECKING:
     from distloop.config import Ddp
@@ -77,7 +77,7 @@ def _wait_for_answer(host: str, port: int, limit_seconds: float, members: str) -
         if isinstance(problem, socket.gaierror) and waited > min(UNKNOWN_NAME_SECONDS, limit_seconds):
             raise UsageError(f"MASTER_ADDR = {host!r} is no name or address that {here} knows ({problem.strerror}).")
         if waited > limit_seconds:
-            raise RunFailed(
+            raise Unanswered(
                 f"No answer from {members} 0 at {host}:{port} within {limit_seconds:.0f} s, asked from {here} "
                 f"({problem.strerror or problem}). Is the address right, was {members} 0 started, is there a firewall?"
             )
@@ -96,7 +96,7 @@ def meet(store: Any, number: int, expected: int, limit_seconds: float, members: 
         except RuntimeError:
             told = False
         if not told:
-            raise RunFailed(f"{members.capitalize()} 0, for which the others waited, is gone or hangs.")
+            raise Unanswered(f"{members.capitalize()} 0, for which the others waited, is gone or hangs.")
     else:
         _within(limit_seconds, lambda: store.check(here))
         present = [other for other in range(expected) if store.check([here[other]])]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from distloop.cluster import let_others_speak, node_name, say, speaks
-from distloop.errors import UsageError
+from distloop.errors import Unanswered, UsageError
 from distloop.failures import Place, Position, Verdict, describe_error, verdict
 from distloop.json_lines import JsonLines
 from distloop.stopping import Watch
@@ -56,6 +56,7 @@ class RollCall:
         self.folder: Path | None = None
         self.attempt = 0
         self.rank, self.world_size, self.limit = 0, 1, 600.0
+        self.limit_name = "ddp.timeout_seconds"
         self.places: list[Place] = [Place(0, node_name(), os.getpid())]
         self._lines: list[_Line] = []
         self._listener: socket.socket | None = None
@@ -68,6 +69,7 @@ class RollCall:
         self._next_record = 0.0
         self._crash_file: IO[str] | None = None
         self._closed = False
+        self._speaks_for_rank_0 = False
         self._thread: threading.Thread | None = None
 
     # ---- set up ----------------------------------------------------------------------------------------------
@@ -139,6 +141,8 @@ class RollCall:
         if self.verdict is None:
             self._note_own_position()
             own, end = self.places[self.rank], describe_error(error)
+            # The first rank of each machine speaks then, and on that of rank 0 it is the second.
+            self._speaks_for_rank_0 = isinstance(error, Unanswered) and os.environ.get("RANK") == "1"
             if self.world_size > 1:
                 self._tell(own, *end)
             self._decide(own, *end)  # there is nobody to ask, or no answer
@@ -222,7 +226,7 @@ class RollCall:
                 self.verdict = self.verdict._replace(text=self.verdict.text + who)
             # Before the ranks are gathered, or when rank 0 is gone, one of each machine speaks.
             own = place is self.places[self.rank] and kind == "failed"
-            gathered = self.world_size > 1 and self.rank <= 1
+            gathered = (self.world_size > 1 and self.rank <= 1) or self._speaks_for_rank_0
             if self.verdict.text and (own or gathered or speaks(os.environ)):
                 say(self.verdict.text, sys.stderr)
                 self._keep(place, kind, what, trace)
@@ -336,7 +340,7 @@ class RollCall:
         others = [line.place for line in self._lines if line.place is not None and not line.place.left]
         for place in others:
             if now - place.heard > self.limit:
-                return place, "silent", f"{self.limit:.0f}", ""
+                return place, "silent", f"{self.limit:.0f} s ({self.limit_name})", ""
         if self.rank:
             return None
         here = [self.places[0], *others]
@@ -346,7 +350,7 @@ class RollCall:
         same = (behind.step, behind.marks) == (ahead.step, ahead.marks)
         if same or min(now - behind.moved, now - ahead.moved) <= self.limit:
             return None
-        return behind, "standing", f"{self.limit:.0f}", behind.stack
+        return behind, "standing", f"{self.limit:.0f} s ({self.limit_name})", behind.stack
 
     def _note_own_position(self) -> None:
         own = self.places[self.rank]
