@@ -6,6 +6,7 @@ import sys
 
 COMMANDS = {
     "train": "train a model, or continue a run",
+    "evaluate": "validate a run's weights again, or on other data",
     "status": "a table of runs, or one run in detail",
     "doctor": "check machines, devices and network before a big job",
 }
@@ -30,6 +31,11 @@ def main() -> None:
         from distloop.status import main as status
 
         sys.exit(status(arguments))
+    elif word == "evaluate":
+        from distloop import cluster
+        from distloop.evaluate import main as evaluate
+
+        cluster.leave(evaluate(arguments))
     elif word == "doctor":
         from distloop import cluster
         from distloop.doctor import main as doctor

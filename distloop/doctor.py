@@ -30,17 +30,6 @@ from distloop.errors import RunFailed, UsageError
 from distloop.roll_call import RollCall
 
 COLOURS = {OK: "32", WARN: "33", FAIL: "31"}
-LAST_SECONDS = 3.0  # what a signal leaves, in which a rank that failed can still be named
-
-
-class _Watch(stopping.Watch):
-    """There is nothing to save: a wish to stop ends the process, after what was found has been shown."""
-
-    def ask(self, wish: int) -> None:
-        if not self.wish and not self.failing:  # else there is a verdict already
-            self.wish = wish
-            reason = f"ended by {stopping.REASONS[wish]}"
-            self.leave_within(LAST_SECONDS, 128 + wish if wish in stopping.SIGNALS else 1, reason)
 
 
 class Report:
@@ -197,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UsageError as error:
         cluster.say(f"distloop: {error}", sys.stderr)
         return 2
-    roll_call = RollCall(_Watch())
+    roll_call = RollCall(stopping.WatchWithoutSaving())
     roll_call.limit_name = "--check-seconds"
     report = Report(options.json)
     roll_call.watch.before_leaving.append(report.cut_off)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,7 +107,8 @@ def open_run(config: Config, lock: RunLock, world_size: int, dataset: dict[str, 
             record = {"after_attempt": attempt - 1, "after_step": step, "changes": changes}
             with open(path / "config_changes.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
-        write_text(path / CONFIG, dump(config))
+        # What belongs to this one start is left out: the file may start other attempts.
+        write_text(path / CONFIG, dump(dataclasses.replace(config, expect_world=None, resume="auto")))
         write_text(path / ENVIRONMENT, json.dumps(environment(world_size), indent=1) + "\n")
     except OSError as error:
         raise UsageError(

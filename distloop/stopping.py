@@ -37,6 +37,7 @@ REASONS = {
 }
 POLL_SECONDS = 0.5
 SECOND_INTERRUPT_SECONDS = 2.0  # an elastic launcher passes Ctrl-C on, so that it arrives twice at once
+LAST_SECONDS = 3.0  # of a command that has nothing to save
 ORPHAN_SECONDS = 8.0  # what is left to save in when the launcher is gone
 AGREE_SECONDS = 0.02  # ranks ask each other about so often, however short a step is
 MOST_STEPS_BETWEEN = 16
@@ -185,6 +186,16 @@ class Watch:
                 self.ask(wish)
         for function in self.each_poll:
             function()
+
+
+class WatchWithoutSaving(Watch):
+    """For commands that have nothing to save: a wish to stop ends the process."""
+
+    def ask(self, wish: int) -> None:
+        if not self.wish and not self.failing:  # else there is a verdict already
+            self.wish = wish
+            # Some moments, in which a rank that failed before can still be named.
+            self.leave_within(LAST_SECONDS, 128 + wish if wish in SIGNALS else 1, f"ended by {REASONS[wish]}")
 
 
 class Agreement:
