@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from distloop.errors import RunFailed, UsageError
 
 # Whose words a rank's error carries that has lost its peers.
-CONSEQUENCE = re.compile(r"gloo|nccl|c10d|process ?group", re.IGNORECASE)
+CONSEQUENCE = re.compile(r"\b(gloo|nccl|c10d)\b|process ?group", re.IGNORECASE)
+FROM_WORKER = "Caught "  # so begins what torch says of an error in a loader worker, before the worker's traceback
 
 
 class Position:
@@ -81,6 +82,9 @@ def describe_error(error: BaseException) -> tuple[str, str, str]:
         what = f"it left with sys.exit({error.code!r}) before the run was done"
     else:
         what = "".join(traceback.format_exception_only(error)).strip()
+        if str(error).startswith(FROM_WORKER):
+            name = f"{type(error).__name__}: "
+            what = f"{name}{what.rsplit(name, 1)[-1]} (in a loader worker)"
     trace = "".join(traceback.format_exception(error))
     return ("consequence" if is_consequence(error) else "failed"), what, trace
 
@@ -90,7 +94,9 @@ def is_consequence(error: BaseException) -> bool:
     distributed = sys.modules.get("torch.distributed")
     known = getattr(distributed, "DistError", ()) if distributed is not None else ()
     return bool(known and isinstance(error, known)) or (
-        type(error) is RuntimeError and CONSEQUENCE.search(str(error)) is not None
+        type(error) is RuntimeError
+        and not str(error).startswith(FROM_WORKER)
+        and CONSEQUENCE.search(str(error)) is not None
     )
 
 
@@ -103,6 +109,7 @@ def verdict(place: Place, kind: str, what: str, trace: str, own: Place, world_si
     first = f"{place}, {place.where}"
     headlines = {
         "failed": f"{first}, failed first: {what}",
+        "absent": f"{place} came, and ended, or could not reach rank 0's port, before all knew each other",
         "gone": f"{place} was the first to end, without a word: "
         + ("it crashed in native code" if trace else "killed (out of memory, kill -9), or left by os._exit")
         + f". Last heard of {place.where}, {time.monotonic() - place.heard:.1f} s before; {own} is {own.where}",

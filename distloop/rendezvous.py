@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -48,21 +49,53 @@ def open_store(host: str, port: str, is_master: bool, limit_seconds: float, memb
 
     if not (port.isdecimal() and 0 < int(port) < 65536):
         raise UsageError(f"MASTER_PORT = {port!r} is not a port: give a number between 1024 and 65535.")
-    if not is_master:
+    if is_master:
+        _wait_for_name(host, limit_seconds)
+        host = "localhost"  # of itself; it listens at all its addresses
+    else:
         _wait_for_answer(host, int(port), limit_seconds, members)
-    try:
+    made: list[Any] = []
+
+    def make() -> None:
         timeout = timedelta(seconds=limit_seconds)
-        return TCPStore(
-            host, int(port), is_master=is_master, timeout=timeout, wait_for_workers=False, multi_tenant=True
-        )
-    except (RuntimeError, ValueError) as error:
-        text, here = str(error).splitlines()[0], node_name()
+        options: dict[str, Any] = {"timeout": timeout, "wait_for_workers": False, "multi_tenant": True}
+        try:
+            made.append(TCPStore(host, int(port), is_master=is_master, **options))
+        except (RuntimeError, ValueError) as error:
+            made.append(error)
+
+    # In a thread: it waits without a limit for the answer of a program that is something else.
+    maker = threading.Thread(target=make, name="distloop-store", daemon=True)
+    maker.start()
+    maker.join(limit_seconds)
+    if not made:
+        made.append(TimeoutError("it does not answer"))
+    if isinstance(made[0], Exception):
+        text, here = str(made[0]).splitlines()[0], node_name()
         if "EADDRINUSE" in text or "in use" in text:
             raise UsageError(
                 f"Port {port} of {here} is in use by another program: choose another MASTER_PORT."
             ) from None
         who = f"cannot be listened on by {here}" if is_master else f"of {host} is not that of a run's {members} 0"
         raise RunFailed(f"Port {port} {who}: {text}") from None
+    return made[0]
+
+
+def _wait_for_name(host: str, limit_seconds: float) -> None:
+    """Raise UsageError if nobody knows this name, asked several times."""
+    begun = time.monotonic()
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except socket.gaierror as error:
+            if time.monotonic() - begun > min(UNKNOWN_NAME_SECONDS, limit_seconds):
+                raise _unknown(host, error) from None
+        time.sleep(0.2)
+
+
+def _unknown(host: str, error: OSError) -> UsageError:
+    return UsageError(f"MASTER_ADDR = {host!r} is no name or address that {node_name()} knows ({error.strerror}).")
 
 
 def _wait_for_answer(host: str, port: int, limit_seconds: float, members: str) -> None:
@@ -75,7 +108,7 @@ def _wait_for_answer(host: str, port: int, limit_seconds: float, members: str) -
         except OSError as error:
             waited, problem = time.monotonic() - begun, error
         if isinstance(problem, socket.gaierror) and waited > min(UNKNOWN_NAME_SECONDS, limit_seconds):
-            raise UsageError(f"MASTER_ADDR = {host!r} is no name or address that {here} knows ({problem.strerror}).")
+            raise _unknown(host, problem)
         if waited > limit_seconds:
             raise Unanswered(
                 f"No answer from {members} 0 at {host}:{port} within {limit_seconds:.0f} s, asked from {here} "

@@ -54,7 +54,9 @@ def decide(
             "(--time), or save and start faster."
         )
     why = "a node is lost" if node_lost else "preempted" if preempted else reason
-    return True, f"requeued after step {step or 0} of {status.get('total_steps')} ({why}); it continues there"
+    if step is None:
+        return True, f"requeued before the run had begun ({why})"
+    return True, f"requeued after step {step} of {status.get('total_steps')} ({why}); it continues there"
 
 
 def main(arguments: list[str]) -> int:

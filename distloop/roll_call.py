@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -33,9 +34,12 @@ BEAT_SECONDS = 0.25
 MOST_BEATS = 1000  # a second, that rank 0 is to read
 RECORD_SECONDS = 5.0
 SEARCH_SECONDS = 4.0  # how long rank 0, when it hears of consequences only, looks for who was first
+ABSENT_SECONDS = 60.0  # how long rank 0, once it listens, waits for the others to connect
+LONGEST_GREETING = 4096  # bytes, of one who has not said yet who it is
 ANSWER_SECONDS = 10.0  # how long a rank waits for rank 0's verdict
 STUCK_SECONDS = 5.0  # after the verdict, for a main thread that hangs in a collective
 LEAVE_SECONDS = 20.0  # after the verdict, for a main thread that is on its way out: a save may be under way
+SUSPENDED_SECONDS = 2.0  # between two turns of the thread: more than a busy machine keeps it from running
 RECORD = "ranks.json"
 IN_ORDER = "in order"
 
@@ -67,6 +71,9 @@ class RollCall:
         self._ends: list[tuple[Place, str, str, str]] = []  # (who, kind, what, traceback), in the order they were heard
         self._first_end = 0.0
         self._next_record = 0.0
+        self._gathered = 0.0  # when rank 0 began to listen
+        self._on_way_out = False
+        self.when_rank_0_is_lost: Callable[[str], None] = lambda reason: None  # on the rank that speaks for it
         self._crash_file: IO[str] | None = None
         self._closed = False
         self._speaks_for_rank_0 = False
@@ -82,7 +89,7 @@ class RollCall:
         own.node, own.pid = node_name(), os.getpid()
         if rank == 0:
             self._listener = socket.create_server(("", 0), backlog=world_size)
-            self._token = secrets.token_hex(16)
+            self._token, self._gathered = secrets.token_hex(16), time.monotonic()
             store.set("roll_call", f"{self._listener.getsockname()[1]} {self._token} {own.node}")
         else:
             port, token, self.places[0].node = store.get("roll_call").decode().split()
@@ -149,9 +156,18 @@ class RollCall:
             if self.world_size == 1 and end[0] == "mistake":
                 let_others_speak()
         assert self.verdict is not None
-        if self.world_size > 1:
-            self.watch.leave_within(LEAVE_SECONDS, self.verdict.code, self.verdict.reason)
+        with self._deciding:  # what another thread is saying of it is said to its end
+            if self.world_size > 1:
+                self._on_way_out = True
+                self.watch.leave_within(LEAVE_SECONDS, self.verdict.code, self.verdict.reason)
         return self.verdict
+
+    def __enter__(self) -> RollCall:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.judge(error)
 
     def _tell(self, own: Place, kind: str, what: str, trace: str) -> None:
         """Tell rank 0 of the end of this one, and wait for its verdict."""
@@ -159,7 +175,7 @@ class RollCall:
             self._heard_end(own, kind, what, trace)
             self._wake_write.send(b"!")
         else:
-            for line in self._lines:
+            for line in list(self._lines):
                 line.send(end=kind, what=what, trace=trace, **self._own_position())
         until = time.monotonic() + ANSWER_SECONDS
         while not self._decided.wait(0.1) and time.monotonic() < until and not self.places[0].left:
@@ -167,7 +183,7 @@ class RollCall:
 
     def leave(self, why: str) -> None:
         """This rank ends its part, for a reason that is no failure: its going is nobody's business."""
-        for line in self._lines:
+        for line in list(self._lines):  # the thread takes away those that are gone
             line.send(left=why)
 
     def cut_off(self, state: str, reason: str) -> None:
@@ -179,12 +195,12 @@ class RollCall:
         """The end of the process's part in the run."""
         if self.verdict is None:
             self.leave(IN_ORDER)
-        self.watch.leave_within(None)
         self._closed = True
         with contextlib.suppress(OSError):
             self._wake_write.send(b"!")
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(3)
+        self.watch.leave_within(None)
         # A connection that is closed before all was read is reset, and with it what was said last.
         for line in self._lines:
             with contextlib.suppress(OSError):
@@ -230,10 +246,17 @@ class RollCall:
             if self.verdict.text and (own or gathered or speaks(os.environ)):
                 say(self.verdict.text, sys.stderr)
                 self._keep(place, kind, what, trace)
-            if self.rank == 0:
-                for line in self._lines:
-                    line.send(verdict=self.verdict)
-        if self.world_size > 1:
+                if self.rank and place is self.places[0]:
+                    self.when_rank_0_is_lost(self.verdict.reason)
+            self._tell_verdict()
+
+    def _tell_verdict(self) -> None:
+        """The ranks that are here end with this verdict; rank 0, if it was suspended, when it wakes up."""
+        assert self.verdict is not None
+        for line in list(self._lines):
+            if line.place is not None:
+                line.send(verdict=self.verdict)
+        if self.world_size > 1 and not self._on_way_out:
             self.watch.leave_within(STUCK_SECONDS, self.verdict.code, self.verdict.reason)
         self._decided.set()
 
@@ -252,7 +275,7 @@ class RollCall:
     # ---- the thread ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        next_beat = 0.0
+        next_beat, turn = 0.0, time.monotonic()
         while not self._closed:
             waiting: list[Any] = [self._wake_read, *self._lines]
             if self._listener is not None:
@@ -266,17 +289,22 @@ class RollCall:
                         self._lines.append(_Line(self._listener.accept()[0]))
                     else:
                         self._read(one)
-                except (OSError, ValueError, KeyError, TypeError):  # not one of ours: a port scanner
+                except Exception:  # whatever a port scanner sends, this thread goes on
                     if one in self._lines and one.place is None:
                         self._lines.remove(one)
+                        one.socket.close()
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + max(BEAT_SECONDS, self.world_size / MOST_BEATS)
                 self._note_own_position()
                 if self.rank == 0:
                     self.write_record()
-                for line in self._lines:
+                for line in list(self._lines):
                     if line.place is not None:
                         line.send(**self._own_position())
+            slept, turn = time.monotonic() - turn, time.monotonic()
+            if slept > SUSPENDED_SECONDS:  # it was this process that hung: what the others said is yet to be read
+                for place in self.places:
+                    place.heard, place.moved = place.heard + slept, place.moved + slept
             if self.verdict is None and not self._closed:
                 self._look_for_the_first()
 
@@ -288,6 +316,8 @@ class RollCall:
             if line.place is not None and not self._closed and line.place.left != IN_ORDER:
                 self._heard_end(line.place, "gone", "", self._crash_of(line.place.rank))
             return
+        if line.place is None and len(line.rest) > LONGEST_GREETING:
+            raise ValueError("not one of ours")
         for message in messages:
             if line.place is None:
                 if not secrets.compare_digest(message["token"], self._token):
@@ -301,9 +331,10 @@ class RollCall:
                     self._listener.close()  # all have come
                     self._listener = None
             elif "verdict" in message:
-                self.verdict = Verdict(*message["verdict"])
-                self.watch.leave_within(STUCK_SECONDS, self.verdict.code, self.verdict.reason)
-                self._decided.set()
+                with self._deciding:
+                    if self.verdict is None:
+                        self.verdict = Verdict(*message["verdict"])
+                        self._tell_verdict()
             elif "left" in message:
                 line.place.left = message["left"]
             else:
@@ -337,6 +368,8 @@ class RollCall:
     def _standing(self) -> tuple[Place, str, str, str] | None:
         """The rank for which the others have waited longer than they may."""
         now = time.monotonic()
+        if self._listener is not None and now - self._gathered > ABSENT_SECONDS:
+            return next(place for place in self.places[1:] if not place.pid), "absent", "", ""
         others = [line.place for line in self._lines if line.place is not None and not line.place.left]
         for place in others:
             if now - place.heard > self.limit:

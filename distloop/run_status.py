@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distloop.cluster import say
 from distloop.failures import Verdict
-from distloop.run_files import STATUS, write_text
+from distloop.run_files import STATUS, read_json, write_text
 
 if TYPE_CHECKING:
     from distloop.run_directory import Start
@@ -49,6 +50,14 @@ class RunStatus:
         if not self.closed:
             self._write(state, f"{reason}, without saving" if state == "stopped" else reason)
 
+    def rank_0_is_lost(self, reason: str) -> None:
+        """On another rank: say for rank 0, which cannot, that the attempt has failed."""
+        status = read_json(self.start.path / STATUS)
+        if status.get("attempt") == self.start.attempt and status.get("state") == "running":  # still our run
+            status |= {"state": "failed", "reason": reason, "written": _now()}
+            with contextlib.suppress(OSError):
+                write_text(self.start.path / STATUS, json.dumps(status, indent=1) + "\n")
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None and self.judge is not None:
             verdict = self.judge(error)  # of all ranks: this one's error may be a consequence
@@ -76,9 +85,13 @@ class RunStatus:
             "reason": reason,
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "slurm_restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
-            "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "written": _now(),
         }
         try:
             write_text(self.start.path / STATUS, json.dumps(status, indent=1) + "\n")
         except OSError as error:  # the disk is full: no reason to end
             say(f"distloop: WARNING: {STATUS} cannot be written ({error.strerror}): {state}")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

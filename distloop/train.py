@@ -148,6 +148,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     watch.each_poll.append(roll_call.write_record)
     status = attempt.enter_context(RunStatus(start, is_main, total_steps, roll_call.judge, lock.beat))
     watch.before_leaving += [status.cut_off, roll_call.cut_off, lambda state, reason: lock.release()]
+    roll_call.when_rank_0_is_lost = status.rank_0_is_lost
     if is_main:
         watch.look_for(start.path, config.stop, os.environ)
     agreement = stopping.Agreement(watch, world_size, rendezvous.group_timeout(config.ddp))
@@ -198,7 +199,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     trackers.say(*messages, *start.messages, *describe(config, start, plan, bare_model, accelerator, total_steps))
 
     # ==== THE LOOP ==========================================================================================
-    with trackers, saver:
+    with trackers, saver, roll_call:  # which says at once who failed, before a save that is under way is waited for
         batches = iter(train_loader)  # one iterator through all epochs: loader workers start once
         model.train()
         while step < total_steps and not stop:

@@ -1,8 +1,8 @@
 """A model, a data set and a task that fail on one rank, at a given place and in a given way.
 
 Which, where and how stands in the environment, not in the config, so that the next start of the same run continues
-it: FAIL="WHERE HOW RANK", as in "forward raise 1", or "all" for the rank. The files failing and failing-RANK say that it
-is about to. With SLOW_SAVE the checkpoint before it is being written, and takes until some moments after.
+it: FAIL="WHERE HOW RANK", as in "forward raise 1", or "all" for the rank. The files failing and failing-RANK say that
+it is about to. With SLOW_SAVE the checkpoint before it is being written, and takes until some moments after.
 """
 
 from __future__ import annotations
@@ -78,18 +78,19 @@ def ways_to_fail(how: str) -> None:
 
 
 class Failing(Regression):
-    """Regression that fails in the forward pass of FAILING_STEP, or of the validation after it."""
+    """Regression that fails in the forward pass of FAILING_STEP, or in the first validation after it."""
 
     def __init__(self) -> None:
-        self.steps = 0
+        self.steps, self.validated = 0, False
 
     def forward(self, model: nn.Module, batch: Any) -> Tensor:
         if model.training:
             self.steps += 1
-            if self.steps == FAILING_STEP + 2 * (int(os.environ.get("WORLD_SIZE", 1)) > 1):  # DDP is warmed up with two
-                Points.served_step = True
+            if self.steps == FAILING_STEP + 2:  # DDP is warmed up with two
+                Points.is_late = True
                 fail_if_meant("forward")
-        elif Points.served_step:
+        elif Points.is_late and not self.validated:
+            self.validated = True
             fail_if_meant("validation")
         return super().forward(model, batch)
 
@@ -97,7 +98,7 @@ class Failing(Regression):
 class Points(Dataset[tuple[Tensor, Tensor]]):
     """Points on a line. Fails after FAILING_STEP in the main process, after some samples in a loader worker."""
 
-    served_step = False  # by the task, in this process
+    is_late = False  # the task has come to FAILING_STEP
 
     def __init__(self) -> None:
         inputs = torch.linspace(-1, 1, SAMPLES)[:, None]
@@ -112,7 +113,7 @@ class Points(Dataset[tuple[Tensor, Tensor]]):
             self.served += 1
             if self.served == GLOBAL_BATCH:  # some steps' samples of one of several workers
                 fail_if_meant("worker")
-        elif Points.served_step:
+        elif Points.is_late:
             fail_if_meant("data")
         return self.points[index]
 

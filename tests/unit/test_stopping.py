@@ -201,6 +201,42 @@ def test_an_interrupt_that_a_script_ignores_for_its_background_stays_ignored(tmp
     assert done.stdout == "SIG_IGN 0\n"
 
 
+# ---- leaving without the main thread -------------------------------------------------------------------------
+
+
+def leave_stuck(folder: Path, how: str) -> None:
+    """A process whose main thread hangs, and that is to end all the same; what is told before goes into a file."""
+    watch = stopping.listen()
+
+    def told(state: str, why: str) -> None:
+        (folder / "told").write_text(f"{state}: {why}")
+
+    def hangs(state: str, why: str) -> None:
+        time.sleep(600)
+
+    watch.before_leaving += [told, hangs]  # the second: a disk that does not answer
+    watch.leave_within(0.1, 7, "rank 1 failed first")
+    if how == "called off":
+        watch.leave_within(None)
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: watch.wish, "the wish")  # by a thread that would have ended the process before
+        time.sleep(3 * stopping.POLL_SECONDS)
+        os._exit(0)
+    if how == "launcher":
+        os.kill(os.getpid(), signal.SIGTERM)  # which ends what is left
+    time.sleep(600)
+
+
+@pytest.mark.parametrize(("how", "code"), [("", 7), ("launcher", 7), ("called off", 0)])
+def test_a_process_that_is_to_leave_does_so_without_its_main_thread(tmp_path: Path, how: str, code: int) -> None:
+    call = f"test_stopping.leave_stuck(pathlib.Path({str(tmp_path)!r}), {how!r})"
+    done = command([sys.executable, "-c", f"import pathlib; from tests.unit import test_stopping; {call}"], tmp_path)
+    assert done.returncode == code, done.stdout
+    told = tmp_path / "told"
+    assert (told.read_text() if told.exists() else "") == ("failed: rank 1 failed first" if code else "")
+    assert ("finishing what is going on" in done.stdout) == (how == "called off")  # nothing is saved where it fails
+
+
 # ---- loader workers ------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,229 @@
+"""Machines and ranks that look for each other: who is missing, and what is wrong, is said soon and in one message."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from distloop import rendezvous
+from distloop.config import Ddp
+from distloop.errors import RunFailed, UsageError
+from tests.ranks import clean_environment, free_port, train
+
+SECONDS = 2  # how long they wait for each other
+SOON = 60  # for an import of torch and the rest, beyond the limit
+NOT_FOR_USERS = ("Traceback", "C++", "frame #", "c10d", "Exception raised from", "libtorch", "TCPStore")
+
+
+class Machine:
+    """`python -m distloop.rendezvous HOST PORT NUMBER MACHINES SECONDS`, as launch/multi_node.sh calls it."""
+
+    def __init__(self, port: object, number: object, machines: object = 2, host: str = "127.0.0.1") -> None:
+        words = [sys.executable, "-m", "distloop.rendezvous", host, *map(str, (port, number, machines, SECONDS))]
+        self.process = subprocess.Popen(
+            words, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def ends(self, code: int) -> str:
+        """What it has said, but for the line with which it begins; it ends with this code, and speaks to users."""
+        try:
+            output = self.process.communicate(timeout=SECONDS + SOON)[0]
+        finally:
+            self.process.kill()
+        assert self.process.returncode == code, output
+        assert not [words for words in NOT_FOR_USERS if words in output], output
+        lines = [line for line in output.splitlines() if line and not line.startswith("machine ")]
+        assert len(lines) == (code != 0), output  # one message
+        return "\n".join(lines)
+
+
+def test_machines_that_all_come_go_on() -> None:
+    port = free_port()
+    machines = [Machine(port, number, 3) for number in range(3)]
+    assert [machine.ends(0) for machine in machines] == [""] * 3
+
+
+def test_the_machine_that_is_missing_is_named_on_all_that_came() -> None:
+    port = free_port()
+    for machine in [Machine(port, number, 4) for number in (0, 2)]:
+        message = machine.ends(1)
+        assert f"Machine 1, 3 of 4 did not come within {SECONDS} s; here are 0 (" in message
+        assert re.search(r"0 \(\S+\), 2 \(\S+\)", message)
+
+
+def test_machine_0_is_missed_by_the_others() -> None:
+    port = free_port()
+    message = Machine(port, 1).ends(1)
+    assert f"No answer from machine 0 at 127.0.0.1:{port} within {SECONDS} s, asked from " in message
+    assert "Is the address right, was machine 0 started, is there a firewall?" in message
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_name_that_nobody_knows_is_the_users_mistake(number: int) -> None:
+    said = Machine(free_port(), number, host="no-such-machine.invalid").ends(2)
+    assert "MASTER_ADDR = 'no-such-machine.invalid' is no name or address that " in said
+
+
+@pytest.mark.parametrize("port", ["http", "0", "65536", "-1", "29500x", "²", ""])
+def test_a_port_that_is_none_is_the_users_mistake(port: str) -> None:
+    # In this process: no wait, and no import of torch for each.
+    with pytest.raises(UsageError, match=re.escape(f"MASTER_PORT = {port!r} is not a port")):
+        rendezvous.open_store("127.0.0.1", port, True, SECONDS, "rank")
+
+
+def test_numbers_that_are_none_are_the_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert rendezvous.main(["127.0.0.1", "29500", "one", "2", "5"]) == 2
+    assert "MACHINE_RANK, MACHINES and JOIN_SECONDS are numbers" in capsys.readouterr().err
+    assert rendezvous.main(["127.0.0.1", "29500", "2", "2", "5"]) == 2
+    assert "MACHINE_RANK = 2 is not one of 0 to 1 (MACHINES = 2)" in capsys.readouterr().err
+
+
+class Web(BaseHTTPRequestHandler):
+    """A server of something else."""
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def web_server() -> Iterator[int]:
+    """The port of a program that is no run."""
+    server = HTTPServer(("127.0.0.1", 0), Web)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_a_port_in_use_is_the_users_mistake() -> None:
+    with web_server() as port:
+        assert f"Port {port} of " in (message := Machine(port, 0).ends(2))
+        assert "is in use by another program: choose another MASTER_PORT." in message
+
+
+def test_another_program_at_the_address_is_not_taken_for_the_run() -> None:
+    with web_server() as port:
+        assert f"Port {port} of 127.0.0.1 is not that of a run's machine 0" in Machine(port, 1).ends(1)
+
+
+# ---- the same for ranks --------------------------------------------------------------------------------------
+
+
+def ranks(folder: Path, present: list[int], world_size: int, port: int, **environment: str) -> list[tuple[int, str]]:
+    """Exit code and output of these ranks of a run, whose others do not come."""
+    outcomes: dict[int, tuple[int, str]] = {}
+
+    def start(rank: int) -> None:
+        (folder / str(rank)).mkdir()
+        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        variables |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        arguments = ["--name", "run", "--data", "diabetes", "--model", "linear", "--task", "regression"]
+        arguments += ["--device", "cpu", "--ddp.join-seconds", str(SECONDS)]
+        done = train(folder / str(rank), arguments, 1, {**variables, **environment})
+        outcomes[rank] = done.codes[0], done.output
+
+    threads = [threading.Thread(target=start, args=(rank,)) for rank in present]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for _, output in outcomes.values():
+        assert not [words for words in NOT_FOR_USERS if words in output], output
+    return [outcomes[rank] for rank in present]
+
+
+def test_the_rank_that_is_missing_is_named_on_each_machine(tmp_path: Path) -> None:
+    came = ranks(tmp_path, [0, 2], 3, free_port(), LOCAL_RANK="0")  # each on a machine of its own
+    assert [code for code, _ in came] == [1, 1], came
+    for _, output in came:
+        assert output.count("distloop: ") == 1
+        assert f"Rank 1 of 3 did not come within {SECONDS} s; here are 0 (" in output
+    assert list(tmp_path.glob("*/runs")) == []
+
+
+def test_rank_0_is_missed_by_the_others(tmp_path: Path) -> None:
+    port = free_port()
+    ((code, output),) = ranks(tmp_path, [1], 2, port)
+    assert code == 1
+    assert output.count(f"distloop: No answer from rank 0 at 127.0.0.1:{port} within {SECONDS} s") == 1
+
+
+@pytest.mark.parametrize(
+    ("rank", "environment", "code", "said"),
+    [
+        (1, {"MASTER_ADDR": "no-such-machine.invalid"}, 2, "MASTER_ADDR = 'no-such-machine.invalid' is no name"),
+        (0, {"MASTER_PORT": "http"}, 2, "MASTER_PORT = 'http' is not a port"),
+    ],
+)
+def test_a_wrong_address_is_a_mistake(
+    tmp_path: Path, rank: int, environment: dict[str, str], code: int, said: str
+) -> None:
+    ((ended, output),) = ranks(tmp_path, [rank], 2, free_port(), LOCAL_RANK="0", **environment)
+    assert ended == code, output
+    assert output.count(f"distloop: {said}") == 1
+
+
+def test_another_program_at_the_port_is_said_by_rank_0_and_by_the_others(tmp_path: Path) -> None:
+    with web_server() as port:
+        (first, said), (second, answer) = ranks(tmp_path, [0, 1], 2, port, LOCAL_RANK="0")
+    assert (first, second) == (2, 1)
+    assert f"Port {port} of " in said
+    assert "is in use by another program" in said
+    assert f"Port {port} of 127.0.0.1 is not that of a run's rank 0" in answer
+
+
+# ---- the meeting alone ---------------------------------------------------------------------------------------
+
+
+def meet(store: HashStore, number: int, expected: int, limit: float, said: dict[int, str]) -> threading.Thread:
+    def come() -> None:
+        try:
+            rendezvous.meet(store, number, expected, limit, "rank")
+            said[number] = ""
+        except RunFailed as error:
+            said[number] = str(error)
+
+    thread = threading.Thread(target=come)
+    thread.start()
+    return thread
+
+
+def test_many_ranks_meet() -> None:
+    store, said = HashStore(), dict[int, str]()
+    for thread in [meet(store, number, 32, 60, said) for number in range(32)]:
+        thread.join()
+    assert said == dict.fromkeys(range(32), "")
+
+
+def test_each_that_came_hears_the_same_of_those_that_did_not() -> None:
+    store, said = HashStore(), dict[int, str]()
+    for thread in [meet(store, number, 16, 0.5, said) for number in range(16) if number not in (3, 11)]:
+        thread.join()
+    assert len(said) == 14
+    (message,) = set(said.values())
+    assert message.startswith("Rank 3, 11 of 16 did not come within ")
+
+
+def test_rank_0_that_ends_while_the_others_wait_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "TELLING_SECONDS", 0.2)
+    said: dict[int, str] = {}
+    meet(HashStore(), 1, 2, 0.2, said).join()
+    assert said == {1: "Rank 0, for which the others waited, is gone or hangs."}
+
+
+def test_the_backend_waits_longer_than_the_roll_call_which_can_say_for_whom() -> None:
+    settings = Ddp(timeout_seconds=5)
+    assert rendezvous.group_timeout(settings).total_seconds() > 5
