@@ -24,6 +24,7 @@ from distloop.errors import RunFailed, UsageError
 
 if TYPE_CHECKING:
     from distloop.failures import Position
+    from distloop.stopping import Watch
 
 Result = TypeVar("Result")
 SPEAKING_SECONDS = 20  # enough to import torch on a busy machine; the launcher cuts it short
@@ -133,10 +134,15 @@ def say(text: str, file: Any = None) -> None:
         print(text, file=file or sys.stdout, flush=True)
 
 
-def let_others_speak() -> None:
-    """Before leaving in silence: an elastic launcher ends all ranks when the first one leaves, said or not."""
+def let_others_speak(watch: Watch | None = None) -> None:
+    """Before leaving in silence: an elastic launcher ends all ranks when the first one leaves, said or not.
+
+    Its signal, once one that did speak has left, ends the waiting; `watch` hears it, where there is one.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ and not speaks(os.environ):
-        time.sleep(SPEAKING_SECONDS)
+        until = time.monotonic() + SPEAKING_SECONDS
+        while not (watch and watch.wish) and time.monotonic() < until:
+            time.sleep(0.1)
 
 
 def speaks(environ: Mapping[str, str]) -> bool:

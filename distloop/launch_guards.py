@@ -106,6 +106,11 @@ def check_launch(environ: Mapping[str, str], launch: Launch | None, device: str,
             f"{right_commands(None, world)}"
         )
     explicit = device == "cpu" or launcher_uses_cpu(environ)
+    if launch and launch.processes != world and int(environ.get("LOCAL_WORLD_SIZE", world)) < world:
+        raise UsageError(
+            f"accelerate launch was asked here for {launch.processes} processes on all machines, which have started "
+            f"{world}: give the same numbers on each machine (PROCESSES and MACHINES, or --num_processes)."
+        )
     if launch and launch.processes > 1 and world != launch.processes:
         raise UsageError(
             f"accelerate launch was asked for {launch.processes} processes, but this is one process of "

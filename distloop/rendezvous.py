@@ -5,6 +5,8 @@ torch is imported where it is needed: the environment has to be in order before 
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import socket
 import sys
 import threading
@@ -190,6 +192,8 @@ def group_timeout(settings: Ddp) -> timedelta:
 
 def main(arguments: list[str]) -> int:
     """Meet the other machines, for launch/multi_node.sh: HOST PORT NUMBER MACHINES SECONDS; returns the exit code."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the script is killed, nobody needs this
     host, port, *numbers = arguments
     try:
         number, machines, limit = (int(value) for value in numbers)

@@ -154,7 +154,7 @@ class RollCall:
                 self._tell(own, *end)
             self._decide(own, *end)  # there is nobody to ask, or no answer
             if self.world_size == 1 and end[0] == "mistake":
-                let_others_speak()
+                let_others_speak(self.watch)
         assert self.verdict is not None
         with self._deciding:  # what another thread is saying of it is said to its end
             if self.world_size > 1:

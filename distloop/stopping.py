@@ -281,6 +281,16 @@ def launcher(environ: Mapping[str, str]) -> int | None:
     return -1 if adopted else None
 
 
+def end_launcher(reason: str | None, environ: Mapping[str, str]) -> None:
+    """On several machines, after a stop by a signal: end the elastic launcher, as it is ended where the signal went.
+
+    Those of the other machines would wait for that one, deaf to signals, for five minutes after their ranks have left.
+    """
+    by_signal = reason in [number.name for number in SIGNALS]
+    if by_signal and "TORCHELASTIC_RUN_ID" in environ and int(environ["GROUP_WORLD_SIZE"]) > 1 and speaks(environ):
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
 def slurm_end_time(environ: Mapping[str, str]) -> float | None:
     """When Slurm will end this job, in seconds since 1970; None outside of a job or without a limit."""
     if "SLURM_JOB_ID" not in environ:

@@ -288,6 +288,8 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     ending = summary(start.path, best, metrics) if step == total_steps else stopped(start.path, step, total_steps, stop)
     trackers.say(*ending)
     agreement.close()
+    if step < total_steps:
+        stopping.end_launcher(stop, os.environ)
     accelerator.end_training()
 
 
@@ -300,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(sys.argv[1:] if arguments is None else arguments, quiet)
     except SystemExit as error:  # --help, or a mistake on the command line
         if error.code:
-            cluster.let_others_speak()
+            cluster.let_others_speak(watch)
         raise
     except UsageError as error:
         return roll_call.judge(error).code

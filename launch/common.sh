@@ -1,24 +1,31 @@
 # shellcheck shell=bash
 # What the scripts of this folder share. Not run by itself.
-home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$home/.venv/bin/accelerate" ]; then
-  PATH=$home/.venv/bin:$PATH # made by `make train`
-fi
-
 fail() {
   echo "$(basename "$0"): $*" >&2
   exit 2
 }
+
+home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$home/.venv/bin/accelerate" ]; then
+  PATH=$home/.venv/bin:$PATH # made by `make train`
+fi
+command -v accelerate >/dev/null ||
+  fail "no accelerate here: activate the environment that distloop is installed in, or make one with \`make setup\`"
+
+# positive NAME: refuse a variable that is no number from 1.
+positive() {
+  case ${!1} in '' | 0* | *[!0-9]*) fail "$1=${!1}: give a number from 1" ;; esac
+}
+if [ -n "${PROCESSES:-}" ]; then positive PROCESSES; fi
 
 # The GPUs that this machine shows to PyTorch.
 gpus() { python -c 'import torch; print(torch.cuda.device_count())'; }
 
 # prepare PROCESSES: for so many ranks on this machine.
 prepare() {
-  case $1 in '' | *[!0-9]* | 0) fail "PROCESSES=$1 is not a number of processes" ;; esac
   # The launcher would give each rank one thread, on a machine of any size.
   local cpus
-  cpus=$(nproc)
+  cpus=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > $1 ? cpus / $1 : 1))}
   # The launcher hands these signals on, and gives the ranks two minutes to save, not 30 seconds.
   export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 PET_SHUTDOWN_TIMEOUT=120

@@ -4,7 +4,7 @@
 #   PROCESSES=4 launch/single_node.sh --config configs/digits.yaml
 set -euo pipefail
 # shellcheck source=launch/common.sh
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 
 kind=multi_gpu available=$(gpus)
 if [ "$available" = 0 ]; then
