@@ -7,6 +7,7 @@ PROCS  ?= 1
 ARGS   ?=
 
 BIN := .venv/bin
+SHELL_SCRIPTS := launch/*.sh slurm/*.sbatch slurm/common.sh .ci/run
 # One process: a GPU if there is one; without a launcher, which would end at Ctrl-C before the run has saved.
 # Several: as many GPUs, or that many processes on the CPU.
 SEVERAL := $(BIN)/accelerate launch --quiet --num_machines 1 --main_process_port 0 --mixed_precision no \
@@ -31,6 +32,9 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@if command -v shellcheck >/dev/null; then shellcheck -x $(SHELL_SCRIPTS); \
+	 elif [ -n "$${CI:-}" ]; then echo "shellcheck is missing" >&2; exit 1; \
+	 else echo "shellcheck is not installed: the shell scripts were not checked"; fi
 
 setup: .venv/installed
 

@@ -1,8 +1,9 @@
-"""Stopping by way of what started the run: Accelerate's launcher, a shell that goes away, a terminal."""
+"""Stopping by way of what started the run: Accelerate's launcher, launch/*.sh, a shell that goes away, a terminal."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from distloop.checkpoint import published_in, step_of, verify
+from tests.launching import machines, script
 from tests.ranks import accelerate_launch, clean_environment, wait_until
 from tests.records import rows, status
 from tests.stopping import NOTICE, check_nothing_runs, processes_of, reached, run_of, waiting_run
@@ -35,7 +37,7 @@ LAUNCHERS = {
 }
 COVERING = {(1, "SIGTERM"), (1, "SIGKILL"), (2, "SIGINT"), (2, "SIGKILL")}
 
-Start = Callable[[list[str]], subprocess.Popen]
+Start = Callable[..., subprocess.Popen]
 
 
 @pytest.fixture
@@ -49,11 +51,11 @@ def marker(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def start(tmp_path: Path, marker: str) -> Start:
-    """Start a command in the test's folder, with its output in the file `output` there."""
+    """Start a command in the test's folder, with its output in a file there."""
 
-    def start(words: list[str]) -> subprocess.Popen:
+    def start(words: list[str], file: str = "output") -> subprocess.Popen:
         environment = {**clean_environment(), **CPU, "DISTLOOP_TEST": marker}
-        with open(tmp_path / "output", "w") as output:
+        with open(tmp_path / file, "w") as output:
             return subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=output, stderr=output)
 
     return start
@@ -63,10 +65,10 @@ def endless(folder: Path) -> list[str]:
     return [*waiting_run(folder), "--train.steps", "100000", "--data.workers", "2"]
 
 
-def check_saved(folder: Path, reason: str) -> int:
+def check_saved(folder: Path, reason: str, file: str = "output") -> int:
     """The run is stopped for this reason and its last step is saved; returns which."""
     run = run_of(folder)
-    assert (status(run)["state"], status(run)["reason"]) == ("stopped", reason), (folder / "output").read_text()
+    assert (status(run)["state"], status(run)["reason"]) == ("stopped", reason), (folder / file).read_text()
     newest = published_in(run / "checkpoints")[-1]
     verify(newest)
     assert step_of(newest) == status(run)["step"] == rows(run, "train")[-1]["step"]
@@ -134,6 +136,52 @@ def test_a_trainer_started_from_a_shell_goes_on_when_the_shell_is_killed(
     assert NOTICE not in (tmp_path / "output").read_text()
 
 
+# ---- launch/*.sh ---------------------------------------------------------------------------------------------
+
+# script -> its words on each machine, and why the run says that it stopped where that is not the signal's name:
+# one process has a launcher that hands nothing on, and 8 seconds after its end.
+SCRIPTS: dict[str, tuple[Callable[[], list[list[str]]], str | None]] = {
+    "debug.sh": (lambda: [script("debug.sh")], GONE),
+    "single_node.sh, one rank": (lambda: [script("single_node.sh", PROCESSES=1)], None),
+    "single_node.sh, two ranks": (lambda: [script("single_node.sh", PROCESSES=2)], None),
+    "multi_node.sh": (lambda: machines(1), None),
+}
+SIGNALLED_MACHINE = {"SIGTERM": 1, "SIGINT": 0, "SIGUSR1": 1, "SIGUSR2": 0}  # of several, one
+COVERING_SCRIPTS = {("debug.sh", "SIGTERM"), ("single_node.sh, two ranks", "SIGUSR2"), ("multi_node.sh", "SIGUSR1")}
+
+
+@pytest.mark.parametrize(
+    ("name", "signal_name"),
+    [
+        pytest.param(name, number, marks=() if (name, number) in COVERING_SCRIPTS else pytest.mark.long)
+        for name in SCRIPTS
+        for number in SIGNALLED_MACHINE
+    ],
+)
+def test_a_signal_to_one_script_saves_the_run_and_ends_it_on_all_machines(
+    tmp_path: Path, start: Start, marker: str, name: str, signal_name: str
+) -> None:
+    commands, reason = SCRIPTS[name]
+    arguments = [*endless(tmp_path), "--runs-dir", "runs"]  # debug.sh would take a temporary one
+    started = [start([*words, *arguments], f"output-{machine}") for machine, words in enumerate(commands())]
+    reached(tmp_path, 4)
+    number = SIGNALLED_MACHINE[signal_name] % len(started)
+    started[number].send_signal(signal.Signals[signal_name])
+    # Nor launchers of other machines, which would wait for the one that ended.
+    check_nothing_runs(tmp_path, marker, seconds=20)
+    check_saved(tmp_path, reason or signal_name, "output-0")
+    assert (tmp_path / f"output-{number}").read_text().count(NOTICE) == 1
+
+
+def test_a_script_that_is_ended_while_it_waits_for_other_machines_leaves_nothing_behind(
+    tmp_path: Path, start: Start, marker: str
+) -> None:
+    waiting = start([*machines(1)[0], *endless(tmp_path)])
+    wait_until(lambda: "waiting for the others" in (tmp_path / "output").read_text(), "the wait for machine 1")
+    waiting.terminate()
+    check_nothing_runs_but_the_dead(tmp_path, marker, waiting)
+
+
 # ---- in a terminal -------------------------------------------------------------------------------------------
 
 needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
@@ -187,13 +235,15 @@ def terminal(tmp_path: Path, marker: str) -> Terminal:
         TRAIN,
         pytest.param(accelerate_launch(1), marks=pytest.mark.long),
         pytest.param(accelerate_launch(2), marks=pytest.mark.long),
+        pytest.param(script("debug.sh"), marks=pytest.mark.long),
+        pytest.param(script("single_node.sh", PROCESSES=2), marks=pytest.mark.long),
     ],
-    ids=["python", "accelerate launch", "accelerate launch, two processes"],
+    ids=["python", "accelerate launch", "accelerate launch, two processes", "debug.sh", "single_node.sh, two ranks"],
 )
 def test_ctrl_c_in_a_terminal_saves_and_the_same_command_says_where_it_goes_on(
     tmp_path: Path, terminal: Terminal, words: list[str]
 ) -> None:
-    command = " ".join([*words, *waiting_run(tmp_path), "--train.steps", "250"])
+    command = shlex.join([*words, *waiting_run(tmp_path), "--train.steps", "250", "--runs-dir", "runs"])
     terminal.type(command)
     reached(tmp_path, 4)
     terminal.interrupt()

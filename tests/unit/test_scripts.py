@@ -1,0 +1,205 @@
+"""The scripts of launch/: what they ask of Accelerate's launcher, and what they refuse before they start anything."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+from tests.launching import LAUNCH
+from tests.ranks import REPOSITORY, clean_environment
+
+CONFIGS = sorted((LAUNCH / "accelerate").glob("*.yaml"))
+SCRIPTS = ["debug.sh", "single_node.sh", "multi_node.sh"]
+TRAIN = str(REPOSITORY / "distloop" / "train.py")
+HEAD = {"MASTER_ADDR": "10.0.0.1", "MACHINES": "2", "MACHINE_RANK": "1"}
+# Stand in for the programs of those names: the launcher notes what it was given; Python, how many GPUs there are, and
+# that the other machines were met.
+LAUNCHER = """#!/bin/bash
+printf '%s\\0' "$@" >words
+env -0 >environment
+"""
+PYTHON = """#!/bin/bash
+if [ "$1" = -c ]; then echo "$GPUS"; else printf '%s ' "$@" >>met; exit "${MEETING:-0}"; fi
+"""
+
+
+class Launch:
+    """How a script, run in `folder`, ended, and what it gave to the launcher, if it came to that."""
+
+    def __init__(self, folder: Path, name: str, arguments: list[str], variables: dict[str, str], scripts: Path) -> None:
+        programs = folder / "programs"
+        programs.mkdir(exist_ok=True)
+        for program, text in {"accelerate": LAUNCHER, "python": PYTHON}.items():
+            (programs / program).write_text(text)
+            (programs / program).chmod(0o755)
+        environment = {**clean_environment(), "VIRTUAL_ENV": str(programs), "GPUS": "0"}
+        environment["PATH"] = f"{programs}:{os.environ['PATH']}"
+        del environment["OMP_NUM_THREADS"]
+        words = [str(scripts / name), *arguments]
+        done = subprocess.run(
+            words, cwd=folder, env={**environment, **variables}, text=True, capture_output=True, timeout=60, check=False
+        )
+        self.code, self.errors = done.returncode, done.stderr
+        self.launched = (folder / "words").exists()
+        if self.launched:
+            self.words = (folder / "words").read_text().split("\0")[:-1]
+            lines = (folder / "environment").read_text().split("\0")[:-1]
+            self.environment = dict(line.split("=", 1) for line in lines)
+
+    def option(self, name: str) -> str:
+        return self.words[self.words.index(name) + 1]
+
+
+def launch(
+    folder: Path, name: str, *arguments: str, variables: dict[str, str] | None = None, scripts: Path = LAUNCH
+) -> Launch:
+    needed = HEAD if name == "multi_node.sh" else {}
+    return Launch(folder, name, list(arguments), {**needed, **(variables or {})}, scripts)
+
+
+def usable_cpus() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_each_accelerate_config_is_one_for_accelerates_own_parser(path: Path) -> None:
+    config = load_config_from_file(str(path))  # it refuses unknown keys
+    assert config.mixed_precision == "no"
+    assert (config.num_processes > 1) == (config.distributed_type == "MULTI_GPU")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_can_be_started_by_its_name(name: str) -> None:
+    assert os.access(LAUNCH / name, os.X_OK)
+    assert (LAUNCH / name).read_text().startswith("#!/usr/bin/env bash\n")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_further_arguments_are_passed_on_as_they_were_typed_and_count_over_those_of_the_script(
+    tmp_path: Path, name: str
+) -> None:
+    typed = ["--model.args", "{hidden: 8}", "--name", 'it\'s "mine" $HOME *', "", "--expect-world", "3"]
+    done = launch(tmp_path, name, *typed)
+    assert done.words[-len(typed) :] == typed
+    assert TRAIN in done.words[: -len(typed)]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_names_its_own_accelerate_config_and_is_told_which_world_to_expect(tmp_path: Path, name: str) -> None:
+    done = launch(tmp_path, name, variables={"PROCESSES": "3"})
+    assert done.words[:2] == ["launch", "--quiet"]
+    assert Path(done.option("--config_file")) in CONFIGS
+    processes = {"debug.sh": 1, "single_node.sh": 3, "multi_node.sh": 6}[name]
+    assert done.option("--expect-world") == str(processes)
+    if processes > 1:
+        assert done.option("--num_processes") == str(processes)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("how", ["link", "linked folder", "relative"])
+def test_a_script_finds_what_belongs_to_it_through_a_link_and_a_path_with_spaces(
+    tmp_path: Path, name: str, how: str
+) -> None:
+    scripts = tmp_path / "my scripts"
+    if how == "linked folder":
+        scripts.symlink_to(LAUNCH)
+    else:
+        scripts.mkdir()
+        target = LAUNCH / name
+        (scripts / name).symlink_to(target if how == "link" else os.path.relpath(target, scripts))
+    done = launch(tmp_path, name, scripts=scripts)
+    assert done.launched, done.errors
+    assert Path(done.option("--config_file")).is_file()
+    assert any(Path(word).samefile(TRAIN) for word in done.words if word.endswith("train.py"))
+
+
+def test_all_gpus_of_the_machine_get_a_process_each(tmp_path: Path) -> None:
+    done = launch(tmp_path, "single_node.sh", variables={"GPUS": "4"})
+    assert (done.option("--num_processes"), done.option("--expect-world")) == ("4", "4")
+    assert Path(done.option("--config_file")).name == "multi_gpu.yaml"
+    assert "ACCELERATE_USE_CPU" not in done.environment
+
+
+def test_all_gpus_of_all_machines_get_a_process_each(tmp_path: Path) -> None:
+    done = launch(tmp_path, "multi_node.sh", variables={"GPUS": "4", "MACHINES": "3"})
+    assert (done.option("--num_machines"), done.option("--machine_rank")) == ("3", "1")
+    assert (done.option("--num_processes"), done.option("--expect-world")) == ("12", "12")
+    assert (done.option("--main_process_ip"), done.option("--main_process_port")) == ("10.0.0.1", "29500")
+    assert "ACCELERATE_USE_CPU" not in done.environment
+
+
+@pytest.mark.parametrize("name", ["single_node.sh", "multi_node.sh"])
+def test_without_a_gpu_ranks_compute_on_the_cpu(tmp_path: Path, name: str) -> None:
+    done = launch(tmp_path, name)
+    assert done.environment["ACCELERATE_USE_CPU"] == "true"
+    assert done.option("--num_processes") == ("2" if name == "single_node.sh" else "4")
+
+
+@pytest.mark.parametrize(("name", "processes"), [("debug.sh", 1), ("single_node.sh", 2), ("multi_node.sh", 1)])
+def test_the_ranks_of_a_machine_share_its_cpus_unless_the_user_says_otherwise(
+    tmp_path: Path, name: str, processes: int
+) -> None:
+    variables = {"PROCESSES": str(processes)}
+    assert launch(tmp_path, name, variables=variables).environment["OMP_NUM_THREADS"] == str(
+        max(1, usable_cpus() // processes)
+    )
+    variables["OMP_NUM_THREADS"] = "3"
+    assert launch(tmp_path, name, variables=variables).environment["OMP_NUM_THREADS"] == "3"
+
+
+def test_more_ranks_than_cpus_get_a_thread_each(tmp_path: Path) -> None:
+    done = launch(tmp_path, "single_node.sh", variables={"PROCESSES": "1000"})
+    assert done.environment["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("value", ["0", "abc", "-1", "1.5", "08", "2 3"])
+def test_a_number_of_processes_that_is_none_is_refused(tmp_path: Path, name: str, value: str) -> None:
+    check_refusal(launch(tmp_path, name, variables={"PROCESSES": value}), f"{name}: PROCESSES={value}")
+
+
+@pytest.mark.parametrize("value", ["0", "two"])
+def test_a_number_of_machines_that_is_none_is_refused(tmp_path: Path, value: str) -> None:
+    check_refusal(launch(tmp_path, "multi_node.sh", variables={"MACHINES": value}), f"multi_node.sh: MACHINES={value}")
+
+
+@pytest.mark.parametrize("missing", HEAD)
+def test_a_variable_that_says_who_is_who_is_asked_for(tmp_path: Path, missing: str) -> None:
+    done = launch(tmp_path, "multi_node.sh", variables={missing: ""})
+    check_refusal(done, f"multi_node.sh: {missing} is not set")
+    assert all(name in done.errors for name in HEAD), "a whole command, to copy"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_without_accelerate_a_script_says_where_it_comes_from(tmp_path: Path, name: str) -> None:
+    done = launch(tmp_path, name, variables={"PATH": "/usr/bin:/bin"})
+    check_refusal(done, "activate the environment")
+
+
+def check_refusal(done: Launch, message: str) -> None:
+    assert done.code == 2
+    assert message in done.errors
+    assert len(done.errors.splitlines()) == 1
+    assert not done.launched
+
+
+def test_machines_meet_before_any_launcher_starts_and_none_does_when_they_cannot(tmp_path: Path) -> None:
+    variables = {"JOIN_SECONDS": "7", "MASTER_PORT": "4321"}
+    done = launch(tmp_path, "multi_node.sh", variables={**variables, "MEETING": "1"})
+    assert (tmp_path / "met").read_text() == "-m distloop.rendezvous 10.0.0.1 4321 1 2 7 "
+    assert done.code == 1
+    assert not done.launched
+    done = launch(tmp_path, "multi_node.sh", variables=variables)
+    assert done.option("--main_process_port") == "4321"
+    assert done.option("--rdzv_conf") == "timeout=7"  # the launcher's own wait would be ten minutes
+
+
+def test_signals_are_handed_on_to_the_ranks_and_these_have_the_time_to_save(tmp_path: Path) -> None:
+    for name in ("single_node.sh", "multi_node.sh"):
+        environment = launch(tmp_path, name).environment
+        assert {"SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"} <= set(environment["PET_SIGNALS_TO_HANDLE"].split(","))
+        assert int(environment["PET_SHUTDOWN_TIMEOUT"]) >= 120
