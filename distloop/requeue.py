@@ -65,9 +65,11 @@ def main(arguments: list[str]) -> int:
     job["JobId"] = os.environ.get("SLURM_JOB_ID", "")  # a task of an array is shown by its own number, too
     nodes, *arguments = arguments
     try:
-        config = load_config(arguments, quiet=False)
+        config = load_config(arguments, quiet=True)
         file = path_of(config) / STATUS
         status = json.loads(file.read_text()) if file.exists() else {}
+    except SystemExit:  # --help, or a mistake on the command line: the ranks have answered it
+        return DONE
     except (UsageError, OSError, ValueError) as error:
         print(f"distloop: not requeued: {error}", file=sys.stderr)
         return DONE

@@ -220,11 +220,10 @@ class RollCall:
             with contextlib.suppress(OSError):
                 self._crash_path(self.rank).unlink()
         if self.folder is not None and self.rank == 0 and self.folder.exists():
-            empty = [
-                path for path in self.folder.glob(f"crash_{self.attempt:04d}_rank_*.txt") if not path.stat().st_size
-            ]
-            for path in (self.folder / RECORD, *empty):  # of ranks that were killed
-                path.unlink(missing_ok=True)
+            for path in (self.folder / RECORD, *self.folder.glob(f"crash_{self.attempt:04d}_rank_*.txt")):
+                with contextlib.suppress(FileNotFoundError):  # its rank, which leaves now, was faster
+                    if path.name == RECORD or not path.stat().st_size:  # of ranks that were killed
+                        path.unlink()
 
     def _decide(self, place: Place, kind: str, what: str, trace: str) -> None:
         """Rank 0 has found who was first, or this rank has nobody to ask: say it, tell the others, and end."""

@@ -23,7 +23,10 @@ fail() {
   exit 2
 }
 
-on_each_node() { srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "$@"; }
+# Also beside a step that holds everything, as one on a lost node does: --mem=0 shares its memory.
+on_each_node() {
+  srun --overlap --mem=0 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "$@"
+}
 
 # train ARGUMENTS…: one task per GPU, to the end of the run or of the job's time.
 train() {
@@ -42,9 +45,10 @@ train() {
     set -- "$@" --data.root "$stage_to"
   fi
 
-  # srun does not take --cpus-per-task over from sbatch. GPUs are not bound to tasks, so that peers can reach them.
+  # srun does not take --cpus-per-task over from sbatch. Each task sees all GPUs of its node's share, so that peers can
+  # reach each other. (--gpu-bind=none would take CUDA_VISIBLE_DEVICES away, and with it the share.)
   # Ranks end each other and say why: srun waits for that before it kills what is left.
-  SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} srun --gpu-bind=none --kill-on-bad-exit=0 --wait=30 \
+  SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} srun --kill-on-bad-exit=0 --wait=30 \
     "${python[@]}" -u -m distloop.train --expect-world "$SLURM_NTASKS" "$@" &
   step=$!
   trap : TERM USR1 USR2 # meant for the ranks; the script outlives them, to hear how they ended
@@ -59,7 +63,7 @@ train() {
   local nodes=answer
   if [ "$code" != 0 ] && ! on_each_node true; then nodes=lost; fi
   if [ "$code" = 0 ] || [ $nodes = lost ]; then
-    scontrol show job "$SLURM_JOB_ID" | "${python[@]}" -m distloop.requeue $nodes "$@" && scontrol requeue "$SLURM_JOB_ID"
+    scontrol show job "$job" | "${python[@]}" -m distloop.requeue $nodes "$@" && scontrol requeue "$job"
   fi
   return "$code"
 }
