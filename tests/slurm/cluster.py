@@ -30,8 +30,10 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 _SEARCH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"  # where Debian has the daemons; not on every user's PATH
 
 # cred_expire is also what a requeued job waits before it starts again; Slurm's own is 120 seconds.
+# Job numbers differ between clusters of one machine, since runs derive their ports from them.
 _CONFIGURATION = """\
 ClusterName=distloop
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -133,9 +135,8 @@ class Cluster:
             (self.folder / name).mkdir(parents=True)
         ports = ",".join(str(free_port()) for _ in NODES)
         host = socket.gethostname().split(".")[0]
-        self.configuration.write_text(
-            _CONFIGURATION.format(**vars(self), host=host, controller_port=free_port(), node_ports=f"[{ports}]")
-        )
+        own = {"controller_port": free_port(), "node_ports": f"[{ports}]", "first_job": 1 + secrets.randbelow(100_000)}
+        self.configuration.write_text(_CONFIGURATION.format(**vars(self), host=host, **own))
         for index, device in enumerate(("null", "zero")):  # Slurm asks no more of a GPU than to be a device file
             (self.folder / f"gpu{index}").symlink_to(f"/dev/{device}")
         (self.folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={self.folder}/gpu[0-1]\n")

@@ -1,0 +1,61 @@
+"""A rank that fails under Slurm ends the job at once, by name and cause, and the job does not come back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import write_config
+from tests.records import status
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import submit
+from tests.stopping import run_of
+
+SETTINGS = {
+    "data": {"name": "tests.small_code:points", "workers": 1},
+    "model": "linear",
+    "batch": {"global_size": 16},
+    "train": {"steps": 60},
+    "checkpoint": {"every_steps": 2},
+    "device": "cpu",
+}
+SECONDS = 30  # within which all is over
+WITHOUT_A_WORD = "rank 1 on n2 was the first to end, without a word: "
+# how -> what is said of it
+SAID = {
+    "raises": "rank 1 on n2, in step 5, forward pass, failed first: ValueError: the fifth step is too much",
+    "is killed": WITHOUT_A_WORD + "killed (out of memory, kill -9), or left by os._exit",
+    "exits with 0": WITHOUT_A_WORD + "killed (out of memory, kill -9), or left by os._exit",
+    "crashes": WITHOUT_A_WORD + "it crashed in native code",
+    # And then how it was noticed, which is the same to the user: not heard of, or waited for, for 5 s.
+    "is suspended": "rank 1 on n2, in step 5, forward pass, has ",
+}
+IN_CI = ("is killed", "exits with 0")
+
+
+@pytest.mark.parametrize("how", [pytest.param(how, marks=() if how in IN_CI else pytest.mark.long) for how in SAID])
+def test_a_failed_rank_ends_the_job_and_is_named(cluster: Cluster, tmp_path: Path, how: str) -> None:
+    task = {"name": "tests.slurm.user_code:Failing", "args": {"how": how}}
+    config = str(write_config(tmp_path, {**SETTINGS, "task": task}))
+    # Short for the suspended one only: the others may be slow.
+    limit = 5 if how == "is suspended" else 100
+    arguments = ["--config", config, "--ddp.timeout-seconds", str(limit)]
+    job = submit(cluster, tmp_path, "multi_node", *arguments)
+    job.until((tmp_path / "failing").exists, "the failure")
+    # srun waits 30 s for a rank that does not end before it kills it.
+    found = job.wait(timeout=limit + 40 if how == "is suspended" else SECONDS)
+    log = job.log
+    assert (found["JobState"], found["Restarts"]) == ("FAILED", "0"), log
+    assert found["ExitCode"].partition(":")[0] != "0"
+    blame = [line for line in log.splitlines() if "rank 1 on" in line]
+    assert len(blame) == 1, log
+    assert blame[0].startswith(f"distloop: {SAID[how]}")
+    assert ("for 5 s (ddp.timeout_seconds)" in blame[0]) == (how == "is suspended")
+    assert ("the fifth step is too much" in log) == (how == "raises")
+    assert ("Traceback" in log) == (how == "raises")
+    assert "requeued" not in log
+    assert (status(run_of(tmp_path))["state"], status(run_of(tmp_path))["attempt"]) == ("failed", 1)
+    record = json.loads((run_of(tmp_path) / "failures" / "attempt_0001.json").read_text())
+    assert (record["rank"], record["node"], [rank["node"] for rank in record["ranks"]]) == (1, "n2", ["n1", "n2"])
