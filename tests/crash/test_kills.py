@@ -137,8 +137,9 @@ def test_when_one_of_two_ranks_is_killed_the_other_ends_and_the_run_continues_to
         assert (
             newest_step(killed) >= step - 16
         )  # the last save that was due may have been under way, the one before not
-        # A rank 0 that lives brings the save to its end, and says how the run has ended.
-        assert status(killed)["state"] == ("running" if victim == 0 else "failed")
+        assert status(killed)["state"] == "failed"  # said by the rank that lives
+        assert f"rank {victim} on" in status(killed)["reason"]
+        # A rank 0 that lives brings the save to its end.
         assert victim == 0 or not saves_under_way(killed)
     newest = newest_step(killed)
     outcome = train(tmp_path, [*config, "--name", "killed"], 2).check()
