@@ -45,12 +45,13 @@ class Start(NamedTuple):
     """What the run trains, as it stands in the manifest of each checkpoint."""
 
 
-def open_run(config: Config, lock: RunLock, world_size: int, dataset: dict[str, Any], total_steps: int) -> Start:
+def open_run(config: Config, lock: RunLock, status: RunStatus, world_size: int, dataset: dict[str, Any]) -> Start:
     """Create, or find and continue, the run's directory; rank 0 only. `dataset`: the training data's fingerprint.
 
     Order of resuming: a run of this name is continued from its newest good checkpoint; a finished one is
-    left as it is; --resume never moves it aside first. Nothing is changed before the lock is held. Raises
-    UsageError when the directory is in use, belongs to a run that trains differently, or cannot be written.
+    left as it is; --resume never moves it aside first. Nothing is changed before the lock is held; `status` is told
+    when the attempt begins. Raises UsageError when the directory is in use, belongs to a run that trains
+    differently, or cannot be written.
     """
     path = path_of(config)
     messages: list[str] = []
@@ -59,8 +60,8 @@ def open_run(config: Config, lock: RunLock, world_size: int, dataset: dict[str, 
     try:
         if path.exists():
             if config.resume != "never" and _is_finished(path, config):
-                status = read_json(path / STATUS)
-                return Start(path, int(status["attempt"]), None, None, int(status["step"]), True, messages, {})
+                before = read_json(path / STATUS)
+                return Start(path, int(before["attempt"]), None, None, int(before["step"]), True, messages, {})
             messages += _acquire(lock, path)
             if config.resume == "never":
                 aside = _place_aside(path)
@@ -78,7 +79,7 @@ def open_run(config: Config, lock: RunLock, world_size: int, dataset: dict[str, 
         clean(path / CHECKPOINTS)
         for leftover in (path / FAILURES).glob("*rank*"):  # of an attempt that was killed
             leftover.unlink(missing_ok=True)
-        status = read_json(path / STATUS)
+        before = read_json(path / STATUS)
         # A run that has saved nothing has nothing that another config would train differently.
         begun = bool(published_in(path / CHECKPOINTS)) and (path / CONFIG).exists()
         changes = _changes(path, config) if begun else {}
@@ -91,18 +92,20 @@ def open_run(config: Config, lock: RunLock, world_size: int, dataset: dict[str, 
             )
         messages += [f"passed over a damaged checkpoint: {line}" for line in passed_over]
         step = step_of(checkpoint) if checkpoint else 0
-        if step > total_steps:
-            raise UsageError(f"{path} is already at step {step}; it cannot end at step {total_steps}. Train longer.")
+        if step > status.total_steps:
+            raise UsageError(
+                f"{path} is already at step {step}; it cannot end at step {status.total_steps}. Train longer."
+            )
         if checkpoint:
             changes.update(_changes_of_data(path, read_manifest(checkpoint)["dataset"], dataset, config))
         redone = set_rows_aside(path / METRICS, step)
         if redone:
             messages.append(f"metrics after step {step}, {redone} of them, were set aside: these steps are done again")
-        attempt = int(status.get("attempt", 0)) + 1
+        attempt = int(before.get("attempt", 0)) + 1
         identity = {"config_sha256": training_hash(config), "dataset": dataset}
         start = Start(path, attempt, checkpoint, weights, step, False, messages, identity)
         # First: an extended run is not finished any more.
-        RunStatus(start, True, total_steps, owned=lock.beat).update(step, status.get("best"))
+        status.begin(start, before.get("best"))
         if changes:
             record = {"after_attempt": attempt - 1, "after_step": step, "changes": changes}
             with open(path / "config_changes.jsonl", "a") as file:

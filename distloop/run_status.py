@@ -22,15 +22,15 @@ class RunStatus:
 
     def __init__(
         self,
-        start: Start,
         enabled: bool,
         total_steps: int,
         judge: Callable[[BaseException], Verdict] | None = None,
         owned: Callable[[], None] = lambda: None,
     ) -> None:
-        self.start, self.enabled, self.total_steps = start, enabled, total_steps
+        self.enabled, self.total_steps = enabled, total_steps
         self.judge, self.owned = judge, owned
-        self.step = start.step
+        self.start: Start | None = None  # nothing is written before
+        self.step = 0
         self.best: dict[str, Any] | None = None
         self.best_rule: tuple[str, str] | None = None
         self.stopped_by: str | None = None
@@ -38,6 +38,11 @@ class RunStatus:
 
     def __enter__(self) -> RunStatus:
         return self
+
+    def begin(self, start: Start, best: dict[str, Any] | None) -> None:
+        """The attempt begins; `best` is that of the attempts before."""
+        self.start = start
+        self.update(start.step, best)
 
     def update(self, step: int, best: dict[str, Any] | None) -> None:
         """The run has been saved at `step`; `best`: the best validation row so far."""
@@ -52,6 +57,8 @@ class RunStatus:
 
     def rank_0_is_lost(self, reason: str) -> None:
         """On another rank: say for rank 0, which cannot, that the attempt has failed."""
+        if self.start is None:
+            return
         status = read_json(self.start.path / STATUS)
         if status.get("attempt") == self.start.attempt and status.get("state") == "running":  # still our run
             status |= {"state": "failed", "reason": reason, "written": _now()}
@@ -71,7 +78,7 @@ class RunStatus:
             self._write("finished", "all steps are done")
 
     def _write(self, state: str, reason: str | None) -> None:
-        if not self.enabled:
+        if not self.enabled or self.start is None:
             return
         self.owned()
         status = {

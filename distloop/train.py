@@ -136,7 +136,8 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     lock = attempt.enter_context(RunLock())
     watch.each_poll.append(lock.beat)
     lock.before_leaving.append(lambda: roll_call.leave("its run directory was taken over"))
-    start = cluster.from_main(lambda: open_run(config, lock, world_size, fingerprint(source.train), total_steps), here)
+    status = attempt.enter_context(RunStatus(is_main, total_steps, roll_call.judge, lock.beat))
+    start = cluster.from_main(lambda: open_run(config, lock, status, world_size, fingerprint(source.train)), here)
     if start.finished:
         accelerator.print(
             f"{start.path} is finished; its metrics are in {start.path / METRICS}. "
@@ -146,7 +147,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
         return
     roll_call.keep_records(start.path / FAILURES, start.attempt)
     watch.each_poll.append(roll_call.write_record)
-    status = attempt.enter_context(RunStatus(start, is_main, total_steps, roll_call.judge, lock.beat))
+    status.start = start
     watch.before_leaving += [status.cut_off, roll_call.cut_off, lambda state, reason: lock.release()]
     roll_call.when_rank_0_is_lost = status.rank_0_is_lost
     if is_main:

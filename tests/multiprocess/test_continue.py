@@ -12,6 +12,7 @@ from distloop.config_load import load_config
 from distloop.data.datasets import fingerprint, load_data
 from distloop.lock import RunLock
 from distloop.run_directory import open_run
+from distloop.run_status import RunStatus
 from tests.ranks import Ranks, train, wait_until, write_config
 from tests.records import largest_difference, losses, rows, status, weights
 
@@ -146,7 +147,7 @@ def test_an_extended_run_is_not_finished_from_the_moment_its_config_is_replaced(
     dataset = fingerprint(load_data(config.data).train)
     with RunLock() as lock:
         open_run(
-            dataclasses.replace(config, resume="extend"), lock, 1, dataset, total_steps=20
+            dataclasses.replace(config, resume="extend"), lock, RunStatus(True, total_steps=20), 1, dataset
         )  # and then it is killed
     assert status(tmp_path / "runs" / "run")["state"] == "running"
     train(tmp_path, [*small(tmp_path), "--train.epochs", "4"]).check()
