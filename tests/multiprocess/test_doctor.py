@@ -276,9 +276,19 @@ def test_ranks_that_do_not_come_are_named_within_the_limit(tmp_path: Path) -> No
     ("does", "check", "says"),
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "matrix_product_seconds", "was the first to end, without a word"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "all_reduce_seconds", "was the first to end, without a word"),
-        ("1 / 0", "matrix_product_seconds", "ZeroDivisionError"),
-        ("os.kill(os.getpid(), signal.SIGSTOP)", "matrix_product_seconds", "has not been heard of for 5 s"),
+        pytest.param(
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            "all_reduce_seconds",
+            "was the first to end, without a word",
+            marks=pytest.mark.long,
+        ),
+        pytest.param("1 / 0", "matrix_product_seconds", "ZeroDivisionError", marks=pytest.mark.long),
+        pytest.param(
+            "os.kill(os.getpid(), signal.SIGSTOP)",
+            "matrix_product_seconds",
+            "has not been heard of for 5 s",
+            marks=pytest.mark.long,
+        ),
         ("time.sleep(1000)", "matrix_product_seconds", "has kept the others waiting for 5 s"),
     ],
     ids=["killed", "killed in a collective", "raises", "suspended", "hangs"],

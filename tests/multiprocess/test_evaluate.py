@@ -46,7 +46,13 @@ def evaluate(folder: Path, processes: int, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"precision": "bf16"}, {"optim": {"ema_decay": 0.9}}], ids=["", "bf16", "ema"]
+    "settings",
+    [
+        {},
+        pytest.param({"precision": "bf16"}, marks=pytest.mark.long),
+        pytest.param({"optim": {"ema_decay": 0.9}}, marks=pytest.mark.long),
+    ],
+    ids=["", "bf16", "ema"],
 )
 def test_the_numbers_are_the_runs_own_on_any_number_of_ranks(tmp_path: Path, settings: dict[str, Any]) -> None:
     run = trained(tmp_path, **settings)

@@ -79,7 +79,6 @@ COVERING = {
     Case("forward", "os._exit", 1, 2),
     Case("forward", "segfault", 1, 2),
     Case("forward", "suspend", 1, 2),
-    Case("forward", "suspend", 0, 2),
     Case("forward", "loop", 1, 2),
 }
 
@@ -329,6 +328,7 @@ def test_a_second_ctrl_c_is_no_failure(tmp_path: Path, whom: tuple[int, ...]) ->
     check_continues(tmp_path, arguments, 2)
 
 
+@pytest.mark.long
 def test_a_run_directory_that_was_taken_over_ends_all_ranks_quietly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

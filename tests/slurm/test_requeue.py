@@ -156,9 +156,10 @@ def test_a_job_that_slurm_takes_away_saves_and_comes_back(
     finished_in(job, attempts=2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "lost",
-    ["n2", pytest.param("n1", marks=pytest.mark.long)],  # n1: with the script and rank 0
+    ["n2", "n1"],  # n1: with the script and rank 0
 )
 def test_a_killed_node_that_slurm_notices_brings_the_job_back_at_its_newest_checkpoint(
     cluster: Cluster, tmp_path: Path, lost: str
