@@ -472,8 +472,12 @@ FREE = {
     "checkpoint.on_failure",
     "stop.after_minutes",
     "stop.reserve_seconds",
+    "stop.max_requeues",
     "train.on_nonfinite",
+    "train.detect_anomaly",
+    "data.timeout_seconds",
     "log.every_steps",
+    "ddp.join_seconds",
     "ddp.timeout_seconds",
     "ddp.find_unused_parameters",
 }
