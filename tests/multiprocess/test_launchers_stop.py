@@ -168,8 +168,8 @@ def test_a_signal_to_one_script_saves_the_run_and_ends_it_on_all_machines(
     reached(tmp_path, 4)
     number = SIGNALLED_MACHINE[signal_name] % len(started)
     started[number].send_signal(signal.Signals[signal_name])
-    # Nor launchers of other machines, which would wait for the one that ended.
-    check_nothing_runs(tmp_path, marker, seconds=20)
+    # Nor launchers of other machines, which would wait for the one that ended, for five minutes.
+    check_nothing_runs(tmp_path, marker, seconds=60)
     check_saved(tmp_path, reason or signal_name, "output-0")
     assert (tmp_path / f"output-{number}").read_text().count(NOTICE) == 1
 
