@@ -13,7 +13,7 @@ from tests.ranks import train
 from tests.records import losses, status
 from tests.slurm.cluster import Cluster, cgroup_missing, missing
 from tests.slurm.jobs import Job, finished_in, heard, held_run, stopped, submit
-from tests.stopping import let_go, run_of
+from tests.stopping import NOTICE, let_go, run_of
 
 NO_CGROUP = missing() or cgroup_missing()
 cgroup = pytest.param(
@@ -143,7 +143,10 @@ def test_a_job_that_slurm_takes_away_saves_and_comes_back(
     job.arrived("step", [0, 1])
     take_away(job)
     try:
-        heard(job, 1)
+        if take_away is lose_a_node:
+            job.says(NOTICE)  # what the lost node says may be lost with it
+        else:
+            heard(job, 1)
         step = stopped(job, 0)
         assert status(run_of(tmp_path))["reason"] == "SIGTERM"
         job.wait("PENDING", "RUNNING", restarts=1)
