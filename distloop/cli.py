@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 COMMANDS = {
     "train": "train a model, or continue a run",
     "evaluate": "validate a run's weights again, or on other data",
+    "sync": "upload to W&B what stayed offline or never arrived",
     "status": "a table of runs, or one run in detail",
+    "report": "a run, or several side by side, as one HTML file",
     "doctor": "check machines, devices and network before a big job",
 }
 USAGE = (
@@ -31,6 +34,16 @@ def main() -> None:
         from distloop.status import main as status
 
         sys.exit(status(arguments))
+    elif word == "report":
+        from distloop.report.page import main as report
+
+        sys.exit(report(arguments))
+    elif word == "sync":
+        from distloop.sync import main as sync
+
+        code = sync(arguments)
+        sys.stdout.flush()
+        os._exit(code)  # wandb's own exit hooks may wait for a server
     elif word == "evaluate":
         from distloop import cluster
         from distloop.evaluate import main as evaluate

@@ -200,6 +200,29 @@ class Log:
 
 
 @section
+class Tracking:
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases. offline: into the run directory, without an account; `distloop sync RUN` uploads it.
+    WANDB_MODE=offline in the environment makes online offline."""
+    project: str = "distloop"
+    """Project there."""
+    entity: str | None = None
+    """User or team there; null: the account's own."""
+    group: str | None = None
+    """Runs with the same group stand together."""
+    tags: tuple[str, ...] = ()
+    """Tags of the run."""
+    notes: str | None = None
+    """What is special about the run."""
+    start_seconds: PositiveFloat = 15.0
+    """How long training waits for W&B at the start, before it goes on offline."""
+    end_seconds: PositiveFloat = 60.0
+    """How long it waits at the end for what is left to be uploaded."""
+    report: bool = True
+    """Write report.html into the run directory when the run is finished."""
+
+
+@section
 class Ddp:
     join_seconds: PositiveInt = 300
     """How long the ranks wait for each other at the start; the missing are named then."""
@@ -248,6 +271,7 @@ class Config:
     checkpoint: Checkpoint = Checkpoint()
     stop: Stop = Stop()
     log: Log = Log()
+    tracking: Tracking = Tracking()
     ddp: Ddp = Ddp()
 
 
@@ -271,6 +295,7 @@ FREE_KEYS = (
     "checkpoint",
     "stop",
     "log",
+    "tracking",
     "ddp",
 )
 # What gives the stored step its meaning, so that not even --resume extend may change it.

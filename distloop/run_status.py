@@ -66,11 +66,17 @@ class RunStatus:
                 write_text(self.start.path / STATUS, json.dumps(status, indent=1) + "\n")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self.closed:
+            return
         if error is not None and self.judge is not None:
             verdict = self.judge(error)  # of all ranks: this one's error may be a consequence
             self.closed = True
             self._write("stopped" if isinstance(error, KeyboardInterrupt) else "failed", verdict.reason)
             return
+        self.end()
+
+    def end(self) -> None:
+        """The attempt has ended in order: finished, or stopped. What follows changes nothing of it."""
         self.closed = True
         if self.stopped_by:
             self._write("stopped", self.stopped_by)

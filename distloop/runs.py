@@ -17,7 +17,14 @@ from typing import Any
 from distloop.lock import LOCK, owner_of, why_gone
 from distloop.run_files import CHECKPOINTS, METRICS, RANKS, STATUS
 
-NO_METRICS = ("kind", "step", "epoch", "attempt", "samples")  # numbers in a validation row, but not what it found
+NO_METRICS = (
+    "kind",
+    "step",
+    "epoch",
+    "attempt",
+    "samples",
+    "time",
+)  # numbers in a validation row, but not what it found
 
 
 @dataclass(frozen=True)

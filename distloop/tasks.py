@@ -19,6 +19,7 @@ from distloop.errors import UsageError
 from distloop.registry import call, resolve
 
 Sums = dict[str, Tensor]
+Guesses = tuple[Tensor, Tensor, Tensor]
 
 
 class Task:
@@ -29,6 +30,8 @@ class Task:
     up over the ranks before the update."""
     best: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
     """The validation metric by which the best step is chosen, and its direction."""
+    classes: int = 0
+    """The number of classes that guesses() tells apart; 0: as many as the data set has names for."""
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """The model's outputs. Default: the model on the batch's inputs."""
@@ -41,6 +44,17 @@ class Task:
     def metrics(self, outputs: Any, batch: Any) -> Sums:
         """Sums over the validation batch, by name: counts as integer tensors, other sums as float tensors."""
         return {}
+
+    def guesses(self, outputs: Any, batch: Any) -> Guesses | None:
+        """What the samples of a validation batch are taken for, where each has one class: (labels, predictions,
+        confidences), each of shape [batch], on the outputs' device, the first two integers, a confidence the
+        probability from 0 to 1 that the prediction is given.
+
+        From it come the confusion matrix, the accuracy of each class and the most confident mistakes in
+        validation.json; None, the default: nothing of it. A sample whose label is none of the classes, such as -1,
+        is left out. The validation's numbers come from metrics() and summary() alone.
+        """
+        return None
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """The validation row from the sums over the whole set: those of metrics(), and loss, weight, samples."""
@@ -63,7 +77,6 @@ class Classification(Task):
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = label_smoothing
-        self.classes = 0
 
     def loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, int]:
         targets = targets_of(batch).long()  # labels may be of any integer type
@@ -72,6 +85,19 @@ class Classification(Task):
 
     def metrics(self, outputs: Tensor, batch: Any) -> Sums:
         return {"correct": (outputs.argmax(1) == targets_of(batch)).sum()}
+
+    def guesses(self, outputs: Any, batch: Any) -> Guesses | None:
+        try:
+            targets = targets_of(batch)
+        except UsageError:
+            targets = None
+        if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+            return None  # a task made of this one, with outputs or batches of another form
+        if (outputs.ndim, targets.ndim) != (2, 1) or targets.is_floating_point():
+            return None
+        predictions = outputs.argmax(1)
+        confidences = outputs.float().softmax(1).gather(1, predictions[:, None])[:, 0]
+        return targets, predictions, confidences
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
         return {**super().summary(sums), "accuracy": int(sums["correct"]) / int(sums["samples"])}
@@ -146,7 +172,9 @@ def introduce(task: Task, model: nn.Module, example: Any, source: Any) -> None:
     """
     model.eval()
     with torch.no_grad():
-        task.probe(task.forward(model, example))
+        outputs = task.forward(model, example)
+        task.probe(outputs)
+        check_guesses(task.guesses(outputs, example), 1)
     model.train()
     for name, half in (("training", source.train), ("validation", source.validation)):
         # Of other data sets than those in memory only the loader knows what they make of their targets.
@@ -155,6 +183,15 @@ def introduce(task: Task, model: nn.Module, example: Any, source: Any) -> None:
                 task.check_targets(half.targets)
             except UsageError as error:
                 raise UsageError(f"In the {name} data: {error}") from None
+
+
+def check_guesses(guesses: Guesses | None, samples: int) -> None:
+    """Raises UsageError for guesses that are not one for each of a batch's `samples`."""
+    if guesses is not None and any(values.shape != (samples,) for values in guesses):
+        raise UsageError(
+            f"task.guesses() must give labels, predictions and confidences of shape [{samples}], one for each sample "
+            f"of the batch; it gave {', '.join(str(list(values.shape)) for values in guesses)}."
+        )
 
 
 def inputs_of(batch: Any) -> Any:

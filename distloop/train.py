@@ -51,9 +51,11 @@ from distloop.run_status import RunStatus
 from distloop.saving import Saver
 from distloop.seeding import seed_forward
 from distloop.tasks import build_task, introduce
+from distloop.time_accounts import TimeAccounts
+from distloop.tracking.clock import Clock, peak_memory
+from distloop.tracking.console import Console
 from distloop.tracking.losses import LossSums
-from distloop.tracking.summary import best_rule, better, describe, stopped, summary
-from distloop.tracking.throughput import Throughput
+from distloop.tracking.summary import best_rule, better, describe, ending
 from distloop.tracking.trackers import Trackers
 from distloop.validate import broadcast_buffers, validate
 
@@ -111,6 +113,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     accelerator, messages = build_accelerator(config, roll_call)
     here = roll_call.position  # where this rank is, for the case that it fails
     device, dtype = accelerator.device, getattr(torch, config.dtype)
+    clock = Clock(device)
     rank, world_size, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     torch.set_float32_matmul_precision(config.matmul_precision)
     torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
@@ -150,6 +153,9 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     status.start = start
     watch.before_leaving += [status.cut_off, roll_call.cut_off, lambda state, reason: lock.release()]
     roll_call.when_rank_0_is_lost = status.rank_0_is_lost
+    accounts = attempt.enter_context(TimeAccounts(start, clock, world_size, is_main, lock.beat))
+    watch.each_poll.append(accounts.write_now_and_then)
+    trackers = Trackers(start, config.tracking, is_main, lock.beat)
     if is_main:
         watch.look_for(start.path, config.stop, os.environ)
     agreement = stopping.Agreement(watch, world_size, rendezvous.group_timeout(config.ddp))
@@ -193,15 +199,18 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     stop: str | None = None
     losses = LossSums(device, state["epoch_sums"])
     finite = FiniteCheck(config.train.on_nonfinite, bare_model, optimizer, scaler, plan, order, rank)
-    throughput = Throughput(device)
-    trackers = Trackers(start, total_steps, plan.steps_per_epoch, is_main, lock.beat)
     folder = start.path / CHECKPOINTS
     saver = Saver(folder, config.checkpoint, start.identity, watch, status.update, is_main, lock.beat)
+    here.enter("starting W&B")
+    shown = (start.path.name, start.attempt, start.step, total_steps, plan.steps_per_epoch, rule, best)
+    console = Console(*shown, lambda: status.step) if is_main else None
+    said = cluster.from_main(lambda: trackers.begin(console, lambda: watch.wish), here)
     trackers.say(*messages, *start.messages, *describe(config, start, plan, bare_model, accelerator, total_steps))
+    trackers.say(*said)
 
     # ==== THE LOOP ==========================================================================================
     with trackers, saver, roll_call:  # which says at once who failed, before a save that is under way is waited for
-        batches = iter(train_loader)  # one iterator through all epochs: loader workers start once
+        batches = clock.waiting(train_loader)  # one iterator through all epochs: loader workers start once
         model.train()
         while step < total_steps and not stop:
             epoch, start_position, stop_position = plan.span(step)
@@ -242,7 +251,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
                 update_average(averaged, bare_model, config.optim.ema_decay or 0.0)
             skipped_steps += scaler is not None and optimizer.step_was_skipped
             step += 1
-            throughput.add(samples)
+            clock.add(samples)
 
             # ---- when due: log, validate, checkpoint, stop -------------------------------------------------
             stop = agreement.reached()
@@ -256,38 +265,45 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
                 skipped_steps += len(left_out) if finite.skips else 0  # a scaler's are counted above
                 trackers.say(*left_out)
             if log_due:
-                mean, running_mean, _ = losses.read()
-                rates = {"lr": lr, "samples_per_second": throughput.read(), "skipped_steps": skipped_steps}
-                trackers.log("train", step, epoch, loss=mean, running_loss=running_mean, **rates)
+                mean, running_mean, _, memory = losses.read(peak_memory(device))
+                row: dict[str, Any] = {"loss": mean, "running_loss": running_mean, "lr": lr, "gradient_norm": float(gradient_norm)}
+                row |= {**clock.read(), "skipped_steps": skipped_steps, "memory_gib": memory}
+                trackers.log("train", step, epoch, **row)
             if step % plan.steps_per_epoch == 0:
                 trackers.log("epoch", step, epoch, loss=losses.read()[1])
                 losses.start_epoch()
             if validation_due:
                 here.enter("validation")
-                with throughput.paused(), watch.timed("validation"):
+                with clock.on("validation"), watch.timed("validation"):
                     metrics = validate(validated, task, validation_loader, validation_sampler, here)
                 trackers.log("validate", step, epoch, **metrics)
                 best, previous = better(rule, best, {"step": step, **metrics}), best
                 save_due = save_due or best is not previous
             if save_due:
                 here.enter("checkpoint")
-                with throughput.paused(), watch.timed("snapshot"):
+                with clock.on("checkpoint"), watch.timed("snapshot"):
                     finite.check_parameters(step, parameters)
                     broadcast_buffers(bare_model, averaged)  # a rank that continues has rank 0's
                     state = {"epoch_sums": losses.read()[2], "best": best, "skipped_steps": skipped_steps}
-                    state["scaler"] = scaler.state_dict() if scaler is not None else None
+                    state |= {"time": accounts.mark(), "scaler": scaler.state_dict() if scaler is not None else None}
                     saver.save(step, bare_model, averaged, optimizer, state)
         here.enter("finishing")
         if step < total_steps:
             status.stopped_by = stop
             trackers.say(f"stopping after step {step}: its checkpoint is being written")
+        clock.switch("checkpoint")
         cluster.from_main(saver.finish, here)
+        clock.switch("start_up")
         if status.stopped_by == stopping.REASONS[stopping.SAVE_FAILED]:
             raise RunFailed(f"Stopped after step {step} (checkpoint.on_failure): a checkpoint could not be written.")
-    if is_main:
-        (start.path / stopping.STOP).unlink(missing_ok=True)
-    ending = summary(start.path, best, metrics) if step == total_steps else stopped(start.path, step, total_steps, stop)
-    trackers.say(*ending)
+        if is_main:
+            (start.path / stopping.STOP).unlink(missing_ok=True)
+        status.end()
+        accounts.write()
+        how = (start.path, step, total_steps, stop, best, metrics)
+        cluster.from_main(
+            lambda: trackers.finish("finished" if step == total_steps else "stopped", *ending(*how)), here
+        )
     agreement.close()
     if step < total_steps:
         stopping.end_launcher(stop, os.environ)

@@ -12,21 +12,31 @@ from torch import Tensor, nn
 from distloop.data.sampling import FixedBatchSampler
 from distloop.failures import Position
 from distloop.tasks import Task
+from distloop.validation_details import Details
 
 
 def validate(
-    model: nn.Module, task: Task, loader: Iterable[Any], sampler: FixedBatchSampler, here: Position | None = None
+    model: nn.Module,
+    task: Task,
+    loader: Iterable[Any],
+    sampler: FixedBatchSampler,
+    here: Position | None = None,
+    details: Details | None = None,
 ) -> dict[str, float]:
     """The task's summary over the whole validation set, with `samples`; the same on all ranks.
 
     `model` is the bare module: DDP's forward waits for its peers, which may have fewer batches. `loader`
     yields the batches that `sampler` deals to this rank. The sums of each batch are kept apart and added in
     the order of the batches, in float64, so that the result does not depend on who computed which. `here`: this
-    rank's position, by which it is known who waits for whom.
+    rank's position, by which it is known who waits for whom. `details`: filled on rank 0 with what the numbers do not
+    say; these are the same with and without.
     """
     broadcast_buffers(model)  # BatchNorm's statistics differ between ranks: all validate rank 0's
     was_training = model.training
     model.eval()
+    device = next(model.parameters()).device
+    if details is not None:
+        details.begin(device)
     rows: list[dict[str, Tensor]] = []
     counts: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -40,10 +50,14 @@ def validate(
             for name, value in tensors.items():
                 if not value.is_floating_point():
                     counts[name] = counts[name] + value if name in counts else value.to(torch.int64)
+            if details is not None:
+                details.add(task.guesses(outputs, batch), *sampler.span(position))
     model.train(was_training)
     if here is not None:
         here.enter("adding up the validation")
-    sums = add_in_batch_order(rows, counts, sampler, next(model.parameters()).device)
+    sums = add_in_batch_order(rows, counts, sampler, device)
+    if details is not None:
+        details.gather(sampler)
     return {**task.summary(sums), "samples": int(sums["samples"])}
 
 

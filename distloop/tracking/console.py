@@ -1,12 +1,22 @@
-"""The console of rank 0: a progress bar on a terminal, plain lines in a file."""
+"""The console of rank 0: a live view on a terminal (live_view.py), plain lines in a file."""
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from distloop.cluster import say
+
+if TYPE_CHECKING:
+    from distloop.tracking.live_view import LiveView
+
+NO_METRICS = ("kind", "step", "epoch", "attempt", "samples")
+ASCII = {"·": "-", "×": "x", "…": "...", "–": "-", "—": "-", "→": "->", "━": "=", "─": "-", "≤": "<=", "≥": ">="}
 
 
 def number(value: Any) -> str:
@@ -23,57 +33,169 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def sayable(text: str, encoding: str | None) -> str:
+    """The text with what `encoding` cannot say replaced: · by -, … by ..., a letter by a question mark."""
+    try:
+        text.encode(encoding or "ascii")
+        return text
+    except UnicodeEncodeError:
+        return "".join(_sayable(character, encoding or "ascii") for character in text)
+
+
+def _sayable(character: str, encoding: str) -> str:
+    try:
+        character.encode(encoding)
+        return character
+    except UnicodeEncodeError:
+        return ASCII.get(character, "?")
+
+
+def metrics_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of a row of validation, or the mean loss of one of an epoch; None (nan in a file) is nan."""
+    return {name: math.nan if value is None else value for name, value in row.items() if name not in NO_METRICS}
+
+
+def number_in(row: dict[str, Any], key: str, form: str = "") -> str | None:
+    """The row's number as people read it, or as `form` says; None: the row has none. A None in it is nan."""
+    if key not in row:
+        return None
+    value = math.nan if row[key] is None else row[key]
+    return f"{value:{form}}" if form else number(value)
+
+
+@dataclass
+class Known:
+    """All that is known of the run and may be shown of it."""
+
+    name: str
+    attempt: int
+    first_step: int
+    total_steps: int
+    steps_per_epoch: int
+    best_rule: tuple[str, str]  # (metric, min | max)
+    best: dict[str, Any] | None  # rows of validation
+    saved: Callable[[], int | None]
+    latest: dict[str, Any] | None = None
+    train: dict[str, Any] = field(default_factory=dict)  # the latest row
+    url: str = ""
+    # (step, time) of the first row and of the latest one: before, loader workers start and things are compiled.
+    since: tuple[int, float] | None = None
+    until: tuple[int, float] = (0, 0.0)
+
+    @property
+    def step(self) -> int:
+        return max(self.first_step, self.until[0])
+
+    @property
+    def epochs(self) -> int:
+        return -(-self.total_steps // self.steps_per_epoch)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take up a row of any kind."""
+        now = (int(row["step"]), time.monotonic())
+        if row["kind"] == "train":
+            self.train = row
+            self.since = self.since or now
+            self.until = now
+        elif row["kind"] == "validate":
+            metric, direction = self.best_rule
+            self.latest = row
+            new, old = ((r or {}).get(metric) for r in (row, self.best))
+            if isinstance(new, (int, float)) and math.isfinite(new):
+                better = old is None or (new > old if direction == "max" else new < old)
+                self.best = row if better else self.best
+
+    def seconds_left(self) -> float | None:
+        """From the steps since the first row of this attempt, and from the validations and saves between them."""
+        if self.since is None or self.until[0] <= self.since[0]:
+            return None
+        a_step = (self.until[1] - self.since[1]) / (self.until[0] - self.since[0])
+        since_then = time.monotonic() - self.until[1]
+        return max(0.0, a_step * (self.total_steps - self.until[0]) - since_then)
+
+    def data_wait(self) -> str | None:
+        """The share of the latest row's training time in which this rank waited for data."""
+        data, compute = self.train.get("data_seconds"), self.train.get("compute_seconds")
+        return None if data is None or not compute else f"{100 * data / (data + compute):.0f} %"
+
+    def memory(self) -> float | None:
+        """GiB, of the rank that has used most."""
+        return max((value for value in self.train.get("memory_gib") or [] if value is not None), default=None)
+
+
 class Console:
-    """Shows rows as they are logged. Use from rank 0 only."""
+    """Shows lines and rows of metrics. Use it from rank 0 only.
 
-    def __init__(self, first_step: int, total_steps: int, epochs: int) -> None:
-        self.first_step, self.total_steps, self.epochs = first_step, total_steps, epochs
-        self.started = time.monotonic()
-        self.progress: Any = None
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, Progress, TextColumn
+    saved: the step of the newest checkpoint, or None. On a terminal, what is known stands in a live view from the
+    first line on until close(), above which the lines scroll.
+    """
 
-            columns = (BarColumn(12), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"))
-            self.progress = Progress(*columns, refresh_per_second=5, transient=True)
-            self.task = self.progress.add_task("starting", total=total_steps, completed=first_step)
-            self.progress.start()
+    def __init__(
+        self,
+        name: str,
+        attempt: int,
+        first_step: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        best_rule: tuple[str, str],
+        best: dict[str, Any] | None,
+        saved: Callable[[], int | None],
+    ) -> None:
+        self.known = Known(name, attempt, first_step, total_steps, steps_per_epoch, best_rule, best, saved)
+        self.view: LiveView | None = None
+        self.plain = not sys.stdout.isatty() or os.environ.get("TERM", "") in ("", "dumb", "unknown")
 
     def line(self, text: str) -> None:
         """One line that stays."""
-        if self.progress:
-            self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        view = self.view
+        if view:
+            view.line(text)
         else:
-            say(text)
+            say(sayable(text, sys.stdout.encoding))
+        self._open()
 
     def log(self, row: dict[str, Any]) -> None:
-        """Show one row of metrics."""
-        step = row["step"]
-        epoch = f"epoch {row['epoch']}/{self.epochs}"
-        if row["kind"] == "train":
-            left = (time.monotonic() - self.started) / (step - self.first_step) * (self.total_steps - step)
-            loss, rate = f"running loss {number(row['running_loss'])}", f"{number(row['samples_per_second'])} samples/s"
-            parts = [
-                epoch,
-                f"step {step}/{self.total_steps}",
-                loss,
-                f"lr {row['lr']:.3g}",
-                rate,
-                f"{duration(left)} left",
-            ]
-            if self.progress is None:
-                self.line(" · ".join(parts))
-                return
-            # What a narrow terminal has no room for beside the bar, the least needed first.
-            for part in (rate, f"lr {row['lr']:.3g}", epoch):
-                if len(" · ".join(parts)) > self.progress.console.width - 20:
-                    parts.remove(part)
-            self.progress.update(self.task, completed=step, description=" · ".join(parts))
+        """Show one row of metrics, of kind train, epoch or validate."""
+        self.known.add(row)
+        if row["kind"] != "train":
+            what = "trained" if row["kind"] == "epoch" else "validated"
+            values = [f"{name} {number(value)}" for name, value in metrics_of(row).items()]
+            self.line(" · ".join([f"epoch {row['epoch']}/{self.known.epochs}", what, f"step {row['step']}", *values]))
+        elif self.plain:
+            self.line(" · ".join(self._training(row)))
         else:
-            names = [name for name in row if name not in ("kind", "step", "epoch", "attempt", "samples")]
-            text = " · ".join(f"{name} {number(row[name])}" for name in names)
-            self.line(f"{epoch} · {'trained' if row['kind'] == 'epoch' else 'validated'} · step {step} · {text}")
+            self._open()
+
+    def link(self, url: str) -> None:
+        """Where else the run can be seen."""
+        self.known.url = url
 
     def close(self) -> None:
-        if self.progress:
-            self.progress.stop()
-            self.progress = None
+        """Take the live view away; lines may follow."""
+        view, self.view, self.plain = self.view, None, True
+        if view:
+            view.close()
+
+    def _open(self) -> None:
+        if not (self.view or self.plain):
+            from distloop.tracking.live_view import LiveView
+
+            self.view = LiveView(self.known)
+
+    def _training(self, row: dict[str, Any]) -> list[str]:
+        known, left = self.known, self.known.seconds_left()
+        loss, lr, rate = (
+            number_in(row, "running_loss"),
+            number_in(row, "lr", ".3g"),
+            number_in(row, "samples_per_second"),
+        )
+        wait = known.data_wait()
+        return [
+            f"epoch {row['epoch']}/{known.epochs}",
+            f"step {row['step']}/{known.total_steps}",
+            *([f"running loss {loss}"] if loss else []),
+            *([f"lr {lr}"] if lr else []),
+            *([f"{rate} samples/s"] if rate else []),
+            *([f"data wait {wait}"] if wait else []),
+            *([f"{duration(left)} left"] if left is not None else []),
+        ]

@@ -42,20 +42,24 @@ class LossSums:
         self.epoch_loss += loss if loss is not None else 0
         self.epoch_weight = self.epoch_weight + weight
 
-    def read(self) -> tuple[float, float, tuple[float, float]]:
-        """(mean of the step, mean of the epoch so far, sums of the epoch), over all ranks: a collective call.
+    def read(self, own: float = 0.0) -> tuple[float, float, tuple[float, float], list[float]]:
+        """(mean of the step, mean of the epoch so far, sums of the epoch, each rank's `own`): a collective call.
 
-        It waits for the device.
+        All over all ranks. It waits for the device.
         """
         sums = (
             self.step_loss if self.step_loss is not None else 0.0,
             self.step_weight,
             self.epoch_loss,
             self.epoch_weight,
+            own,
         )
         values = torch.stack([torch.as_tensor(value, dtype=self.dtype, device=self.device) for value in sums])
+        ranks = [values]
         if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(values)
-        step_loss, step_weight, epoch_loss, epoch_weight = values.tolist()
+            ranks = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+            dist.all_gather(ranks, values)
+        by_rank = torch.stack(ranks).tolist()
+        step_loss, step_weight, epoch_loss, epoch_weight, _ = (sum(column) for column in zip(*by_rank, strict=True))
         epoch = (self.earlier[0] + epoch_loss, self.earlier[1] + epoch_weight)
-        return step_loss / (step_weight or 1), epoch[0] / (epoch[1] or 1), epoch
+        return step_loss / (step_weight or 1), epoch[0] / (epoch[1] or 1), epoch, [row[-1] for row in by_rank]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,8 @@ from typing import Any
 
 from distloop.cluster import say
 from distloop.run_files import sync
+
+SET_ASIDE = "metrics.set_aside.jsonl"
 
 
 class MetricsFile:
@@ -47,6 +50,25 @@ class MetricsFile:
         os.close(self.descriptor)
 
 
+def count_rows(path: Path) -> int:
+    """How many whole rows the file has; none if there is no file."""
+    try:
+        with open(path, "rb") as file:
+            return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+    except FileNotFoundError:
+        return 0
+
+
+def set_aside_until(path: Path) -> int:
+    """The last step whose row was set aside; 0 if none was."""
+    last = 0
+    with contextlib.suppress(FileNotFoundError), open(path.with_name(SET_ASIDE)) as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                last = max(last, int(json.loads(line)["step"]))
+    return last
+
+
 def set_rows_aside(path: Path, step: int) -> int:
     """Move rows of later steps than `step` to metrics.set_aside.jsonl beside it; returns how many.
 
@@ -62,7 +84,7 @@ def set_rows_aside(path: Path, step: int) -> int:
         except (ValueError, KeyError, TypeError):
             aside.append(line)
     if aside:
-        with open(path.with_name("metrics.set_aside.jsonl"), "a") as file:
+        with open(path.with_name(SET_ASIDE), "a") as file:
             file.writelines(line + "\n" for line in aside)
         replacement = path.with_name(f".{path.name}.writing")
         replacement.write_text("".join(line + "\n" for line in kept))

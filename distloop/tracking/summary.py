@@ -17,7 +17,8 @@ from distloop.errors import UsageError
 from distloop.run_directory import Start
 from distloop.run_files import METRICS
 from distloop.tasks import Task
-from distloop.tracking.console import number
+from distloop.time_accounts import attempts, goodput, totals
+from distloop.tracking.console import duration, number
 
 
 def describe(
@@ -64,13 +65,12 @@ def best_rule(named: str | None, task: Task) -> tuple[str, str]:
     return metric, direction
 
 
-def stopped(path: Path, step: int, total_steps: int, reason: str | None) -> list[str]:
-    """The lines at the end of an attempt that was stopped."""
-    return [f"stopped after step {step} of {total_steps} ({reason}), saved in {path}; the same command continues"]
-
-
-def summary(path: Path, best: dict[str, Any] | None, last: dict[str, Any]) -> list[str]:
-    """The lines at the end of a run."""
+def ending(
+    path: Path, step: int, total_steps: int, reason: str | None, best: dict[str, Any] | None, last: dict[str, Any]
+) -> list[str]:
+    """The lines at the end of an attempt; `reason`: why it was stopped."""
+    if step < total_steps:
+        return [f"stopped after step {step} of {total_steps} ({reason}), saved in {path}; the same command continues"]
 
     def values(row: dict[str, Any]) -> str:
         return " · ".join(f"{name} {number(row[name])}" for name in row if name not in ("step", "samples"))
@@ -82,10 +82,25 @@ def summary(path: Path, best: dict[str, Any] | None, last: dict[str, Any]) -> li
         lines.append(f"  best validation: {values(best)}  (step {best['step']})")
     return [
         *lines,
+        *_time(path),
         f"  metrics, one JSON object a line: {path / METRICS}",
         *_weights(path, best),
         "  --name NAME trains another run, --resume extend --train.epochs N goes on with this one",
     ]
+
+
+def _time(path: Path) -> list[str]:
+    entries, seconds = attempts(path), totals(path)
+    share = goodput(seconds)
+    if share is None:
+        return []
+    rest = ", ".join(
+        f"{account.replace('_', '-')} {value / sum(seconds.values()):.0%}"
+        for account, value in seconds.items()
+        if account not in ("data", "compute") and value
+    )
+    several = f" in {len(entries)} attempts" if len(entries) > 1 else ""
+    return [f"  time: {duration(sum(seconds.values()))}{several}, {share:.0%} of it in steps that counted ({rest})"]
 
 
 def _weights(path: Path, best: dict[str, Any] | None) -> list[str]:

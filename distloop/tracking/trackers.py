@@ -1,40 +1,62 @@
-"""All that is told of a run, behind one small interface: log a row, say a line."""
+"""All that is told of a run, behind one small interface: log a row, say a line, finish."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import time
 from collections.abc import Callable
 from typing import Any
 
+from distloop.config import Tracking
 from distloop.run_directory import Start
 from distloop.run_files import METRICS
 from distloop.tracking.console import Console
 from distloop.tracking.metrics_file import MetricsFile
+from distloop.tracking.wandb_process import WandbProcess, own_python, wandb_mode
+
+REPORT_SECONDS = 60.0
+STOPPED_SECONDS = 15.0  # for W&B when the run is stopped: those who stopped it may not wait long, and it continues
+FAILED_SECONDS = 8.0  # less than ranks wait for each other after a failure
 
 
 class Trackers:
-    """All trackers of rank 0; on the other ranks it does nothing. Use as a context around the loop."""
+    """All trackers of rank 0; on the other ranks it does nothing. Use as a context around the loop.
+
+    W&B starts at once, in a process of its own, beside what else has to be prepared; it reads metrics.jsonl.
+    """
 
     def __init__(
-        self,
-        start: Start,
-        total_steps: int,
-        steps_per_epoch: int,
-        enabled: bool,
-        owned: Callable[[], None] = lambda: None,
+        self, start: Start, settings: Tracking, enabled: bool, owned: Callable[[], None] = lambda: None
     ) -> None:
-        self.owned = owned
-        self.attempt = start.attempt
-        self.console = Console(start.step, total_steps, -(-total_steps // steps_per_epoch)) if enabled else None
-        self.trackers: list[MetricsFile | Console] = []
-        if self.console:
-            self.trackers = [MetricsFile(start.path / METRICS), self.console]
+        self.path, self.attempt, self.settings, self.owned = start.path, start.attempt, settings, owned
+        mode = wandb_mode(settings, os.environ) if enabled else None
+        self.wandb = WandbProcess(start.path, settings, mode) if mode else None
+        self.file: MetricsFile | None = None
+        self.console: Console | None = None
+
+    def begin(self, console: Console | None, stop_asked: Callable[[], Any]) -> list[str]:
+        """The loop is about to begin. On rank 0, with its console: waits for W&B, and returns what to say of it."""
+        self.console = console
+        if console is None:
+            return []
+        self.file = MetricsFile(self.path / METRICS)
+        if self.wandb is None:
+            return []
+        line = self.wandb.started(stop_asked)
+        if self.wandb.url:
+            console.link(self.wandb.url)
+        return [line]
 
     def log(self, kind: str, step: int, epoch: int, **values: Any) -> None:
         """One row: `kind` is train, epoch or validate; `step` steps are done; `epoch` counts from 0."""
-        row = {"kind": kind, "step": step, "epoch": epoch + 1, "attempt": self.attempt, **values}
+        if self.file is None or self.console is None:
+            return
+        row = {"kind": kind, "step": step, "epoch": epoch + 1, "attempt": self.attempt, "time": round(time.time(), 3)}
+        row |= values
         self.owned()
-        for tracker in self.trackers:
-            tracker.log(row)
+        self.file.log(row)
+        self.console.log(row)
 
     def say(self, *lines: str) -> None:
         """Lines for people."""
@@ -42,9 +64,56 @@ class Trackers:
             for line in lines:
                 self.console.line(line)
 
+    def finish(self, state: str, *lines: str) -> None:
+        """On rank 0: the run is saved and finished, or stopped; say so, and bring report and W&B to an end."""
+        if self.console is None:
+            return
+        self._close()
+        self.say(*lines)
+        report = None
+        if state == "finished" and self.settings.report:
+            command, environment = own_python("distloop.report", str(self.path))
+            report = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if self.wandb is not None:
+            seconds = self.settings.end_seconds
+            self._end_wandb(state, seconds if state == "finished" else min(seconds, STOPPED_SECONDS))
+        if report is not None:
+            self._wait_for_report(report)
+
+    def _wait_for_report(self, report: subprocess.Popen[bytes]) -> None:
+        """A process of its own: whatever a library for drawing does, the run has ended well."""
+        try:
+            said = report.communicate(timeout=REPORT_SECONDS)[0].decode(errors="replace").strip()
+            if report.returncode == 0:
+                self.say(f"  report: {self.path / 'report.html'}")
+                return
+            problem = said.splitlines()[-1] if said else f"exit code {report.returncode}"
+        except subprocess.TimeoutExpired:
+            report.kill()
+            problem = f"not ready after {REPORT_SECONDS:g} s"
+        self.say(
+            f"distloop: WARNING: the report was not written ({problem}); `distloop report {self.path}` tries again"
+        )
+
+    def _end_wandb(self, state: str, seconds: float) -> None:
+        if self.wandb is not None:
+            problem = self.wandb.finish(state, seconds)
+            self.wandb = None
+            if problem:
+                self.say(problem)
+
     def __enter__(self) -> Trackers:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        for tracker in self.trackers:
-            tracker.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._close()
+        if kind is not None:
+            interrupted = issubclass(kind, KeyboardInterrupt)  # Ctrl-C again: end at once
+            self._end_wandb("stopped" if interrupted else "failed", 0.0 if interrupted else FAILED_SECONDS)
+
+    def _close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+        if self.console is not None:
+            self.console.close()

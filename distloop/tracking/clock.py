@@ -1,0 +1,118 @@
+"""Where the time of an attempt goes: each second is put down to one account. Also samples per second."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# start_up: before the end of the first step (imports, loading, compiling, loader workers), and the end of the attempt.
+# data: the loop waits for a batch. lost: steps that a later attempt did again (time_accounts.py finds them).
+ACCOUNTS = ("start_up", "data", "compute", "validation", "checkpoint", "lost")
+
+
+class Clock:
+    """The accounts of this rank's attempt, in seconds, which add up to its wall time.
+
+    Only validation and saving make it wait for the device, at their beginning and end: what was queued before belongs to
+    compute. In between it reads the host's clock twice for each batch, to know how long the loop waited for data.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = dict.fromkeys(ACCOUNTS, 0.0)
+        self.account, self.since = "start_up", time.perf_counter() - process_age()
+        self.running = False  # the first step is done
+        self.samples = self.steps = 0
+        self.loop_began = self.since
+        self.last_read = self.seconds.copy()
+
+    def switch(self, account: str) -> None:
+        """From now on, time goes to `account`."""
+        now = time.perf_counter()
+        self.seconds[self.account] += now - self.since
+        self.account, self.since = account, now
+
+    @contextmanager
+    def on(self, account: str) -> Iterator[None]:
+        """What happens inside, on the host and on the device, goes to `account`."""
+        before = self.account
+        self._wait_for_device()
+        self.switch(account)
+        yield
+        self._wait_for_device()
+        self.switch(before)
+
+    def waiting(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches; what it takes to get each goes to data."""
+        self.loop_began = time.perf_counter()
+        iterator = iter(batches)
+        while True:
+            if self.running:
+                self.switch("data")
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            if self.running:
+                self.switch("compute")
+            yield batch
+
+    def add(self, samples: int) -> None:
+        """A step of so many samples, over all ranks, is done."""
+        self.steps += 1
+        if self.steps == 1:  # it started workers and perhaps compiled, and counts only if it is alone
+            self._wait_for_device()
+            self.switch("compute")
+            self.running = True
+        elif self.steps == 2:
+            self.samples = 0
+        self.samples += samples
+
+    def read(self) -> dict[str, float]:
+        """At a logging step, once the device was waited for: samples per second without validation, saving and
+        start-up, and the seconds of each account; all since the last reading."""
+        self.switch(self.account)
+        seconds = {account: self.seconds[account] - self.last_read[account] for account in ACCOUNTS[1:-1]}
+        training = seconds["data"] + seconds["compute"]
+        if self.steps == 1:
+            training = time.perf_counter() - self.loop_began
+        rate = self.samples / training if training else 0.0
+        self.samples, self.last_read = 0, self.seconds.copy()
+        return {"samples_per_second": rate, **{f"{account}_seconds": value for account, value in seconds.items()}}
+
+    def totals(self) -> dict[str, float]:
+        """Seconds of each account up to this moment; may be called from another thread."""
+        totals = self.seconds.copy()
+        totals[self.account] += time.perf_counter() - self.since
+        return totals
+
+    def _wait_for_device(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def process_age() -> float:
+    """Seconds since this process was started, where Linux tells: its attempt begins with Python's own start."""
+    try:
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory, in GiB, that this rank has had on its device so far; on the CPU, that the process has had."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type == "mps":  # it keeps no peak
+        return torch.mps.current_allocated_memory() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
