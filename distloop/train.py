@@ -58,6 +58,7 @@ from distloop.tracking.losses import LossSums
 from distloop.tracking.summary import best_rule, better, describe, ending
 from distloop.tracking.trackers import Trackers
 from distloop.validate import broadcast_buffers, validate
+from distloop.validation_details import Details
 
 
 def build_accelerator(config: Config, roll_call: RollCall) -> tuple[Accelerator, list[str]]:
@@ -155,7 +156,12 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     roll_call.when_rank_0_is_lost = status.rank_0_is_lost
     accounts = attempt.enter_context(TimeAccounts(start, clock, world_size, is_main, lock.beat))
     watch.each_poll.append(accounts.write_now_and_then)
-    trackers = Trackers(start, config.tracking, is_main, lock.beat)
+
+    def waiting() -> int:  # rank 0 is at work, although the others wait for it
+        here.enter(here.phase)
+        return watch.wish
+
+    trackers = Trackers(start, config.tracking, is_main, lock.beat, waiting)
     if is_main:
         watch.look_for(start.path, config.stop, os.environ)
     agreement = stopping.Agreement(watch, world_size, rendezvous.group_timeout(config.ddp))
@@ -192,6 +198,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     # Prepared only for the autocast of mixed precision.
     validated = bare_model if averaged is None else accelerator.prepare_model(averaged.module, evaluation_mode=True)
 
+    details = Details(task, source, config.data, config.seed)
     rule = best_rule(config.checkpoint.best, task)
     status.best, status.best_rule = best, rule
     parameters = [parameter for parameter in bare_model.parameters() if parameter.requires_grad]
@@ -204,7 +211,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     here.enter("starting W&B")
     shown = (start.path.name, start.attempt, start.step, total_steps, plan.steps_per_epoch, rule, best)
     console = Console(*shown, lambda: status.step) if is_main else None
-    said = cluster.from_main(lambda: trackers.begin(console, lambda: watch.wish), here)
+    said = cluster.from_main(lambda: trackers.begin(console), here)
     trackers.say(*messages, *start.messages, *describe(config, start, plan, bare_model, accelerator, total_steps))
     trackers.say(*said)
 
@@ -266,7 +273,12 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
                 trackers.say(*left_out)
             if log_due:
                 mean, running_mean, _, memory = losses.read(peak_memory(device))
-                row: dict[str, Any] = {"loss": mean, "running_loss": running_mean, "lr": lr, "gradient_norm": float(gradient_norm)}
+                row: dict[str, Any] = {
+                    "loss": mean,
+                    "running_loss": running_mean,
+                    "lr": lr,
+                    "gradient_norm": float(gradient_norm),
+                }
                 row |= {**clock.read(), "skipped_steps": skipped_steps, "memory_gib": memory}
                 trackers.log("train", step, epoch, **row)
             if step % plan.steps_per_epoch == 0:
@@ -275,7 +287,8 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
             if validation_due:
                 here.enter("validation")
                 with clock.on("validation"), watch.timed("validation"):
-                    metrics = validate(validated, task, validation_loader, validation_sampler, here)
+                    metrics = validate(validated, task, validation_loader, validation_sampler, here, details)
+                    details.write(start.path, step, start.attempt)
                 trackers.log("validate", step, epoch, **metrics)
                 best, previous = better(rule, best, {"step": step, **metrics}), best
                 save_due = save_due or best is not previous

@@ -8,8 +8,8 @@
 python=(python)
 if [ -x "$home/.venv/bin/python" ]; then python=("$home/.venv/bin/python"); fi # made by `make train`
 
-# Nodes often have no internet: W&B writes into the run directory. Afterwards, where there is some:
-# wandb sync runs/NAME/wandb/offline-run-*
+# Nodes often have no internet: W&B, if tracking.wandb asks for it, writes into the run directory. Afterwards, where
+# there is some: distloop sync runs/NAME
 export WANDB_MODE=${WANDB_MODE:-offline}
 
 # DISTLOOP_STAGE=/shared/imagenet.tar (or a folder) is copied to each node's own disk first, and read from there.

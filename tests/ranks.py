@@ -85,6 +85,8 @@ def _rank(arguments: list[str], folder: str, environment: dict[str, str], output
     from distloop import cluster
     from distloop.train import main
 
+    if "--tracking.report" not in arguments:  # it takes a second or two, which hundreds of runs would pay
+        arguments = ["--tracking.no-report", *arguments]
     try:
         code = main(arguments)
     except SystemExit as error:

@@ -147,11 +147,7 @@ class Console:
 
     def line(self, text: str) -> None:
         """One line that stays."""
-        view = self.view
-        if view:
-            view.line(text)
-        else:
-            say(sayable(text, sys.stdout.encoding))
+        say(sayable(text, sys.stdout.encoding))
         self._open()
 
     def log(self, row: dict[str, Any]) -> None:

@@ -1,19 +1,18 @@
-"""The live view: some lines at the bottom of a terminal, drawn twice a second, above which all others scroll.
+"""The live view: some lines at the bottom of a terminal, drawn anew twice a second.
 
-The cursor waits on an empty line above the view, and each drawing begins where it finds it. So a drawing need not know
-what has become of the one before: what other processes write (ranks, loader workers, C libraries, the terminal its ^C)
-begins on the empty line and stays, and the terminal may change its size. rich.Live keeps the cursor below its view,
-and writes over all that.
+The terminal is told to scroll only what is above them, as package managers do. So whoever else writes to it (libraries,
+other ranks, loader workers, launchers, a debugger, the terminal its ^C) needs to know nothing of the view, and no line
+of theirs is torn. rich.Live, which draws where the cursor is, takes over this process's sys.stdout and no other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import threading
-from collections.abc import Iterable
-from typing import Any, TextIO, cast
+from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 from rich.color import ColorSystem
@@ -23,11 +22,17 @@ from rich.style import Style
 from distloop.tracking.console import Known, duration, metrics_of, number, sayable
 
 REDRAW_SECONDS = 0.5
-ERASE_BELOW, ERASE_REST_OF_LINE, CUT_LONG_LINES, WRAP_LONG_LINES = "\x1b[J", "\x1b[K", "\x1b[?7l", "\x1b[?7h"
-DEBUGGERS = ("pdb", "code")  # modules
+LINES_ABOVE = 4  # are left for what scrolls, however low the terminal
 UNKNOWN = "–"
 # Columns. What changes from one drawing to the next has a width of its own, so that nothing beside it moves.
 LABEL, VALUE, PERCENT, LEFT, SHORTEST_BAR, LONGEST_BAR, GAP = 8, 9, 5, 13, 8, 80, 3
+
+# Words of the VT100, which all terminals understand.
+KEEP_CURSOR, BACK_TO_CURSOR, DOWN = "\x1b7", "\x1b8", "\x1bD"  # DOWN scrolls at the bottom, and keeps the column
+ERASE_BELOW, ERASE_REST_OF_LINE, PLAIN = "\x1b[J", "\x1b[K", "\x1b[0m"
+CUT_LONG_LINES, WRAP_LONG_LINES = "\x1b[?7l", "\x1b[?7h"
+SCROLL_ALL = f"{KEEP_CURSOR}\x1b[r{BACK_TO_CURSOR}"
+GIVE_BACK = SCROLL_ALL + ERASE_BELOW  # the view is below the cursor
 
 Piece = tuple[str, str]  # text, rich's style
 Line = list[Piece]
@@ -36,8 +41,8 @@ Line = list[Piece]
 # ---- what is shown -------------------------------------------------------------------------------------------
 
 
-def layout(known: Known, columns: int, lines: int) -> list[Line]:
-    """What is known, in at most so many lines, of which none is longer than so many columns."""
+def layout(known: Known, columns: int) -> list[Line]:
+    """What is known, in lines that are not longer than so many columns, the most important ones first."""
     memory = known.memory()
     training = [
         ("running loss", steady(known.train.get("running_loss"))),
@@ -63,7 +68,7 @@ def layout(known: Known, columns: int, lines: int) -> list[Line]:
         *([_fields("", rest, columns)[0]] if rest else []),
         *_validations(known, columns),
         _fields("attempt", about, columns)[0],
-    ][: max(0, lines)]
+    ]
 
 
 def _bars(known: Known, columns: int) -> list[Line]:
@@ -138,122 +143,85 @@ def steady(value: Any) -> str:
 
 
 class LiveView:
-    """Draws what is known on standard output, which is a terminal, and takes over sys.stdout and sys.stderr."""
+    """Draws what is known at the bottom of standard output, which is a terminal, until it is closed."""
 
     def __init__(self, known: Known) -> None:
         self.known = known
-        self.process = os.getpid()
         self.terminal, self.encoding = sys.stdout.fileno(), sys.stdout.encoding
-        rich_console = Console(file=sys.stdout)
-        self.colors = ColorSystem.STANDARD if rich_console.color_system and not rich_console.no_color else None
-        self.lock = threading.RLock()  # a signal's handler may print, too
+        console = Console(file=sys.stdout)
+        self.colors = ColorSystem.STANDARD if console.color_system and not console.no_color else None
+        self.place: tuple[int, int, int] | None = None  # columns and lines of the terminal, lines of the view
+        self.lock = threading.Lock()
         self.closing = threading.Event()
-        self.drawing = ""
-        self.unfinished = False  # whether the last line written ended
-        self.taken: dict[str, tuple[TextIO, TextIO]] = {}
-        for name in ("stdout", "stderr"):
-            stream = getattr(sys, name)
-            if stream.isatty():
-                stream.flush()
-                self.taken[name] = stream, cast(TextIO, Above(self, stream))
-                setattr(sys, name, self.taken[name][1])
+        # A process that is killed cannot give the terminal back. This one sees that its standard input ends, and does.
+        give_back = ["sh", "-c", 'read -r _; printf %s "$1"', "sh", GIVE_BACK]
+        self.heir = subprocess.Popen(
+            give_back, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         threading.Thread(target=self._run, name="distloop-live-view", daemon=True).start()
 
-    def line(self, text: str) -> None:
-        """A line of its own above the view."""
-        with self.lock:
-            self.write(("\n" if self.unfinished else "") + sayable(text, self.encoding) + "\n")
-
-    def write(self, text: str) -> None:
-        """Write above the view. It steps aside while a line is not ended: a question, the progress of a download."""
-        if os.getpid() != self.process:  # a loader worker that was forked, perhaps while the lock was held
-            self._send(ERASE_BELOW + text)
-            return
-        with self.lock:
-            begin = ERASE_BELOW if self.unfinished else "\r" + ERASE_BELOW
-            self.unfinished = not text.endswith("\n")
-            self._send(begin + text + ("" if self.unfinished else self.drawing))
-
     def close(self) -> None:
-        """Take the view away."""
+        """Take the view away. The cursor stays where it is."""
+        self.closing.set()
         with self.lock:
-            if self.closing.is_set():
-                return
-            self.closing.set()
-            self.drawing = ""
-            for name, (stream, ours) in self.taken.items():
-                ours.flush()
-                if getattr(sys, name) is ours:
-                    setattr(sys, name, stream)
-            self._send("\n" if self.unfinished else "\r" + ERASE_BELOW)
-            self.unfinished = False
+            self._give_back()
+            self.heir.kill()
+            self.heir.wait()
 
     def _run(self) -> None:
         try:
             while not self.closing.is_set():
-                drawing = self._draw()  # outside of the lock, for which lines would have to wait
                 with self.lock:
-                    shown, self.drawing = self.drawing, "" if self.closing.is_set() else drawing
-                    if not self.unfinished and (shown or self.drawing):
-                        self._send(self.drawing or ERASE_BELOW)
+                    if not self.closing.is_set():
+                        self._draw()
                 self.closing.wait(REDRAW_SECONDS)
         except Exception:
             self.close()
             raise
 
-    def _draw(self) -> str:
-        """What draws the view where the cursor is, and leaves it there; nothing where it would be in the way."""
-        if _in_background(self.terminal) or _is_debugged():
-            return ""
-        columns, lines = 80, 24
+    def _draw(self) -> None:
+        if _in_background(self.terminal):
+            self._give_back()
+            return
+        columns, height = 80, 24
         with contextlib.suppress(OSError):
             size = os.get_terminal_size(self.terminal)
-            columns, lines = size.columns or columns, size.lines or lines
+            columns, height = size.columns or columns, size.lines or height
         # The last column stays empty: a terminal may go to the next line behind it.
-        drawn = [self._line(line, columns - 1) for line in layout(self.known, columns - 1, lines - 2)]
-        below = "".join(f"\r\n{line}{ERASE_REST_OF_LINE}" for line in drawn)
-        back = f"\x1b[{len(drawn)}A" if drawn else ""
-        return f"{CUT_LONG_LINES}\r{ERASE_REST_OF_LINE}{below}{ERASE_BELOW}\r{back}{WRAP_LONG_LINES}"
+        lines = layout(self.known, columns - 1)[: max(0, height - LINES_ABOVE)]
+        first = height - len(lines) + 1
+        text = ""
+        if self.place != (columns, height, len(lines)):
+            # A terminal that changes its size forgets what to scroll, and moves the lines: the cursor's is the guide.
+            text = GIVE_BACK if self.place else ""
+            text += DOWN * len(lines) + f"\x1b[{len(lines)}A" * bool(lines)
+            text += f"{KEEP_CURSOR}\x1b[1;{first - 1}r{BACK_TO_CURSOR}"
+            self.place = columns, height, len(lines)
+        text += KEEP_CURSOR + PLAIN + CUT_LONG_LINES
+        for number_of_line, line in enumerate(lines, start=first):
+            text += f"\x1b[{number_of_line}H{self._line(line, columns - 1)}{ERASE_REST_OF_LINE}"
+        self._send(text + WRAP_LONG_LINES + BACK_TO_CURSOR)
+
+    def _give_back(self) -> None:
+        if self.place:
+            self._send(GIVE_BACK)
+            self.place = None
 
     def _line(self, line: Line, columns: int) -> str:
         drawn = []
         for text, style in line:
-            text = set_cell_size(sayable(text, self.encoding), min(columns, cell_len(text)))
+            text = sayable(text, self.encoding)
+            text = set_cell_size(text, min(columns, cell_len(text)))
             columns -= cell_len(text)
             drawn.append(Style.parse(style).render(text, color_system=self.colors) if style else text)
         return "".join(drawn)
 
     def _send(self, text: str) -> None:
-        # Not through sys.stdout, which others may record (W&B) or hold a lock of.
+        # At once, so that nothing of others gets in between, and not through sys.stdout, which others may record.
         data = text.encode(self.encoding, "replace")
         with contextlib.suppress(OSError):  # the terminal is gone
             while data:
                 data = data[os.write(self.terminal, data) :]
-
-
-class Above:
-    """A sys.stdout or sys.stderr whose whole lines are written above the view."""
-
-    def __init__(self, view: LiveView, stream: TextIO) -> None:
-        self.view, self.stream = view, stream
-        self.held = threading.local()  # the beginning of a line of each thread
-
-    def write(self, text: str) -> int:
-        lines, newline, self.held.text = (getattr(self.held, "text", "") + text).rpartition("\n")
-        if newline:
-            self.view.write(sayable(lines, self.view.encoding) + newline)
-        return len(text)
-
-    def writelines(self, lines: Iterable[str]) -> None:
-        self.write("".join(lines))
-
-    def flush(self) -> None:
-        text, self.held.text = getattr(self.held, "text", ""), ""
-        if text:
-            self.view.write(sayable(text, self.view.encoding))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
 
 
 def _in_background(terminal: int) -> bool:
@@ -262,11 +230,3 @@ def _in_background(terminal: int) -> bool:
         return os.tcgetpgrp(terminal) != os.getpgrp()
     except OSError:  # not the terminal of its session, as under an elastic launcher
         return False
-
-
-def _is_debugged() -> bool:
-    """Whether the main thread waits for what someone types into a debugger."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    while frame is not None and frame.f_globals.get("__name__") not in DEBUGGERS:
-        frame = frame.f_back
-    return frame is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -27,15 +28,18 @@ class Trackers:
     """
 
     def __init__(
-        self, start: Start, settings: Tracking, enabled: bool, owned: Callable[[], None] = lambda: None
+        self, start: Start, settings: Tracking, enabled: bool, owned: Callable[[], None], waiting: Callable[[], Any]
     ) -> None:
+        """`waiting` is called several times a second while rank 0 waits for W&B or the report; at the start, a true
+        answer ends the waiting."""
+        self.waiting = waiting
         self.path, self.attempt, self.settings, self.owned = start.path, start.attempt, settings, owned
         mode = wandb_mode(settings, os.environ) if enabled else None
         self.wandb = WandbProcess(start.path, settings, mode) if mode else None
         self.file: MetricsFile | None = None
         self.console: Console | None = None
 
-    def begin(self, console: Console | None, stop_asked: Callable[[], Any]) -> list[str]:
+    def begin(self, console: Console | None) -> list[str]:
         """The loop is about to begin. On rank 0, with its console: waits for W&B, and returns what to say of it."""
         self.console = console
         if console is None:
@@ -43,7 +47,7 @@ class Trackers:
         self.file = MetricsFile(self.path / METRICS)
         if self.wandb is None:
             return []
-        line = self.wandb.started(stop_asked)
+        line = self.wandb.started(self.waiting)
         if self.wandb.url:
             console.link(self.wandb.url)
         return [line]
@@ -82,22 +86,26 @@ class Trackers:
 
     def _wait_for_report(self, report: subprocess.Popen[bytes]) -> None:
         """A process of its own: whatever a library for drawing does, the run has ended well."""
-        try:
-            said = report.communicate(timeout=REPORT_SECONDS)[0].decode(errors="replace").strip()
-            if report.returncode == 0:
-                self.say(f"  report: {self.path / 'report.html'}")
-                return
-            problem = said.splitlines()[-1] if said else f"exit code {report.returncode}"
-        except subprocess.TimeoutExpired:
-            report.kill()
-            problem = f"not ready after {REPORT_SECONDS:g} s"
+        until = time.monotonic() + REPORT_SECONDS
+        said = None
+        while said is None and time.monotonic() < until:
+            self.waiting()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                said = report.communicate(timeout=0.2)[0].decode(errors="replace").strip()
+        if said is not None and report.returncode == 0:
+            self.say(f"  report: {self.path / 'report.html'}")
+            return
+        report.kill()
+        problem = (
+            f"not ready after {REPORT_SECONDS:g} s" if said is None else (said or "no reason given").splitlines()[-1]
+        )
         self.say(
             f"distloop: WARNING: the report was not written ({problem}); `distloop report {self.path}` tries again"
         )
 
     def _end_wandb(self, state: str, seconds: float) -> None:
         if self.wandb is not None:
-            problem = self.wandb.finish(state, seconds)
+            problem = self.wandb.finish(state, seconds, self.waiting)
             self.wandb = None
             if problem:
                 self.say(problem)

@@ -51,12 +51,12 @@ class WandbProcess:
             start_new_session=True,
         )
 
-    def started(self, stop_asked: Callable[[], Any]) -> str:
+    def started(self, waiting: Callable[[], Any]) -> str:
         """Wait until W&B has started, at most start_seconds since the beginning; the line to say about it.
 
-        A wish to stop ends the waiting.
+        `waiting` is called now and then; a true answer ends it.
         """
-        answer = self._answer(self.begun + self.settings.start_seconds - time.monotonic(), stop_asked)
+        answer = self._answer(self.begun + self.settings.start_seconds - time.monotonic(), waiting)
         sync = f"`distloop sync {self.run}` uploads it"
         if answer is None:
             return f"W&B has not started within {self.settings.start_seconds:g} s; training goes on. {sync}"
@@ -68,7 +68,7 @@ class WandbProcess:
             return f"W&B is offline, in {self.run / 'wandb'}: {answer['problem']}. Later {sync}"
         return f"W&B: {self.url}" if self.url else f"W&B: offline, in {self.run / 'wandb'}; {sync}"
 
-    def finish(self, state: str, seconds: float) -> str | None:
+    def finish(self, state: str, seconds: float, waiting: Callable[[], Any]) -> str | None:
         """Tell it that training has ended (finished | stopped | failed) and wait so many seconds at most.
 
         Returns the line to say if not everything has arrived.
@@ -80,23 +80,23 @@ class WandbProcess:
             self.process.stdin.write(json.dumps({"state": state}).encode() + b"\n")
             self.process.stdin.flush()
         until = time.monotonic() + seconds
-        answer = self._answer(seconds)
+        answer = self._answer(seconds, lambda: waiting() and False)
         if answer is not None and "started" in answer:  # it came after we had stopped waiting for it
-            answer = self._answer(until - time.monotonic()) if answer["started"] else answer
+            answer = self._answer(until - time.monotonic(), lambda: waiting() and False) if answer["started"] else answer
         problem = f"no answer within {seconds:.0f} s" if answer is None else answer.get("problem")
         if answer is None and seconds:
             with contextlib.suppress(OSError):
                 os.killpg(self.process.pid, signal.SIGKILL)
         return f"W&B: {problem}; `distloop sync {self.run}` uploads the rest" if problem else None
 
-    def _answer(self, seconds: float, stop_asked: Callable[[], Any] = lambda: False) -> dict[str, Any] | None:
+    def _answer(self, seconds: float, ended: Callable[[], Any]) -> dict[str, Any] | None:
         """What the process says next; {} if it has ended, None if it says nothing in time."""
         assert self.process is not None
         assert self.process.stdout is not None
         until = time.monotonic() + seconds
         while b"\n" not in self.rest:
             left = until - time.monotonic()
-            if left <= 0 or stop_asked():
+            if left <= 0 or ended():
                 return None
             if select.select([self.process.stdout], [], [], min(left, 0.2))[0]:
                 text = os.read(self.process.stdout.fileno(), 65536)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from distloop.tasks import Classification
 from tests.ranks import train, write_config
 from tests.records import rows
 
@@ -16,6 +21,10 @@ def validations(tmp_path: Path, world_size: int, arguments: list[str]) -> list[d
     return rows(tmp_path / "runs" / name, "validate")
 
 
+def details(tmp_path: Path, world_size: int) -> dict[str, Any]:
+    return json.loads((tmp_path / "runs" / f"on-{world_size}" / "validation.json").read_text())
+
+
 @pytest.mark.parametrize("batch_size", [7, 100, 256])
 def test_the_numbers_do_not_depend_on_the_number_of_ranks(tmp_path: Path, batch_size: int) -> None:
     # 360 samples in batches of 7 (52, the last of 3), 100 (4, the last of 60) and 256 (2: some ranks have none).
@@ -24,11 +33,41 @@ def test_the_numbers_do_not_depend_on_the_number_of_ranks(tmp_path: Path, batch_
     arguments += ["--validate.every-steps", "6", "--optim.lr", "1e-3", "--optim", "sgd", "--dtype", "float64"]
     reference = validations(tmp_path, 1, arguments)
     assert [row["samples"] for row in reference] == [360, 360]
+    expected_details = details(tmp_path, 1)
+    confusion = expected_details["confusion"]
+    assert (expected_details["step"], sum(map(sum, confusion)), len(confusion)) == (12, 360, 10)
+    assert sum(confusion[number][number] for number in range(10)) / 360 == reference[1]["accuracy"]
+    assert all(mistake["picture"] for mistake in expected_details["mistakes"])
     for world_size in (2, 3, 4):
         for row, expected in zip(validations(tmp_path, world_size, arguments), reference, strict=True):
             assert row["samples"] == 360
             assert row["accuracy"] == expected["accuracy"]
             assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        found = details(tmp_path, world_size)
+        for mistake, expected in zip(found["mistakes"], expected_details["mistakes"], strict=True):
+            assert mistake == {**expected, "confidence": pytest.approx(expected["confidence"], abs=2e-6)}
+        assert found == {**expected_details, "mistakes": found["mistakes"]}
+
+
+class AlwaysSure(Classification):
+    """Is equally confident of everything."""
+
+    def guesses(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return batch[1], outputs.argmax(1), torch.ones(len(outputs))
+
+
+def test_of_equally_confident_mistakes_all_numbers_of_ranks_show_the_same(tmp_path: Path) -> None:
+    settings = {"model": {"name": "mlp"}, "batch": {"global_size": 48}, "train": {"steps": 3}}
+    arguments = ["--config", str(write_config(tmp_path, settings)), "--validate.batch-size", "30"]
+    arguments += ["--task", "tests.multiprocess.test_validation:AlwaysSure", "--dtype", "float64"]
+    for world_size in (1, 2, 3):
+        validations(tmp_path, world_size, arguments)
+    found = details(tmp_path, 1)
+    assert [mistake["index"] for mistake in found["mistakes"]] == sorted(
+        mistake["index"] for mistake in found["mistakes"]
+    )
+    assert found["mistakes"][-1]["index"] < 60  # in the first two batches, of different ranks
+    assert details(tmp_path, 2) == details(tmp_path, 3) == found
 
 
 def test_ranks_validate_the_same_batch_statistics(tmp_path: Path) -> None:

@@ -116,6 +116,31 @@ def test_labels_of_any_integer_type_are_taken(scores: tuple[Tensor, Tensor], dty
     assert torch.equal(task.loss(outputs, (None, targets.to(dtype)))[0], task.loss(outputs, (None, targets))[0])
 
 
+def test_a_sample_is_taken_for_the_class_with_the_largest_output(scores: tuple[Tensor, Tensor]) -> None:
+    guesses = Classification().guesses(scores[0].bfloat16(), {"targets": scores[1]})
+    assert guesses is not None
+    labels, predictions, confidences = guesses
+    expected = scores[0].bfloat16().float().softmax(1)
+    assert torch.equal(labels, scores[1])
+    assert torch.equal(predictions, expected.argmax(1))
+    assert torch.equal(confidences, expected.max(1).values)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "batch"),
+    [
+        (torch.zeros(2, 3), {"image": 1, "label": 2}),
+        (torch.zeros(2, 3), (None, torch.zeros(2, 3))),
+        (torch.zeros(2, 3), (None, torch.zeros(2))),
+        (torch.zeros(2, 3), (None, {"class": torch.zeros(2, dtype=torch.int64)})),
+        (torch.zeros(2, 3, 4), (None, torch.zeros(2, dtype=torch.int64))),
+        ({"logits": torch.zeros(2, 3)}, (None, torch.zeros(2, dtype=torch.int64))),
+    ],
+)
+def test_a_classification_of_another_form_has_no_guesses(outputs: Any, batch: Any) -> None:
+    assert Classification().guesses(outputs, batch) is None
+
+
 # ---- regression ------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +252,17 @@ def test_wrong_labels_in_either_half_are_found_before_training(half: str) -> Non
     model = nn.Linear(3, 2)
     with pytest.raises(UsageError, match="Sample 2 has label 2, but the model has 2 classes"):
         introduce(Classification(), model, (inputs[:1], good[:1]), source)
+
+
+class GuessesForEachToken(Classification):
+    def guesses(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.zeros(7), torch.zeros(7), torch.zeros(1)
+
+
+def test_guesses_that_are_not_one_for_each_sample_are_found_before_training() -> None:
+    source = types.SimpleNamespace(train=[], validation=[])
+    with pytest.raises(UsageError, match=r"of shape \[1\], one for each sample .*; it gave \[7\], \[7\], \[1\]"):
+        introduce(GuessesForEachToken(), nn.Linear(3, 2), (torch.zeros(1, 3), torch.tensor([0])), source)
 
 
 def test_being_introduced_leaves_the_model_in_training_and_unchanged() -> None:
