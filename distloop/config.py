@@ -16,6 +16,7 @@ import yaml
 from annotated_types import Ge, Gt, Lt
 from tyro.constructors import PrimitiveConstructorSpec
 
+from distloop.redaction import clean_mapping
 from distloop.yaml_text import dump_yaml, parse_yaml
 
 Section = TypeVar("Section")
@@ -314,8 +315,15 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def training_hash(config: Config) -> str:
-    """The SHA-256 of all settings that decide what is trained, in hexadecimal."""
-    settings = {key: value for key, value in flatten(config).items() if not is_one_of(key, FREE_KEYS)}
+    """The SHA-256 of all settings that decide what is trained, in hexadecimal.
+
+    Secrets are left out: a token may change, and nobody shall try out which one gives the hash.
+    """
+    settings = {
+        key: clean_mapping(value, key, environ={})
+        for key, value in flatten(config).items()
+        if not is_one_of(key, FREE_KEYS)
+    }
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 

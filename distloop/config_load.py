@@ -16,6 +16,8 @@ import yaml
 
 from distloop.config import Config
 from distloop.errors import UsageError, suggest
+from distloop.named_secrets import MASK
+from distloop.redaction import clean_mapping, learn, masked_keys
 from distloop.yaml_text import dump_yaml, parse_yaml
 
 SECTIONS = [field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default)]
@@ -53,6 +55,7 @@ def load_config(arguments: list[str], quiet: bool = False) -> Config:
         name = Path(config.config).stem if config.config else config.data.name.rpartition(":")[2]
         config = dataclasses.replace(config, name=name)
     check(config)
+    learn(dataclasses.asdict(config))
     return config
 
 
@@ -107,8 +110,19 @@ def dump(config: Config) -> str:
     return dump_yaml(_adapter().dump_python(config, mode="json"))
 
 
+def dump_without_secrets(config: Config) -> str:
+    """The config as YAML in which *** stands for each secret: check() refuses it where one is not given anew."""
+    return dump_yaml(clean_mapping(_adapter().dump_python(config, mode="json")))
+
+
 def check(config: Config) -> None:
     """Rules between settings. Raises UsageError."""
+    for key in masked_keys(dataclasses.asdict(config)):
+        option = ".".join(key.split(".")[:3])  # --data.args.KEY is as deep as the command line goes
+        raise UsageError(
+            f"The config has {MASK} for {key}: a run's copy of its config keeps no secrets, and what looks like one "
+            f"is left out. Give the value on the command line, as in --{option} VALUE, or use your own config file."
+        )
     if not re.fullmatch(r"[\w.+=@-]+", config.name or "") or set(config.name or ".") <= {"."}:
         raise UsageError(f"name = {config.name!r}: use letters, digits and . _ - + = @, since it names a folder.")
     for one, other in ALTERNATIVES:

@@ -1,21 +1,43 @@
-"""environment.json: what an attempt was run with, without secrets."""
+"""environment.json and git.diff: what an attempt was run with, without secrets."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
-import re
+import signal
 import subprocess
 import sys
-from typing import Any
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import distloop
 from distloop.cluster import cpus_per_rank
+from distloop.redaction import clean_command, clean_text
 
-SECRET = re.compile(r"(key|token|secret|passw|credential)", re.IGNORECASE)
+GIT_SECONDS = 10.0  # for all that git is asked
+MOST_CHANGES = 50  # changed files that are named
+MOST_DIFF = 256 * 1024  # bytes
+# Nothing that a repository or a user has set up is to run, colour or convert what git shows.
+PLAIN_DIFF = ("diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color")
 
 
-def environment(world_size: int) -> dict[str, Any]:
+class GitFacts(NamedTuple):
+    """The code that is run, as far as git knows it."""
+
+    folder: str | None = None
+    """Of the repository."""
+    commit: str | None = None
+    changes: tuple[str, ...] = ()
+    """Lines of git status --porcelain."""
+    diff: str | None = None
+    """What is not committed, without secrets; None where git does not say."""
+
+
+def environment(world_size: int, git: GitFacts) -> dict[str, Any]:
     """Versions, git commit, topology and command of an attempt, as plain JSON and without secrets."""
     packages = ("torch", "torchvision", "accelerate", "numpy", "safetensors", "distloop")
     versions: dict[str, str | None] = {}
@@ -32,26 +54,73 @@ def environment(world_size: int) -> dict[str, Any]:
         "cpus_per_rank": cpus_per_rank(os.environ),
         "world_size": world_size,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_changes": (_git("status", "--porcelain") or "").splitlines()[:50],
-        "command": _without_secrets(sys.argv),
+        "git_folder": git.folder,
+        "git_commit": git.commit,
+        "git_changes": list(git.changes),
+        "command": clean_command(sys.argv),
     }
 
 
-def _git(*arguments: str) -> str | None:
+def git_facts() -> GitFacts:
+    """Of the current folder's repository, where the user's code is, else of the one that distloop is run from.
+
+    Never raises; takes GIT_SECONDS at most.
+    """
+    until = time.monotonic() + GIT_SECONDS
+    for start in (Path.cwd(), Path(distloop.__file__).resolve().parent):
+        folder = _git(start, ("rev-parse", "--show-toplevel"), 4096, until)
+        if folder:
+            break
+    else:
+        return GitFacts()
+    root = Path(folder.rstrip("\n"))
+    commit = _git(root, ("rev-parse", "HEAD"), 4096, until)
+    changes = _git(root, ("status", "--porcelain"), 64 * 1024, until) or ""
+    diff = _git(root, PLAIN_DIFF, MOST_DIFF, until)
+    return GitFacts(
+        folder=clean_text(str(root)),
+        commit=commit.strip() if commit else None,
+        changes=tuple(clean_text(line) for line in changes.splitlines()[:MOST_CHANGES]),
+        diff=None if diff is None else _cut(clean_text(_cut(diff, MOST_DIFF)), MOST_DIFF),
+    )
+
+
+def _git(folder: Path, arguments: tuple[str, ...], limit: int, until: float) -> str | None:
+    """What git says, not much more than `limit` bytes of it; None if it fails or does not end in time."""
+    environ = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}  # it looks, and changes nothing
     try:
-        done = subprocess.run(("git", *arguments), capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
+        git = subprocess.Popen(
+            ("git", "-C", str(folder), *arguments),
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # so that its children, such as filters, end with it
+        )
+    except OSError:
         return None
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        with contextlib.suppress(OSError):
+            os.killpg(git.pid, signal.SIGKILL)
+
+    assert git.stdout is not None
+    timer = threading.Timer(max(0.0, until - time.monotonic()), end)
+    timer.start()
+    with git, timer_cancelled(timer):
+        said = git.stdout.read(limit + 1)
+        enough = len(said) > limit
+        if enough:
+            git.kill()
+    return said.decode(errors="replace") if (enough or git.returncode == 0) and not late.is_set() else None
 
 
-def _without_secrets(command: list[str]) -> list[str]:
-    """The command line with the values of anything that sounds like a key or password left out."""
-    shown = []
-    hide = False
-    for word in command:
-        flag, equals, _ = word.partition("=")
-        shown.append("***" if hide else f"{flag}=***" if equals and SECRET.search(flag) else word)
-        hide = word.startswith("-") and not equals and bool(SECRET.search(word))
-    return shown
+def _cut(text: str, limit: int) -> str:
+    """`text`, or as many of its lines as `limit` bytes hold, and one that says so."""
+    if len(text.encode()) <= limit:
+        return text
+    note = f"… cut here: the changes are more than {limit // 1024} KiB\n"
+    kept = text.encode()[: limit - len(note.encode())].decode(errors="ignore")
+    return kept[: kept.rfind("\n") + 1] + note

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from distloop.errors import RunFailed, UsageError
+from distloop.redaction import clean_text
 
 # Whose words a rank's error carries that has lost its peers.
 CONSEQUENCE = re.compile(r"\b(gloo|nccl|c10d)\b|process ?group", re.IGNORECASE)
@@ -73,11 +74,11 @@ class Verdict(NamedTuple):
 
 
 def describe_error(error: BaseException) -> tuple[str, str, str]:
-    """(kind, what, traceback) of what a rank has met; kind: mistake, failed or consequence."""
+    """(kind, what, traceback) of what a rank has met, without secrets; kind: mistake, known, failed or consequence."""
     if isinstance(error, UsageError):
-        return "mistake", str(error), ""
+        return "mistake", clean_text(str(error)), ""
     if isinstance(error, RunFailed):
-        return "known", str(error), ""
+        return "known", clean_text(str(error)), ""
     if isinstance(error, SystemExit):
         what = f"it left with sys.exit({error.code!r}) before the run was done"
     else:
@@ -86,7 +87,7 @@ def describe_error(error: BaseException) -> tuple[str, str, str]:
             name = f"{type(error).__name__}: "
             what = f"{name}{what.rsplit(name, 1)[-1]} (in a loader worker)"
     trace = "".join(traceback.format_exception(error))
-    return ("consequence" if is_consequence(error) else "failed"), what, trace
+    return ("consequence" if is_consequence(error) else "failed"), clean_text(what), clean_text(trace)
 
 
 def is_consequence(error: BaseException) -> bool:
@@ -101,7 +102,10 @@ def is_consequence(error: BaseException) -> bool:
 
 
 def verdict(place: Place, kind: str, what: str, trace: str, own: Place, world_size: int) -> Verdict:
-    """What is said of the rank that was first; `what`, with a rank that stands still: for how long."""
+    """What is said of the rank that was first; `what`, with a rank that stands still: for how long.
+
+    `what` and `trace` hold no secrets.
+    """
     if kind in ("mistake", "known"):
         return Verdict(2 if kind == "mistake" else 1, what, f"\ndistloop: {what}")
     if world_size == 1:

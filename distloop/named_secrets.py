@@ -87,7 +87,7 @@ def clean_named(text: str) -> str:
         elif goes_on is not None and (indent > goes_on or indent >= len(line.rstrip())):
             shown.append(line[:indent] + MASK if line[indent:].strip() else line)
         else:
-            cleaned, goes_on = _clean_line(line, indent)
+            cleaned, goes_on = _clean_line(line, indent) if line else (line, None)
             shown.append(cleaned)
     return "\n".join(shown)
 

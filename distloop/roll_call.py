@@ -28,6 +28,7 @@ from distloop.cluster import let_others_speak, node_name, say, speaks
 from distloop.errors import Unanswered, UsageError
 from distloop.failures import Place, Position, Verdict, describe_error, verdict
 from distloop.json_lines import JsonLines
+from distloop.redaction import clean_text
 from distloop.stopping import Watch
 
 BEAT_SECONDS = 0.25
@@ -389,7 +390,7 @@ class RollCall:
         own.update({"step": self.position.step, "marks": self.position.marks, "phase": self.position.phase})
         if time.monotonic() - own.moved > self.limit / 2:
             frame = sys._current_frames().get(threading.main_thread().ident or 0)
-            own.stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
+            own.stack = clean_text("".join(traceback.format_stack(frame))) if frame is not None else ""
 
     def _own_position(self) -> dict[str, Any]:
         own = self.places[self.rank]

@@ -9,15 +9,17 @@ from typing import Any, NamedTuple
 
 from distloop.checkpoint import clean, newest_good, published_in, read_manifest, step_of, weights_file
 from distloop.config import FIXED_KEYS, Config, differences, is_one_of, training_hash
-from distloop.config_load import config_from_mapping, dump, read_yaml
-from distloop.environment import environment
+from distloop.config_load import config_from_mapping, dump_without_secrets, read_yaml
+from distloop.environment import environment, git_facts
 from distloop.errors import UsageError
 from distloop.lock import RunLock
+from distloop.redaction import clean_mapping, unmask
 from distloop.run_files import (
     CHECKPOINTS,
     CONFIG,
     ENVIRONMENT,
     FAILURES,
+    GIT_DIFF,
     METRICS,
     STATUS,
     path_of,
@@ -111,8 +113,13 @@ def open_run(config: Config, lock: RunLock, status: RunStatus, world_size: int, 
             with open(path / "config_changes.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
         # What belongs to this one start is left out: the file may start other attempts.
-        write_text(path / CONFIG, dump(dataclasses.replace(config, expect_world=None, resume="auto")))
-        write_text(path / ENVIRONMENT, json.dumps(environment(world_size), indent=1) + "\n")
+        write_text(path / CONFIG, dump_without_secrets(dataclasses.replace(config, expect_world=None, resume="auto")))
+        git = git_facts()
+        write_text(path / ENVIRONMENT, json.dumps(environment(world_size, git), indent=1) + "\n")
+        if git.diff is None:
+            (path / GIT_DIFF).unlink(missing_ok=True)  # an earlier attempt's
+        else:
+            write_text(path / GIT_DIFF, git.diff)
     except OSError as error:
         raise UsageError(
             f"The run directory {path.resolve()} cannot be written: {error.strerror or error}. "
@@ -150,11 +157,14 @@ def _changes_of_data(path: Path, old: dict[str, Any], new: dict[str, Any], confi
 def _changes(path: Path, config: Config) -> dict[str, tuple[Any, Any]]:
     """With what the run is extended; raises UsageError when it would train differently and may not be."""
     try:
-        changed = differences(config_from_mapping(read_yaml(path / CONFIG), str(path / CONFIG)), config)
+        # A secret is another one, or not known, as the file has none: it is as it is given now.
+        settings = unmask(clean_mapping(read_yaml(path / CONFIG)), dataclasses.asdict(config))
+        changed = differences(config_from_mapping(settings, str(path / CONFIG)), config)
     except UsageError as error:
         raise UsageError(f"The run in {path} has a config that this version does not read: {error}") from None
     if not changed:
         return {}
+    changed = {key: (clean_mapping(old, key), clean_mapping(new, key)) for key, (old, new) in changed.items()}
     lines = "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items())
     if config.resume != "extend":
         raise UsageError(

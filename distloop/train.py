@@ -273,14 +273,9 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
                 trackers.say(*left_out)
             if log_due:
                 mean, running_mean, _, memory = losses.read(peak_memory(device))
-                row: dict[str, Any] = {
-                    "loss": mean,
-                    "running_loss": running_mean,
-                    "lr": lr,
-                    "gradient_norm": float(gradient_norm),
-                }
-                row |= {**clock.read(), "skipped_steps": skipped_steps, "memory_gib": memory}
-                trackers.log("train", step, epoch, **row)
+                measured = {"loss": mean, "running_loss": running_mean, "gradient_norm": float(gradient_norm)}
+                known = {"lr": lr, "skipped_steps": skipped_steps, "memory_gib": memory}
+                trackers.log("train", step, epoch, **measured, **known, **clock.read())
             if step % plan.steps_per_epoch == 0:
                 trackers.log("epoch", step, epoch, loss=losses.read()[1])
                 losses.start_epoch()

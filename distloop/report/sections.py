@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 
 from distloop.report import markup
-from distloop.report.curves import Curve, Floats
+from distloop.report.curves import Curve
+
 from distloop.report.markup import figure, legend, percent, quiet, span_of, table, text
 from distloop.report.plots import Line, draw_lines, draw_shares
 from distloop.report.read import Record, accounts, goodput
+from distloop.report.rows import Floats
 from distloop.report.style import ACCOUNT_COLOURS, SERIES, STATE_COLOURS
 from distloop.runs import metrics_in
 
@@ -180,7 +182,7 @@ def _tile(value: str, label: str) -> str:
 
 def _tiles(record: Record) -> list[tuple[str, str]]:
     """(value as HTML, label) of the big numbers."""
-    run, last = record.run, metrics_in(record.metrics.last.get("validate", {}))
+    run, last = record.run, metrics_in(record.metrics.last_validation)
     step = max(run.step or 0, record.metrics.last_step) if run.state in ("running", "gone") else run.step
     tiles = [(figure(step), f"step of {figure(run.total_steps)}")]
     rule = run.best_rule
@@ -190,14 +192,14 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
     for name in chosen[:2]:
         tiles.append((figure(last[name]), "last validation loss" if name == "loss" else f"last {name}"))
     if not last:
-        trained = record.metrics.last.get("train", {}).get("running_loss")
+        trained = record.metrics.last_train.get("running_loss")
         tiles.append((figure(trained), "running training loss; no validation yet"))
     tiles.append((percent(goodput(record.seconds)), "goodput"))
     attempts = max(len(record.time.value or []), run.attempt or 0)
     wall = sum(record.seconds.values()) or None
     tiles.append((span_of(wall), f"wall time, {attempts} attempt{'s' if attempts != 1 else ''}"))
     tiles.append((figure(median_rate(record)), "samples per second"))
-    return tiles
+    return [tile for tile in tiles if tile[0] != markup.UNKNOWN]
 
 
 def _settings_in_short(record: Record) -> str:
