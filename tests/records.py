@@ -14,6 +14,12 @@ def rows(run: Path, kind: str) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
 
 
+def found(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row says of the training: without who wrote it when, how fast and with how much memory."""
+    others = ("attempt", "time", "samples_per_second", "memory_gib")
+    return {name: value for name, value in row.items() if name not in others and not name.endswith("_seconds")}
+
+
 def losses(run: Path) -> list[float]:
     return [row["loss"] for row in rows(run, "train")]
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.ranks import accelerate_launch, command, train, write_config
-from tests.records import rows
+from tests.records import found, rows
 
 BATCH_NORM = "tests.evaluate_code:Net"
 CPU = {"ACCELERATE_USE_CPU": "true"}
@@ -34,7 +34,7 @@ def trained(folder: Path, **settings: Any) -> Path:
 
 def last_validation(run: Path) -> dict[str, Any]:
     row = rows(run, "validate")[-1]
-    return {name: value for name, value in row.items() if name not in ("kind", "epoch", "attempt")}
+    return {name: value for name, value in found(row).items() if name not in ("kind", "epoch")}
 
 
 def evaluate(folder: Path, processes: int, *arguments: str) -> dict[str, Any]:

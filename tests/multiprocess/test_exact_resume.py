@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from distloop.checkpoint import published_in, step_of, verify
 from tests.ranks import Outcome, train, write_config
-from tests.records import largest_difference, losses, rows, status, weights
+from tests.records import found, largest_difference, losses, rows, status, weights
 from tests.resume_code import stop_in_call, store_points
 
 # Everything that could carry a state: augmentation, BatchNorm, dropout, moments, accumulation, clipping, averaging.
@@ -84,7 +84,7 @@ def check_same(run: Path, whole: Path) -> None:
     assert losses(run) == losses(whole)
 
     def validations(path: Path) -> list[dict[str, Any]]:
-        return [{key: value for key, value in row.items() if key != "attempt"} for row in rows(path, "validate")]
+        return [found(row) for row in rows(path, "validate")]
 
     assert validations(run) == validations(whole)
     assert len(validations(run)) > 1

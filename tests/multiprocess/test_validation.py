@@ -12,13 +12,13 @@ from torch import Tensor
 
 from distloop.tasks import Classification
 from tests.ranks import train, write_config
-from tests.records import rows
+from tests.records import found, rows
 
 
 def validations(tmp_path: Path, world_size: int, arguments: list[str]) -> list[dict[str, float]]:
     name = f"on-{world_size}"
     train(tmp_path, [*arguments, "--name", name], world_size).check()
-    return rows(tmp_path / "runs" / name, "validate")
+    return list(map(found, rows(tmp_path / "runs" / name, "validate")))
 
 
 def details(tmp_path: Path, world_size: int) -> dict[str, Any]:
