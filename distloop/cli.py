@@ -22,9 +22,12 @@ USAGE = (
 
 def main() -> None:
     """Do what the command line says; leaves with the command's exit code."""
+    from distloop import cluster
+
+    cluster.speak_clearly()
     word, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if word == "train":
-        from distloop import cluster, stopping
+        from distloop import stopping
 
         stopping.listen()  # before the long imports: from here on a signal is a wish to stop, not the end
         from distloop.train import main as train
@@ -45,12 +48,10 @@ def main() -> None:
         sys.stdout.flush()
         os._exit(code)  # wandb's own exit hooks may wait for a server
     elif word == "evaluate":
-        from distloop import cluster
         from distloop.evaluate import main as evaluate
 
         cluster.leave(evaluate(arguments))
     elif word == "doctor":
-        from distloop import cluster
         from distloop.doctor import main as doctor
 
         cluster.leave(doctor(arguments))

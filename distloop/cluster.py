@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import multiprocessing
 import multiprocessing.util  # registers its own end before ours, so that ours comes first
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -132,6 +134,29 @@ def say(text: str, file: Any = None) -> None:
     """Print a line. Where it cannot be written (a full disk, a terminal that is gone) it is lost, and no more."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=file or sys.stdout, flush=True)
+
+
+def speak_clearly() -> None:
+    """Show each warning once, on rank 0 and its first loader worker, and a ? for what the output's encoding lacks.
+
+    Each rank and each worker meets the same warnings, and Python's own "once for each place" forgets at every
+    warnings.catch_warnings, which libraries use in each step.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    seen: set[tuple[str, str]] = set()
+    show = warnings.showwarning
+
+    def show_once(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        torch = sys.modules.get("torch")
+        worker = torch.utils.data.get_worker_info() if torch else None
+        if int(os.environ.get("RANK", 0)) or (worker and worker.id) or (category.__name__, str(message)) in seen:
+            return
+        seen.add((category.__name__, str(message)))
+        show(message, category, *where, **more)
+
+    warnings.showwarning = show_once
 
 
 def let_others_speak(watch: Watch | None = None) -> None:

@@ -99,6 +99,8 @@ class Watch:
             if self.failing:  # a launcher that ends what is left
                 return
             more = " (Ctrl-C again: end at once)" if wish == signal.SIGINT else ""
+            if wish == signal.SIGINT and speaks(os.environ) and sys.stderr.isatty():
+                print(file=sys.stderr)  # after the ^C of the terminal
             self.say(f"{REASONS[wish]}: finishing what is going on, then saving and stopping{more}")
 
     def leave_within(self, seconds: float | None, code: int = 1, failure: str | None = None) -> None:

@@ -321,6 +321,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
 def main(arguments: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit code: 0 in order, 1 failed, 2 wrong usage."""
     watch = stopping.listen()
+    cluster.speak_clearly()
     roll_call = RollCall(watch)
     quiet = not cluster.speaks(os.environ)  # every rank meets the same mistakes; one says them
     try:

@@ -15,7 +15,7 @@ from distloop.cluster import say
 if TYPE_CHECKING:
     from distloop.tracking.live_view import LiveView
 
-NO_METRICS = ("kind", "step", "epoch", "attempt", "samples")
+NO_METRICS = ("kind", "step", "epoch", "attempt", "samples", "time")
 ASCII = {"·": "-", "×": "x", "…": "...", "–": "-", "—": "-", "→": "->", "━": "=", "─": "-", "≤": "<=", "≥": ">="}
 
 
@@ -36,10 +36,10 @@ def duration(seconds: float) -> str:
 def sayable(text: str, encoding: str | None) -> str:
     """The text with what `encoding` cannot say replaced: · by -, … by ..., a letter by a question mark."""
     try:
-        text.encode(encoding or "ascii")
+        text.encode(encoding or "utf-8")
         return text
     except UnicodeEncodeError:
-        return "".join(_sayable(character, encoding or "ascii") for character in text)
+        return "".join(_sayable(character, encoding or "utf-8") for character in text)
 
 
 def _sayable(character: str, encoding: str) -> str:
@@ -78,7 +78,7 @@ class Known:
     latest: dict[str, Any] | None = None
     train: dict[str, Any] = field(default_factory=dict)  # the latest row
     url: str = ""
-    # (step, time) of the first row and of the latest one: before, loader workers start and things are compiled.
+    # (step, time) of the first train row, before which workers start and things are compiled, and of the latest row.
     since: tuple[int, float] | None = None
     until: tuple[int, float] = (0, 0.0)
 
@@ -92,11 +92,10 @@ class Known:
 
     def add(self, row: dict[str, Any]) -> None:
         """Take up a row of any kind."""
-        now = (int(row["step"]), time.monotonic())
+        self.until = now = (int(row["step"]), time.monotonic())
         if row["kind"] == "train":
             self.train = row
             self.since = self.since or now
-            self.until = now
         elif row["kind"] == "validate":
             metric, direction = self.best_rule
             self.latest = row

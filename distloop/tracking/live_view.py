@@ -56,7 +56,7 @@ def layout(known: Known, columns: int) -> list[Line]:
     saved = known.saved()
     about = [
         ("", str(known.attempt)),
-        ("saved", (UNKNOWN if saved is None else f"step {saved}").ljust(len(f"step {known.total_steps}"))),
+        ("saved", (f"step {saved}" if saved else UNKNOWN).ljust(len(f"step {known.total_steps}"))),
         *([("", known.url)] if known.url else []),
         *([("skipped steps", str(skipped))] if skipped else []),
         ("", known.name),
@@ -123,7 +123,10 @@ def _fields(
         if used + width > columns:
             others.append((name, value))
             continue
-        line += [(" " * gap + (f"{name} " if name else ""), "dim"), (value, "bold green" if name == marked else "")]
+        line += [
+            (" " * gap + (f"{name} " if name else ""), "dim"),
+            (value, "bold green" if name and name == marked else ""),
+        ]
         used += width
     return line, others
 
@@ -153,11 +156,7 @@ class LiveView:
         self.place: tuple[int, int, int] | None = None  # columns and lines of the terminal, lines of the view
         self.lock = threading.Lock()
         self.closing = threading.Event()
-        # A process that is killed cannot give the terminal back. This one sees that its standard input ends, and does.
-        give_back = ["sh", "-c", 'read -r _; printf %s "$1"', "sh", GIVE_BACK]
-        self.heir = subprocess.Popen(
-            give_back, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
-        )
+        self.heir = _heir()
         threading.Thread(target=self._run, name="distloop-live-view", daemon=True).start()
 
     def close(self) -> None:
@@ -165,8 +164,10 @@ class LiveView:
         self.closing.set()
         with self.lock:
             self._give_back()
-            self.heir.kill()
-            self.heir.wait()
+            if self.heir:
+                self.heir.kill()
+                self.heir.communicate()
+                self.heir = None
 
     def _run(self) -> None:
         try:
@@ -189,14 +190,12 @@ class LiveView:
             columns, height = size.columns or columns, size.lines or height
         # The last column stays empty: a terminal may go to the next line behind it.
         lines = layout(self.known, columns - 1)[: max(0, height - LINES_ABOVE)]
-        first = height - len(lines) + 1
-        text = ""
-        if self.place != (columns, height, len(lines)):
-            # A terminal that changes its size forgets what to scroll, and moves the lines: the cursor's is the guide.
-            text = GIVE_BACK if self.place else ""
-            text += DOWN * len(lines) + f"\x1b[{len(lines)}A" * bool(lines)
-            text += f"{KEEP_CURSOR}\x1b[1;{first - 1}r{BACK_TO_CURSOR}"
-            self.place = columns, height, len(lines)
+        place, first = (columns, height, len(lines)), height - len(lines) + 1
+        # A terminal that changes its size moves what it shows, but the cursor with it: the view is still below that.
+        text = GIVE_BACK if self.place and self.place != place else SCROLL_ALL
+        self.place = place
+        text += DOWN * len(lines) + f"\x1b[{len(lines)}A" * bool(lines)  # room, where the cursor is too far down
+        text += f"{KEEP_CURSOR}\x1b[1;{first - 1}r{BACK_TO_CURSOR}"
         text += KEEP_CURSOR + PLAIN + CUT_LONG_LINES
         for number_of_line, line in enumerate(lines, start=first):
             text += f"\x1b[{number_of_line}H{self._line(line, columns - 1)}{ERASE_REST_OF_LINE}"
@@ -222,6 +221,14 @@ class LiveView:
         with contextlib.suppress(OSError):  # the terminal is gone
             while data:
                 data = data[os.write(self.terminal, data) :]
+
+
+def _heir() -> subprocess.Popen[bytes] | None:
+    """A process that gives the terminal back when this one is killed, or crashes: its standard input ends then."""
+    with contextlib.suppress(OSError):
+        command = ["sh", "-c", 'read -r _; printf %s "$1"', "sh", GIVE_BACK]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    return None
 
 
 def _in_background(terminal: int) -> bool:
