@@ -24,7 +24,7 @@ def path_of(config: Config) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old or the new one, never a part."""
     aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(text)
+    aside.write_text(text, encoding="utf-8")
     sync(aside)
     aside.replace(path)
 
@@ -39,7 +39,7 @@ def sync(path: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from distloop.report.curves import Floats
 from distloop.report.markup import figure, folded, percent, quiet, table, text
-from distloop.report.plots import draw_matrix
+from distloop.report.plots import cell_of, draw_matrix
 from distloop.report.read import Record
+from distloop.report.rows import Floats
 
 MOST_COUNTED = 20  # classes of a matrix that shows its counts
 MOST_ROWS = 30  # classes in the table before the others are folded
@@ -31,6 +31,8 @@ def confusion(record: Record) -> str:
         shown, kind = _counted(matrix, names), "counts"
     else:
         shown, kind = draw_matrix(matrix), "shares of each label, as roots so that rare mistakes are seen"
+        cell = cell_of(len(matrix))
+        kind += f"; a point is the largest of {cell} × {cell} classes" if cell > 1 else ""
     return (
         f'<div class="beside"><div class="alone">{shown}</div><div><h3>Most frequent confusions</h3>'
         f"{_frequent(matrix, names)}</div></div>"

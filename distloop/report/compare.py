@@ -7,15 +7,17 @@ from pathlib import Path
 import numpy as np
 
 from distloop.ranking import Ranking, rank
-from distloop.report.curves import Floats
 from distloop.report.markup import UNKNOWN, figure, legend, percent, quiet, section, span_of, table, text
+from distloop.report.overview import median_rate
 from distloop.report.plots import Line, draw_lines
 from distloop.report.read import Record, goodput, read_record
-from distloop.report.sections import account_colours, bar, median_rate
+from distloop.report.resources import account_colours, bar
+from distloop.report.rows import Floats
 from distloop.report.style import SERIES, STATE_COLOURS
 from distloop.runs import Run, metrics_in, read_run
 
 MOST_BARS = 30
+FEW_SETTINGS = 4  # that differ: they stand beside the name; more come after the results
 
 
 def comparison(paths: list[Path]) -> str:
@@ -38,27 +40,27 @@ def comparison(paths: list[Path]) -> str:
 
 
 def _rank(runs: list[Run]) -> Ranking:
-    """By the metric that most runs call their best, else by validation loss, else by name."""
+    """By the metric that most runs call their best, else by name."""
     rules = [run.best_rule[0] for run in runs if run.best_rule]
     metric = max(dict.fromkeys(rules), key=rules.count) if rules else None
-    if metric is None and any("loss" in (run.best or {}) for run in runs):
-        metric = "loss"
     return rank(runs, metric or "name")
 
 
 def _table(ranking: Ranking, records: list[Record], colours: list[str]) -> str:
     keys = list(dict.fromkeys(key for settings in ranking.settings for key in settings))
-    lasts = [metrics_in(record.metrics.last.get("validate", {})) for record in records]
+    few = len(keys) <= FEW_SETTINGS
+    lasts = [metrics_in(record.metrics.last_validation) for record in records]
     names = list(dict.fromkeys(name for last in lasts for name in last))
     rows = []
     for index, record in enumerate(records):
         run, value, last = record.run, ranking.values[index], lasts[index]
+        settings = [f"<code>{text(ranking.settings[index].get(key))}</code>" for key in keys]
         state = STATE_COLOURS.get(run.state, "red")
         row = [
             figure(ranking.place(index)),
-            f'<i class="key dot" style="--c:var(--{colours[index]});display:inline-block;margin-right:8px"></i>'
-            f'<span class="first">{text(run.name)}</span>',
-            *(f"<code>{text(ranking.settings[index].get(key))}</code>" for key in keys),
+            f'<span class="one"><i class="key dot" style="--c:var(--{colours[index]})"></i>'
+            f'<span class="first">{text(run.name)}</span></span>',
+            *(settings if few else []),
             f'<span class="badge" style="--c:var(--{state})">{text(run.state)}</span>',
         ]
         if ranking.is_metric:
@@ -70,13 +72,14 @@ def _table(ranking: Ranking, records: list[Record], colours: list[str]) -> str:
             span_of(sum(record.seconds.values()) or None),
             percent(goodput(record.seconds)),
             figure(median_rate(record)),
+            *([] if few else settings),
         ]
         rows.append(row)
     best = [f"best {ranking.by}", "at step"] if ranking.is_metric else []
-    titles = ["#", "run", *keys, "state", *best, *(f"last {name}" for name in names)]
-    titles += ["steps", "wall time", "goodput", "samples/s"]
+    titles = ["#", "run", *(keys if few else []), "state", *best, *(f"last {name}" for name in names)]
+    titles += ["steps", "wall time", "goodput", "samples/s", *([] if few else keys)]
     note = "" if keys else '<p class="note">Nothing that is trained differs in their configs.</p>'
-    return table(titles, rows, left=3 + len(keys), kind="full") + note
+    return table(titles, rows, left=3 + (len(keys) if few else 0), kind="full") + note
 
 
 def _curves(records: list[Record], colours: list[str]) -> str:
@@ -86,10 +89,13 @@ def _curves(records: list[Record], colours: list[str]) -> str:
     plots = []
     for name in names:
         found = [record.metrics.validation.get(name) for record in records]
-        plots.append(_overlaid(f"Validation {name}", [curve and curve.all() for curve in found], colours, last_step))
+        plots.append(
+            _overlaid(f"Validation {name}", [curve.all() if curve else None for curve in found], colours, last_step)
+        )
     for key, title in (("running_loss", "Training loss, running mean"), ("lr", "Learning rate")):
         having = [record.metrics.train.get(key) for record in records]
-        lines = [curve and (curve.mean() if key == "running_loss" else curve.all()) for curve in having]
+        mean = key == "running_loss"
+        lines = [(curve.mean() if mean else curve.all()) if curve else None for curve in having]
         plots.append(_overlaid(title, lines, colours, last_step, logarithmic=False if key == "lr" else None))
     keys = [(colour, "line", record.run.name) for colour, record in zip(colours, records, strict=True)]
     note = ""
@@ -125,11 +131,11 @@ def _time(records: list[Record], colours: list[str]) -> str:
     bars = [
         bar(record.run.name, record.seconds, accounts, longest, dot=colour) for record, colour in having[:MOST_BARS]
     ]
-    missing = len(records) - len(bars)
+    without = [record.run.name for record in records if not record.seconds]
+    note = f" The first {MOST_BARS} of {len(having)} runs." if len(having) > MOST_BARS else ""
+    note += f" Without time.json: {', '.join(without)}." if without else ""
     return (
         legend((accounts[name], "area", name.replace("_", "-")) for name in names)
-        + f'<div class="bars">{"".join(bars)}</div><p class="note">Beside each: its wall time and its goodput, the share '
-        "of it in compute and data of steps that counted."
-        + (f" {missing} more runs are not shown, or have no time.json." if missing else "")
-        + "</p>"
+        + f'<div class="bars">{"".join(bars)}</div><p class="note">Beside each: its wall time and its goodput, the '
+        f"share of it in compute and data of steps that counted.{text(note)}</p>"
     )

@@ -34,11 +34,13 @@ def percent(share: float | None) -> str:
 
 
 def span_of(seconds: float | None) -> str:
-    """A duration: 4.2 s, 1:05, 1:01:40."""
+    """A duration: 4.2 s, 1:05, 1:01:40, 3 d 4 h."""
     if seconds is None or not math.isfinite(seconds):
         return UNKNOWN
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds >= 0.05 or not seconds else "< 0.1 s"
+    if seconds >= 72 * 3600:
+        return f"{seconds // 86400:.0f} d {seconds % 86400 // 3600:.0f} h"
     return duration(seconds)
 
 
@@ -65,7 +67,8 @@ def folded(title: str, content: str, opened: bool = False) -> str:
 def section(title: str, content: str) -> str:
     """A section of the page; `title` is plain text."""
     name = "".join(letter if letter.isalnum() else "-" for letter in title.lower())
-    return f'<section id="{text(name)}"><h2>{text(title)}</h2>{content}</section>'
+    empty = content.startswith('<p class="quiet">') and content.endswith("</p>") and content.count("<p") == 1
+    return f'<section id="{text(name)}"{" class=empty" if empty else ""}><h2>{text(title)}</h2>{content}</section>'
 
 
 def legend(entries: Iterable[tuple[str, str, str]]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distloop import __version__
 from distloop.errors import UsageError
-from distloop.report import classes, compare, provenance, sections
+from distloop.report import classes, compare, overview, provenance, resources, training
 from distloop.report.markup import quiet, section, text
 from distloop.report.read import Record, read_record
 from distloop.report.style import style_sheet
@@ -19,12 +19,13 @@ from distloop.run_files import write_text
 from distloop.runs import is_run, runs_in
 
 REPORT = "report.html"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # nothing from anywhere else
 # What damaged files lead to; a section that meets it says so, and the others are shown.
 DAMAGED = (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError)
 SECTIONS: tuple[tuple[str, Callable[[Record], str]], ...] = (
-    ("Curves", sections.curves),
-    ("Time", sections.time_accounts),
-    ("Throughput and memory", sections.resources),
+    ("Curves", training.curves),
+    ("Time", resources.time_accounts),
+    ("Throughput and memory", resources.resources),
     ("Confusion matrix", classes.confusion),
     ("Classes", classes.per_class),
     ("Most confident mistakes", classes.mistakes),
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", metavar="FILE", help=f"where to write it (default: {REPORT} in the run, or here for several)"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         runs = _runs(options.runs)
         output = Path(options.output) if options.output else runs[0] / REPORT if len(runs) == 1 else Path(REPORT)
@@ -79,7 +80,7 @@ def _page(runs: list[Path]) -> str:
     if len(runs) == 1:
         record = read_record(runs[0])
         title = record.run.name
-        body = _guarded(sections.overview, record, f"<h1>{text(title)}</h1>")
+        body = _guarded(overview.overview, record, f"<h1>{text(title)}</h1>")
         body += "".join(section(name, _guarded(show, record)) for name, show in SECTIONS)
     else:
         title = f"{len(runs)} runs"
@@ -87,7 +88,7 @@ def _page(runs: list[Path]) -> str:
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{html.escape(title)} · distloop</title><style>{style_sheet()}</style></head>"
         f"<body><main>{body}<footer>distloop {__version__} · as of {text(now)}</footer></main></body></html>\n"

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from distloop.report.curves import Floats
+from distloop.report.rows import Floats
 from distloop.report.style import PALETTE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, HEIGHT = 560, 232  # of the drawing; the page scales it to its column
+MOST_CELLS = 250  # on a side of a confusion matrix
 SPREAD = 30.0  # where the largest value is so many times the middle one, the axis becomes logarithmic
 
 
@@ -53,9 +54,6 @@ def draw_lines(
             _label_logarithm(axes)
         elif zero:
             axes.set_ylim(0, max(values.max() * 1.08, 1e-9))
-        elif values.min() == values.max():
-            half = abs(values[0]) * 0.1 or 1.0
-            axes.set_ylim(values[0] - half, values[0] + half)
 
     return _against_step(fill, attempts, last_step)
 
@@ -81,30 +79,41 @@ def draw_shares(seconds: Floats, colours: list[str], attempts: dict[int, int], l
     return _against_step(fill, attempts, last_step)
 
 
-def draw_matrix(confusion: Floats, names: list[str] | None) -> str:
+def cell_of(classes: int) -> int:
+    """How many classes a cell of a large matrix stands for: it has more of them than there are pixels to be seen."""
+    return -(-classes // MOST_CELLS)
+
+
+def draw_matrix(confusion: Floats) -> str:
     """A large confusion matrix as a picture; shape [classes, classes], rows: labels. Right answers are blue, mistakes
-    red; the deeper, the larger their share of the label's samples."""
+    red; the deeper, the larger their share of the label's samples. A cell of several classes shows its largest."""
     import matplotlib
     from matplotlib.colors import to_rgb
 
-    classes = len(confusion)
+    classes, cell = len(confusion), cell_of(len(confusion))
     totals = confusion.sum(axis=1, keepdims=True)
     shares = np.divide(confusion, totals, out=np.zeros_like(confusion), where=totals > 0)
-    colours = np.zeros((classes, classes, 4))
+    cells = -(-classes // cell)
+    padded = np.pad(shares, (0, cells * cell - classes))
+    largest = padded.reshape(cells, cell, cells, cell).max(axis=(1, 3))
+    colours = np.zeros((cells, cells, 4))
     colours[..., :3] = to_rgb(light("red"))
-    colours[np.arange(classes), np.arange(classes), :3] = to_rgb(light("blue"))
-    colours[..., 3] = np.sqrt(shares)  # a root: rare mistakes are to be seen
-    with matplotlib.rc_context(_settings()):
+    colours[np.arange(cells), np.arange(cells), :3] = to_rgb(light("blue"))
+    colours[..., 3] = np.sqrt(largest)  # a root: rare mistakes are to be seen
+    with matplotlib.rc_context(rc=_settings()):
         from matplotlib.figure import Figure
 
         drawing = Figure(figsize=(WIDTH / 72, WIDTH / 72))
         axes = drawing.add_axes((0.1, 0.09, 0.89, 0.89))
-        axes.imshow(colours, interpolation="none", aspect="auto", extent=(-0.5, classes - 0.5, classes - 0.5, -0.5))
+        end = cells * cell - 0.5
+        axes.imshow(colours, interpolation="none", aspect="auto", extent=(-0.5, end, end, -0.5))
         axes.set_xlabel("prediction")
         axes.set_ylabel("label")
         axes.grid(False)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.get_major_locator().set_params(integer=True)  # type: ignore[attr-defined]
+        for side in axes.spines.values():
+            side.set_visible(True)
+            side.set_edgecolor(light("line"))
+        axes.locator_params(integer=True)
         return _svg(drawing)
 
 
@@ -129,10 +138,10 @@ def _against_step(fill: Callable[[Axes], None], attempts: dict[int, int], last_s
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with matplotlib.rc_context(_settings()):
+    with matplotlib.rc_context(rc=_settings()):
         drawing = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
         axes = drawing.add_axes((54 / WIDTH, 26 / HEIGHT, 1 - 64 / WIDTH, 1 - 44 / HEIGHT))
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: short(value))
         fill(axes)
@@ -144,12 +153,13 @@ def _against_step(fill: Callable[[Axes], None], attempts: dict[int, int], last_s
 def _mark_attempts(axes: Axes, attempts: dict[int, int], last_step: int) -> None:
     """A thin line where each attempt but the first began; labels where there is room."""
     free = 0.0
+    faint = 1.0 if len(attempts) < 12 else 0.4
     for number, step in sorted(attempts.items()):
         if number == min(attempts) or step <= 0:
             continue
-        axes.axvline(step, color=light("mark"), linewidth=0.9, linestyle=(0, (2, 2)), zorder=0.5)
+        axes.axvline(step, color=light("mark"), linewidth=0.9, linestyle=(0, (2, 2)), zorder=0.5, alpha=faint)
         label, place = (f"attempt {number}" if not free else str(number)), step / last_step
-        if place >= free and place < 0.9:
+        if place >= free:
             axes.annotate(
                 label,
                 (place, 1),
@@ -158,7 +168,7 @@ def _mark_attempts(axes: Axes, attempts: dict[int, int], last_step: int) -> None
                 textcoords="offset points",
                 color=light("soft"),
                 fontsize=10,
-                ha="left" if place < 0.03 else "center",
+                ha="left" if place < 0.03 else "right" if place > 0.96 else "center",
                 annotation_clip=False,
             )
             free = place + (0.14 if not free else 0.05)
@@ -176,6 +186,7 @@ def _label_logarithm(axes: Axes) -> None:
     low, high = axes.get_ylim()
     decades = np.log10(high / low)
     axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=8))
+    axes.yaxis.set_major_formatter(lambda value, _: short(value))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -189,7 +200,8 @@ def short(value: float) -> str:
     return f"{value:.6g}"
 
 
-def _settings() -> dict[str, Any]:
+def _settings() -> Any:
+    """matplotlib's own settings for our plots."""
     return {
         "svg.fonttype": "none",
         "svg.hashsalt": "distloop",

@@ -54,7 +54,7 @@ def environment(record: Record) -> str:
     known = dict(record.environment.value)
     command, versions = known.pop("command", None), known.pop("versions", None)
     changed = known.pop("git_changes", None)
-    rows = [(key.replace("_", " "), _value(value)) for key, value in known.items() if value is not None]
+    rows = [(key.replace("_", " "), text(_word(value))) for key, value in known.items() if value is not None]
     if isinstance(versions, dict):
         rows.insert(0, ("versions", " · ".join(f"{text(k)} {text(v)}" for k, v in versions.items() if v)))
     if changed:
@@ -138,7 +138,8 @@ def _failure(name: str, part: Part) -> str:
     headline = str(what.get("what") or what.get("reason") or "").strip()
     trace = str(what.get("traceback") or "")[-LONGEST_TEXT:]
     return (
-        f'<h3>Attempt {text(attempt)}: {place}, {where}</h3><p class="reason" style="--c:var(--red)">{text(headline)}</p>'
+        f"<h3>Attempt {text(attempt)}: {place}, {where}</h3>"
+        f'<p class="reason" style="--c:var(--red)">{text(headline)}</p>'
         + (folded("Traceback", f"<pre>{text(trace.strip())}</pre>") if trace.strip() else "")
         + (folded("More", pairs(more)) if more else "")
     )

@@ -59,6 +59,8 @@ h2{font-size:18px;margin:0 0 14px;font-weight:620}
 h3{font-size:14px;margin:0 0 2px;font-weight:600}
 section,.card{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:20px 22px;margin-top:18px;
 min-width:0}
+section.empty{display:flex;flex-wrap:wrap;gap:2px 16px;align-items:baseline;padding:12px 22px}
+section.empty h2{margin:0;font-size:15px}
 .top{display:flex;flex-wrap:wrap;align-items:center;gap:6px 14px}
 .facts{color:var(--soft);margin:6px 0 0;overflow-wrap:anywhere}
 .facts span:not(:last-child)::after{content:" \\b7  "}
@@ -67,8 +69,8 @@ border:1px solid var(--c);white-space:nowrap}
 .reason{margin:14px 0 0;padding:10px 14px;border-left:3px solid var(--c);background:var(--panel);white-space:pre-wrap;
 overflow-wrap:anywhere}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(142px,1fr));gap:12px;margin-top:18px}
-.tile{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:12px 16px;min-width:0}
-.tile b{display:block;font-size:25px;line-height:1.3;font-weight:600;font-variant-numeric:tabular-nums;
+.tile{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:12px 14px;min-width:0}
+.tile b{display:block;font-size:23px;line-height:1.3;font-weight:600;font-variant-numeric:tabular-nums;
 white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
 .tile span{display:block;color:var(--soft);font-size:13px;overflow-wrap:anywhere}
 .plots{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:0 28px}
@@ -77,7 +79,7 @@ white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
 .plots .legend:empty{margin:0}
 svg{display:block;width:100%;height:auto}
 svg text{font-family:inherit!important}
-.alone{width:580px}
+.alone svg{width:580px;max-width:100%}
 .legend{margin:0 0 4px;line-height:20px;color:var(--soft);font-size:13px;display:flex;flex-wrap:wrap;gap:2px 16px}
 .legend span{display:inline-flex;align-items:center;gap:6px;min-width:0;overflow-wrap:anywhere}
 .key{flex:none;width:16px;height:0;border-top:2.5px solid var(--c)}
@@ -96,6 +98,7 @@ td{vertical-align:top;overflow-wrap:break-word;max-width:420px}
 tbody tr:last-child td{border-bottom:0}
 .one{white-space:nowrap}
 .n{text-align:right;white-space:nowrap}
+td .key{display:inline-block;margin:0 8px 1px 0}
 table.full{width:100%}
 td.n,th.n{overflow-wrap:normal}
 tr:first-child .first{font-weight:650}
@@ -108,10 +111,11 @@ font-size:14px;margin:10px 0 18px}
 .bar i{display:block;background:var(--c);min-width:0}
 .beside{display:flex;flex-wrap:wrap;gap:24px 64px;align-items:flex-start}
 .beside>*{min-width:0;max-width:100%}
+.beside>:last-child{flex:1 1 360px}
 .matrix{border-spacing:2px;border-collapse:separate;font-size:13px;margin-left:-2px}
 .matrix td,.matrix th{padding:0;border:0;text-align:center;vertical-align:middle}
 .matrix tbody th{text-align:right;padding-right:8px;color:var(--ink);font-weight:400;max-width:150px;
-overflow-wrap:anywhere}
+white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
 .matrix thead th.c{height:1px;vertical-align:bottom;color:var(--ink);font-weight:400}
 .matrix thead th.c span{writing-mode:vertical-rl;transform:rotate(180deg);max-height:130px;overflow:hidden;
 display:inline-block;text-align:left;white-space:nowrap;text-overflow:ellipsis}
@@ -138,6 +142,6 @@ summary{cursor:pointer;color:var(--blue);font-size:14px;width:fit-content}
 details[open]>summary{margin-bottom:8px}
 footer{color:var(--soft);font-size:13px;margin-top:24px}
 @media (max-width:900px){main{padding:20px 14px 32px}.plots{grid-template-columns:minmax(0,1fr)}
-section{padding:18px 16px}}
+section,section.empty{padding-left:16px;padding-right:16px}.matrix td{min-width:28px}}
 @media print{body{background:none}section,.tile{break-inside:avoid}}
 """
