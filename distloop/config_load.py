@@ -117,11 +117,12 @@ def dump_without_secrets(config: Config) -> str:
 
 def check(config: Config) -> None:
     """Rules between settings. Raises UsageError."""
-    for key in masked_keys(dataclasses.asdict(config)):
-        option = ".".join(key.split(".")[:3])  # --data.args.KEY is as deep as the command line goes
+    masked = dict.fromkeys(masked_keys(dataclasses.asdict(config)))
+    if masked:
+        options = dict.fromkeys("--" + ".".join(key.split(".")[:3]) for key in masked)  # no deeper: --data.args.KEY
         raise UsageError(
-            f"The config has {MASK} for {key}: a run's copy of its config keeps no secrets, and what looks like one "
-            f"is left out. Give the value on the command line, as in --{option} VALUE, or use your own config file."
+            f"In place of {', '.join(masked)} the config has {MASK}, as a run's copy of it does where a value looks "
+            f"like a secret. Give what is meant with {', '.join(options)}, or use your own config file."
         )
     if not re.fullmatch(r"[\w.+=@-]+", config.name or "") or set(config.name or ".") <= {"."}:
         raise UsageError(f"name = {config.name!r}: use letters, digits and . _ - + = @, since it names a folder.")

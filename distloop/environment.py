@@ -67,7 +67,7 @@ def git_facts() -> GitFacts:
     Never raises; takes GIT_SECONDS at most.
     """
     until = time.monotonic() + GIT_SECONDS
-    for start in (Path.cwd(), Path(distloop.__file__).resolve().parent):
+    for start in (Path(), Path(distloop.__file__).resolve().parent):
         folder = _git(start, ("rev-parse", "--show-toplevel"), 4096, until)
         if folder:
             break
@@ -86,35 +86,36 @@ def git_facts() -> GitFacts:
 
 
 def _git(folder: Path, arguments: tuple[str, ...], limit: int, until: float) -> str | None:
-    """What git says, not much more than `limit` bytes of it; None if it fails or does not end in time."""
-    environ = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}  # it looks, and changes nothing
+    """What git says, `limit` bytes of it and one more where there are more; None if it fails or takes too long."""
     try:
         git = subprocess.Popen(
             ("git", "-C", str(folder), *arguments),
-            env=environ,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},  # it looks, and changes nothing
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # so that its children, such as filters, end with it
+            start_new_session=True,  # a group of its own, so that filters that it starts end with it
         )
     except OSError:
         return None
-    late = threading.Event()
-
-    def end() -> None:
-        late.set()
-        with contextlib.suppress(OSError):
-            os.killpg(git.pid, signal.SIGKILL)
-
     assert git.stdout is not None
-    timer = threading.Timer(max(0.0, until - time.monotonic()), end)
+    timer = threading.Timer(max(0.0, until - time.monotonic()), _kill, [git])
     timer.start()
-    with git, timer_cancelled(timer):
+    try:
         said = git.stdout.read(limit + 1)
-        enough = len(said) > limit
-        if enough:
-            git.kill()
-    return said.decode(errors="replace") if (enough or git.returncode == 0) and not late.is_set() else None
+        if len(said) > limit:
+            _kill(git)
+        git.wait()
+    finally:
+        timer.cancel()
+        git.stdout.close()
+    return said.decode(errors="replace") if len(said) > limit or git.returncode == 0 else None
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _cut(text: str, limit: int) -> str:

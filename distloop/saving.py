@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from distloop.checkpoint import Snapshot, newest_published, prune, publish, weights_of
 from distloop.config import Checkpoint
 from distloop.errors import RunFailed
+from distloop.redaction import clean_text
 from distloop.stopping import SAVE_FAILED, Watch
 
 
@@ -165,7 +166,7 @@ class Saver:
             )
             stop = self.settings.on_failure == "stop"
             self.watch.say(
-                f"WARNING: {self.failure} "
+                f"WARNING: {clean_text(self.failure)} "
                 + ("Stopping (checkpoint.on_failure)." if stop else "The next save tries again.")
             )
             if stop:
