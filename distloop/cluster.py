@@ -190,11 +190,11 @@ def leave(code: int) -> None:
     kill_workers()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # nothing is left to stop, and Python gives its handlers up as it ends
-    if code == 130 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # Taking gloo or NCCL down with the interpreter now and then aborts, or hangs where a peer is gone: what
-        # has to be closed is closed, so leave without it.
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    if code != 130 and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        atexit._run_exitfuncs()  # what libraries have to bring to an end, as sys.exit would
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    # Without taking the interpreter down: that takes seconds once torch is loaded, and with gloo or NCCL it now and
+    # then aborts, or hangs where a peer is gone. What has to be closed is closed.
+    os._exit(code)

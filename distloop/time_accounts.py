@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,43 +34,65 @@ class TimeAccounts:
         self.entry: dict[str, Any] = {"attempt": start.attempt, "began": _now(), "state": "running"}
         self.entry |= {"world_size": world_size, "device": clock.device.type, "first_step": start.step}
         self.next_write = 0.0
+        self.writing = threading.Lock()  # the loop's thread and the one that watches
+        self.closed = False
 
     def mark(self) -> dict[str, Any]:
         """What a checkpoint holds of the time: what comes after it is lost if the run continues from it."""
         return {"attempt": self.entry["attempt"], "seconds": self.clock.totals()}
 
     def write_now_and_then(self) -> None:
-        """Often enough that the end of a process which is killed is known to a hundredth."""
+        """Often enough that the end of a process which is killed is known to half a percent, or half a second."""
         if time.monotonic() >= self.next_write:
             self.write()
 
-    def write(self) -> None:
+    def write(self, state: str | None = None) -> None:
+        """Write the accounts as they stand; `state`: how the attempt has ended (finished | stopped | failed)."""
         if not self.enabled:
             return
         self.owned()
-        self.entry["seconds"] = seconds = self.clock.totals()
-        self.next_write = time.monotonic() + min(LONGEST_BETWEEN, SHARE_BETWEEN * sum(seconds.values()))
-        with contextlib.suppress(OSError):  # a full disk is said by those who lose more
-            aside = self.path.with_name(f".{self.path.name}.writing")
-            aside.write_text(json.dumps({"attempts": [*self.earlier, self.entry]}) + "\n")
-            aside.replace(self.path)
+        with self.writing:
+            if self.closed:  # the run directory may be another process's by now
+                return
+            self.entry["state"] = state or self.entry["state"]
+            self.entry["step"] = self.entry["first_step"] + self.clock.steps
+            self.entry["seconds"] = seconds = self.clock.totals()
+            self.next_write = time.monotonic() + min(LONGEST_BETWEEN, SHARE_BETWEEN * sum(seconds.values()))
+            with contextlib.suppress(OSError):  # a full disk is said by those who lose more
+                aside = self.path.with_name(f".{self.path.name}.writing")
+                aside.write_text(json.dumps({"attempts": [*self.earlier, self.entry]}) + "\n")
+                aside.replace(self.path)
 
     def __enter__(self) -> TimeAccounts:
+        self.write()  # the end may come before it is written now and then
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self.entry["state"] = "ended" if kind is None else "failed"
-        self.write()
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.write(None if kind is None else "stopped" if interrupted else "failed")
+        with self.writing:
+            self.closed = True
 
 
 def attempts(run: Path) -> list[dict[str, Any]]:
-    """The entries of all attempts so far: attempt, began, seconds {account: …}, world_size, device, first_step."""
-    entries = read_json(run / TIME).get("attempts", [])
-    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("seconds"), dict)]
+    """The entries of all attempts so far: attempt, began, seconds {account: …}, world_size, device, first_step, step,
+    and state, which is killed for one that could not say how it ended. What is damaged is left out."""
+    content = read_json(run / TIME)
+    entries = content.get("attempts") if isinstance(content, dict) else None
+    return [entry for entry in entries if _is_whole(entry)] if isinstance(entries, list) else []
+
+
+def _is_whole(entry: Any) -> bool:
+    seconds = entry.get("seconds") if isinstance(entry, dict) else None
+    if not isinstance(seconds, dict) or not isinstance(entry.get("attempt"), int):
+        return False
+    return all(isinstance(value, (int, float)) and math.isfinite(value) for value in seconds.values())
 
 
 def settle(entry: dict[str, Any], mark: dict[str, Any] | None) -> dict[str, Any]:
     """An earlier attempt's entry, with its work after `mark` (see TimeAccounts.mark; None: the beginning) as lost."""
+    if entry.get("state") == "running":
+        entry = {**entry, "state": "killed"}
     reached = mark["attempt"] if mark else 0
     if entry["attempt"] < reached:
         return entry

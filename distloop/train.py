@@ -307,11 +307,10 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
         if is_main:
             (start.path / stopping.STOP).unlink(missing_ok=True)
         status.end()
-        accounts.write()
+        state_at_end = "finished" if step == total_steps else "stopped"
+        accounts.write(state_at_end)
         how = (start.path, step, total_steps, stop, best, metrics)
-        cluster.from_main(
-            lambda: trackers.finish("finished" if step == total_steps else "stopped", *ending(*how)), here
-        )
+        cluster.from_main(lambda: trackers.finish(state_at_end, *ending(*how)), here)
     agreement.close()
     if step < total_steps:
         stopping.end_launcher(stop, os.environ)

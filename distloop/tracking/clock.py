@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,12 +22,13 @@ ACCOUNTS = ("start_up", "data", "compute", "validation", "checkpoint", "lost")
 class Clock:
     """The accounts of this rank's attempt, in seconds, which add up to its wall time.
 
-    Only validation and saving make it wait for the device, at their beginning and end: what was queued before belongs to
-    compute. In between it reads the host's clock twice for each batch, to know how long the loop waited for data.
+    Only validation and saving make it wait for the device, at their beginning and end: what was queued before belongs
+    to compute. In between it reads the host's clock twice for each batch, to know how long the loop waited for data.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.lock = threading.Lock()  # time.json is written by another thread
         self.seconds = dict.fromkeys(ACCOUNTS, 0.0)
         self.account, self.since = "start_up", time.perf_counter() - process_age()
         self.running = False  # the first step is done
@@ -36,9 +38,10 @@ class Clock:
 
     def switch(self, account: str) -> None:
         """From now on, time goes to `account`."""
-        now = time.perf_counter()
-        self.seconds[self.account] += now - self.since
-        self.account, self.since = account, now
+        with self.lock:
+            now = time.perf_counter()
+            self.seconds[self.account] += now - self.since
+            self.account, self.since = account, now
 
     @contextmanager
     def on(self, account: str) -> Iterator[None]:
@@ -90,8 +93,9 @@ class Clock:
 
     def totals(self) -> dict[str, float]:
         """Seconds of each account up to this moment; may be called from another thread."""
-        totals = self.seconds.copy()
-        totals[self.account] += time.perf_counter() - self.since
+        with self.lock:
+            totals = self.seconds.copy()
+            totals[self.account] += time.perf_counter() - self.since
         return totals
 
     def _wait_for_device(self) -> None:

@@ -94,13 +94,11 @@ def _time(path: Path) -> list[str]:
     share = goodput(seconds)
     if share is None:
         return []
-    rest = ", ".join(
-        f"{account.replace('_', '-')} {value / sum(seconds.values()):.0%}"
-        for account, value in seconds.items()
-        if account not in ("data", "compute") and value
-    )
+    wall = sum(seconds.values())
+    others = {name: value / wall for name, value in seconds.items() if name not in ("data", "compute")}
+    rest = ", ".join(f"{name.replace('_', '-')} {value:.0%}" for name, value in others.items() if value >= 0.005)
     several = f" in {len(entries)} attempts" if len(entries) > 1 else ""
-    return [f"  time: {duration(sum(seconds.values()))}{several}, {share:.0%} of it in steps that counted ({rest})"]
+    return [f"  time: {duration(wall)}{several}, {share:.0%} of it in steps that counted ({rest})"]
 
 
 def _weights(path: Path, best: dict[str, Any] | None) -> list[str]:

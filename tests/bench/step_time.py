@@ -39,7 +39,7 @@ def ours(steps: int, processes: int) -> list[float]:
     often = str(10 * steps)
     arguments = ["--model.args.width", "8", "--model.args.norm", "batch", "--optim", "sgd", "--train.steps", str(steps)]
     arguments += ["--batch.global-size", str(BATCH * processes), "--log.every-steps", often]
-    arguments += ["--validate.every-steps", often, "--checkpoint.every-steps", often]
+    arguments += ["--validate.every-steps", often, "--checkpoint.every-steps", often, "--tracking.no-report"]
     train.main(arguments)
     before = 1 if processes == 1 else 3  # a sample's, and DDP's two, before training
     return times[before : before + steps]
