@@ -1,19 +1,25 @@
 """`distloop sync RUN [RUN …]`: bring W&B up to date with a run directory: what stayed offline, or never arrived.
 
-Each row of metrics.jsonl that the server does not have is uploaded, of all attempts and in order, under the run's own id;
-then the W&B run is ended as the run has ended. Where there is nothing to upload, nothing changes.
+Each row of metrics.jsonl that the server does not have is uploaded, of all attempts and in order, under the run's own
+id; then the W&B run is ended as the run has ended. Where there is nothing to upload, nothing changes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from distloop.errors import UsageError
 from distloop.run_files import CONFIG
 from distloop.runs import is_run, read_run
-from distloop.tracking.mirror import Mirror, MirrorError, alone
+from distloop.stopping import STOP
+from distloop.tracking.mirror import alone
+from distloop.tracking.wandb_run import WandbError, WandbRun
 from distloop.yaml_text import parse_yaml
 
 USAGE = "usage: distloop sync RUN [RUN …]     RUN: a run's directory, such as runs/digits"
@@ -21,26 +27,38 @@ STARTING_SECONDS = 60.0
 
 
 def sync(path: Path) -> str:
-    """Upload what W&B misses of the run in `path`; returns what to say. Raises UsageError, MirrorError."""
+    """Upload what W&B misses of the run in `path`; returns what to say. Raises UsageError, WandbError."""
     if not is_run(path) or not (path / CONFIG).exists():
         raise UsageError(f"{path} is no run's directory: name one that holds {CONFIG}.")
-    settings = parse_yaml((path / CONFIG).read_text()).get("tracking")
-    if settings is None:
-        raise UsageError(f"{path / CONFIG} is that of a version without W&B; add a section `tracking` to it.")
     state = read_run(path).state
+    if state in ("starting", "running"):
+        raise UsageError(f"{path} is going on: wait for its end, or stop it (touch {path / STOP}).")
     with alone(path, 0.0) as is_alone:
         if not is_alone:
             raise UsageError(f"{path} is being uploaded already, by its own run or another sync; wait for its end.")
-        mirror = Mirror(path, settings)
-        problem = mirror.start("online", STARTING_SECONDS)
-        if problem:
-            raise MirrorError(problem)
-        before = mirror.next_row
-        mirror.log_new_rows()
-        problem = mirror.finish(state if state in ("finished", "stopped") else "failed")
+        wandb_run = WandbRun(path, _settings(path), "online")
+        with contextlib.redirect_stderr(wandb_run.said):
+            wandb_run.start(STARTING_SECONDS, or_offline=False)
+            before = wandb_run.next_row
+            wandb_run.log_new_rows()
+            problem = wandb_run.finish(state if state in ("finished", "stopped") else "failed")
     if problem:
-        raise MirrorError(problem)
-    return f"{path}: {mirror.next_row - before} rows uploaded, {mirror.next_row} in all: {mirror.state.get('url')}"
+        raise WandbError(problem)
+    rows = wandb_run.next_row
+    return f"{path}: {rows - before} rows uploaded, {rows} in all: {wandb_run.state.get('url')}"
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The section `tracking` of the run's config."""
+    try:
+        settings = parse_yaml((path / CONFIG).read_text())["tracking"]
+    except (yaml.YAMLError, ValueError) as error:
+        raise UsageError(f"{path / CONFIG} cannot be read: {' '.join(str(error).split())}") from None
+    except (KeyError, TypeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path / CONFIG} is that of a version without W&B; add a section `tracking` to it.")
+    return settings
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         except UsageError as error:
             print(f"distloop: {error}", file=sys.stderr)
             return 2
-        except MirrorError as error:
+        except WandbError as error:
             print(f"distloop: {argument} was not synced: {error}", file=sys.stderr)
             code = 1
     return code

@@ -92,6 +92,7 @@ def _rank(arguments: list[str], folder: str, environment: dict[str, str], output
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     if code == 0:
+        cluster.kill_workers()  # as leave() does
         sys.exit(0)
     cluster.leave(code)
 

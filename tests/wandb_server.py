@@ -3,14 +3,13 @@
     with Server() as server:                       # or: python -m tests.wandb_server PORT
         environment = server.environment(home)     # for a process that logs to it
 
-What arrived is in `server.runs`. Faults are set at any time: `server.fault = "refuse" | "hang" | "500" | "401" | "drop"`.
+What arrived is in `server.runs`. Faults are set at any time: `server.fault = "hang" | "500" | "401" | "drop"`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import socket
 import sys
@@ -59,6 +58,7 @@ class Server:
         self.fault: str | None = None
         self.fault_in = ""  # only requests whose path holds this
         self.requests: list[str] = []
+        self.asked = 0  # how often, whatever became of it
         self.released = threading.Event()  # ends what hangs
         handler = type("Handler", (_Handler,), {"backend": self})
         self.http = _Quiet(("127.0.0.1", port), handler)
@@ -214,11 +214,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         backend = self.backend
+        backend.asked += 1
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = backend.fault if backend.fault_in in self.path else None
         if fault == "hang":
             backend.released.wait()
-        if fault in ("drop", "refuse", "hang"):
+        if fault in ("drop", "hang"):
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
