@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,19 @@ def sync(path: Path) -> str:
         raise WandbError(problem)
     rows = wandb_run.next_row
     return f"{path}: {rows - before} rows uploaded, {rows} in all: {wandb_run.state.get('url')}"
+
+
+@contextlib.contextmanager
+def _own_process_silent() -> Iterator[None]:
+    """What wandb starts meanwhile writes no log to this terminal."""
+    terminal, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nothing)
 
 
 def _settings(path: Path) -> dict[str, Any]:

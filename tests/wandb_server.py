@@ -58,6 +58,7 @@ class Server:
         self.fault: str | None = None
         self.fault_in = ""  # only requests whose path holds this
         self.requests: list[str] = []
+        self.bodies: list[bytes] = []  # all that it was sent
         self.asked = 0  # how often, whatever became of it
         self.released = threading.Event()  # ends what hangs
         handler = type("Handler", (_Handler,), {"backend": self})
@@ -216,6 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
         backend = self.backend
         backend.asked += 1
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        backend.bodies.append(body)
         fault = backend.fault if backend.fault_in in self.path else None
         if fault == "hang":
             backend.released.wait()

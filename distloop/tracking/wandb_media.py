@@ -10,6 +10,7 @@ from typing import Any
 from distloop.run_files import VALIDATION, read_json
 
 MOST_CLASSES = 50  # with a curve each
+MOST_NAMES = 20  # beside the confusion matrix, with a count in each cell
 
 
 def media_of(run: Path, step: int) -> dict[str, Any]:
@@ -41,14 +42,23 @@ def media_of(run: Path, step: int) -> dict[str, Any]:
 
 
 def confusion_picture(details: dict[str, Any]) -> Any:
-    """The confusion matrix as pixels, [height, width, 4]."""
+    """The confusion matrix as pixels, [height, width, 4]: each row's shares as shades, with counts if there is room."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 5))
-    figure.add_subplot().imshow(details["confusion"])
-    canvas = FigureCanvasAgg(figure)
+    counts = np.array(details["confusion"])
+    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.add_subplot(xlabel="prediction", ylabel="label")
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    if len(counts) <= MOST_NAMES:
+        names = [each["name"] for each in details["per_class"]]
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+        for row, column in np.argwhere(counts):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())
 

@@ -16,6 +16,7 @@ from distloop.roll_call import RollCall
 from distloop.stopping import WatchWithoutSaving
 from tests.ranks import Outcome, command, train, write_config
 from tests.records import status
+from tests.wandb_server import Server
 
 ARGV = {
     "planted-argv-7f3a": ["--data.args.token", "planted-argv-7f3a"],
@@ -92,10 +93,17 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(project: Path, *words: str, world_size: int = 1, token: str = "another-token", at: str = "") -> Outcome:
+def start(
+    project: Path,
+    *words: str,
+    world_size: int = 1,
+    token: str = "another-token",
+    at: str = "",
+    environment: dict[str, str] | None = None,
+) -> Outcome:
     """Start the run with this token; it fails `at` a rank and step, as in "1 5"."""
     arguments = ["--config", "run.yaml", "--data.args.token", token, *words]
-    return train(project, arguments, world_size, {**ENVIRONMENT, "BREAK": at})
+    return train(project, arguments, world_size, {**ENVIRONMENT, "BREAK": at, **(environment or {})})
 
 
 def test_no_secret_reaches_what_a_run_records_or_shows(project: Path) -> None:
@@ -129,14 +137,20 @@ def test_no_secret_reaches_what_a_run_records_or_shows(project: Path) -> None:
     assert refused.codes == [2]
     assert "{'password': '***', 'scale': 2} now" in refused.output
     assert "data.args" not in refused.output
-    extended = start(project, *other, "--resume", "extend", "--tracking.report", "--tracking.wandb", "offline").check()
+    with Server() as server:
+        words = [*other, "--resume", "extend", "--tracking.report", "--tracking.wandb", "online"]
+        extended = start(project, *words, environment={"WANDB_BASE_URL": server.url}).check()
+    assert server.only_run().exit_codes == [0]
+    sent = b"".join(server.bodies)
+    assert b"***" in sent
+    assert not [secret for secret in SECRETS if secret.encode() in sent]
     assert json.loads((run / "config_changes.jsonl").read_text())["changes"] == {
         "task.args": [{"password": "***", "scale": 1}, {"password": "***", "scale": 2}]
     }
     assert status(run)["state"] == "finished"
     assert "***" in (run / "report.html").read_text()
-    assert all(b"***" in part.read_bytes() for part in run.glob("wandb/offline-*/*.wandb"))
-    assert len(list(run.glob("wandb/offline-*/*.wandb"))) == 2
+    assert all(b"***" in part.read_bytes() for part in run.glob("wandb/*run-2*/*.wandb"))
+    assert len(list(run.glob("wandb/*run-2*/*.wandb"))) == 2
     finished = start(project, *other, token="yet-another-token").check()
     assert "is finished" in finished.output
     shown += [failed_again.output, refused.output, extended.output, finished.output]

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from distloop.config import Tracking
+from distloop.tracking.mirror import alone
 from distloop.yaml_text import dump_yaml
 from tests.crash_code import fill, make_read_only, mount, mount_is_allowed
 from tests.ranks import REPOSITORY, Outcome, Ranks, clean_environment, command, free_port, train, wait_until
@@ -66,6 +67,7 @@ def environment(server: Server, folder: Path, **more: str) -> dict[str, str]:
     home.mkdir(exist_ok=True)
     # What a job on a cluster may have: another run's.
     stray = {"WANDB_RUN_ID": "strayrun", "WANDB_RESUME": "must", "WANDB_PROJECT": "stray", "WANDB_DIR": str(home)}
+    stray["WANDB_SILENT"] = "true"
     return {**server.environment(home), **stray, "MY_PASSWORD": SECRET, **more}
 
 
@@ -484,15 +486,15 @@ def test_a_disk_on_which_wandb_cannot_write_does_not_hurt(
 def test_an_offline_run_is_whole_on_the_disk_and_a_sync_uploads_it_once(tmp_path: Path, server: Server) -> None:
     """Without a key, a network or a home, and after everything was killed."""
     run = run_of(tmp_path)
-    alone = {"HOME": "/proc/self/nowhere", "WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_API_KEY": ""}
+    nobody = {"HOME": "/proc/self/nowhere", "WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_API_KEY": ""}
     hold(tmp_path, "step")
-    with Ranks(tmp_path, arguments(tmp_path, tracking={"wandb": "offline"}), 1, alone) as ranks:
+    with Ranks(tmp_path, arguments(tmp_path, tracking={"wandb": "offline"}), 1, nobody) as ranks:
         arrived(tmp_path, "step")
         wait_until(lambda: [len(part.history) for part in parts(run)] == [6], "the rows of six steps")
         kill(tmp_path)
         ranks.join()
     let_go(tmp_path, "step")
-    outcome = train(tmp_path, arguments(tmp_path), 2, {**alone, "WANDB_MODE": "offline"}).check()
+    outcome = train(tmp_path, arguments(tmp_path), 2, {**nobody, "WANDB_MODE": "offline"}).check()
     assert said(outcome) == ["W&B: offline, in runs/run/wandb; `distloop sync runs/run` uploads it"]
     first, second = parts(run)
     assert first.run == second.run == json.loads((run / "wandb.json").read_text())["id"]
@@ -507,14 +509,15 @@ def test_an_offline_run_is_whole_on_the_disk_and_a_sync_uploads_it_once(tmp_path
     moved = tmp_path / "an archive" / "my run"
     moved.parent.mkdir()
     run.rename(moved)
-    done = sync(tmp_path, alone, str(moved))
+    done = sync(tmp_path, nobody, str(moved))
     assert (done.returncode, len(done.stdout.splitlines())) == (1, 1), done.stdout
     assert done.stdout.startswith(f"distloop: {moved} was not synced: No API key configured")
-    variables = environment(server, tmp_path)
+    variables = {**environment(server, tmp_path), "HOME": nobody["HOME"]}
     rows = len(in_file(moved))
     for uploaded in (rows, 0):
         done = sync(tmp_path, variables, str(moved))
         assert f": {uploaded} rows uploaded, {rows} in all: {server.url}/" in done.stdout, done.stdout
+        assert len(done.stdout.splitlines()) == 1
         mirrored = server.only_run()
         check_rows(mirrored, moved)
         assert mirrored.exit_codes[-1] == 0
@@ -638,6 +641,20 @@ def test_a_sync_that_cannot_be_says_why_in_a_line_and_asks_nothing(
     assert text in output
     assert len(output.splitlines()) == 1
     check_nothing_runs(tmp_path)
+
+
+@pytest.mark.long
+def test_while_a_sync_is_at_it_an_attempt_goes_without_wandb(tmp_path: Path, server: Server) -> None:
+    variables = environment(server, tmp_path)
+    run_of(tmp_path).mkdir(parents=True)
+    with alone(run_of(tmp_path), 0.0):
+        outcome = train(tmp_path, arguments(tmp_path), 1, variables).check()
+        (line,) = said(outcome)
+        assert line.startswith("W&B is off: a sync, or the W&B process of an earlier attempt, is still at it. Later ")
+        refused = sync(tmp_path, variables)
+        assert (refused.returncode, len(refused.stdout.splitlines())) == (2, 1)
+        assert "is being uploaded already" in refused.stdout
+    check_synced(tmp_path, server, variables)
 
 
 @pytest.mark.long
