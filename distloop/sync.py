@@ -38,7 +38,7 @@ def sync(path: Path) -> str:
         if not is_alone:
             raise UsageError(f"{path} is being uploaded already, by its own run or another sync; wait for its end.")
         wandb_run = WandbRun(path, _settings(path), "online")
-        with contextlib.redirect_stderr(wandb_run.said):
+        with contextlib.redirect_stderr(wandb_run.said), _own_process_silent():
             wandb_run.start(STARTING_SECONDS, or_offline=False)
             before = wandb_run.next_row
             wandb_run.log_new_rows()

@@ -57,7 +57,7 @@ class Trackers:
         if self.file is None or self.console is None:
             return
         row = {"kind": kind, "step": step, "epoch": epoch + 1, "attempt": self.attempt, "time": round(time.time(), 3)}
-        row |= values
+        row |= values | row  # whatever a task calls its metrics
         self.owned()
         self.file.log(row)
         self.console.log(row)

@@ -33,7 +33,7 @@ def waiting_run(folder: Path, at: int = 3, **settings: Any) -> list[str]:
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Each file below `folder`, but the heartbeat and what belongs to nobody until it is renamed."""
-    hidden = (LOCK, ".writing", "failures/ranks.json", "failures/crash_")  # of ranks that live
+    hidden = (LOCK, ".writing", "time.json", "failures/ranks.json", "failures/crash_")  # of ranks that live
     files = [path for path in folder.rglob("*") if path.is_file() and not any(part in str(path) for part in hidden)]
     return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
