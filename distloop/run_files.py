@@ -10,9 +10,7 @@ from typing import Any
 from distloop.config import Config
 
 CONFIG, STATUS, METRICS, ENVIRONMENT = "config.yaml", "status.json", "metrics.jsonl", "environment.json"
-GIT_DIFF = "git.diff"
-VALIDATION = "validation.json"
-TIME, WANDB, GIT_DIFF = "time.json", "wandb.json", "git.diff"
+TIME, VALIDATION, WANDB, GIT_DIFF = "time.json", "validation.json", "wandb.json", "git.diff"
 CHECKPOINTS, FAILURES, RANKS = "checkpoints", "failures", "failures/ranks.json"
 
 
