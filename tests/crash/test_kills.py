@@ -76,7 +76,7 @@ def await_moment(kind: str, run: Path, ranks: Ranks, attempt: int, step: int, ch
     time.sleep(chance.uniform(0, 0.01))  # anywhere in it, in its end too
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_run_that_is_killed_20_times_ends_with_the_bits_of_the_one_that_was_not(
     tmp_path: Path, world_size: int
 ) -> None:

@@ -234,7 +234,9 @@ cluster.leave(main())
 """
 
 
-@pytest.mark.parametrize("arguments", [["--config", "nowhere.yaml"], ["--optim.lr", "fast"]])
+@pytest.mark.parametrize(
+    "arguments", [["--config", "nowhere.yaml"], pytest.param(["--optim.lr", "fast"], marks=pytest.mark.long)]
+)
 def test_an_elastic_launcher_does_not_end_the_rank_that_is_still_to_speak(tmp_path: Path, arguments: list[str]) -> None:
     (tmp_path / "slow.py").write_text(SLOW_RANK_0)
     words = [*accelerate_launch(2, str(tmp_path / "slow.py")), *arguments]

@@ -188,6 +188,7 @@ def test_a_version_that_differs_is_a_fail_that_names_rank_and_package(tmp_path: 
     assert f"on ranks 0, 2 on {here}; 0.1.2 on rank 1 on {here}" in failed["versions"]
 
 
+@pytest.mark.long
 def test_another_copy_of_the_code_is_a_fail(tmp_path: Path) -> None:
     shutil.copytree(REPOSITORY / "distloop", tmp_path / "copy" / "distloop", ignore=shutil.ignore_patterns("*.pyc"))
     same = start(tmp_path, 2, "--json", environment={1: {"PYTHONPATH": str(tmp_path / "copy")}})
@@ -289,7 +290,9 @@ def test_ranks_that_do_not_come_are_named_within_the_limit(tmp_path: Path) -> No
             "has not been heard of for 5 s",
             marks=pytest.mark.long,
         ),
-        ("time.sleep(1000)", "matrix_product_seconds", "has kept the others waiting for 5 s"),
+        pytest.param(
+            "time.sleep(1000)", "matrix_product_seconds", "has kept the others waiting for 5 s", marks=pytest.mark.long
+        ),
     ],
     ids=["killed", "killed in a collective", "raises", "suspended", "hangs"],
 )

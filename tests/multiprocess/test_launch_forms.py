@@ -108,7 +108,16 @@ def start_together(
         return list(pool.map(lambda environment: command(words, folder, environment), environments))
 
 
-@pytest.mark.parametrize(("words", "environment", "world_size"), RIGHT_FORMS.values(), ids=RIGHT_FORMS)
+LONG_FORMS = ("accelerate launch script", "accelerate launch -m")  # as one process; two are what it is for
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "world_size"),
+    [
+        pytest.param(*form, id=name, marks=pytest.mark.long if name in LONG_FORMS else ())
+        for name, form in RIGHT_FORMS.items()
+    ],
+)
 def test_a_right_form_trains_the_same_run(
     tmp_path: Path, expected: list[float], words: list[str], environment: dict[str, str], world_size: int
 ) -> None:

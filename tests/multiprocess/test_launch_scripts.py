@@ -175,6 +175,7 @@ def test_debug_is_a_few_steps_of_one_process_each_logged_with_anomaly_detection(
     assert not (tmp_path / "runs").exists()  # it is no attempt of the run that is looked at
 
 
+@pytest.mark.long
 def test_debug_shows_the_whole_traceback_of_a_mistake_in_the_users_code(tmp_path: Path) -> None:
     settings = {**SETTINGS, "model": "linear", "task": "tests.failing_code:Failing"}
     settings["data"] = {"name": "tests.failing_code:points", "workers": 2}

@@ -148,7 +148,7 @@ SCRIPTS: dict[str, tuple[Callable[[], list[list[str]]], str | None]] = {
     "multi_node.sh": (lambda: machines(1), None),
 }
 SIGNALLED_MACHINE = {"SIGTERM": 1, "SIGINT": 0, "SIGUSR1": 1, "SIGUSR2": 0}  # of several, one
-COVERING_SCRIPTS = {("debug.sh", "SIGTERM"), ("single_node.sh, two ranks", "SIGUSR2"), ("multi_node.sh", "SIGUSR1")}
+COVERING_SCRIPTS = {("debug.sh", "SIGTERM"), ("multi_node.sh", "SIGUSR1")}
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_linear_regression_explains_a_quarter_of_the_variance(tmp_path: Path) ->
 
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"no {SAMPLE}; DISTLOOP_FASHION_MNIST says where it is")
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_sample_of_fashion_mnist_is_learnt(tmp_path: Path, processes: int) -> None:
     # 750 + 150 images. Eight seeds end between 0.81 and 0.85.
     arguments = ["--config", str(CONFIGS / "fashion_mnist.yaml"), "--data.root", str(SAMPLE), "--train.epochs", "25"]
