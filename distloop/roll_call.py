@@ -42,7 +42,8 @@ STUCK_SECONDS = 5.0  # after the verdict, for a main thread that hangs in a coll
 LEAVE_SECONDS = 20.0  # after the verdict, for a main thread that is on its way out: a save may be under way
 SUSPENDED_SECONDS = 2.0  # between two turns of the thread: more than a busy machine keeps it from running
 RECORD = "ranks.json"
-IN_ORDER = "in order"
+IN_ORDER, INTERRUPTED = "in order", "interrupted from the keyboard"
+BY_KEYBOARD = Verdict(130, f"{INTERRUPTED}, without saving", "")
 
 
 class _Line(JsonLines):
@@ -141,9 +142,10 @@ class RollCall:
 
         Waits a few seconds at most for rank 0, which finds out who was first.
         """
-        if self.verdict is None and isinstance(error, KeyboardInterrupt):
-            self.leave("interrupted from the keyboard")
-            self.verdict = Verdict(130, "interrupted from the keyboard, without saving", "")
+        by_keyboard = isinstance(error, KeyboardInterrupt) and self.verdict != BY_KEYBOARD
+        if by_keyboard and (self.verdict is None or self.verdict.code == 130):  # another rank's was heard of first
+            self.leave(INTERRUPTED)
+            self.verdict = BY_KEYBOARD
             if speaks(os.environ):
                 say("\ndistloop: ended at once; the same command continues from the last checkpoint", sys.stderr)
         if self.verdict is None:
@@ -233,7 +235,7 @@ class RollCall:
                 return
             left = place if place.left else self.places[0]  # for a reason that is no failure
             if left.left and left.left != IN_ORDER and kind in ("gone", "consequence"):
-                self.verdict = Verdict(1, f"{left} left: {left.left}", "")
+                self.verdict = Verdict(130 if left.left == INTERRUPTED else 1, f"{left} left: {left.left}", "")
             else:
                 self._note_own_position()
                 self.verdict = verdict(place, kind, what, trace, self.places[self.rank], self.world_size)
