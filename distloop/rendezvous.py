@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from distloop.roll_call import RollCall
 
 UNKNOWN_NAME_SECONDS = 5.0  # a name server may stumble once, but a wrong name stays wrong
-BACKEND_SECONDS = 30.0
+BACKEND_SECONDS = 180  # behind the limit by which the roll call names who hangs: W&B and the report may end in between
 TELLING_SECONDS = 10.0  # for what rank 0 has to say of those that are missing
 
 

@@ -423,7 +423,8 @@ def test_with_the_default_limits_a_server_that_hangs_delays_two_ranks_by_a_minut
     tmp_path: Path, server: Server, when: str
 ) -> None:
     variables = environment(server, tmp_path)
-    words = arguments(tmp_path, tracking={"start_seconds": Tracking().start_seconds})
+    # Shorter than these waits is how long a rank may keep the others waiting that does nothing.
+    words = arguments(tmp_path, "--ddp.timeout-seconds", "5", tracking={"start_seconds": Tracking().start_seconds})
     assert (Tracking().start_seconds, Tracking().end_seconds) == (15, 60)
     server.fault = "hang" if when == "start" else None
     hold(tmp_path, "step")
