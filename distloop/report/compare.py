@@ -10,11 +10,12 @@ from distloop.ranking import Ranking, rank
 from distloop.report.markup import UNKNOWN, figure, legend, percent, quiet, section, span_of, table, text
 from distloop.report.overview import median_rate
 from distloop.report.plots import Line, draw_lines
-from distloop.report.read import Record, goodput, read_record
+from distloop.report.read import Record, read_record
 from distloop.report.resources import account_colours, bar
 from distloop.report.rows import Floats
 from distloop.report.style import SERIES, STATE_COLOURS
 from distloop.runs import Run, metrics_in, read_run
+from distloop.time_accounts import goodput
 
 MOST_BARS = 30
 FEW_SETTINGS = 4  # that differ: they stand beside the name; more come after the results

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from distloop.report.markup import UNKNOWN, figure, percent, span_of, text
-from distloop.report.read import Record, goodput
+from distloop.report.read import Record
 from distloop.report.style import STATE_COLOURS
 from distloop.runs import metrics_in
+from distloop.time_accounts import goodput
 
 
 def overview(record: Record) -> str:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from distloop.report.curves import Metrics, read_metrics
-from distloop.run_files import CHECKPOINTS, CONFIG, ENVIRONMENT, FAILURES, TIME, VALIDATION
+from distloop.run_files import CHECKPOINTS, CONFIG, ENVIRONMENT, FAILURES, GIT_DIFF, TIME, VALIDATION
 from distloop.runs import Run, checkpoint_steps, read_run
 
-DIFF, CHANGES = "git.diff", "config_changes.jsonl"
+CHANGES = "config_changes.jsonl"
 ACCOUNTS = ("compute", "data", "validation", "checkpoint", "start_up", "lost")
-COUNTED = ("compute", "data")  # what steps are made of: their share of the wall time is the goodput
 LONGEST_TEXT = 400_000  # characters of a diff or a traceback that are shown
 
 
@@ -88,7 +87,7 @@ def read_record(path: Path) -> Record:
         environment=_mapping(path / ENVIRONMENT),
         time=time,
         validation=_mapping(path / VALIDATION),
-        diff=_read_text(path / DIFF),
+        diff=_read_text(path / GIT_DIFF),
         checkpoints=_checkpoints(path),
         failures=[(file.name, _mapping(file)) for file in sorted((path / FAILURES).glob("attempt_*.json"))],
         changes=_read_changes(path / CHANGES),
@@ -103,12 +102,6 @@ def accounts(attempt: dict[str, Any]) -> dict[str, float]:
     names = [*(name for name in ACCOUNTS if name in seconds), *(name for name in seconds if name not in ACCOUNTS)]
     usable = {name: seconds[name] for name in names if type(seconds[name]) in (int, float)}
     return {name: float(value) for name, value in usable.items() if 0 <= value < float("inf")}
-
-
-def goodput(seconds: dict[str, float]) -> float | None:
-    """The share of the wall time that went into steps that counted; None without any time."""
-    total = sum(seconds.values())
-    return sum(seconds.get(name, 0.0) for name in COUNTED) / total if total else None
 
 
 def read_part(path: Path) -> Part:

@@ -8,9 +8,10 @@ import numpy as np
 
 from distloop.report.markup import UNKNOWN, figure, folded, legend, percent, quiet, span_of, table, text
 from distloop.report.plots import Line, draw_shares
-from distloop.report.read import Record, accounts, goodput
+from distloop.report.read import Record, accounts
 from distloop.report.style import ACCOUNT_COLOURS, SERIES
 from distloop.report.training import plot_of, with_mean
+from distloop.time_accounts import goodput
 
 MOST_RANKS = 8  # with a curve of memory each; of more the most and the least
 MOST_ATTEMPTS = 12  # rows of a table before the others are folded

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from distloop.cluster import say
+from distloop.runs import NO_METRICS
 
 if TYPE_CHECKING:
     from distloop.tracking.live_view import LiveView
 
-NO_METRICS = ("kind", "step", "epoch", "attempt", "samples", "time")
 ASCII = {"·": "-", "×": "x", "…": "...", "–": "-", "—": "-", "→": "->", "━": "=", "─": "-", "≤": "<=", "≥": ">="}
 
 
