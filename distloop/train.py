@@ -17,92 +17,50 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import functools
-import warnings
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
-from distloop import cluster, stopping
+from distloop.ranks import environment, leaving, stopping, talking
 
 if __name__ == "__main__":
     stopping.listen()  # before the long imports: from here on a signal is a wish to stop, not the end
-cluster.adopt_slurm(os.environ)
-cluster.share_cpus(os.environ)  # before torch reads the thread count
+environment.adopt_slurm(os.environ)
+environment.share_cpus(os.environ)  # before torch reads the thread count
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import send_to_device
 
-from distloop import checkpoint, launch_guards, rendezvous
-from distloop.config import Config
-from distloop.config_load import load_config
+from distloop.config.load import load_config
+from distloop.config.settings import Config
 from distloop.data.datasets import fingerprint, load_data
 from distloop.data.loader import example_batch, make_loader, offers_to_model
-from distloop.data.sampling import FixedBatchSampler, MicroBatchSampler, Order, Plan, is_due
+from distloop.data.order import FixedBatchSampler, MicroBatchSampler, Order, Plan, is_due
+from distloop.data.seeding import seed_forward
 from distloop.errors import RunFailed, UsageError
-from distloop.gradients import divide_by_weight, norm_and_clip, settle_buckets
-from distloop.lock import RunLock
-from distloop.models import build_model
-from distloop.nonfinite import FiniteCheck
-from distloop.optim import build_average, build_optimizer, check_schedule, lr_at, set_lr, update_average
-from distloop.roll_call import RollCall
-from distloop.run_directory import open_run
-from distloop.run_files import CHECKPOINTS, FAILURES, METRICS
-from distloop.run_status import RunStatus
-from distloop.saving import Saver
-from distloop.seeding import seed_forward
-from distloop.tasks import build_task, introduce
-from distloop.time_accounts import TimeAccounts
-from distloop.tracking.clock import Clock, peak_memory
+from distloop.ranks import meeting as rendezvous
+from distloop.ranks.accelerator import build_accelerator
+from distloop.ranks.agreement import Agreement
+from distloop.ranks.roll_call import RollCall
+from distloop.run import checkpoint
+from distloop.run.accounts import TimeAccounts
+from distloop.run.clock import Clock, peak_memory
+from distloop.run.directory import open_run
+from distloop.run.files import CHECKPOINTS, FAILURES, METRICS
+from distloop.run.lock import RunLock
+from distloop.run.saving import Saver
+from distloop.run.status import RunStatus
 from distloop.tracking.console import Console
-from distloop.tracking.losses import LossSums
-from distloop.tracking.summary import best_rule, better, describe, ending
+from distloop.tracking.summary import describe, ending
 from distloop.tracking.trackers import Trackers
-from distloop.validate import broadcast_buffers, validate
-from distloop.validation_details import Details
-
-
-def build_accelerator(config: Config, roll_call: RollCall) -> tuple[Accelerator, list[str]]:
-    """The Accelerator for this config, and warnings. Raises UsageError for a launch that is not what it says."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = config.device
-    if kind == "auto" and launch_guards.launcher_uses_cpu(os.environ):
-        kind = "cpu"
-    if kind == "auto":
-        kind = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
-    if not available[kind]:
-        raise UsageError(f"device = {config.device!r}: PyTorch sees no such device here; use --device auto or cpu.")
-    if config.precision == "fp16" and kind == "cpu":
-        raise UsageError("precision = 'fp16' needs a GPU: on the CPU it would silently train in float32. Use bf16.")
-    if config.dtype == "float64" and kind == "mps":
-        raise UsageError("dtype = 'float64' does not exist on MPS; use --device cpu.")
-    launch = launch_guards.launched_by()
-    launch_guards.check_launch(os.environ, launch, config.device, kind == "cpu")
-    messages = launch_guards.override_launcher(os.environ, config.precision)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    launch_guards.check_world(world_size, os.environ, config.expect_world, launch)
-    local_device = None
-    if kind == "cuda" and "LOCAL_RANK" in os.environ:
-        # A task that sees one device only has it as number 0, whatever its local rank.
-        local_device = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
-        os.environ["LOCAL_RANK"] = str(local_device)
-        torch.cuda.set_device(local_device)  # before the process group exists, or it guesses
-    if world_size > 1:
-        rendezvous.start_group(os.environ, config.ddp, local_device, roll_call)
-    # torch 2.14 renames the argument below, Accelerate has not followed yet.
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    accelerator = Accelerator(
-        cpu=kind == "cpu",
-        mixed_precision=config.precision,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                find_unused_parameters=config.ddp.find_unused_parameters,
-                broadcast_buffers=False,  # we do so before validating and saving, not in each forward pass
-            )
-        ],
-    )
-    launch_guards.check_world(accelerator.num_processes, os.environ, config.expect_world, launch)
-    launch_guards.check_devices(accelerator.device, accelerator.num_processes)
-    return accelerator, messages
+from distloop.training.best import best_rule, better
+from distloop.training.details import Details
+from distloop.training.gradients import divide_by_weight, norm_and_clip, settle_buckets
+from distloop.training.losses import LossSums
+from distloop.training.models import build_model
+from distloop.training.nonfinite import FiniteCheck
+from distloop.training.optim import build_average, build_optimizer, check_schedule, lr_at, set_lr, update_average
+from distloop.training.tasks import build_task, introduce
+from distloop.training.validation import broadcast_buffers, validate
 
 
 def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: ExitStack) -> None:
@@ -141,7 +99,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     watch.each_poll.append(lock.beat)
     lock.before_leaving.append(lambda: roll_call.leave("its run directory was taken over"))
     status = attempt.enter_context(RunStatus(is_main, total_steps, roll_call.judge, lock.beat))
-    start = cluster.from_main(lambda: open_run(config, lock, status, world_size, fingerprint(source.train)), here)
+    start = talking.from_main(lambda: open_run(config, lock, status, world_size, fingerprint(source.train)), here)
     if start.finished:
         accelerator.print(
             f"{start.path} is finished; its metrics are in {start.path / METRICS}. "
@@ -164,7 +122,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     trackers = Trackers(start, config.tracking, is_main, lock.beat, waiting)
     if is_main:
         watch.look_for(start.path, config.stop, os.environ)
-    agreement = stopping.Agreement(watch, world_size, rendezvous.group_timeout(config.ddp))
+    agreement = Agreement(watch, world_size, rendezvous.group_timeout(config.ddp))
 
     # ---- prepared by Accelerate ----------------------------------------------------------------------------
     here.enter("preparing the model")
@@ -211,7 +169,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     here.enter("starting W&B")
     shown = (start.path.name, start.attempt, start.step, total_steps, plan.steps_per_epoch, rule, best)
     console = Console(*shown, lambda: status.step) if is_main else None
-    said = cluster.from_main(lambda: trackers.begin(console), here)
+    said = talking.from_main(lambda: trackers.begin(console), here)
     trackers.say(*messages, *start.messages, *describe(config, start, plan, bare_model, accelerator, total_steps))
     trackers.say(*said)
 
@@ -300,7 +258,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
             status.stopped_by = stop
             trackers.say(f"stopping after step {step}: its checkpoint is being written")
         clock.switch("checkpoint")
-        cluster.from_main(saver.finish, here)
+        talking.from_main(saver.finish, here)
         clock.switch("start_up")
         if status.stopped_by == stopping.REASONS[stopping.SAVE_FAILED]:
             raise RunFailed(f"Stopped after step {step} (checkpoint.on_failure): a checkpoint could not be written.")
@@ -310,7 +268,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
         state_at_end = "finished" if step == total_steps else "stopped"
         accounts.write(state_at_end)
         how = (start.path, step, total_steps, stop, best, metrics)
-        cluster.from_main(lambda: trackers.finish(state_at_end, *ending(*how)), here)
+        talking.from_main(lambda: trackers.finish(state_at_end, *ending(*how)), here)
     agreement.close()
     if step < total_steps:
         stopping.end_launcher(stop, os.environ)
@@ -320,14 +278,14 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
 def main(arguments: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit code: 0 in order, 1 failed, 2 wrong usage."""
     watch = stopping.listen()
-    cluster.speak_clearly()
+    talking.speak_clearly()
     roll_call = RollCall(watch)
-    quiet = not cluster.speaks(os.environ)  # every rank meets the same mistakes; one says them
+    quiet = not talking.speaks(os.environ)  # every rank meets the same mistakes; one says them
     try:
         config = load_config(sys.argv[1:] if arguments is None else arguments, quiet)
     except SystemExit as error:  # --help, or a mistake on the command line
         if error.code:
-            cluster.let_others_speak(watch)
+            talking.let_others_speak(watch)
         raise
     except UsageError as error:
         return roll_call.judge(error).code
@@ -342,4 +300,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    cluster.leave(main())
+    leaving.leave(main())

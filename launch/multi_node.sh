@@ -24,7 +24,7 @@ prepare "$processes"
 
 # Who is missing, and where, before launchers wait for each other without a word.
 TORCH_CPP_LOG_LEVEL=FATAL PYTHONPATH=$home \
-  python -m distloop.rendezvous "$MASTER_ADDR" "$port" "$MACHINE_RANK" "$MACHINES" "$limit"
+  python -m distloop.ranks.meeting "$MASTER_ADDR" "$port" "$MACHINE_RANK" "$MACHINES" "$limit"
 
 world=$((MACHINES * processes))
 launch multi_node --num_machines "$MACHINES" --machine_rank "$MACHINE_RANK" --num_processes "$world" \

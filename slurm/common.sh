@@ -63,7 +63,7 @@ train() {
   local nodes=answer
   if [ "$code" != 0 ] && ! on_each_node true; then nodes=lost; fi
   if [ "$code" = 0 ] || [ $nodes = lost ]; then
-    scontrol show job "$job" | "${python[@]}" -m distloop.requeue $nodes "$@" && scontrol requeue "$job"
+    scontrol show job "$job" | "${python[@]}" -m distloop.commands.requeue $nodes "$@" && scontrol requeue "$job"
   fi
   return "$code"
 }

@@ -19,8 +19,8 @@ from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from distloop import lock
-from distloop.tasks import Classification
+from distloop.run import lock
+from distloop.training.tasks import Classification
 
 if "BEAT_SECONDS" in os.environ:  # a test that waits for beats of a whole run; its task is built before its lock
     lock.BEAT_SECONDS = float(os.environ["BEAT_SECONDS"])

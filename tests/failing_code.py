@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
 from distloop.errors import UsageError
-from distloop.tasks import Regression
+from distloop.training.tasks import Regression
 
 FAILING_STEP = 5
 SAMPLES, GLOBAL_BATCH = 64, 16

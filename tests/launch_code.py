@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distloop.tasks import Classification
+from distloop.training.tasks import Classification
 
 
 class Noting(Classification):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distloop.data.datasets import DataSource, InMemory
-from distloop.tasks import Classification
+from distloop.training.tasks import Classification
 from tests.resume_code import StopsItself
 
 SAMPLES, FEATURES, CLASSES = 96, 6, 3

@@ -82,7 +82,7 @@ def _rank(arguments: list[str], folder: str, environment: dict[str, str], output
     import torch
 
     torch.set_num_threads(1)
-    from distloop import cluster
+    from distloop.ranks import leaving
     from distloop.train import main
 
     if "--tracking.report" not in arguments:  # it takes a second or two, which hundreds of runs would pay
@@ -92,9 +92,9 @@ def _rank(arguments: list[str], folder: str, environment: dict[str, str], output
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     if code == 0:
-        cluster.kill_workers()  # as leave() does
+        leaving.kill_workers()  # as leave() does
         sys.exit(0)
-    cluster.leave(code)
+    leaving.leave(code)
 
 
 class Ranks:

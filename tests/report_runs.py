@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from distloop.config import Config
-from distloop.config_load import config_from_mapping, dump
+from distloop.config.load import config_from_mapping, dump
+from distloop.config.settings import Config
 
 EVIL = "<script>alert('x')</script>"
 # A red dot of one pixel.

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from distloop.data.datasets import DataSource, InMemory, digits
-from distloop.models import cnn
-from distloop.tasks import Classification, Regression
+from distloop.training.models import cnn
+from distloop.training.tasks import Classification, Regression
 from tests.user_code import NextLetter, digest
 
 

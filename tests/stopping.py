@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from distloop.checkpoint import published_in, step_of, verify
+from distloop.run.checkpoint import published_in, step_of, verify
 from tests.ranks import wait_until, write_config
 from tests.records import rows, status
 

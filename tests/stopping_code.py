@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from distloop.tasks import Regression
+from distloop.training.tasks import Regression
 
 FIRST_HELD_STEP = 7  # further than the two forward passes with which DDP is warmed up
 

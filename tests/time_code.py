@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset, default_collate, get_worker_info
 
-from distloop.tasks import Regression
+from distloop.training.tasks import Regression
 
 SAMPLES, BATCH = 64, 4
 steps = 0  # that this process has begun

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from distloop.data.datasets import DataSource, InMemory, cifar10, digits
 from distloop.errors import UsageError
-from distloop.tasks import Classification, Task
+from distloop.training.tasks import Classification, Task
 
 
 def digits_head() -> DataSource:

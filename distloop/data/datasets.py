@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distloop.config import Data
+from distloop.config.registry import call, resolve
+from distloop.config.settings import Data
 from distloop.data.augment import DRAWS, shift_and_flip
 from distloop.data.download import fetched
 from distloop.errors import UsageError
-from distloop.registry import call, resolve
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -15,15 +15,16 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from distloop.cluster import cpus_per_rank
-from distloop.config import Data
+from distloop.config.registry import import_callable
+from distloop.config.settings import Data
+from distloop.data.batches import inputs_of, targets_of, with_inputs
 from distloop.data.datasets import DataSource
-from distloop.data.sampling import MicroBatch
-from distloop.data.worker_signals import leave_signals_to_parent, signals_blocked, start_forkserver
+from distloop.data.order import MicroBatch
+from distloop.data.seeding import seed_sample, uniforms
+from distloop.data.workers import leave_signals_to_parent, signals_blocked, start_forkserver
 from distloop.errors import UsageError
-from distloop.registry import import_callable
-from distloop.seeding import seed_sample, uniforms
-from distloop.tasks import Task, checks_targets_only, inputs_of, targets_of, with_inputs
+from distloop.ranks.environment import cpus_per_rank
+from distloop.training.tasks import Task, checks_targets_only
 
 
 class SeededDataset(Dataset):

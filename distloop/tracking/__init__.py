@@ -1,1 +1,1 @@
-"""What a run tells: rows to metrics.jsonl and to the console, and lines for people."""
+"""What is shown of a run while it trains: console, live view, W&B."""

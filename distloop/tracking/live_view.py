@@ -19,7 +19,8 @@ from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
 
-from distloop.tracking.console import Known, duration, metrics_of, number, sayable
+from distloop.tracking.progress import Known, metrics_of
+from distloop.tracking.wording import duration, number, sayable
 
 REDRAW_SECONDS = 0.5
 LINES_ABOVE = 4  # are left for what scrolls, however low the terminal

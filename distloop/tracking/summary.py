@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from distloop import __version__
-from distloop.checkpoint import AVERAGED, MODEL, published_in, step_of
-from distloop.config import Config
-from distloop.data.sampling import Plan
-from distloop.errors import UsageError
-from distloop.run_directory import Start
-from distloop.run_files import METRICS
-from distloop.tasks import Task
-from distloop.time_accounts import attempts, goodput, totals
-from distloop.tracking.console import duration, number
+from distloop.config.settings import Config
+from distloop.data.order import Plan
+from distloop.run.accounts import attempts, goodput, totals
+from distloop.run.checkpoint import AVERAGED, MODEL, published_in, step_of
+from distloop.run.files import METRICS, Start
+from distloop.tracking.wording import duration, number
 
 
 def describe(
@@ -42,27 +38,6 @@ def describe(
         where = f"epoch {epoch + 1}" + (f", after {first:,} of its samples" if first else "")
         lines.append(f"continuing after step {step} of {total_steps} ({where}), from {start.checkpoint}")
     return lines
-
-
-def better(rule: tuple[str, str], best: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any] | None:
-    """The better of two validation rows by the task's (metric, min | max); the earlier one if they are equal."""
-    metric, direction = rule
-    if metric not in row:
-        known = ", ".join(name for name in row if name not in ("step", "samples"))
-        raise UsageError(f"checkpoint.best: validation gives no {metric!r}, but {known}.")
-    if not math.isfinite(row.get(metric, math.nan)):
-        return best
-    if best is None:
-        return row
-    return row if (row[metric] > best[metric] if direction == "max" else row[metric] < best[metric]) else best
-
-
-def best_rule(named: str | None, task: Task) -> tuple[str, str]:
-    """(metric, min | max) of the best checkpoint, from checkpoint.best such as "max accuracy", or the task's own."""
-    if named is None:
-        return task.best
-    direction, metric = named.split()
-    return metric, direction
 
 
 def ending(

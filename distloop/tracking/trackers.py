@@ -9,12 +9,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from distloop.config import Tracking
-from distloop.run_directory import Start
-from distloop.run_files import METRICS
+from distloop.config.settings import Tracking
+from distloop.run.files import METRICS, Start
+from distloop.run.metrics import MetricsFile
 from distloop.tracking.console import Console
-from distloop.tracking.metrics_file import MetricsFile
-from distloop.tracking.wandb_process import WandbProcess, own_python, wandb_mode
+from distloop.tracking.wandb.process import WandbProcess, own_python, wandb_mode
 
 REPORT_SECONDS = 60.0
 STOPPED_SECONDS = 15.0  # for W&B when the run is stopped: those who stopped it may not wait long, and it continues
@@ -76,7 +75,7 @@ class Trackers:
         self.say(*lines)
         report = None
         if state == "finished" and self.settings.report:
-            command, environment = own_python("distloop.report", str(self.path))
+            command, environment = own_python("distloop.commands.report", str(self.path))
             report = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if self.wandb is not None:
             seconds = self.settings.end_seconds

@@ -79,13 +79,13 @@ def run(mode: str, steps: int, width: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     from distloop import train
-    from distloop.nonfinite import FiniteCheck
-    from distloop.tasks import Classification
-    from distloop.tracking.clock import Clock
+    from distloop.run.clock import Clock
+    from distloop.run.metrics import MetricsFile
     from distloop.tracking.console import Console
-    from distloop.tracking.losses import LossSums
-    from distloop.tracking.metrics_file import MetricsFile
     from distloop.tracking.trackers import Trackers
+    from distloop.training.losses import LossSums
+    from distloop.training.nonfinite import FiniteCheck
+    from distloop.training.tasks import Classification
 
     marks: dict[int, tuple[float, float, float]] = {}
     forward, costs, seen = Classification.forward, Costs(), 0

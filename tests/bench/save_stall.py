@@ -36,9 +36,9 @@ def rank_main(processes: int, rounds: int, folder: Path) -> None:
     from torch import nn
     from torch.distributed.checkpoint.state_dict_saver import async_save as distributed_async_save
 
-    from distloop.config import Checkpoint
-    from distloop.saving import Saver
-    from distloop.stopping import listen
+    from distloop.config.settings import Checkpoint
+    from distloop.ranks.stopping import listen
+    from distloop.run.saving import Saver
 
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

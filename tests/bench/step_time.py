@@ -26,7 +26,7 @@ BATCH, WARM_UP = 64, 100
 def ours(steps: int, processes: int) -> list[float]:
     """The times at which distloop's loop begins its forward passes."""
     from distloop import train
-    from distloop.tasks import Classification
+    from distloop.training.tasks import Classification
 
     times: list[float] = []
     forward = Classification.forward
@@ -51,7 +51,7 @@ def by_hand(steps: int, processes: int) -> list[float]:
     from torch.nn import functional
 
     from distloop.data.datasets import digits
-    from distloop.models import cnn
+    from distloop.training.models import cnn
 
     data = digits().train
     model: torch.nn.Module = cnn((1, 8, 8), 10, width=8, norm="batch")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from distloop.checkpoint import (
+from distloop.run.checkpoint import (
     MANIFEST,
     MODEL,
     OPTIMIZER,
@@ -28,7 +28,7 @@ from distloop.checkpoint import (
     published_in,
     verify,
 )
-from distloop.tracking.metrics_file import MetricsFile
+from distloop.run.metrics import MetricsFile
 from tests.crash_code import limit_files, make_read_only, make_writable, mount, mount_is_allowed, no_limit
 from tests.ranks import Outcome, Ranks, train, wait_until, write_config
 from tests.records import largest_difference, rows, status, weights

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distloop.checkpoint import newest_published, step_of, verify
+from distloop.run.checkpoint import newest_published, step_of, verify
 from tests.ranks import Ranks, train, wait_until, write_config
 from tests.records import found, largest_difference, rows, status, weights
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from distloop import lock as lock_module
 from distloop.errors import UsageError
-from distloop.lock import LOCK, RunLock
+from distloop.run import lock as lock_module
+from distloop.run.lock import LOCK, RunLock
 from tests.ranks import Ranks, train, wait_until, write_config
 from tests.records import rows, status
 

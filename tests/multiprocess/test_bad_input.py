@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distloop.data.sampling import Order
+from distloop.data.order import Order
 from tests.bad_user_code import SAMPLES, WRONG_LABEL
 from tests.ranks import REPOSITORY, Outcome, accelerate_launch, command, train, write_config
 
@@ -228,9 +228,9 @@ SLOW_RANK_0 = """
 import os, sys, time
 if os.environ["RANK"] == "0":
     time.sleep(4)  # as on a busy machine: the other rank has met the mistake long before
-from distloop import cluster
+from distloop.ranks.leaving import leave
 from distloop.train import main
-cluster.leave(main())
+leave(main())
 """
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from distloop.config_load import load_config
+from distloop.config.load import load_config
 from distloop.data.datasets import fingerprint, load_data
-from distloop.lock import RunLock
-from distloop.run_directory import open_run
-from distloop.run_status import RunStatus
+from distloop.run.directory import open_run
+from distloop.run.lock import RunLock
+from distloop.run.status import RunStatus
 from tests.ranks import Ranks, train, wait_until, write_config
 from tests.records import largest_difference, losses, rows, status, weights
 

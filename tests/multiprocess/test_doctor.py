@@ -74,9 +74,10 @@ def rank_that(does: str, check: str = "matrix_product_seconds") -> list[str]:
     """The words for a rank to which this happens in the middle of a check."""
     program = (
         "import os, signal, sys, time\n"
-        "from distloop import cluster, doctor, doctor_together\n"
-        f"doctor_together.{check} = lambda *_: {does}\n"
-        "cluster.leave(doctor.main())"
+        "from distloop.commands.doctor import main, measure\n"
+        "from distloop.ranks.leaving import leave\n"
+        f"measure.{check} = lambda *_: {does}\n"
+        "leave(main.main())"
     )
     return [sys.executable, "-c", program]
 

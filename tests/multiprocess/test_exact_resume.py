@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distloop.checkpoint import published_in, step_of, verify
+from distloop.run.checkpoint import published_in, step_of, verify
 from tests.ranks import Outcome, train, write_config
 from tests.records import found, largest_difference, losses, rows, status, weights
 from tests.resume_code import stop_in_call, store_points

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from distloop.checkpoint import newest_good, published_in, step_of, verify
-from distloop.lock import RunLock
+from distloop.run.checkpoint import newest_good, published_in, step_of, verify
+from distloop.run.lock import RunLock
 from tests.failing_code import FAILING_STEP, GLOBAL_BATCH
 from tests.ranks import Outcome, Ranks, train, wait_until, write_config
 from tests.records import rows, status
@@ -333,7 +333,7 @@ def test_a_run_directory_that_was_taken_over_ends_all_ranks_quietly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = failing_run(tmp_path)
-    monkeypatch.setattr("distloop.lock.DEAD_SECONDS", 0.5)  # for the one that takes over, below the owner's beat
+    monkeypatch.setattr("distloop.run.lock.DEAD_SECONDS", 0.5)  # for the one that takes over, below the owner's beat
     with stalled(tmp_path, arguments) as ranks:
         other = RunLock()
         other.identity.update(machine="elsewhere", processes="the boot of another machine")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from distloop.checkpoint import published_in, verify
+from distloop.run.checkpoint import published_in, verify
 from tests.launching import LAUNCH, at_once, machines, script
 from tests.ranks import Ranks, command, free_port, train, write_config
 from tests.records import losses, rows, status

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from distloop.checkpoint import published_in, step_of, verify
+from distloop.run.checkpoint import published_in, step_of, verify
 from tests.launching import machines, script
 from tests.ranks import accelerate_launch, clean_environment, wait_until
 from tests.records import rows, status

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from distloop.checkpoint import published_in, step_of, verify
-from distloop.data.sampling import Order
-from distloop.optim import parameter_groups
+from distloop.data.order import Order
+from distloop.run.checkpoint import published_in, step_of, verify
+from distloop.training.optim import parameter_groups
 from tests.nonfinite_code import SAMPLES, network, points
 from tests.ranks import Outcome, train, write_config
 from tests.records import largest_difference, losses, rows, status, weights

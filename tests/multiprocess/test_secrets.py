@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from distloop.commands.evaluate import config_of
 from distloop.errors import UsageError
-from distloop.evaluate import config_of
-from distloop.roll_call import RollCall
-from distloop.stopping import WatchWithoutSaving
+from distloop.ranks.roll_call import RollCall
+from distloop.ranks.stopping import WatchWithoutSaving
 from tests.ranks import Outcome, command, train, write_config
 from tests.records import status
 from tests.wandb_server import Server

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from distloop.runs import read_run
+from distloop.commands.reading import read_run
 from tests.ranks import Ranks, command, train, wait_until, write_config
 
 TASK = {"name": "tests.crash_code:Waiting"}
@@ -15,7 +15,7 @@ SETTINGS = {"data": "digits", "model": "mlp", "train": {"steps": 60}, "checkpoin
 
 
 def shown(folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    done = command([sys.executable, "-m", "distloop.cli", "status", "--json", *arguments], folder)
+    done = command([sys.executable, "-m", "distloop.commands.cli", "status", "--json", *arguments], folder)
     assert done.returncode == 0, done.stdout
     return json.loads(done.stdout)
 

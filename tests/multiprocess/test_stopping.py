@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from distloop.checkpoint import newest_good, step_of
+from distloop.run.checkpoint import newest_good, step_of
 from tests.ranks import REPOSITORY, Ranks, clean_environment, free_port, rank_environment, train, wait_until
 from tests.records import rows, status
 from tests.stopping import (

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from distloop.checkpoint import published_in, step_of
-from distloop.tracking.console import number
+from distloop.run.checkpoint import published_in, step_of
+from distloop.tracking.wording import number
 from tests.multiprocess.test_launchers_stop import TRAIN, Terminal, marker, needs_tmux
 from tests.ranks import accelerate_launch, wait_until
 from tests.records import rows, status

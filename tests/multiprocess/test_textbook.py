@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from distloop.config import Schedule
+from distloop.config.settings import Schedule
 from distloop.data.datasets import digits
-from distloop.data.sampling import Order
-from distloop.models import mlp
-from distloop.optim import lr_at
-from distloop.seeding import uniforms
+from distloop.data.order import Order
+from distloop.data.seeding import uniforms
+from distloop.training.models import mlp
+from distloop.training.optim import lr_at
 from tests.ranks import train, write_config
 from tests.records import largest_difference, losses, weights
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from distloop.checkpoint import published_in, step_of
-from distloop.time_accounts import attempts, goodput, totals
+from distloop.run.accounts import attempts, goodput, totals
+from distloop.run.checkpoint import published_in, step_of
 from tests.ranks import Ranks, clean_environment, train, wait_until, write_config
 from tests.records import rows, status
 from tests.time_code import BATCH, slept

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from distloop import checkpoint
 from distloop.data.datasets import digits
-from distloop.data.sampling import Order
-from distloop.seeding import seed_sample, uniforms
+from distloop.data.order import Order
+from distloop.data.seeding import seed_sample, uniforms
+from distloop.run import checkpoint
 from tests import user_code
 from tests.ranks import REPOSITORY, command, train, write_config
 from tests.records import largest_difference, losses, rows, weights

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distloop.tasks import Classification
+from distloop.training.tasks import Classification
 from tests.ranks import train, write_config
 from tests.records import found, rows
 

@@ -20,9 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
-from distloop.config import Tracking
-from distloop.tracking.mirror import alone
-from distloop.yaml_text import dump_yaml
+from distloop.config.settings import Tracking
+from distloop.config.yaml_text import dump_yaml
+from distloop.tracking.wandb.mirror import alone
 from tests.crash_code import fill, make_read_only, mount, mount_is_allowed
 from tests.ranks import REPOSITORY, Outcome, Ranks, clean_environment, command, free_port, train, wait_until
 from tests.records import status, weights
@@ -100,7 +100,7 @@ def check_rows(run: Run, path: Path) -> None:
 
 
 def sync(folder: Path, variables: dict[str, str], *runs: str) -> subprocess.CompletedProcess[str]:
-    return command([sys.executable, "-m", "distloop.cli", "sync", *(runs or ["runs/run"])], folder, variables)
+    return command([sys.executable, "-m", "distloop.commands.cli", "sync", *(runs or ["runs/run"])], folder, variables)
 
 
 def said(outcome: Outcome) -> list[str]:
@@ -351,7 +351,7 @@ def test_a_server_that_goes_away_or_a_process_that_dies_does_not_hurt(
         if trouble != "401":  # else before anything has arrived: rows go there every 15 s
             wait_until(lambda: len(mirrored.history) == 6, "the rows of six steps")
         if trouble == "mirror":
-            kill(tmp_path, "distloop.tracking.mirror")
+            kill(tmp_path, "distloop.tracking.wandb.mirror")
         elif trouble == "refuse":
             server.__exit__()
         else:
@@ -626,7 +626,7 @@ def test_a_sync_that_cannot_be_says_why_in_a_line_and_asks_nothing(
     variables = {**clean_environment(), "WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_API_KEY": ""}
     variables |= {"HOME": str(tmp_path), "TERM": "xterm"}
     done = subprocess.run(
-        [sys.executable, "-m", "distloop.cli", "sync", *words],
+        [sys.executable, "-m", "distloop.commands.cli", "sync", *words],
         cwd=tmp_path,
         env=variables,
         timeout=100,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distloop.checkpoint import published_in, step_of, verify
+from distloop.run.checkpoint import published_in, step_of, verify
 from tests.ranks import REPOSITORY
 from tests.records import rows, status
 from tests.slurm.cluster import Cluster

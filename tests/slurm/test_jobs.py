@@ -139,7 +139,9 @@ def test_a_sweep_is_a_run_for_each_line(cluster: Cluster, tmp_path: Path) -> Non
     }
     assert sorted(best) == ["lines-1", "lines-2", "lines-3", "lines-4"]
     table = command(
-        [sys.executable, "-m", "distloop.cli", "status", "--sort", "accuracy", "runs"], tmp_path, {"COLUMNS": "200"}
+        [sys.executable, "-m", "distloop.commands.cli", "status", "--sort", "accuracy", "runs"],
+        tmp_path,
+        {"COLUMNS": "200"},
     )
     assert table.returncode == 0, table.stdout
     shown = re.findall(r"\blines-\d", table.stdout)

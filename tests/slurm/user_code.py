@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from distloop.tasks import Classification, Regression
+from distloop.training.tasks import Classification, Regression
 
 SEEN = ("CUDA_VISIBLE_DEVICES", "SLURMD_NODENAME", "SLURM_CPUS_PER_TASK", "OMP_NUM_THREADS", "WANDB_MODE")
 

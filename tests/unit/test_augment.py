@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
 from distloop.data.augment import DRAWS, shift_and_flip
-from distloop.seeding import uniforms
+from distloop.data.seeding import uniforms
 
 TYPES = [torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

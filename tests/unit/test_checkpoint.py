@@ -16,8 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from distloop import checkpoint, run_files
-from distloop.checkpoint import (
+from distloop.config.settings import Optim
+from distloop.errors import UsageError
+from distloop.run import checkpoint
+from distloop.run import files as run_files
+from distloop.run.checkpoint import (
     MANIFEST,
     MODEL,
     OPTIMIZER,
@@ -34,10 +37,8 @@ from distloop.checkpoint import (
     weights_of,
     write_weights,
 )
-from distloop.config import Optim
-from distloop.errors import UsageError
-from distloop.optim import build_optimizer
-from distloop.saving import HostBuffers
+from distloop.run.saving import HostBuffers
+from distloop.training.optim import build_optimizer
 
 FILES = (MODEL, OPTIMIZER, STATE)
 

@@ -13,7 +13,7 @@ from tests.ranks import command
 
 
 def distloop(folder: Path, *words: str) -> CompletedProcess[str]:
-    return command([sys.executable, "-m", "distloop.cli", *words], folder)
+    return command([sys.executable, "-m", "distloop.commands.cli", *words], folder)
 
 
 def test_help_has_a_line_for_each_command(tmp_path: Path) -> None:

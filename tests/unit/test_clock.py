@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from distloop.tracking import clock as clock_module
-from distloop.tracking.clock import ACCOUNTS, Clock, peak_memory, process_age
+from distloop.run import clock as clock_module
+from distloop.run.clock import ACCOUNTS, Clock, peak_memory, process_age
 
 START_UP, LOAD, STEP = 5.0, 0.25, 1.0
 SAMPLES = 64

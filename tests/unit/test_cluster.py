@@ -9,11 +9,11 @@ from typing import cast
 
 import pytest
 
-from distloop import cluster
-from distloop.cluster import adopt_slurm, first_host, share_cpus
 from distloop.errors import UsageError
-from distloop.roll_call import RollCall
-from distloop.stopping import Watch
+from distloop.ranks import environment, talking
+from distloop.ranks.environment import adopt_slurm, first_host, share_cpus
+from distloop.ranks.roll_call import RollCall
+from distloop.ranks.stopping import Watch
 from tests.ranks import command
 
 # The third of five tasks under srun: two nodes with two tasks each, then one with one.
@@ -115,8 +115,8 @@ def test_what_is_not_a_node_list_is_refused(nodelist: str) -> None:
     ("counts", "expected"), [("4", [4]), ("2(x3),1", [2, 2, 2, 1]), ("1,3(x2)", [1, 3, 3]), ("16(x2)", [16, 16])]
 )
 def test_tasks_per_node_are_expanded(counts: str, expected: list[int]) -> None:
-    assert [cluster._tasks_on_node(counts, node) for node in range(len(expected))] == expected
-    assert cluster._tasks_on_node(counts, len(expected)) == 1
+    assert [environment._tasks_on_node(counts, node) for node in range(len(expected))] == expected
+    assert environment._tasks_on_node(counts, len(expected)) == 1
 
 
 def test_the_tasks_of_a_node_are_all_of_them_where_slurm_says_nothing_else() -> None:
@@ -150,9 +150,9 @@ def test_a_thread_count_that_was_set_is_kept() -> None:
 
 
 def test_a_single_process_decides_for_itself() -> None:
-    assert cluster.from_main(lambda: 42) == 42
+    assert talking.from_main(lambda: 42) == 42
     with pytest.raises(UsageError, match="mine"):
-        cluster.from_main(lambda: (_ for _ in ()).throw(UsageError("mine")))
+        talking.from_main(lambda: (_ for _ in ()).throw(UsageError("mine")))
 
 
 @pytest.mark.parametrize(("rank", "said"), [(None, True), ("0", True), ("1", False)])
@@ -180,6 +180,8 @@ def test_a_mistake_on_another_machine_is_said_with_its_name(
 
 @pytest.mark.parametrize("code", [0, 1, 2])
 def test_leaving_ends_the_process_with_the_code(tmp_path: Path, code: int) -> None:
-    program = f"import atexit; from distloop.cluster import leave; atexit.register(print, 'the end'); leave({code})"
+    program = (
+        f"import atexit; from distloop.ranks.leaving import leave; atexit.register(print, 'the end'); leave({code})"
+    )
     done = command([sys.executable, "-c", program], tmp_path)
     assert (done.returncode, done.stdout) == (code, "the end\n")

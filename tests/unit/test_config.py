@@ -11,24 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distloop.config import (
-    FIXED_KEYS,
-    FREE_KEYS,
-    Batch,
-    Config,
-    Data,
-    Model,
-    Optim,
-    Schedule,
-    Task,
-    Train,
-    differences,
-    flatten,
-    is_one_of,
-)
-from distloop.config_load import check, config_from_mapping, dump, load_config, read_yaml
+from distloop.config.comparison import FIXED_KEYS, FREE_KEYS, differences, flatten, is_one_of
+from distloop.config.load import check, config_from_mapping, dump, load_config, read_yaml
+from distloop.config.settings import Batch, Config, Data, Model, Optim, Schedule, Task, Train
+from distloop.config.yaml_text import parse_yaml
 from distloop.errors import UsageError
-from distloop.yaml_text import parse_yaml
 from tests.ranks import REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -417,7 +404,7 @@ def test_the_digits_recipes_arguments_are_the_functions_own_defaults() -> None:
     import inspect
 
     from distloop.data.datasets import digits
-    from distloop.models import cnn
+    from distloop.training.models import cnn
 
     assert inspect.signature(digits).parameters["shift"].default == 1
     assert inspect.signature(cnn).parameters["width"].default == 32

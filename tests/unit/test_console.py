@@ -20,8 +20,10 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from distloop.tracking.console import Console, Known, number_in, sayable
+from distloop.tracking.console import Console
 from distloop.tracking.live_view import GIVE_BACK, layout
+from distloop.tracking.progress import Known, number_in
+from distloop.tracking.wording import sayable
 from tests.ranks import wait_until
 
 TRAIN = {
@@ -61,7 +63,7 @@ def console(**changes: Any) -> Console:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """[seconds]: what time.monotonic says."""
     now = [1000.0]
-    monkeypatch.setattr("distloop.tracking.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("distloop.tracking.progress.time.monotonic", lambda: now[0])
     return now
 
 

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets import CIFAR10, FashionMNIST
 
-from distloop.config import Data
+from distloop.config.settings import Data
 from distloop.data.datasets import DataSource, InMemory, cifar10, diabetes, digits, fingerprint, load_data
 from distloop.data.loader import SeededDataset, collate_of, no_check, to_model
-from distloop.data.sampling import MicroBatch
+from distloop.data.order import MicroBatch
 from distloop.errors import UsageError
 from tests.ranks import free_port
 

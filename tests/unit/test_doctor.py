@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from distloop import doctor_checks as checks
-from distloop import doctor_together as together
-from distloop.doctor import Report, advice_on_address
-from distloop.doctor_checks import GIB
-from distloop.doctor_facts import find_facts, unknown_interfaces
-from distloop.doctor_lines import FAIL, OK, WARN, Line, ranks_text, size_text, where
+from distloop.commands.doctor import checks
+from distloop.commands.doctor import measure as together
+from distloop.commands.doctor.checks import GIB
+from distloop.commands.doctor.facts import find_facts, unknown_interfaces
+from distloop.commands.doctor.lines import FAIL, OK, WARN, Line, ranks_text, size_text, where
+from distloop.commands.doctor.main import Report, advice_on_address
 
 HEALTHY: dict[str, Any] = {
     "rank": 0,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import distloop
-from distloop import environment as module
-from distloop.environment import MOST_DIFF, GitFacts, environment, git_facts
+from distloop.run import provenance as module
+from distloop.run.provenance import MOST_DIFF, GitFacts, environment, git_facts
 
 TOKEN = "hf_0123456789abcdefghij"
 

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from distloop.errors import RunFailed, UsageError
-from distloop.failures import Place, Position, describe_error, is_consequence, verdict
+from distloop.ranks.places import Place, Position
+from distloop.ranks.verdicts import describe_error, is_consequence, verdict
 from tests import ranks
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distloop.gradients import settle_buckets
-from distloop.tasks import Regression
+from distloop.training.gradients import settle_buckets
+from distloop.training.tasks import Regression
 
 
 class Network(nn.Module):

@@ -79,5 +79,5 @@ def test_rich_is_for_terminals(tmp_path: Path) -> None:
 
 
 def test_help_and_the_config_do_not_import_torch(tmp_path: Path) -> None:
-    program = "import sys, distloop.config_load; print(sorted({'torch', 'sklearn', 'rich'} & set(sys.modules)))"
+    program = "import sys, distloop.config.load; print(sorted({'torch', 'sklearn', 'rich'} & set(sys.modules)))"
     assert command([sys.executable, "-c", program], tmp_path).stdout.strip() == "[]"

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from distloop import launch_guards
 from distloop.errors import UsageError
-from distloop.launch_guards import Launch, check_launch, check_world, override_launcher, right_commands
+from distloop.ranks import launch_guards
+from distloop.ranks.launch_guards import Launch, check_launch, check_world, override_launcher, right_commands
 
 # ---- Accelerate's launcher -------------------------------------------------------------------------------------
 

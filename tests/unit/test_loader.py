@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.v2 import functional as reference
 
-from distloop.config import Data
+from distloop.config.settings import Data
 from distloop.data.datasets import DataSource, InMemory, digits
 from distloop.data.loader import (
     SeededDataset,
@@ -26,9 +26,9 @@ from distloop.data.loader import (
     to_model,
     worker_count,
 )
-from distloop.data.sampling import FixedBatchSampler, MicroBatch, MicroBatchSampler, Order, Plan
+from distloop.data.order import FixedBatchSampler, MicroBatch, MicroBatchSampler, Order, Plan
 from distloop.errors import UsageError
-from distloop.tasks import Classification, Task
+from distloop.training.tasks import Classification, Task
 
 CPU = torch.device("cpu")
 

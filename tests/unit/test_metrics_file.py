@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from distloop.tracking.metrics_file import MetricsFile, set_rows_aside
+from distloop.run.metrics import MetricsFile, set_rows_aside
 
 
 @contextmanager

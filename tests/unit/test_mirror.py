@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from distloop.config import Tracking
-from distloop.tracking import wandb_process, wandb_rows
-from distloop.tracking.mirror import alone
-from distloop.tracking.wandb_process import WandbProcess, wandb_mode
-from distloop.tracking.wandb_rows import as_logged, parse_row
-from distloop.tracking.wandb_run import WandbRun
+from distloop.config.settings import Tracking
+from distloop.tracking.wandb import process as wandb_process
+from distloop.tracking.wandb import rows as wandb_rows
+from distloop.tracking.wandb.mirror import alone
+from distloop.tracking.wandb.process import WandbProcess, wandb_mode
+from distloop.tracking.wandb.rows import as_logged, parse_row
+from distloop.tracking.wandb.run import WandbRun
 
 SETTINGS = Tracking(start_seconds=30, end_seconds=30)
 

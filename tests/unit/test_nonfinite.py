@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distloop.config import Optim
-from distloop.data.sampling import Order, Plan
+from distloop.config.settings import Optim
+from distloop.data.order import Order, Plan
 from distloop.errors import RunFailed
-from distloop.nonfinite import MOST_UNREAD, FiniteCheck
-from distloop.optim import build_optimizer
+from distloop.training.nonfinite import MOST_UNREAD, FiniteCheck
+from distloop.training.optim import build_optimizer
 
 GOOD, BAD, INFINITE = torch.tensor(1.5), torch.tensor(float("nan")), torch.tensor(float("inf"))
 OPTIMIZERS = ("sgd", "adam", "adamw")

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler
 
-from distloop.config import Optim, Schedule
+from distloop.config.settings import Optim, Schedule
 from distloop.errors import UsageError
-from distloop.optim import (
+from distloop.training.optim import (
     build_average,
     build_optimizer,
     check_schedule,

@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distloop import redaction
-from distloop.config import Config, training_hash
-from distloop.config_load import config_from_mapping, dump_without_secrets, load_config
+from distloop.config import secrets as redaction
+from distloop.config.comparison import training_hash
+from distloop.config.load import config_from_mapping, dump_without_secrets, load_config
+from distloop.config.named_secrets import secrecy
+from distloop.config.secrets import clean_command, clean_mapping, clean_text, learn, masked_keys, unmask
+from distloop.config.settings import Config
+from distloop.config.yaml_text import parse_yaml
 from distloop.errors import UsageError
-from distloop.named_secrets import secrecy
-from distloop.redaction import clean_command, clean_mapping, clean_text, learn, masked_keys, unmask
-from distloop.yaml_text import parse_yaml
 from tests.ranks import command
 
 HEX_40 = "0123456789abcdef0123456789abcdef01234567"
@@ -247,7 +248,7 @@ def test_a_copy_without_its_secrets_is_refused_until_they_are_given(tmp_path) ->
 
 
 def test_it_does_not_import_torch(tmp_path) -> None:
-    program = "import sys, distloop.redaction; print('torch' in sys.modules)"
+    program = "import sys, distloop.config.secrets; print('torch' in sys.modules)"
     assert command([sys.executable, "-c", program], tmp_path).stdout.strip() == "False"
 
 
@@ -258,9 +259,7 @@ NASTY = """a key= key=' key=" key=\\ key=) :// ://a: ://a:b@ eyJ -eyJ eyJaaaa. s
 
 def test_no_text_takes_much_longer_than_others(tmp_path) -> None:
     """Backtracking would take minutes or days, and end in the limit of the process."""
-    program = (
-        "import sys; from distloop.redaction import clean_text; [clean_text(t, {}) for t in eval(sys.stdin.read())]"
-    )
+    program = "import sys; from distloop.config.secrets import clean_text; [clean_text(t, {}) for t in eval(sys.stdin.read())]"
     texts = [word.replace("~", " ") * (2**18 // len(word)) for word in NASTY.split()]
     texts += ["\n" * 2**18, "key:\n" * 2**16, 'key="a"' + '+"a"' * 2**16]
     done = subprocess.run([sys.executable, "-c", program], input=repr(texts), text=True, timeout=120, check=False)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from distloop.config.registry import call, import_callable, resolve
 from distloop.data.datasets import digits
 from distloop.errors import UsageError
-from distloop.models import cnn
-from distloop.registry import call, import_callable, resolve
+from distloop.training.models import cnn
 
 KNOWN = {"linear": int, "mlp": float}
 

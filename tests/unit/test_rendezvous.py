@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from distloop import rendezvous
-from distloop.config import Ddp
+from distloop.config.settings import Ddp
 from distloop.errors import RunFailed, UsageError
+from distloop.ranks import meeting as rendezvous
 from tests.ranks import clean_environment, free_port, train
 
 SECONDS = 2  # how long they wait for each other
@@ -25,10 +25,10 @@ NOT_FOR_USERS = ("Traceback", "C++", "frame #", "c10d", "Exception raised from",
 
 
 class Machine:
-    """`python -m distloop.rendezvous HOST PORT NUMBER MACHINES SECONDS`, as launch/multi_node.sh calls it."""
+    """`python -m distloop.ranks.meeting HOST PORT NUMBER MACHINES SECONDS`, as launch/multi_node.sh calls it."""
 
     def __init__(self, port: object, number: object, machines: object = 2, host: str = "127.0.0.1") -> None:
-        words = [sys.executable, "-m", "distloop.rendezvous", host, *map(str, (port, number, machines, SECONDS))]
+        words = [sys.executable, "-m", "distloop.ranks.meeting", host, *map(str, (port, number, machines, SECONDS))]
         self.process = subprocess.Popen(
             words, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

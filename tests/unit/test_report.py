@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distloop.report import page
-from distloop.report.curves import read_metrics
-from distloop.report.page import SECTIONS, main, write_report
-from distloop.report.plots import Line, draw_lines, short
+from distloop.commands.report import page
+from distloop.commands.report.curves import read_metrics
+from distloop.commands.report.page import SECTIONS, main, write_report
+from distloop.commands.report.plots import Line, draw_lines, short
 from tests.ranks import REPOSITORY
 from tests.report_in_browser import open_page
 from tests.report_runs import (
@@ -227,7 +227,7 @@ def test_a_long_file_is_read_without_holding_its_rows(tmp_path: Path) -> None:
     line = json.dumps(train_row(5)) + "\n"
     (tmp_path / "metrics.jsonl").write_text(line * 100_000)  # 35 MB; its rows would take 150 MB
     program = (
-        "import sys; from pathlib import Path; from distloop.report.curves import read_metrics\n"
+        "import sys; from pathlib import Path; from distloop.commands.report.curves import read_metrics\n"
         "use = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) // 1024\n"
         "before = use()\n"
         "metrics = read_metrics(Path(sys.argv[1])); print(metrics.rows, use() - before)"
@@ -337,7 +337,7 @@ def test_the_default_output_is_in_the_run_or_for_several_here(
 def test_the_command_imports_neither_torch_nor_pyplot(tmp_path: Path) -> None:
     run = full_run(tmp_path / "run")
     program = (
-        "import sys; from distloop.report.page import main; print(sorted({'matplotlib', 'torch'} & set(sys.modules)))\n"
+        "import sys; from distloop.commands.report.page import main; print(sorted({'matplotlib', 'torch'} & set(sys.modules)))\n"
         f"main([{str(run)!r}]); print(sorted({{'torch', 'matplotlib.pyplot', 'PIL.ImageTk'}} & set(sys.modules)))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"} | {

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from distloop.requeue import decide
+from distloop.commands.requeue import decide
 from tests.ranks import clean_environment, write_config
 
 STATUS = {
@@ -122,7 +122,7 @@ def ask(
 ) -> subprocess.CompletedProcess[str]:
     """What slurm/common.sh asks, as it asks it."""
     return subprocess.run(
-        [sys.executable, "-m", "distloop.requeue", nodes, "--config", str(folder / "run.yaml"), *arguments],
+        [sys.executable, "-m", "distloop.commands.requeue", nodes, "--config", str(folder / "run.yaml"), *arguments],
         cwd=folder,
         env={**clean_environment(), "SLURM_JOB_ID": job},
         input=shown,

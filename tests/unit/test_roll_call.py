@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from distloop import roll_call as module
 from distloop.errors import UsageError
-from distloop.failures import Verdict
-from distloop.roll_call import RollCall
+from distloop.ranks import roll_call as module
+from distloop.ranks.roll_call import RollCall
+from distloop.ranks.verdicts import Verdict
 from tests.ranks import wait_until
 
 LIMIT = 100.0  # seconds: for tests that do not wait for it

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from distloop.data import sampling
-from distloop.data.sampling import (
+from distloop.data import order as sampling
+from distloop.data.order import (
     CHUNK,
     EXACT_LIMIT,
     FixedBatchSampler,
@@ -27,8 +27,8 @@ from distloop.data.sampling import (
     is_due,
     permuted,
 )
+from distloop.data.seeding import derive
 from distloop.errors import UsageError
-from distloop.seeding import derive
 
 reproducible = settings(derandomize=True, deadline=None)
 seeds = st.integers(0, 2**63 - 1)

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from distloop import saving
-from distloop.checkpoint import Snapshot, load, newest_good, publish, published_in, verify
-from distloop.config import Checkpoint
+from distloop.config.settings import Checkpoint
 from distloop.errors import RunFailed
-from distloop.optim import build_average, update_average
-from distloop.saving import HostBuffers, Saver
-from distloop.stopping import SAVE_FAILED, Watch
+from distloop.ranks.stopping import SAVE_FAILED, Watch
+from distloop.run import saving
+from distloop.run.checkpoint import Snapshot, load, newest_good, publish, published_in, verify
+from distloop.run.saving import HostBuffers, Saver
+from distloop.training.optim import build_average, update_average
 
 # ---- copies ----------------------------------------------------------------------------------------------------
 

@@ -190,7 +190,7 @@ def check_refusal(done: Launch, message: str) -> None:
 def test_machines_meet_before_any_launcher_starts_and_none_does_when_they_cannot(tmp_path: Path) -> None:
     variables = {"JOIN_SECONDS": "7", "MASTER_PORT": "4321"}
     done = launch(tmp_path, "multi_node.sh", variables={**variables, "MEETING": "1"})
-    assert (tmp_path / "met").read_text() == "-m distloop.rendezvous 10.0.0.1 4321 1 2 7 "
+    assert (tmp_path / "met").read_text() == "-m distloop.ranks.meeting 10.0.0.1 4321 1 2 7 "
     assert done.code == 1
     assert not done.launched
     done = launch(tmp_path, "multi_node.sh", variables=variables)

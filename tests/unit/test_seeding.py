@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from distloop.seeding import derive, hashes, seed_forward, seed_sample, uniforms
+from distloop.data.seeding import derive, hashes, seed_forward, seed_sample, uniforms
 
 reproducible = settings(derandomize=True, deadline=None)
 seeds = st.integers(0, 2**63 - 1)

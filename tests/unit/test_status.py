@@ -21,10 +21,11 @@ from typing import Any
 
 import pytest
 
-from distloop import checkpoint, runs
-from distloop.lock import LOCK, RunLock
-from distloop.runs import read_run
-from distloop.status import columns, fit, main
+from distloop.commands import reading as runs
+from distloop.commands.reading import read_run
+from distloop.commands.status import columns, fit, main
+from distloop.run import checkpoint
+from distloop.run.lock import LOCK, RunLock
 from tests.ranks import REPOSITORY, clean_environment, command
 
 BEST = {"step": 40, "loss": 0.5, "accuracy": 0.9, "samples": 360}
@@ -461,7 +462,7 @@ def test_columns_fit_and_the_needed_ones_are_never_left_out(tmp_path: Path, widt
 def test_neither_torch_nor_rich_is_imported_where_there_is_no_terminal(tmp_path: Path) -> None:
     validated(make_run(tmp_path, "run"), loss=[1.0])
     program = (
-        "import sys; from distloop.cli import main\n"
+        "import sys; from distloop.commands.cli import main\n"
         "try: main()\nexcept SystemExit: pass\n"
         "print(sorted({'torch', 'numpy', 'accelerate', 'sklearn', 'rich'} & set(sys.modules)))"
     )

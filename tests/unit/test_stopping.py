@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from distloop import cluster, stopping
-from distloop.config import Stop
-from distloop.data.worker_signals import leave_signals_to_parent
-from distloop.stopping import MOST_STEPS_BETWEEN, REASONS, STOP_FILE, Agreement, Watch
+from distloop.config.settings import Stop
+from distloop.data.workers import leave_signals_to_parent
+from distloop.ranks import agreement as agreement_module
+from distloop.ranks import leaving, stopping
+from distloop.ranks.agreement import MOST_STEPS_BETWEEN, Agreement
+from distloop.ranks.stopping import REASONS, STOP_FILE, Watch
 from tests import ranks
 from tests.ranks import command, wait_until
 
@@ -63,7 +65,7 @@ class Clock:
 def measured_reserve(kept: float, step: float, validation: float, steps: int) -> list[float]:
     """The reserve after each of these steps, with a validation after every fifth."""
     watch, clock = stopping.listen(), Clock()
-    stopping.time = clock  # type: ignore[attr-defined, assignment]
+    stopping.time = agreement_module.time = clock  # type: ignore[attr-defined, assignment]
     watch.reserve_seconds = kept
     agreement = Agreement(watch, 1, datetime.timedelta(seconds=60))
     reserves = []
@@ -194,7 +196,7 @@ def test_the_stop_file_is_found(tmp_path: Path) -> None:
 def test_an_interrupt_that_a_script_ignores_for_its_background_stays_ignored(tmp_path: Path) -> None:
     # `command &` in a shell script: Ctrl-C is for what runs in the foreground.
     code = (
-        "import os, signal; from distloop import stopping; stopping.listen(); os.kill(os.getpid(), signal.SIGINT); "
+        "import os, signal; from distloop.ranks import stopping; stopping.listen(); os.kill(os.getpid(), signal.SIGINT); "
         "print(signal.getsignal(signal.SIGINT).name, stopping.listen().wish)"
     )
     done = command(["sh", "-c", 'trap "" INT; "$@"', "sh", sys.executable, "-c", code], tmp_path)
@@ -286,7 +288,7 @@ def workers_at_exit() -> int:
     """How many daemonic children that ignore SIGTERM are left after what atexit does."""
     process = multiprocessing.get_context("fork").Process(target=deaf, daemon=True)
     process.start()
-    cluster.kill_workers()
+    leaving.kill_workers()
     process.join(10)
     return process.exitcode or 0
 

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from distloop.errors import UsageError
-from distloop.tasks import Classification, Regression
-from distloop.tracking.summary import best_rule, better
+from distloop.training.best import best_rule, better
+from distloop.training.tasks import Classification, Regression
 
 
 def test_the_better_row_follows_the_tasks_direction_and_the_earlier_one_wins_a_tie() -> None:

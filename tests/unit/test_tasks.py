@@ -11,10 +11,11 @@ from sklearn.metrics import accuracy_score, log_loss, mean_squared_error, r2_sco
 from torch import Tensor, nn
 from torch.nn import functional
 
-from distloop.config import Task as TaskConfig
+from distloop.config.settings import Task as TaskConfig
+from distloop.data.batches import inputs_of, targets_of
 from distloop.data.datasets import InMemory
 from distloop.errors import UsageError
-from distloop.tasks import Classification, Regression, Task, build_task, inputs_of, introduce, targets_of
+from distloop.training.tasks import Classification, Regression, Task, build_task, introduce
 
 
 def sums_over(task: Task, outputs: Tensor, targets: Tensor, parts: list[int]) -> dict[str, Tensor]:

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from distloop.run_directory import Start
-from distloop.run_files import TIME
-from distloop.time_accounts import TimeAccounts, attempts, goodput, settle, totals
-from distloop.tracking.clock import ACCOUNTS, Clock
+from distloop.run.accounts import TimeAccounts, attempts, goodput, settle, totals
+from distloop.run.clock import ACCOUNTS, Clock
+from distloop.run.files import TIME, Start
 
 SECONDS = {"start_up": 5.0, "data": 10.0, "compute": 60.0, "validation": 20.0, "checkpoint": 4.0, "lost": 0.0}
 MARK = {"start_up": 5.0, "data": 6.0, "compute": 40.0, "validation": 20.0, "checkpoint": 1.0, "lost": 0.0}

@@ -16,14 +16,14 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
-from distloop.config import Data
+from distloop.config.settings import Data
 from distloop.data.datasets import DataSource, InMemory
 from distloop.data.loader import SeededDataset, collate_of, no_check
-from distloop.data.sampling import FixedBatchSampler, MicroBatch
-from distloop.pictures import png_uri
-from distloop.tasks import Classification, Task
-from distloop.validate import validate
-from distloop.validation_details import MISTAKES, Details
+from distloop.data.order import FixedBatchSampler, MicroBatch
+from distloop.training.details import MISTAKES, Details
+from distloop.training.pictures import png_uri
+from distloop.training.tasks import Classification, Task
+from distloop.training.validation import validate
 
 CPU = torch.device("cpu")
 

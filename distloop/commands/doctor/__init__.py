@@ -1,0 +1,1 @@
+"""Check machines, devices and network before a big job."""

@@ -1,0 +1,209 @@
+"""What a rank finds out for `distloop doctor` about itself and its machine, without the others.
+
+Nothing is judged here: see doctor_checks.py. torch is imported where it is needed: the environment has to be in
+order before that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import distloop
+from distloop.errors import UsageError
+from distloop.ranks import launch_guards
+from distloop.ranks.environment import node_name
+
+SHOWN_SETTINGS = re.compile(r"(NCCL|GLOO|CUDA|TORCH|PYTORCH|OMP|MKL)_")
+LIMITS = {"open files": "RLIMIT_NOFILE", "processes": "RLIMIT_NPROC", "locked memory": "RLIMIT_MEMLOCK"}
+
+
+def find_facts(given: Mapping[str, str], runs_dir: str, device: str, expected: int | None) -> dict[str, Any]:
+    """What this rank knows without the others, as plain JSON.
+
+    `given` is the environment before anything was set in it, `device` and `expected` are what --device and
+    --expect-world ask for.
+    """
+    import torch
+
+    uses_cuda = torch.cuda.is_available() and not (
+        device == "cpu" or (device == "auto" and launch_guards.launcher_uses_cpu(given))
+    )
+    problem, warnings = _launch(given, device, not uses_cuda, expected)
+    return {
+        "rank": int(os.environ.get("RANK", 0)),
+        "node": node_name(),
+        "host": os.uname().nodename,
+        "launch": problem,
+        "launch_warnings": warnings,
+        "device": "cuda" if uses_cuda else "cpu",
+        "wants_device": "cpu" if launch_guards.launcher_uses_cpu(given) and device == "auto" else device,
+        "gpu": _gpu() if uses_cuda else None,
+        "versions": _versions(),
+        "driver": _driver(),
+        "code": _code(),
+        "cpus": sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1)),
+        "threads": torch.get_num_threads(),
+        "slurm_cpus_per_task": given.get("SLURM_CPUS_PER_TASK"),
+        "memory": _memory(),
+        "disks": {"run directory": _free(Path(runs_dir)), "/tmp": _free(Path("/tmp"))},
+        "shared_memory": _free(Path("/dev/shm"))["free"] if os.path.isdir("/dev/shm") else None,
+        "limits": _limits(),
+        "rdma": os.path.isdir("/sys/class/infiniband") and bool(os.listdir("/sys/class/infiniband")),
+        "settings": {name: value for name, value in sorted(given.items()) if SHOWN_SETTINGS.match(name)},
+        "unknown_interfaces": unknown_interfaces(given, [name for _, name in socket.if_nameindex()]),
+        "accelerate_config": _accelerate_config(),
+    }
+
+
+def _launch(given: Mapping[str, str], device: str, use_cpu: bool, expected: int | None) -> tuple[str, list[str]]:
+    """What is wrong with how this process was started, and warnings, as a run would say them."""
+    launch = launch_guards.launched_by()
+    try:
+        warnings = launch_guards.override_launcher(dict(given), "no")
+        launch_guards.check_launch(os.environ, launch, device, use_cpu)
+        launch_guards.check_world(int(os.environ.get("WORLD_SIZE", 1)), os.environ, expected, launch)
+    except UsageError as error:
+        return str(error), []
+    return "", warnings
+
+
+def _gpu() -> dict[str, Any]:
+    """The GPU of this rank, which from here on is torch's current one: chosen as train.py does."""
+    import torch
+
+    visible = torch.cuda.device_count()
+    number = int(os.environ.get("LOCAL_RANK", 0)) % visible
+    torch.cuda.set_device(number)
+    properties = torch.cuda.get_device_properties(number)
+    free, total = torch.cuda.mem_get_info(number)
+    return {
+        "name": properties.name,
+        "uuid": str(getattr(properties, "uuid", number)),
+        "free": free,
+        "total": total,
+        "visible": visible,
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    import torch
+    import torch.distributed as dist
+
+    def of_package(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    has_nccl = torch.version.cuda is not None and dist.is_nccl_available()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: of_package(name) for name in ("torchvision", "accelerate", "numpy")},
+        "distloop": distloop.__version__,
+        "CUDA": torch.version.cuda,
+        "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None,
+    }
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's kernel driver."""
+    with contextlib.suppress(OSError):
+        match = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text())
+        return match[1] if match else None
+    return None
+
+
+def _code() -> dict[str, Any]:
+    """Which distloop this is: a digest of its files, and the git commit if it lies in a repository."""
+    folder = Path(distloop.__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+
+    def git(*words: str) -> str | None:
+        try:
+            command = ("git", "-C", str(folder), *words)
+            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    commit = git("rev-parse", "--short", "HEAD") if git("ls-files", "__init__.py") else None
+    changed = bool(git("status", "--porcelain", "--", ".")) if commit else False
+    return {"folder": str(folder), "digest": digest.hexdigest()[:12], "commit": commit, "changed": changed}
+
+
+def _memory() -> int | None:
+    """Bytes that the machine has left, or the control group may have if that is less."""
+    found = []
+    with contextlib.suppress(OSError):
+        match = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        found += [1024 * int(match[1])] if match else []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):  # "": version 2, where a limit of any group above counts
+                root = Path("/sys/fs/cgroup", controllers)
+                groups = [root / path.strip("/"), *(root / path.strip("/")).parents]
+                names = [group / name for group in groups for name in ("memory.max", "memory.limit_in_bytes")]
+                texts = [name.read_text().strip() for name in names if name.is_file()]
+                found += [int(text) for text in texts if text.isdecimal()]
+    return min(found, default=None)
+
+
+def _free(path: Path) -> dict[str, Any]:
+    """Bytes free for files in this folder, which need not exist yet."""
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    try:
+        return {"path": str(path.absolute()), "free": shutil.disk_usage(there).free}
+    except OSError:
+        return {"path": str(path.absolute()), "free": None}
+
+
+def _limits() -> dict[str, int | None]:
+    """The soft limits of this process; None: unlimited."""
+    import resource
+
+    soft = {name: resource.getrlimit(getattr(resource, limit))[0] for name, limit in LIMITS.items()}
+    return {name: None if value == resource.RLIM_INFINITY else value for name, value in soft.items()}
+
+
+def unknown_interfaces(environ: Mapping[str, str], there: list[str]) -> dict[str, str]:
+    """Variables that name network interfaces of which this machine has none: variable -> value.
+
+    Gloo takes names, NCCL beginnings of names, =names, and ^names that are not to be used.
+    """
+    unknown = {}
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        value = environ.get(variable, "")
+        exact = variable.startswith("GLOO") or value.startswith("=")
+        names = value.removeprefix("=").split(",")
+        known = any(other == name or (not exact and other.startswith(name)) for name in names for other in there)
+        if value and not value.startswith("^") and not known:
+            unknown[variable] = value
+    return unknown
+
+
+def _accelerate_config() -> str | None:
+    """The user's own default file, where a bare `accelerate launch` takes what it is not told."""
+    with contextlib.suppress(OSError):
+        if "--config_file" in Path(f"/proc/{os.getppid()}/cmdline").read_text():
+            return None
+    try:
+        from accelerate.commands.config.config_args import default_config_file
+    except Exception:  # another Accelerate: no opinion
+        return None
+    return str(default_config_file) if os.path.isfile(default_config_file) else None

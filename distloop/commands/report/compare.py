@@ -1,0 +1,142 @@
+"""Several runs beside each other: a table of what differs and what came out, curves over each other, time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from distloop.commands.ranking import Ranking, rank
+from distloop.commands.reading import Run, metrics_in, read_run
+from distloop.commands.report.markup import UNKNOWN, figure, legend, percent, quiet, section, span_of, table, text
+from distloop.commands.report.overview import median_rate
+from distloop.commands.report.plots import Line, draw_lines
+from distloop.commands.report.read import Record, read_record
+from distloop.commands.report.resources import account_colours, bar
+from distloop.commands.report.rows import Floats
+from distloop.commands.report.style import SERIES, STATE_COLOURS
+from distloop.run.accounts import goodput
+
+MOST_BARS = 30
+FEW_SETTINGS = 4  # that differ: they stand beside the name; more come after the results
+
+
+def comparison(paths: list[Path]) -> str:
+    """The body of the page for several runs."""
+    ranking = _rank([read_run(path) for path in paths])
+    records = [read_record(run.path) for run in ranking.runs]
+    colours = [SERIES[index] if index < len(SERIES) else "mark" for index in range(len(records))]
+    states: dict[str, int] = {}
+    for run in ranking.runs:
+        states[run.state] = states.get(run.state, 0) + 1
+    facts = [f"{count} {state}" for state, count in states.items()]
+    facts.append(f"the best {ranking.by} first" if ranking.is_metric else f"by {ranking.by}")
+    return (
+        f'<div class="top"><h1>{len(records)} runs</h1></div>'
+        f'<p class="facts">{"".join(f"<span>{text(fact)}</span>" for fact in facts)}</p>'
+        + section("Ranking", _table(ranking, records, colours))
+        + section("Curves", _curves(records, colours))
+        + section("Time", _time(records, colours))
+    )
+
+
+def _rank(runs: list[Run]) -> Ranking:
+    """By the metric that most runs call their best, else by name."""
+    rules = [run.best_rule[0] for run in runs if run.best_rule]
+    metric = max(dict.fromkeys(rules), key=rules.count) if rules else None
+    return rank(runs, metric or "name")
+
+
+def _table(ranking: Ranking, records: list[Record], colours: list[str]) -> str:
+    keys = list(dict.fromkeys(key for settings in ranking.settings for key in settings))
+    few = len(keys) <= FEW_SETTINGS
+    lasts = [metrics_in(record.metrics.last_validation) for record in records]
+    names = list(dict.fromkeys(name for last in lasts for name in last))
+    rows = []
+    for index, record in enumerate(records):
+        run, value, last = record.run, ranking.values[index], lasts[index]
+        settings = [f"<code>{text(ranking.settings[index].get(key))}</code>" for key in keys]
+        state = STATE_COLOURS.get(run.state, "red")
+        row = [
+            figure(ranking.place(index)),
+            f'<span class="one"><i class="key dot" style="--c:var(--{colours[index]})"></i>'
+            f'<span class="first">{text(run.name)}</span></span>',
+            *(settings if few else []),
+            f'<span class="badge" style="--c:var(--{state})">{text(run.state)}</span>',
+        ]
+        if ranking.is_metric:
+            row.append(f"<b>{figure(value[0])}</b>" if value else UNKNOWN)
+            row.append(figure(value[1]) if value else UNKNOWN)
+        row += [figure(last.get(name)) for name in names]
+        row += [
+            f"{figure(max(run.step or 0, record.metrics.last_step))} / {figure(run.total_steps)}",
+            span_of(sum(record.seconds.values()) or None),
+            percent(goodput(record.seconds)),
+            figure(median_rate(record)),
+            *([] if few else settings),
+        ]
+        rows.append(row)
+    best = [f"best {ranking.by}", "at step"] if ranking.is_metric else []
+    titles = ["#", "run", *(keys if few else []), "state", *best, *(f"last {name}" for name in names)]
+    titles += ["steps", "wall time", "goodput", "samples/s", *([] if few else keys)]
+    note = "" if keys else '<p class="note">Nothing that is trained differs in their configs.</p>'
+    return table(titles, rows, left=3 + (len(keys) if few else 0), kind="full") + note
+
+
+def _curves(records: list[Record], colours: list[str]) -> str:
+    last_step = max(record.metrics.last_step for record in records)
+    names = list(dict.fromkeys(name for record in records for name in record.metrics.validation))
+    names.sort(key=lambda name: name != "loss")
+    plots = []
+    for name in names:
+        found = [record.metrics.validation.get(name) for record in records]
+        plots.append(
+            _overlaid(f"Validation {name}", [curve.all() if curve else None for curve in found], colours, last_step)
+        )
+    for key, title in (("running_loss", "Training loss, running mean"), ("lr", "Learning rate")):
+        having = [record.metrics.train.get(key) for record in records]
+        mean = key == "running_loss"
+        lines = [(curve.mean() if mean else curve.all()) if curve else None for curve in having]
+        plots.append(_overlaid(title, lines, colours, last_step, logarithmic=False if key == "lr" else None))
+    keys = [(colour, "line", record.run.name) for colour, record in zip(colours, records, strict=True)]
+    note = ""
+    if len(records) > len(SERIES):
+        keys = [*keys[: len(SERIES)], ("mark", "line", f"the other {len(records) - len(SERIES)}")]
+        note = f'<p class="note">Only the first {len(SERIES)} runs of the ranking have colours of their own.</p>'
+    without = [record.run.name for record in records if record.metrics.problem]
+    gone = quiet(f"Without any rows in metrics.jsonl: {', '.join(without)}.") if without else ""
+    shown = f'<div class="plots">{"".join(plots)}</div>' if any(plots) else ""
+    return f"{legend(keys)}{shown}{note}{gone}"
+
+
+def _overlaid(
+    title: str, curves: list[Floats | None], colours: list[str], last_step: int, logarithmic: bool | None = None
+) -> str:
+    """One plot of all runs; the best is drawn last, over the others."""
+    pairs = [
+        (c, colour) for c, colour in zip(curves, colours, strict=True) if c is not None and np.isfinite(c[1]).any()
+    ]
+    if not pairs:
+        return ""
+    svg = draw_lines([Line(curve, colour) for curve, colour in reversed(pairs)], {}, last_step, logarithmic)
+    return f'<div><h3>{text(title)}</h3><p class="legend"></p>{svg}</div>'
+
+
+def _time(records: list[Record], colours: list[str]) -> str:
+    having = [(record, colour) for record, colour in zip(records, colours, strict=True) if record.seconds]
+    if not having:
+        return quiet("None of these runs has a time.json with seconds.")
+    names = list(dict.fromkeys(name for record, _ in having for name, value in record.seconds.items() if value > 0))
+    accounts = account_colours(names)
+    longest = max(sum(record.seconds.values()) for record, _ in having)
+    bars = [
+        bar(record.run.name, record.seconds, accounts, longest, dot=colour) for record, colour in having[:MOST_BARS]
+    ]
+    without = [record.run.name for record in records if not record.seconds]
+    note = f" The first {MOST_BARS} of {len(having)} runs." if len(having) > MOST_BARS else ""
+    note += f" Without time.json: {', '.join(without)}." if without else ""
+    return (
+        legend((accounts[name], "area", name.replace("_", "-")) for name in names)
+        + f'<div class="bars">{"".join(bars)}</div><p class="note">Beside each: its wall time and its goodput, the '
+        f"share of it in compute and data of steps that counted.{text(note)}</p>"
+    )

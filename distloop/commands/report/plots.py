@@ -1,0 +1,253 @@
+"""Curves drawn by matplotlib as SVG inside the page: no pyplot, no display, text as text, colours as CSS variables."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from distloop.commands.report.rows import Floats
+from distloop.commands.report.style import PALETTE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, HEIGHT = 560, 232  # of the drawing; the page scales it to its column
+MOST_CELLS = 250  # on a side of a confusion matrix
+SPREAD = 30.0  # where the largest value is so many times the middle one, the axis becomes logarithmic
+
+
+class Line(NamedTuple):
+    """One curve."""
+
+    curve: Floats
+    """(steps, values): shape [2, points]."""
+    colour: str
+    """A name in PALETTE."""
+    style: str = "line"
+    """line | thin (light, for single steps) | dash | dot."""
+
+
+def light(name: str) -> str:
+    return PALETTE[name][0]
+
+
+def draw_lines(
+    lines: list[Line], attempts: dict[int, int], last_step: int, logarithmic: bool | None = None, zero: bool = False
+) -> str:
+    """Curves against the step as SVG. `attempts`: after which step each began. `logarithmic`: None: as the values ask
+    for it; `zero`: the axis begins there."""
+    values = np.concatenate([line.curve[1] for line in lines])
+    values = values[np.isfinite(values)]
+
+    def fill(axes: Axes) -> None:
+        for line in lines:
+            _draw(axes, line)
+        if not len(values):
+            return
+        if logarithmic if logarithmic is not None else _needs_logarithm(values):
+            axes.set_yscale("log")
+            _label_logarithm(axes)
+        elif zero:
+            axes.set_ylim(0, max(values.max() * 1.08, 1e-9))
+
+    return _against_step(fill, attempts, last_step)
+
+
+def draw_shares(seconds: Floats, colours: list[str], attempts: dict[int, int], last_step: int, bars: int = 60) -> str:
+    """Shares of the time as stacked bars over the run. `seconds`: shape [1 + accounts, n], the last step of each
+    interval, then its seconds."""
+    edges = np.linspace(0, last_step, min(bars, seconds.shape[1]) + 1)
+    place = np.clip(np.searchsorted(edges, seconds[0], side="left") - 1, 0, len(edges) - 2)
+    sums = np.stack([np.bincount(place, weights=row, minlength=len(edges) - 1) for row in seconds[1:]])
+    totals = sums.sum(axis=0)
+    shares = np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0) * 100
+
+    def fill(axes: Axes) -> None:
+        bottom = np.zeros(len(totals))
+        for row, colour in zip(shares, colours, strict=True):
+            lower, upper = (np.append(levels, levels[-1]) for levels in (bottom, bottom + row))
+            axes.fill_between(edges, lower, upper, step="post", color=light(colour), linewidth=0)
+            bottom += row
+        axes.set_ylim(0, 100)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
+
+    return _against_step(fill, attempts, last_step)
+
+
+def cell_of(classes: int) -> int:
+    """How many classes a cell of a large matrix stands for: it has more of them than there are pixels to be seen."""
+    return -(-classes // MOST_CELLS)
+
+
+def draw_matrix(confusion: Floats) -> str:
+    """A large confusion matrix as a picture; shape [classes, classes], rows: labels. Right answers are blue, mistakes
+    red; the deeper, the larger their share of the label's samples. A cell of several classes shows its largest."""
+    import matplotlib
+    from matplotlib.colors import to_rgb
+
+    classes, cell = len(confusion), cell_of(len(confusion))
+    totals = confusion.sum(axis=1, keepdims=True)
+    shares = np.divide(confusion, totals, out=np.zeros_like(confusion), where=totals > 0)
+    cells = -(-classes // cell)
+    padded = np.pad(shares, (0, cells * cell - classes))
+    largest = padded.reshape(cells, cell, cells, cell).max(axis=(1, 3))
+    colours = np.zeros((cells, cells, 4))
+    colours[..., :3] = to_rgb(light("red"))
+    colours[np.arange(cells), np.arange(cells), :3] = to_rgb(light("blue"))
+    colours[..., 3] = np.sqrt(largest)  # a root: rare mistakes are to be seen
+    with matplotlib.rc_context(rc=_settings()):
+        from matplotlib.figure import Figure
+
+        drawing = Figure(figsize=(WIDTH / 72, WIDTH / 72))
+        axes = drawing.add_axes((0.1, 0.09, 0.89, 0.89))
+        end = cells * cell - 0.5
+        axes.imshow(colours, interpolation="none", aspect="auto", extent=(-0.5, end, end, -0.5))
+        axes.set_xlabel("prediction")
+        axes.set_ylabel("label")
+        axes.grid(False)
+        for side in axes.spines.values():
+            side.set_visible(True)
+            side.set_edgecolor(light("line"))
+        axes.locator_params(integer=True)
+        return _svg(drawing)
+
+
+def _draw(axes: Axes, line: Line) -> None:
+    steps, values = line.curve
+    looks: dict[str, dict[str, Any]] = {
+        "line": {"linewidth": 1.7},
+        "thin": {"linewidth": 0.9, "alpha": 0.45},
+        "dash": {"linewidth": 1.7, "linestyle": (0, (4, 2))},
+        "dot": {"linestyle": "none", "marker": "o", "markersize": 4, "markeredgewidth": 0},
+    }
+    look = looks[line.style]
+    if len(steps) == 1 or (line.style == "line" and len(steps) <= 25):
+        look = {**look, "marker": "o", "markersize": 3.6, "markeredgewidth": 0}
+    axes.plot(steps, values, color=light(line.colour), **look)
+
+
+def _against_step(fill: Callable[[Axes], None], attempts: dict[int, int], last_step: int) -> str:
+    """A plot against the step whose curves `fill` draws."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its font cache is nobody's concern here
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with matplotlib.rc_context(rc=_settings()):
+        drawing = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
+        axes = drawing.add_axes((54 / WIDTH, 26 / HEIGHT, 1 - 64 / WIDTH, 1 - 44 / HEIGHT))
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: short(value))
+        fill(axes)
+        axes.set_xlim(0, max(1, last_step) * 1.008)  # a point at the end is seen whole
+        _mark_attempts(axes, attempts, max(1, last_step))
+        return _svg(drawing)
+
+
+def _mark_attempts(axes: Axes, attempts: dict[int, int], last_step: int) -> None:
+    """A thin line where each attempt but the first began; labels where there is room."""
+    free = 0.0
+    faint = 1.0 if len(attempts) < 12 else 0.4
+    for number, step in sorted(attempts.items()):
+        if number == min(attempts) or step <= 0:
+            continue
+        axes.axvline(step, color=light("mark"), linewidth=0.9, linestyle=(0, (2, 2)), zorder=0.5, alpha=faint)
+        label, place = (f"attempt {number}" if not free else str(number)), step / last_step
+        if place >= free:
+            axes.annotate(
+                label,
+                (place, 1),
+                xycoords="axes fraction",
+                xytext=(0, 4),
+                textcoords="offset points",
+                color=light("soft"),
+                fontsize=10,
+                ha="left" if place < 0.03 else "right" if place > 0.96 else "center",
+                annotation_clip=False,
+            )
+            free = place + (0.14 if not free else 0.05)
+
+
+def _needs_logarithm(values: Floats) -> bool:
+    """Whether most of a curve would lie flat on the ground."""
+    return bool(len(values) and values.min() > 0 and values.max() > SPREAD * np.median(values))
+
+
+def _label_logarithm(axes: Axes) -> None:
+    """Labels at 1, 2 and 5 where the range is short, so that there are always some."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = axes.get_ylim()
+    decades = np.log10(high / low)
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=8))
+    axes.yaxis.set_major_formatter(lambda value, _: short(value))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def short(value: float) -> str:
+    """A number on an axis: 0.05, 1500, 20k, 1.5M, 1e-05."""
+    if abs(value) >= 1e15 or (value and abs(value) < 1e-3):
+        return f"{value:.3g}"
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == 'k' else size):.6g}{unit}"
+    return f"{value:.6g}"
+
+
+def _settings() -> Any:
+    """matplotlib's own settings for our plots."""
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "distloop",
+        "font.size": 11,
+        "text.color": light("ink"),
+        "axes.edgecolor": light("mark"),
+        "axes.labelcolor": light("soft"),
+        "axes.linewidth": 0.8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.facecolor": "none",
+        "figure.facecolor": "none",
+        "grid.color": light("line"),
+        "grid.linewidth": 0.8,
+        "xtick.color": light("mark"),
+        "ytick.color": light("mark"),
+        "xtick.labelcolor": light("soft"),
+        "ytick.labelcolor": light("soft"),
+        "ytick.major.size": 0,
+        "ytick.minor.size": 0,
+        "xtick.major.size": 3,
+        "lines.solid_joinstyle": "round",
+        "path.simplify_threshold": 0.2,
+    }
+
+
+def _rounded(match: re.Match[str]) -> str:
+    """A hundredth of a pixel is enough."""
+    return f"{float(match[0]):.2f}".rstrip("0").rstrip(".")
+
+
+def _svg(drawing: Any) -> str:
+    """The figure as an <svg> element for HTML, which needs neither name spaces nor its own style."""
+    stream = io.StringIO()
+    drawing.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'<svg[^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1">', text, count=1)
+    text = re.sub(r"<style.*?</style>|<metadata.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"font-family:[^;\"]*;?", "", text)
+    text = re.sub(r"<path[^>]*>", lambda path: re.sub(r"-?\d+\.\d{3,}", _rounded, path[0]), text)
+    text = text.replace("xlink:href", "href")
+    for name, (colour, _) in PALETTE.items():
+        text = text.replace(colour, f"var(--{name})")
+    return re.sub(r"\s*\n\s*", "\n", text)

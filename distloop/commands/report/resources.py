@@ -1,0 +1,144 @@
+"""The sections of what a run took: time of each attempt, throughput, memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from distloop.commands.report.markup import UNKNOWN, figure, folded, legend, percent, quiet, span_of, table, text
+from distloop.commands.report.plots import Line, draw_shares
+from distloop.commands.report.read import Record, accounts
+from distloop.commands.report.style import ACCOUNT_COLOURS, SERIES
+from distloop.commands.report.training import plot_of, with_mean
+from distloop.run.accounts import goodput
+
+MOST_RANKS = 8  # with a curve of memory each; of more the most and the least
+MOST_ATTEMPTS = 12  # rows of a table before the others are folded
+
+
+def resources(record: Record) -> str:
+    """Throughput, where the time went over the run, memory."""
+    metrics, plots, missing = record.metrics, [], []
+    if metrics.problem:
+        return quiet(metrics.problem)
+    rate = metrics.train.get("samples_per_second")
+    if rate is not None and rate.points:
+        plots.append(plot_of(record, "Samples per second", with_mean(rate, "blue"), logarithmic=False, zero=True))
+    else:
+        missing.append("the throughput")
+    seconds = np.concatenate(metrics.seconds, axis=1) if metrics.seconds else np.zeros((5, 0))
+    if seconds[1:].sum() > 0:
+        order = {"compute": 2, "data": 1, "validation": 3, "checkpoint": 4}  # rows of `seconds`
+        colours = [ACCOUNT_COLOURS[name] for name in order]
+        svg = draw_shares(seconds[[0, *order.values()]], colours, record.attempts, metrics.last_step)
+        keys = legend((ACCOUNT_COLOURS[name], "area", name) for name in order)
+        plots.append(f"<div><h3>Time of the steps</h3>{keys}{svg}</div>")
+    else:
+        missing.append("where the time went")
+    if metrics.memory:
+        plots.append(_memory(record))
+    else:
+        missing.append("the memory")
+    note = quiet(f"metrics.jsonl says nothing of {' and '.join(missing)}.") if missing else ""
+    return f'<div class="plots">{"".join(plots)}</div>{note}'
+
+
+def time_accounts(record: Record) -> str:
+    """What each attempt's wall time went into."""
+    if record.time.problem:
+        return quiet(record.time.problem)
+    if not record.time.value:
+        return quiet("time.json knows of no attempt yet.")
+    names = [name for name, seconds in record.seconds.items() if seconds > 0]
+    colours = account_colours(names)
+    longest = max(sum(accounts(attempt).values()) for attempt in record.time.value)
+    bars, rows = [], []
+    for attempt in record.time.value:
+        seconds = accounts(attempt)
+        bars.append(bar(f"attempt {attempt.get('attempt', '?')}", seconds, colours, longest))
+        rows.append(
+            [
+                figure(attempt.get("attempt")),
+                text(attempt.get("state")),
+                f'<span class="one">{text(_date(attempt.get("began")))}</span>',
+                f"{figure(attempt.get('world_size'))} × {text(attempt.get('device'))}",
+                f"<span class='one'>{figure(attempt.get('first_step'))} → {figure(attempt.get('step'))}</span>",
+                *(_seconds(seconds.get(name)) for name in names),
+                span_of(sum(seconds.values())),
+                percent(goodput(seconds)),
+            ]
+        )
+    if len(rows) > 1:
+        total = record.seconds
+        rows.append(
+            [
+                "all",
+                "",
+                "",
+                "",
+                "",
+                *(f"<b>{_seconds(total.get(name))}</b>" for name in names),
+                f"<b>{span_of(sum(total.values()))}</b>",
+                f"<b>{percent(goodput(total))}</b>",
+            ]
+        )
+    titles = ["attempt", "state", "began", "processes", "steps", *(_account(name) for name in names)]
+    details = table([*titles, "wall time", "goodput"], rows, left=5, kind="full")
+    shown = "".join(bars[-MOST_ATTEMPTS:])
+    note = f"The last {MOST_ATTEMPTS} of {len(bars)} attempts. " if len(bars) > MOST_ATTEMPTS else ""
+    details = folded(f"All {len(bars)} attempts", details) if note else details
+    return (
+        legend((colours[name], "area", _account(name)) for name in names) + f'<div class="bars">{shown}</div>{details}'
+        f'<p class="note">{note}Goodput: the share of the wall time in compute and data of steps that counted. '
+        "Lost: work that was done again after a restart. Seconds where no unit is given.</p>"
+    )
+
+
+def bar(name: str, seconds: dict[str, float], colours: dict[str, str], longest: float, dot: str = "") -> str:
+    """A row of stacked time accounts, as long as its share of the longest; `dot`: the colour of a point before it."""
+    parts = "".join(
+        f'<i style="--c:var(--{colours[account]});width:{100 * value / longest:.3f}%" '
+        f'title="{text(_account(account))} {span_of(value)}"></i>'
+        for account, value in seconds.items()
+        if account in colours and longest > 0
+    )
+    total = f"{span_of(sum(seconds.values()))} · {percent(goodput(seconds))}" if seconds else UNKNOWN
+    point = f'<i style="--c:var(--{dot})"></i>' if dot else ""
+    return (
+        f'<span class="name">{point}{text(name)}</span><span class="bar">{parts}</span>'
+        f'<span class="value">{total}</span>'
+    )
+
+
+def account_colours(names: list[str]) -> dict[str, str]:
+    """Each account's colour; those of another version get what is left."""
+    others = iter([name for name in SERIES if name not in ACCOUNT_COLOURS.values()] * len(names))
+    return {name: ACCOUNT_COLOURS.get(name) or next(others) for name in names}
+
+
+def _seconds(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:,.1f}"
+
+
+def _memory(record: Record) -> str:
+    blocks = record.metrics.memory
+    ranks = max(len(block) for block in blocks) - 1
+    padded = [np.pad(block, ((0, ranks + 1 - len(block)), (0, 0)), constant_values=np.nan) for block in blocks]
+    steps, peaks = np.split(np.concatenate(padded, axis=1), [1])
+    if ranks <= MOST_RANKS:
+        each = [(Line(np.vstack([steps, row]), SERIES[rank]), f"rank {rank}") for rank, row in enumerate(peaks)]
+    else:
+        most, least = np.fmax.reduce(peaks), np.fmin.reduce(peaks)
+        each = [(Line(np.vstack([steps, most]), "red"), f"the most of {ranks} ranks")]
+        each.append((Line(np.vstack([steps, least]), "blue"), "the least"))
+    return plot_of(record, "Peak memory in GiB", each, logarithmic=False, zero=True)
+
+
+def _account(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _date(moment: Any) -> str | None:
+    """2026-11-22 11:07 of an ISO 8601 time."""
+    return moment[:16].replace("T", " ") if isinstance(moment, str) else None

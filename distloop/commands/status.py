@@ -1,0 +1,283 @@
+"""`distloop status`: a table of runs, ranked by a metric if asked for.
+
+A terminal gets colours and what fits its width; a pipe whole lines, with two or more spaces between the columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distloop.commands.ranking import Ranking, natural_order, rank
+from distloop.commands.reading import (
+    Run,
+    checkpoint_steps,
+    failure_of,
+    is_run,
+    last_validation,
+    metrics_in,
+    read_run,
+    runs_in,
+    seconds_since,
+)
+from distloop.errors import UsageError
+from distloop.tracking.wording import number
+
+UNKNOWN = "–"
+STYLES = {"running": "green", "starting": "cyan", "stopped": "yellow", "failed": "red", "gone": "red", "damaged": "red"}
+FOLDED = ("run", "differs")  # into several lines where a terminal is narrow: cut they would be of no use
+DIFFERS_WIDTH = 60
+MOST_RANKS, MOST_LINES = 16, 8
+
+
+class Column(NamedTuple):
+    """A column of the table."""
+
+    title: str
+    cells: list[str]
+    to_the_right: bool = False
+    dropped: int = 0
+    """Where the terminal is too narrow the columns with the lowest numbers go first; 0: never."""
+    least: int = 1000
+    """The width that it may be cut or folded to."""
+
+    @property
+    def width(self) -> int:
+        return max(map(len, [self.title, *self.cells]))
+
+
+def main(arguments: list[str]) -> int:
+    """Show the table; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    folder = Path(options.runs_dir)
+    try:
+        single = is_run(folder)
+        runs = [read_run(folder)] if single else _runs_in(folder)
+        ranking = rank(runs, options.sort, options.reverse) if options.sort and runs else None
+    except UsageError as error:
+        print(f"distloop: {error}", file=sys.stderr)
+        return 2
+    runs = ranking.runs if ranking else runs
+    try:
+        if options.json:
+            print(json.dumps([_as_json(run, index, ranking, single) for index, run in enumerate(runs)], indent=1))
+        elif not runs:
+            print(f"no runs in {folder.resolve()}")
+        else:
+            _show(columns(runs, ranking, with_reasons=not single), runs)
+            if single:
+                print("\n" + "\n".join(details(runs[0])))
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `distloop status | head`; Python would say so again as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def columns(runs: list[Run], ranking: Ranking | None, with_reasons: bool = True) -> list[Column]:
+    """The table; what no run has gets no column."""
+    table = []
+    if ranking:
+        places = [ranking.place(index) for index in range(len(runs))]
+        table.append(Column("#", [_shown(place) for place in places], to_the_right=True))
+    table.append(Column("run", [run.name for run in runs], least=20))
+    table.append(Column("state", [run.state for run in runs]))
+    if ranking and ranking.is_metric:
+        table.append(Column(ranking.by, [UNKNOWN if not v else f"{number(v[0])} @{v[1]}" for v in ranking.values]))
+    if ranking:
+        table.append(Column("differs", list(map(_pairs, ranking.settings)), least=24))
+    table.append(Column("step", list(map(_progress, runs)), to_the_right=True, dropped=6 if ranking else 0))
+    if not ranking or any(run.best_rule and run.best_rule[0] != ranking.by for run in runs):
+        table.append(Column("best", list(map(_best, runs)), dropped=4 if ranking else 0))
+    table.append(Column("written", [_age(run.written) for run in runs], to_the_right=True, dropped=5))
+    table.append(Column("attempt", [_shown(run.attempt) for run in runs], to_the_right=True, dropped=3))
+    table.append(Column("Slurm job", list(map(_job, runs)), dropped=2))
+    if with_reasons:
+        reasons = [(run.reason or "").strip().partition("\n")[0] or UNKNOWN for run in runs]
+        table.append(Column("reason", reasons, dropped=1, least=30))
+    always = ("run", "state", "step", "written", "attempt")
+    return [column for column in table if column.title in always or set(column.cells) != {UNKNOWN}]
+
+
+def fit(table: list[Column], width: int) -> dict[str, int]:
+    """The titles of the columns that have room in a terminal of this width, with their widths."""
+    widths = {column.title: min(column.width, column.least) for column in table}
+    for column in sorted(table, key=lambda column: column.dropped):
+        if column.dropped and sum(widths.values()) + 2 * (len(widths) - 1) > width:
+            del widths[column.title]
+    spare = width - sum(widths.values()) - 2 * (len(widths) - 1)
+    for column in table:
+        if column.title in widths and spare > 0:
+            wider = min(spare, column.width - widths[column.title])
+            widths[column.title] += wider
+            spare -= wider
+    return widths
+
+
+def details(run: Run) -> list[str]:
+    """What is shown of a single run below its row."""
+    lines = [("directory", str(run.path))]
+    steps = checkpoint_steps(run.path)
+    lines.append(("checkpoints", f"step {', '.join(map(str, steps))}" if steps else "none"))
+    last = last_validation(run.path)
+    if last:
+        found = " · ".join(f"{name} {number(value)}" for name, value in metrics_in(last).items())
+        lines.append(("last validation", f"step {last['step']} · {found}"))
+    if run.first_step:
+        lines.append(("this attempt", f"began after step {run.first_step}"))
+    for index, each in enumerate(run.ranks[:MOST_RANKS]):
+        lines.append(("" if index else "ranks", f"{_place(each)} · process {each.get('pid')}"))
+    if len(run.ranks) > MOST_RANKS:
+        lines.append(("", f"and {len(run.ranks) - MOST_RANKS} more"))
+    for index, line in enumerate((run.reason or "").strip().splitlines()[:MOST_LINES]):
+        lines.append(("" if index else "reason", line))
+    failure = failure_of(run)
+    if failure:
+        lines.append(("failed first", _place(failure)))
+        lines += [("", line) for line in str(failure.get("traceback") or "").splitlines()[-MOST_LINES:]]
+    return [f"  {title:<16}  {text}".rstrip() for title, text in lines]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distloop status",
+        description="A table of runs, or one run in detail. A run that says it is running, but whose process is not "
+        "there, is shown as gone.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs_dir", nargs="?", default="runs", help="folder of run directories, or one (default: runs)")
+    parser.add_argument(
+        "--sort", metavar="METRIC", help="rank by a validation metric, the best first, or by step, written or name"
+    )
+    parser.add_argument(
+        "--reverse",
+        action="store_true",
+        help="the other way round, as for a metric not named loss or error of which less is better",
+    )
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    return parser
+
+
+def _runs_in(folder: Path) -> list[Run]:
+    try:
+        return sorted(runs_in(folder), key=lambda run: natural_order(run.name))
+    except FileNotFoundError:
+        hint = "" if folder.is_absolute() else f" (looked for {folder.absolute()})"
+        raise UsageError(f"{folder}: there is no such folder{hint}. Give the one that holds your runs.") from None
+    except NotADirectoryError:
+        raise UsageError(f"{folder} is a file. Give the folder that holds your runs, or a run's own.") from None
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be read: {error.strerror}.") from None
+
+
+def _show(table: list[Column], runs: list[Run]) -> None:
+    if not sys.stdout.isatty():
+        print("\n".join(plain_lines(table)))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    widths = fit(table, console.width)
+    shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for column in table:
+        if column.title in widths:
+            shown.add_column(
+                Text(column.title),
+                justify="right" if column.to_the_right else "left",
+                width=widths[column.title],
+                no_wrap=column.title not in FOLDED,
+                overflow="fold" if column.title in FOLDED else "ellipsis",
+            )
+    for index, run in enumerate(runs):
+        cells = [(column.title, column.cells[index]) for column in table if column.title in widths]
+        shown.add_row(*(Text(cell, STYLES.get(run.state, "") if title == "state" else "") for title, cell in cells))
+    console.print(shown)
+    for column in table:
+        if column.title == "reason" and "reason" not in widths:  # no room for it beside the others
+            console.print()
+            for run, reason in zip(runs, column.cells, strict=True):
+                if reason != UNKNOWN:
+                    line = Text.assemble((run.name, STYLES.get(run.state, "")), f": {reason}")
+                    console.print(line, no_wrap=True, overflow="ellipsis")
+
+
+def plain_lines(table: list[Column]) -> list[str]:
+    """The table as lines without trailing spaces."""
+    lines = []
+    for cells in zip(*([column.title, *column.cells] for column in table), strict=True):
+        padded = [
+            cell.rjust(column.width) if column.to_the_right else cell.ljust(column.width)
+            for cell, column in zip(cells, table, strict=True)
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def _as_json(run: Run, index: int, ranking: Ranking | None, detailed: bool) -> dict[str, Any]:
+    shown = {**dataclasses.asdict(run), "path": str(run.path), "seconds_since_written": seconds_since(run.written)}
+    if ranking:
+        value, step = ranking.values[index] or (None, None)
+        shown |= {"place": ranking.place(index), "differs": ranking.settings[index]}
+        if ranking.is_metric:
+            shown |= {"sorted_by": ranking.by, "direction": ranking.direction, "value": value, "value_step": step}
+    if detailed:
+        shown |= {"checkpoints": checkpoint_steps(run.path), "last_validation": last_validation(run.path)}
+        shown |= {"failure": failure_of(run)}
+    return shown
+
+
+def _place(rank: dict[str, Any]) -> str:
+    return f"rank {rank.get('rank')} on {rank.get('node')} · step {rank.get('step')} · {rank.get('phase')}"
+
+
+def _progress(run: Run) -> str:
+    if run.step is None or not run.total_steps:
+        return f"{_shown(run.step)}/{_shown(run.total_steps)}"
+    return f"{run.step}/{run.total_steps} {100 * run.step // run.total_steps}%"
+
+
+def _best(run: Run) -> str:
+    if not (run.best and run.best_rule and run.best_rule[0] in run.best):
+        return UNKNOWN
+    metric = run.best_rule[0]
+    return f"{metric} {number(run.best[metric])} @{_shown(run.best.get('step'))}"
+
+
+def _age(written: str | None) -> str:
+    seconds = seconds_since(written)
+    if seconds is None:
+        return UNKNOWN
+    for unit, length, limit in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 48 * 3600)):
+        if seconds < limit:
+            return f"{seconds // length:.0f} {unit} ago"
+    return f"{seconds // 86400:.0f} d ago"
+
+
+def _job(run: Run) -> str:
+    restarts = f" restart {run.slurm_restart}" if run.slurm_job and run.slurm_restart else ""
+    return f"{_shown(run.slurm_job)}{restarts}"
+
+
+def _pairs(settings: dict[str, str]) -> str:
+    """ "optim.lr=0.1 seed=2", as many of them as have room."""
+    text = ""
+    for key, value in settings.items():
+        pair = f"{' ' if text else ''}{key}={value}"
+        if len(text) + len(pair) > DIFFERS_WIDTH:
+            return f"{text} …".strip()
+        text += pair
+    return text or UNKNOWN
+
+
+def _shown(value: int | str | None) -> str:
+    return UNKNOWN if value is None else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

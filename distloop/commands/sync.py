@@ -1,0 +1,103 @@
+"""`distloop sync RUN [RUN …]`: bring W&B up to date with a run directory: what stayed offline, or never arrived.
+
+Each row of metrics.jsonl that the server does not have is uploaded, of all attempts and in order, under the run's own
+id; then the W&B run is ended as the run has ended. Where there is nothing to upload, nothing changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distloop.commands.reading import is_run, read_run
+from distloop.config.yaml_text import parse_yaml
+from distloop.errors import UsageError
+from distloop.ranks.stopping import STOP
+from distloop.run.files import CONFIG
+from distloop.tracking.wandb.mirror import alone
+from distloop.tracking.wandb.run import WandbError, WandbRun
+
+USAGE = "usage: distloop sync RUN [RUN …]     RUN: a run's directory, such as runs/digits"
+STARTING_SECONDS = 60.0
+
+
+def sync(path: Path) -> str:
+    """Upload what W&B misses of the run in `path`; returns what to say. Raises UsageError, WandbError."""
+    if not is_run(path) or not (path / CONFIG).exists():
+        raise UsageError(f"{path} is no run's directory: name one that holds {CONFIG}.")
+    state = read_run(path).state
+    if state in ("starting", "running"):
+        raise UsageError(f"{path} is going on: wait for its end, or stop it (touch {path / STOP}).")
+    with alone(path, 0.0) as is_alone:
+        if not is_alone:
+            raise UsageError(f"{path} is being uploaded already, by its own run or another sync; wait for its end.")
+        wandb_run = WandbRun(path, _settings(path), "online")
+        with contextlib.redirect_stderr(wandb_run.said), _own_process_silent():
+            wandb_run.start(STARTING_SECONDS, or_offline=False)
+            before = wandb_run.next_row
+            wandb_run.log_new_rows()
+            problem = wandb_run.finish(state if state in ("finished", "stopped") else "failed")
+    if problem:
+        raise WandbError(problem)
+    rows = wandb_run.next_row
+    return f"{path}: {rows - before} rows uploaded, {rows} in all: {wandb_run.state.get('url')}"
+
+
+@contextlib.contextmanager
+def _own_process_silent() -> Iterator[None]:
+    """What wandb starts meanwhile writes no log to this terminal."""
+    terminal, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nothing)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The section `tracking` of the run's config."""
+    try:
+        settings = parse_yaml((path / CONFIG).read_text())["tracking"]
+    except (yaml.YAMLError, ValueError) as error:
+        raise UsageError(f"{path / CONFIG} cannot be read: {' '.join(str(error).split())}") from None
+    except (KeyError, TypeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path / CONFIG} is that of a version without W&B; add a section `tracking` to it.")
+    return settings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Sync what the command line names; returns the exit code: 0 done, 1 not all of it, 2 wrong usage."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] in (["--help"], ["-h"]):
+        print(f"{__doc__}\n{USAGE}")
+        return 0
+    if not arguments or any(argument.startswith("-") for argument in arguments):
+        print(USAGE, file=sys.stderr)
+        return 2
+    code = 0
+    for argument in arguments:
+        try:
+            print(sync(Path(argument)), flush=True)
+        except UsageError as error:
+            print(f"distloop: {error}", file=sys.stderr)
+            return 2
+        except WandbError as error:
+            print(f"distloop: {argument} was not synced: {error}", file=sys.stderr)
+            code = 1
+    return code
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # wandb's own exit hooks may wait for a server

@@ -1,0 +1,231 @@
+"""From a YAML file and the command line to a checked Config."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import tyro
+import yaml
+
+from distloop.config.named_secrets import MASK
+from distloop.config.secrets import clean_mapping, learn, masked_keys
+from distloop.config.settings import Config
+from distloop.config.yaml_text import dump_yaml, parse_yaml
+from distloop.errors import UsageError, suggest
+
+SECTIONS = [field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default)]
+# Setting one of a pair on the command line replaces what the file says of the other.
+ALTERNATIVES = (("train.epochs", "train.steps"), ("validate.every_epochs", "validate.every_steps"))
+
+
+def load_config(arguments: list[str], quiet: bool = False) -> Config:
+    """The config of a command line such as ["--config", "configs/digits.yaml", "--optim.lr", "0.1"].
+
+    `quiet` leaves the command line's own help and error text to another rank. Raises UsageError for what a
+    file says, SystemExit (0 for --help, 2 for an error) for what the command line says.
+    """
+    arguments = [_shorthand(argument) for argument in arguments]
+    path = _config_path(arguments)
+    settings: dict[str, Any] = read_yaml(Path(path)) if path else {}
+    arguments = _take_single_arguments(arguments, settings)
+    arguments = ["None" if argument == "null" else argument for argument in arguments]  # as in YAML
+    _choose_alternatives(settings, arguments)
+    base = config_from_mapping(settings, path or "command line")
+    nowhere = io.StringIO()
+    with contextlib.ExitStack() as silence:
+        if quiet:  # tyro's own switch for this leaves some of its messages
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        config = tyro.cli(
+            Config,
+            default=base,
+            args=arguments,
+            prog="distloop train",
+            description="Train a model. Settings come from --config FILE and, over it, from the command line.",
+        )
+    config = config_from_mapping(dataclasses.asdict(config), "command line")
+    if config.name is None:
+        name = Path(config.config).stem if config.config else config.data.name.rpartition(":")[2]
+        config = dataclasses.replace(config, name=name)
+    check(config)
+    learn(dataclasses.asdict(config))
+    return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UsageError when it is missing or not a mapping."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        folder = path.resolve().parent
+        there = sorted(p.name for p in folder.glob("*.yaml")) if folder.is_dir() else []
+        hint = suggest(path.name, there) if there else f" There is no YAML file in {folder}."
+        raise UsageError(f"--config {path}: no such file (looked for {path.resolve()}).{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: cannot be read: {error}") from None
+    try:
+        settings = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path}: expected settings like 'seed: 0', found a {type(settings).__name__}.")
+    return settings
+
+
+def config_from_mapping(settings: dict[str, Any], source: str) -> Config:
+    """A Config from nested mappings. Raises UsageError naming each key, its value and what it takes."""
+    # A section given as one word is its name: `model: mlp` for `model: {name: mlp}`.
+    settings = {
+        key: {"name": value} if key in SECTIONS and isinstance(value, str) else value
+        for key, value in settings.items()
+        if not (key in SECTIONS and value is None)
+    }
+    try:
+        return _adapter().validate_python(settings)
+    except pydantic.ValidationError as error:
+        problems: dict[str, tuple[Any, list[str]]] = {}
+        for problem in error.errors():
+            key = _field_path(problem["loc"])
+            if problem["type"] == "unexpected_keyword_argument":
+                known = _known_keys(problem["loc"][:-1])
+                text = f"there is no such setting.{suggest(str(problem['loc'][-1]), known)}"
+            else:
+                text = problem["msg"][0].lower() + problem["msg"][1:]
+            problems.setdefault(key, (problem["input"], []))[1].append(text)
+        lines = [f"{key} = {value!r}: {' or '.join(texts)}" for key, (value, texts) in problems.items()]
+        raise UsageError("\n".join(f"{source}: {line}" for line in lines)) from None
+
+
+def dump(config: Config) -> str:
+    """The config as YAML that config_from_mapping reads back to an equal Config."""
+    return dump_yaml(_adapter().dump_python(config, mode="json"))
+
+
+def dump_without_secrets(config: Config) -> str:
+    """The config as YAML in which *** stands for each secret: check() refuses it where one is not given anew."""
+    return dump_yaml(clean_mapping(_adapter().dump_python(config, mode="json")))
+
+
+def check(config: Config) -> None:
+    """Rules between settings. Raises UsageError."""
+    masked = dict.fromkeys(masked_keys(dataclasses.asdict(config)))
+    if masked:
+        options = dict.fromkeys("--" + ".".join(key.split(".")[:3]) for key in masked)  # no deeper: --data.args.KEY
+        raise UsageError(
+            f"In place of {', '.join(masked)} the config has {MASK}, as a run's copy of it does where a value looks "
+            f"like a secret. Give what is meant with {', '.join(options)}, or use your own config file."
+        )
+    if not re.fullmatch(r"[\w.+=@-]+", config.name or "") or set(config.name or ".") <= {"."}:
+        raise UsageError(f"name = {config.name!r}: use letters, digits and . _ - + = @, since it names a folder.")
+    for one, other in ALTERNATIVES:
+        group, _key = one.split(".")
+        values = [getattr(getattr(config, group), name.split(".")[1]) for name in (one, other)]
+        if values.count(None) != 1:
+            have = "both are given" if None not in values else "neither is given"
+            raise UsageError(f"{one} and {other}: {have}; set exactly one of them.")
+    if config.precision != "no" and config.dtype == "float64":
+        raise UsageError(
+            f"precision = {config.precision!r} with dtype = 'float64': mixed precision is for float32 "
+            "parameters; set precision: no or dtype: float32."
+        )
+    if config.optim.nesterov and config.optim.momentum == 0:
+        raise UsageError("optim.nesterov needs optim.momentum above 0.")
+    if config.checkpoint.best and not re.fullmatch(r"(min|max) [^\s]+", config.checkpoint.best):
+        raise UsageError(f"checkpoint.best = {config.checkpoint.best!r}: write 'max METRIC' or 'min METRIC'.")
+    if config.schedule.name == "multi_step" and not config.schedule.milestones:
+        raise UsageError("schedule.name = 'multi_step' needs schedule.milestones, the steps at which the rate drops.")
+
+
+@functools.cache
+def _adapter() -> pydantic.TypeAdapter[Config]:
+    return pydantic.TypeAdapter(Config)
+
+
+def _field_path(location: tuple[int | str, ...]) -> str:
+    """pydantic's location without the branches of a union: ("data", "workers", "int") -> "data.workers"."""
+    names: list[str] = []
+    owner: Any = Config
+    for part in location:
+        names.append(str(part))
+        field = {field.name: field for field in dataclasses.fields(owner)}.get(str(part))
+        if field is None or not dataclasses.is_dataclass(field.default):
+            break
+        owner = type(field.default)
+    return ".".join(names)
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    owner: Any = Config
+    for part in location:
+        owner = type(getattr(owner(), str(part)))
+    return [field.name for field in dataclasses.fields(owner)]
+
+
+def _shorthand(argument: str) -> str:
+    """--model mlp for --model.name mlp."""
+    flag, equals, value = argument.partition("=")
+    named = flag.startswith("--") and flag[2:] in ("data", "model", "task", "optim", "schedule")
+    return f"{flag}.name{equals}{value}" if named else argument
+
+
+def _config_path(arguments: list[str]) -> str | None:
+    for position, argument in reversed(list(enumerate(arguments))):  # the last one counts, as for any flag
+        flag, equals, value = argument.partition("=")
+        if flag == "--config":
+            if not equals and position + 1 == len(arguments):
+                raise UsageError("--config needs a file, as in --config configs/digits.yaml")
+            return value if equals else arguments[position + 1]
+    return None
+
+
+def _take_single_arguments(arguments: list[str], settings: dict[str, Any]) -> list[str]:
+    """Move --SECTION.args.KEY VALUE from the command line into the settings; the rest is returned."""
+    rest: list[str] = []
+    queue = list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        match = re.fullmatch(r"--(\w+)\.args\.([\w-]+)(?:=(.*))?", argument, re.DOTALL)
+        if match is None:
+            rest.append(argument)
+            continue
+        group, key, value = match.groups()
+        if value is None:
+            if not queue:
+                raise UsageError(f"{argument} needs a value.")
+            value = queue.pop(0)
+        inner = settings.get(group) or {}
+        inner = {"name": inner} if isinstance(inner, str) else inner
+        earlier = inner.get("args") or {} if isinstance(inner, dict) else None
+        if not isinstance(earlier, dict):
+            raise UsageError(
+                f"{group}.args: the file has something else than a mapping there, so {argument} cannot be set."
+            )
+        try:
+            settings[group] = {**inner, "args": {**earlier, key.replace("-", "_"): parse_yaml(value)}}
+        except yaml.YAMLError:
+            raise UsageError(f"{argument}: {value!r} is not valid YAML.") from None
+    return rest
+
+
+def _choose_alternatives(settings: dict[str, Any], arguments: list[str]) -> None:
+    """Where one of a pair is set, and the other is not set in the same place, clear the other one's default."""
+    flags = {argument.partition("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
+    for pair in ALTERNATIVES:
+        group = pair[0].split(".")[0]
+        inner = settings.get(group) or {}
+        if not isinstance(inner, dict):
+            continue
+        names = [key.split(".")[1] for key in pair]
+        chosen = [name for name in names if f"{group}.{name}" in flags]
+        chosen = chosen or [name for name in names if inner.get(name) is not None]
+        if len(chosen) == 1:
+            settings[group] = {**inner, **{name: None for name in names if name not in chosen}}

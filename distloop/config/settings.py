@@ -1,0 +1,279 @@
+"""The run as frozen dataclasses: every setting, its default and what it means.
+
+The defaults are the digits recipe (configs/digits.yaml says the same). Reading YAML and the command line is
+config_load.py's job; nothing here knows about files. The string below each field is its help text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+
+import yaml
+from annotated_types import Ge, Gt, Lt
+from tyro.constructors import PrimitiveConstructorSpec
+
+from distloop.config.yaml_text import dump_yaml, parse_yaml
+
+Section = TypeVar("Section")
+
+
+@dataclass_transform(frozen_default=True)
+def section(cls: type[Section]) -> type[Section]:
+    """A frozen dataclass in which pydantic refuses unknown keys."""
+    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+
+
+def _from_command_line(strings: list[str]) -> Any:
+    try:
+        return parse_yaml(strings[0])
+    except yaml.YAMLError:
+        raise ValueError(f"{strings[0]!r} is not valid YAML") from None
+
+
+# Keyword arguments for a dataset, model or task. On the command line either the whole mapping as YAML
+# (--model.args '{hidden: 64}') or one key of it (--model.args.hidden 64).
+Arguments = Annotated[
+    dict[str, Any],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{YAML MAPPING}",
+        instance_from_str=_from_command_line,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [dump_yaml(value, in_one_line=True).strip()],
+    ),
+]
+no_arguments = functools.partial(dataclasses.field, default_factory=dict)
+
+
+@section
+class Data:
+    name: str = "digits"
+    """diabetes | digits | fashion_mnist | cifar10 | image_folder, or module:callable of your own."""
+    root: str = "data"
+    """Folder of data sets that live in files."""
+    workers: NonNegativeInt | Literal["auto"] = "auto"
+    """Loader processes per rank. auto: none for data in memory, else the CPUs this process may use, shared
+    by the ranks of the machine."""
+    timeout_seconds: PositiveInt = 600
+    """How long loader processes may take for a batch before the run fails instead of waiting for them."""
+    collate: str | None = None
+    """module:callable that makes a batch of a list of samples (default: PyTorch's)."""
+    args: Arguments = no_arguments()
+    """Arguments of the data set."""
+
+
+@section
+class Model:
+    name: str = "cnn"
+    """linear | mlp | cnn | resnet18_small, any torchvision classifier by name, or module:callable."""
+    pretrained: bool = False
+    """Start from torchvision's weights; layers whose shape differs (the head) start fresh."""
+    args: Arguments = no_arguments()
+    """Arguments of the model."""
+
+
+@section
+class Task:
+    name: str = "classification"
+    """classification | regression, or module:class of your own (a subclass of distloop.tasks.Task)."""
+    args: Arguments = no_arguments()
+    """Arguments of the task, such as label_smoothing."""
+
+
+@section
+class Optim:
+    name: Literal["sgd", "adam", "adamw"] = "adamw"
+    """The optimizer."""
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate. It belongs to the global batch and never changes with the number of processes."""
+    weight_decay: NonNegativeFloat = 0.05
+    """Decay of weights; norms and biases are not decayed."""
+    momentum: Fraction = 0.9
+    """sgd only."""
+    nesterov: bool = False
+    """sgd only."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """adam and adamw only."""
+    eps: PositiveFloat = 1e-8
+    """adam and adamw only."""
+    clip_norm: PositiveFloat | None = None
+    """Largest norm of the whole step's gradient; null: no clipping."""
+    ema_decay: Annotated[float, Gt(0), Lt(1)] | None = None
+    """Keep an exponential moving average of the weights with this decay, such as 0.999: it is what is
+    validated, and saved as averaged.safetensors beside the weights. null: none."""
+
+
+@section
+class Schedule:
+    name: Literal["constant", "linear", "cosine", "multi_step", "one_cycle", "warmup_stable_decay"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear rise from 0; one_cycle: length of its rise (0: 30 % of the run)."""
+    final_ratio: Fraction = 0.0
+    """Last learning rate as a share of the peak: linear, cosine, warmup_stable_decay."""
+    milestones: tuple[PositiveInt, ...] = ()
+    """multi_step: the steps at which the rate is multiplied by gamma."""
+    gamma: Annotated[float, Gt(0), Lt(1)] = 0.1
+    """multi_step only."""
+    decay_steps: PositiveInt | None = None
+    """warmup_stable_decay: length of the final descent (null: 20 % of the run)."""
+
+
+@section
+class Batch:
+    global_size: PositiveInt = 64
+    """Samples of one optimizer step, over all ranks and micro-batches."""
+    micro_size: PositiveInt | None = None
+    """Largest batch that one rank passes forward at once (memory). The least accumulation that fits is
+    chosen from the world size. null: no limit."""
+    remainder: Literal["drop", "train"] = "drop"
+    """Samples of an epoch beyond the last whole global batch: dropped, or trained as a smaller step."""
+
+
+@section
+class Train:
+    epochs: PositiveInt | None = 20
+    """Passes over the training data. Give this or steps."""
+    steps: PositiveInt | None = None
+    """Optimizer steps. Give this or epochs."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When a step's gradient is not a number or infinite: stop: the run fails and names step, rank and
+    samples. skip: the step leaves parameters, moments and buffers as they were."""
+    detect_anomaly: bool = False
+    """Let autograd name the forward operation behind a NaN, which makes steps several times slower."""
+
+
+@section
+class Validate:
+    every_epochs: PositiveInt | None = 1
+    """Validate after every so many epochs, and at the end. Give this or every_steps."""
+    every_steps: PositiveInt | None = None
+    """Validate after every so many steps, and at the end."""
+    batch_size: PositiveInt = 256
+    """Samples per validation batch. Their contents are fixed; whole batches are dealt to the ranks."""
+
+
+@section
+class Checkpoint:
+    every_steps: PositiveInt | None = None
+    """Save after every so many steps, and at the end. null: at the end of each epoch. A new best is saved
+    at once, and so is what is stopped."""
+    keep_last: Annotated[int, Ge(2)] = 2
+    """How many of the latest checkpoints are kept."""
+    keep_every_steps: PositiveInt | None = None
+    """Save after every so many steps, and keep these for good."""
+    best: str | None = None
+    """The validation metric of the checkpoint that is kept as the best, such as "max accuracy" or "min loss".
+    null: the task's own."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """When a checkpoint cannot be written: say so and go on until the next one, or stop the run. It fails in
+    any case when its last one cannot be written."""
+
+
+@section
+class Stop:
+    after_minutes: PositiveFloat | None = None
+    """Save and stop in time to have ended so many minutes after the start of the attempt. Slurm's time limit
+    is such a deadline by itself."""
+    reserve_seconds: NonNegativeFloat = 20.0
+    """Time to spare before a deadline, beyond what steps, validations and saves were measured to take."""
+    max_requeues: NonNegativeInt = 100
+    """How often a Slurm job of the scripts in slurm/ goes back to the queue when its time is over."""
+
+
+@section
+class Log:
+    every_steps: PositiveInt = 20
+    """Log training after every so many steps; between them nothing waits for the device."""
+
+
+@section
+class Tracking:
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases. offline: into the run directory, without an account; `distloop sync RUN` uploads it.
+    WANDB_MODE=offline in the environment makes online offline."""
+    project: str = "distloop"
+    """Project there."""
+    entity: str | None = None
+    """User or team there; null: the account's own."""
+    group: str | None = None
+    """Runs with the same group stand together."""
+    tags: tuple[str, ...] = ()
+    """Tags of the run."""
+    notes: str | None = None
+    """What is special about the run."""
+    start_seconds: PositiveFloat = 15.0
+    """How long training waits for W&B at the start, before it goes on offline."""
+    end_seconds: PositiveFloat = 60.0
+    """How long it waits at the end for what is left to be uploaded."""
+    report: bool = True
+    """Write report.html into the run directory when the run is finished."""
+
+
+@section
+class Ddp:
+    join_seconds: PositiveInt = 300
+    """How long the ranks wait for each other at the start; the missing are named then."""
+    timeout_seconds: PositiveInt = 600
+    """How long ranks wait for one that is suspended, hangs or takes much longer; it is named then."""
+    find_unused_parameters: bool = False
+    """For models that leave parameters out of some forward passes."""
+
+
+@section
+class Config:
+    config: str | None = None
+    """YAML file with any of these settings; the command line wins over it."""
+    name: str | None = None
+    """Name of the run and of its directory (default: the config file's stem)."""
+    runs_dir: str = "runs"
+    """Folder of run directories."""
+    seed: NonNegativeInt = 0
+    """Fixes the order of samples, augmentations, initial weights and dropout."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: CUDA, else MPS, else the CPU."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision of the forward pass (autocast)."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Type of parameters and inputs."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """torch.set_float32_matmul_precision; high allows TF32 on NVIDIA GPUs. Convolutions keep PyTorch's default."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    resume: Literal["auto", "never", "extend"] = "auto"
+    """auto: continue the run of this name. never: move it aside and start anew. extend: continue it although
+    the config now trains differently."""
+    init_from: str | None = None
+    """Weights to start from: a run directory, a checkpoint or a .safetensors file."""
+    expect_world: PositiveInt | None = None
+    """Refuse to train unless there are exactly so many processes."""
+
+    data: Data = Data()
+    model: Model = Model()
+    task: Task = Task()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    batch: Batch = Batch()
+    train: Train = Train()
+    validate: Validate = Validate()
+    checkpoint: Checkpoint = Checkpoint()
+    stop: Stop = Stop()
+    log: Log = Log()
+    tracking: Tracking = Tracking()
+    ddp: Ddp = Ddp()
+
+
+def path_of(config: Config) -> Path:
+    """The run's directory."""
+    return Path(config.runs_dir) / str(config.name)

@@ -1,0 +1,203 @@
+"""The order of samples and its division into steps and micro-batches: plain functions of integers.
+
+Which samples make up step g depends on the seed, the number of samples and the global batch alone. The world
+size, the accumulation and the step at which an attempt starts only decide who takes which slice of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distloop.data.seeding import derive, hashes
+from distloop.errors import UsageError
+
+EXACT_LIMIT = 2**20  # up to here the whole permutation is kept (8 MiB); above, positions are computed in chunks
+CHUNK = 2**16  # positions computed at a time above the limit: numpy needs long arrays to be fast
+ROUNDS = 8
+
+
+class Order:
+    """The shuffled order of one epoch, asked for slices: order(epoch, start, stop) -> indices."""
+
+    def __init__(self, samples: int, seed: int) -> None:
+        self.samples, self.seed = samples, seed
+        self._cached: tuple[int, int] | None = None  # (epoch, chunk) of the part below
+        self._part: NDArray[np.int64] = np.empty(0, np.int64)
+
+    def __call__(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        """The sample indices at positions start ≤ p < stop of the epoch's order, int64 [stop - start]."""
+        if not 0 <= start <= stop <= self.samples:
+            raise IndexError(f"positions {start}:{stop} of {self.samples} samples")
+        size = self.samples if self.samples <= EXACT_LIMIT else CHUNK
+        pieces = []
+        while start < stop:
+            chunk, offset = divmod(start, size)
+            part = self._chunk(epoch, chunk, size)[offset : offset + stop - start]
+            pieces.append(part)
+            start += len(part)
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+    def _chunk(self, epoch: int, chunk: int, size: int) -> NDArray[np.int64]:
+        if self._cached != (epoch, chunk):
+            key = derive(self.seed, epoch)
+            positions = np.arange(chunk * size, min((chunk + 1) * size, self.samples))
+            if self.samples <= EXACT_LIMIT:
+                self._part = np.argsort(hashes([key], positions)[0], kind="stable")
+            else:
+                self._part = permuted(positions, self.samples, key)
+            self._cached = (epoch, chunk)
+        return self._part
+
+
+def permuted(positions: NDArray[np.int64], samples: int, key: int) -> NDArray[np.int64]:
+    """The images of `positions` under a bijection of {0 … samples-1} that `key` chooses; same shape.
+
+    A Feistel network over the smallest power of two that holds all samples, applied again to whatever falls
+    outside of them (cycle-walking; Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    bits = max(2, (samples - 1).bit_length())
+    images = _feistel(positions.astype(np.uint64), bits, key)
+    outside = np.flatnonzero(images >= samples)
+    while outside.size:
+        images[outside] = _feistel(images[outside], bits, key)
+        outside = outside[images[outside] >= samples]
+    return images.astype(np.int64)
+
+
+def _feistel(values: NDArray[np.uint64], bits: int, key: int) -> NDArray[np.uint64]:
+    """A keyed bijection of the integers below 2**bits, whose halves may differ by one bit."""
+    left_bits, right_bits = bits - bits // 2, bits // 2
+    left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
+    for round_number in range(ROUNDS):
+        # The halves change places, and sizes, each round; after an even number they are back.
+        scrambled = hashes([derive(key, round_number)], right.view(np.int64))[0] & np.uint64((1 << left_bits) - 1)
+        left, right = right, left ^ scrambled
+        left_bits, right_bits = right_bits, left_bits
+    return (left << np.uint64(right_bits)) | right
+
+
+class MicroBatch(NamedTuple):
+    """What a sampler hands to the loader: which samples, and of which epoch they are (for augmentation)."""
+
+    epoch: int
+    indices: NDArray[np.int64]
+
+
+class Plan:
+    """How an epoch's positions are divided into steps, and a step among ranks and micro-batches.
+
+    Raises UsageError when the world size does not divide the global batch or there are too few samples.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        global_batch_size: int,
+        world_size: int = 1,
+        micro_batch_size: int | None = None,
+        remainder: Literal["drop", "train"] = "drop",
+    ) -> None:
+        if global_batch_size % world_size:
+            lower, upper = (
+                global_batch_size // world_size * world_size,
+                -(-global_batch_size // world_size) * world_size,
+            )
+            near = f"{upper}" if lower == 0 or upper - global_batch_size <= global_batch_size - lower else f"{lower}"
+            raise UsageError(
+                f"batch.global_size = {global_batch_size} cannot be divided among {world_size} processes; "
+                f"the nearest that can is {near}: --batch.global-size {near}"
+            )
+        if samples == 0:
+            raise UsageError("The training data is empty: there is nothing to train on.")
+        if samples < global_batch_size and remainder == "drop":
+            raise UsageError(
+                f"batch.global_size = {global_batch_size} is more than the {samples} training samples; "
+                f"lower it, or set batch.remainder: train."
+            )
+        self.samples, self.global_batch_size, self.world_size = samples, global_batch_size, world_size
+        self.accumulation = accumulation_steps(global_batch_size // world_size, micro_batch_size)
+        self.micro_batch_size = global_batch_size // (world_size * self.accumulation)
+        whole, rest = divmod(samples, global_batch_size)
+        self.steps_per_epoch = whole + (1 if rest and remainder == "train" else 0)
+
+    def span(self, step: int) -> tuple[int, int, int]:
+        """(epoch, start, stop): the positions of that epoch's order that make up `step`'s global batch."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        start = step_of_epoch * self.global_batch_size
+        return epoch, start, min(start + self.global_batch_size, self.samples)
+
+    def window(self, step: int, rank: int) -> list[tuple[int, int]]:
+        """The (start, stop) of each of `rank`'s micro-batches in `step`.
+
+        Micro-batch m of rank r is part m·W + r of the global batch, so that micro-batches of one size see the
+        same samples on any number of ranks. The short last step of an epoch is divided as evenly as it goes;
+        where it has fewer samples than ranks, some parts are empty.
+        """
+        _, start, stop = self.span(step)
+        size = stop - start
+        parts = -(-size // (self.micro_batch_size * self.world_size)) * self.world_size
+        borders = [start - (-size * part // parts) for part in range(parts + 1)]  # rounded up: the first is never empty
+        return [(borders[part], borders[part + 1]) for part in range(rank, parts, self.world_size)]
+
+
+def accumulation_steps(rank_batch_size: int, micro_batch_size: int | None) -> int:
+    """The least number of equal micro-batches, none larger than `micro_batch_size`, that make a rank's batch."""
+    limit = micro_batch_size or rank_batch_size
+    return next(
+        parts
+        for parts in range(1, rank_batch_size + 1)
+        if rank_batch_size % parts == 0 and rank_batch_size // parts <= limit
+    )
+
+
+def is_due(step: int, every_steps: int | None, every_epochs: int | None, plan: Plan) -> bool:
+    """Whether something that happens every so many steps, else every so many epochs, is due after `step` steps."""
+    return step % (every_steps or (every_epochs or 1) * plan.steps_per_epoch) == 0
+
+
+class MicroBatchSampler:
+    """One rank's micro-batches of the steps start ≤ g < stop, as a DataLoader's batch_sampler.
+
+    One iteration runs through all epochs, so that loader workers are started once. Where a rank's part of a
+    short step is empty it gets the step's first sample, to be weighted with zero (DDP needs its backward pass).
+    """
+
+    def __init__(self, order: Order, plan: Plan, rank: int, start: int, stop: int) -> None:
+        self.order, self.plan, self.rank, self.start, self.stop = order, plan, rank, start, stop
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for step in range(self.start, self.stop):
+            epoch, first, _ = self.plan.span(step)
+            for start, stop in self.plan.window(step, self.rank):
+                empty = start == stop
+                yield MicroBatch(epoch, self.order(epoch, first if empty else start, first + 1 if empty else stop))
+
+
+class FixedBatchSampler:
+    """Validation: batches of fixed contents in the data's own order; rank r takes batches r, r + W, …"""
+
+    def __init__(self, samples: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.samples, self.batch_size, self.rank, self.world_size = samples, batch_size, rank, world_size
+
+    @property
+    def batches(self) -> int:
+        """Batches over all ranks."""
+        return -(-self.samples // self.batch_size)
+
+    def span(self, position: int) -> tuple[int, int]:
+        """(start, stop) of this rank's batch number `position`."""
+        start = (self.rank + position * self.world_size) * self.batch_size
+        return start, min(start + self.batch_size, self.samples)
+
+    def size(self, position: int) -> int:
+        """Samples of this rank's batch number `position`."""
+        start, stop = self.span(position)
+        return stop - start
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for position in range(len(range(self.rank, self.batches, self.world_size))):
+            yield MicroBatch(0, np.arange(*self.span(position)))

@@ -1,0 +1,72 @@
+"""One decision of all ranks whether to stop, without a step that waits for it."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from typing import Any
+
+from distloop.ranks.stopping import REASONS, Watch
+
+AGREE_SECONDS = 0.02  # ranks ask each other about so often, however short a step is
+
+
+MOST_STEPS_BETWEEN = 16
+
+
+class Agreement:
+    """The ranks' common answer to whether to stop.
+
+    They exchange one word now and then, over gloo and beside the training: what is asked after one step is
+    read some steps later, when it has long arrived, so that no step waits. How many steps lie between is
+    agreed in the same exchange, from the time that steps take.
+    """
+
+    def __init__(self, watch: Watch, world_size: int, timeout: datetime.timedelta) -> None:
+        self.watch = watch
+        self.interval = self.steps_left = 1
+        self.since: float | None = None
+        self.exchange: Any = None
+        self.words: Any = None
+        self.group: Any = None
+        if world_size > 1:
+            import torch.distributed as dist
+
+            self.group = dist.new_group(backend="gloo", timeout=timeout)  # not in the queue of a GPU's collectives
+
+    def reached(self) -> str | None:
+        """Why all ranks stop after the step that was just done; None: go on. Call it after each step."""
+        if self.group is None and self.watch.wish:
+            return REASONS[self.watch.wish]
+        self.steps_left -= 1
+        if self.steps_left:
+            return None
+        now = time.monotonic() - self.watch.between_steps
+        step_seconds = 1.0 if self.since is None else (now - self.since) / self.interval
+        self.watch.took("steps", (2 * self.interval + 1) * step_seconds)
+        self.since = now
+        interval = max(1, min(MOST_STEPS_BETWEEN, int(AGREE_SECONDS / max(step_seconds, 1e-6))))
+        decided = 0
+        if self.group is None:
+            self.interval = interval
+        else:
+            decided = self._exchange(interval)
+        self.steps_left = self.interval
+        return REASONS[decided] if decided else None
+
+    def _exchange(self, interval: int) -> int:
+        import torch
+        import torch.distributed as dist
+
+        decided = 0
+        if self.exchange is not None:
+            self.exchange.wait()
+            decided, self.interval = self.words.tolist()
+        self.words = torch.tensor([self.watch.wish, interval])
+        self.exchange = dist.all_reduce(self.words, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return decided
+
+    def close(self) -> None:
+        """Wait for the exchange that nobody needs any more."""
+        if self.exchange is not None:
+            self.exchange.wait()

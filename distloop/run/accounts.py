@@ -1,0 +1,124 @@
+"""time.json: where the wall time of all attempts went, and how much of it was in steps that counted."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distloop.run.files import TIME, read_json
+
+if TYPE_CHECKING:
+    from distloop.run.clock import Clock
+    from distloop.run.files import Start
+
+REDONE = ("data", "compute", "validation")  # what another attempt does again
+SHARE_BETWEEN = 0.005  # of the attempt's time may pass between two writings: an end by kill -9 is known that well
+LONGEST_BETWEEN = 30.0
+
+
+class TimeAccounts:
+    """Keeps time.json for this attempt, on rank 0. A context, which closes the accounts."""
+
+    def __init__(self, start: Start, clock: Clock, world_size: int, enabled: bool, owned: Callable[[], None]) -> None:
+        """What earlier attempts did after the checkpoint that this one continues from is lost."""
+        self.path, self.clock, self.enabled, self.owned = start.path / TIME, clock, enabled, owned
+        mark = read_json(start.checkpoint / "state.json").get("time") if start.checkpoint else None
+        self.earlier = [settle(entry, mark) for entry in attempts(start.path) if entry["attempt"] < start.attempt]
+        self.entry: dict[str, Any] = {"attempt": start.attempt, "began": _now(), "state": "running"}
+        self.entry |= {"world_size": world_size, "device": clock.device.type, "first_step": start.step}
+        self.next_write = 0.0
+        self.writing = threading.Lock()  # the loop's thread and the one that watches
+        self.closed = False
+
+    def mark(self) -> dict[str, Any]:
+        """What a checkpoint holds of the time: what comes after it is lost if the run continues from it."""
+        return {"attempt": self.entry["attempt"], "seconds": self.clock.totals()}
+
+    def write_now_and_then(self) -> None:
+        """Often enough that the end of a process which is killed is known to half a percent, or half a second."""
+        if time.monotonic() >= self.next_write:
+            self.write()
+
+    def write(self, state: str | None = None) -> None:
+        """Write the accounts as they stand; `state`: how the attempt has ended (finished | stopped | failed)."""
+        if not self.enabled:
+            return
+        self.owned()
+        with self.writing:
+            if self.closed:  # the run directory may be another process's by now
+                return
+            self.entry["state"] = state or self.entry["state"]
+            self.entry["step"] = self.entry["first_step"] + self.clock.steps
+            self.entry["seconds"] = seconds = self.clock.totals()
+            self.next_write = time.monotonic() + min(LONGEST_BETWEEN, SHARE_BETWEEN * sum(seconds.values()))
+            with contextlib.suppress(OSError):  # a full disk is said by those who lose more
+                aside = self.path.with_name(f".{self.path.name}.writing")
+                aside.write_text(json.dumps({"attempts": [*self.earlier, self.entry]}) + "\n")
+                aside.replace(self.path)
+
+    def __enter__(self) -> TimeAccounts:
+        self.write()  # the end may come before it is written now and then
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.write(None if kind is None else "stopped" if interrupted else "failed")
+        with self.writing:
+            self.closed = True
+
+
+def attempts(run: Path) -> list[dict[str, Any]]:
+    """The entries of all attempts so far: attempt, began, seconds {account: …}, world_size, device, first_step, step,
+    and state, which is killed for one that could not say how it ended. What is damaged is left out."""
+    content = read_json(run / TIME)
+    entries = content.get("attempts") if isinstance(content, dict) else None
+    return [entry for entry in entries if _is_whole(entry)] if isinstance(entries, list) else []
+
+
+def _is_whole(entry: Any) -> bool:
+    seconds = entry.get("seconds") if isinstance(entry, dict) else None
+    if not isinstance(seconds, dict) or not isinstance(entry.get("attempt"), int):
+        return False
+    return all(isinstance(value, (int, float)) and math.isfinite(value) for value in seconds.values())
+
+
+def settle(entry: dict[str, Any], mark: dict[str, Any] | None) -> dict[str, Any]:
+    """An earlier attempt's entry, with its work after `mark` (see TimeAccounts.mark; None: the beginning) as lost."""
+    if entry.get("state") == "running":
+        entry = {**entry, "state": "killed"}
+    reached = mark["attempt"] if mark else 0
+    if entry["attempt"] < reached:
+        return entry
+    counted = mark["seconds"] if mark and entry["attempt"] == reached else {}
+    seconds = dict(entry["seconds"])
+    for account in REDONE:
+        kept = min(seconds.get(account, 0.0), counted.get(account, 0.0))
+        seconds["lost"] = seconds.get("lost", 0.0) + seconds.get(account, 0.0) - kept
+        seconds[account] = kept
+    return {**entry, "seconds": seconds}
+
+
+def totals(run: Path) -> dict[str, float]:
+    """Seconds of each account over all attempts of a run."""
+    sums: dict[str, float] = {}
+    for entry in attempts(run):
+        for account, seconds in entry["seconds"].items():
+            sums[account] = sums.get(account, 0.0) + seconds
+    return sums
+
+
+def goodput(seconds: dict[str, float]) -> float | None:
+    """The share of the wall time in steps that counted, waiting for their data included; None without any time."""
+    wall = sum(seconds.values())
+    return (seconds.get("data", 0.0) + seconds.get("compute", 0.0)) / wall if wall else None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

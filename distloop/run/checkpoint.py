@@ -1,0 +1,279 @@
+"""Checkpoints: a directory is written aside, checksummed, synced and renamed; what is published is whole.
+
+    step_00001200/
+        model.safetensors   weights; tensors that share memory are stored once, their other names as metadata
+        averaged.safetensors   their moving average, with optim.ema_decay
+        optimizer.pt        the optimizer's state, loadable with weights_only
+        state.json          the loop's own state: step, sums of the epoch so far, best metric, …
+        manifest.json       schema version, what is trained (hash of the config, fingerprint of the data), and
+                            size and SHA-256 of each file above
+
+All of it is read without running any code from the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from distloop.errors import UsageError
+from distloop.run.files import sync
+
+SCHEMA = 2
+MODEL, AVERAGED = "model.safetensors", "averaged.safetensors"
+OPTIMIZER, STATE, MANIFEST = "optimizer.pt", "state.json", "manifest.json"
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint directory that does not hold what its manifest says; the message says why."""
+
+
+class Weights(NamedTuple):
+    """Contiguous tensors on the host by name, and further names for some of them (tied weights)."""
+
+    tensors: dict[str, Tensor]
+    aliases: dict[str, str]
+
+
+class Snapshot(NamedTuple):
+    """What a checkpoint is written from, on the host and nobody else's to change."""
+
+    weights: Weights
+    averaged: Weights | None
+    optimizer: dict[str, Any]
+    state: dict[str, Any]
+    """The loop's own, as plain JSON."""
+    identity: dict[str, Any]
+    """What the run trains: goes into the manifest."""
+
+
+def publish(folder: Path, step: int, snapshot: Snapshot, owned: Callable[[], None] = lambda: None) -> Path:
+    """Write a checkpoint of `step` in `folder`; returns its path.
+
+    Raises OSError, RuntimeError or SafetensorError when it cannot be written; then nothing is published.
+    `owned` is called before: it does not return when the folder has another owner by now.
+    """
+    final = folder / f"step_{step:08d}"
+    writing = folder / f".writing_{final.name}"
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    write_weights(snapshot.weights, writing / MODEL)
+    if snapshot.averaged is not None:
+        write_weights(snapshot.averaged, writing / AVERAGED)
+    with open(writing / OPTIMIZER, "wb") as file:  # given a path, torch.save holds up the other threads
+        torch.save(snapshot.optimizer, file)
+    (writing / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n")
+    files = {path.name: {"size": path.stat().st_size, "sha256": digest(path)} for path in sorted(writing.iterdir())}
+    manifest = {"schema": SCHEMA, "step": step, **snapshot.identity, "files": files}
+    manifest["sha256"] = digest_of(manifest)
+    (writing / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in (*writing.iterdir(), writing):
+        sync(path)
+    owned()
+    if final.exists():  # left by an earlier attempt that this one did not start from, since it is damaged
+        replaced = folder / f".replaced_{final.name}"
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    writing.rename(final)
+    sync(folder)
+    return final
+
+
+def prune(folder: Path, final: Path, keep_last: int, keep: Callable[[int], bool]) -> None:
+    """Once `final` is published: remove the older ones but the last `keep_last` and those that `keep` names.
+
+    Later ones are damaged, and were passed over by this attempt: they go as well.
+    """
+    published = published_in(folder)
+    place = published.index(final) + 1
+    for old in published[: max(0, place - keep_last)]:
+        if not keep(step_of(old)):
+            shutil.rmtree(old, ignore_errors=True)
+    for passed_over in published[place:]:
+        shutil.rmtree(passed_over, ignore_errors=True)
+    clean(folder)
+
+
+def clean(folder: Path) -> None:
+    """Remove what killed or failed saves left behind."""
+    for pattern in (".writing_*", ".replaced_*"):
+        for leftover in folder.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
+    """The latest checkpoint in `folder` that verifies, and a line for each later one that does not."""
+    passed_over: list[str] = []
+    for path in reversed(published_in(folder)):
+        try:
+            verify(path)
+            return path, passed_over
+        except DamagedCheckpoint as damage:
+            passed_over.append(f"{path}: {damage}")
+    return None, passed_over
+
+
+def published_in(folder: Path) -> list[Path]:
+    """The checkpoint directories in `folder`, by step."""
+    found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
+    return sorted(found, key=step_of)
+
+
+def newest_published(folder: Path) -> Path | None:
+    """The latest checkpoint in `folder`, verified or not."""
+    published = published_in(folder)
+    return published[-1] if published else None
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint directory, from its name."""
+    return int(path.name.removeprefix("step_"))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint directory."""
+    return json.loads((path / MANIFEST).read_text())
+
+
+def verify(path: Path) -> None:
+    """Compare each file with the manifest. Raises DamagedCheckpoint with the reason."""
+    try:
+        manifest = read_manifest(path)
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        schema, step, checksum = manifest["schema"], manifest["step"], manifest.pop("sha256", None)
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{MANIFEST} cannot be read ({type(error).__name__})") from None
+    if schema != SCHEMA:
+        raise DamagedCheckpoint(f"its format is version {schema}; this program reads version {SCHEMA}")
+    if checksum != digest_of(manifest) or step != step_of(path):
+        raise DamagedCheckpoint(f"{MANIFEST} does not have the contents that were written")
+    for name in dict.fromkeys((MODEL, OPTIMIZER, STATE, *files)):
+        if name not in files or not (path / name).is_file():
+            raise DamagedCheckpoint(f"{name} is missing")
+        size, checksum = files[name]
+        try:
+            found = (path / name).stat().st_size
+            if found != size:
+                raise DamagedCheckpoint(f"{name} has {found} bytes instead of {size}")
+            if digest(path / name) != checksum:
+                raise DamagedCheckpoint(f"{name} does not have the contents that were written")
+        except OSError as error:
+            raise DamagedCheckpoint(f"{name} cannot be read ({error.strerror})") from None
+
+
+def load(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averaged: AveragedModel | None = None
+) -> dict[str, Any]:
+    """Copy a verified checkpoint into `model`, `optimizer` and `averaged`, in place; returns the loop's state.
+
+    The optimizer keeps the hyperparameters that the config gave it; only its moments are taken. Raises
+    UsageError for a checkpoint of another model, and for an optimizer's file that holds more than data.
+    """
+    load_weights(path / MODEL, model)
+    try:
+        stored = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{path / OPTIMIZER} cannot be read as plain data, and is not run: {reason}") from None
+    groups = optimizer.state_dict()["param_groups"]
+    if [len(group["params"]) for group in stored["param_groups"]] != [len(group["params"]) for group in groups]:
+        raise UsageError(f"{path / OPTIMIZER} belongs to other parameters than this model's.")
+    optimizer.load_state_dict({"state": stored["state"], "param_groups": groups})
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            # Fused optimizers walk through the memory of both: a parameter in channels_last needs such moments.
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    state = json.loads((path / STATE).read_text())
+    if averaged is not None and (path / AVERAGED).exists():
+        load_weights(path / AVERAGED, averaged.module)
+        averaged.n_averaged.fill_(state["averaged_steps"])
+    return state
+
+
+def weights_of(model: nn.Module, copy: Callable[[str, Tensor], Tensor]) -> Weights:
+    """Copies of the model's parameters and buffers; tensors in the same place are one, under several names."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    owners: dict[tuple, str] = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in owners:
+            aliases[name] = owners[place]
+            continue
+        owners[place] = name
+        tensors[name] = copy(name, tensor)
+    return Weights(tensors, aliases)
+
+
+def write_weights(weights: Weights, path: Path) -> None:
+    """Weights as safetensors."""
+    save_file(weights.tensors, path, metadata={"format": "pt", "aliases": json.dumps(weights.aliases)})
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Copy weights from a safetensors file into the model's existing tensors.
+
+    Raises UsageError with the keys and shapes that differ when they are another model's.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} cannot be read as safetensors: {error}") from None
+    tensors.update({alias: tensors[name] for alias, name in aliases.items() if name in tensors})
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != found:
+        raise UsageError(f"{path} belongs to another model:\n{_differing_shapes(found, expected)}")
+    model.load_state_dict(tensors)
+
+
+def weights_file(source: str) -> Path:
+    """The .safetensors file that --init-from means: itself, or that of a checkpoint or of a run's newest."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if (path / MODEL).is_file():
+        return path / MODEL
+    newest, passed_over = newest_good(path / "checkpoints")
+    if newest is None:
+        reasons = "".join(f"\n  {line}" for line in passed_over)
+        raise UsageError(f"init_from = {source!r}: no run, checkpoint or .safetensors file there.{reasons}")
+    return newest / MODEL
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(manifest: dict[str, Any]) -> str:
+    """The SHA-256 of a manifest that has none yet."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _differing_shapes(found: dict[str, tuple], expected: dict[str, tuple], most: int = 6) -> str:
+    lines = [f"  {name}: only in the file, {list(found[name])}" for name in found if name not in expected]
+    lines += [f"  {name}: only in the model, {list(expected[name])}" for name in expected if name not in found]
+    lines += [
+        f"  {name}: {list(found[name])} in the file, {list(expected[name])} in the model"
+        for name in expected
+        if name in found and found[name] != expected[name]
+    ]
+    return "\n".join(lines[:most] + ([f"  and {len(lines) - most} more"] if len(lines) > most else []))

@@ -1,0 +1,175 @@
+"""Saving beside training: the loop waits for a copy in host memory, a thread writes it."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from distloop.config.secrets import clean_text
+from distloop.config.settings import Checkpoint
+from distloop.errors import RunFailed
+from distloop.ranks.stopping import SAVE_FAILED, Watch
+from distloop.run.checkpoint import Snapshot, newest_published, prune, publish, weights_of
+
+
+class HostBuffers:
+    """Copies tensors into host memory that is kept from one save to the next.
+
+    From a GPU they are copied in the queue of its own work, so that what was computed before is what is
+    copied and what comes after cannot change it; ready() waits for the copies.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+        self.event: torch.cuda.Event | None = None
+
+    def copy(self, key: str, tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        """A copy of `tensor` in the buffer of this key."""
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty_like(tensor, device="cpu", memory_format=memory_format, pin_memory=tensor.is_cuda)
+            self.buffers[key] = buffer
+        buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        if tensor.is_cuda and self.event is None:
+            self.event = torch.cuda.Event()
+        return buffer
+
+    def copy_tree(self, key: str, value: Any) -> Any:
+        """A copy of nested dicts and lists, with their tensors in buffers."""
+        if isinstance(value, Tensor):
+            return self.copy(key, value, torch.preserve_format)
+        if isinstance(value, dict):
+            return {name: self.copy_tree(f"{key}/{name}", inner) for name, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.copy_tree(f"{key}/{place}", inner) for place, inner in enumerate(value))
+        return copy.deepcopy(value)
+
+    def record(self) -> None:
+        """All copies have been asked for."""
+        if self.event is not None:
+            self.event.record()
+
+    def ready(self) -> None:
+        """Wait until the copies are there."""
+        if self.event is not None:
+            self.event.synchronize()
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a file could not be written, in a few words: the operating system's own, where a library hides them."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error).split("\n")[0] or type(error).__name__
+
+
+class Saver:
+    """Rank 0's checkpoints; on the other ranks it does nothing. Use as a context around the loop.
+
+    At most one is being written. A new save, finish() and the end of the context wait for it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Checkpoint,
+        identity: dict[str, Any],
+        watch: Watch,
+        published: Callable[[int, dict[str, Any] | None], None],
+        enabled: bool,
+        owned: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder, self.settings, self.identity = folder, settings, identity
+        self.watch, self.published, self.owned, self.enabled = watch, published, owned, enabled
+        self.buffers = HostBuffers()
+        self.thread: threading.Thread | None = None
+        self.failure: str | None = None
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        averaged: AveragedModel | None,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+    ) -> None:
+        """Copy everything, and start to write it. `model` is the bare module, `state` plain JSON."""
+        if not self.enabled:
+            return
+        self.wait()
+        begun = time.monotonic()
+        copy = self.buffers.copy
+        snapshot = Snapshot(
+            weights_of(model, lambda name, tensor: copy(f"model/{name}", tensor)),
+            None if averaged is None else weights_of(averaged.module, lambda name, t: copy(f"averaged/{name}", t)),
+            self.buffers.copy_tree("optimizer", optimizer.state_dict()),
+            {"step": step, **state, "averaged_steps": 0 if averaged is None else int(averaged.n_averaged)},
+            self.identity,
+        )
+        self.buffers.record()
+        best = state["best"]
+        self.thread = threading.Thread(
+            target=self._write, args=(step, best, snapshot, begun), name="distloop-save", daemon=True
+        )
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint. Raises RunFailed when it could not be written."""
+        self.wait()
+        if self.failure:
+            raise RunFailed(f"The run's last checkpoint is missing. {self.failure}")
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None or not issubclass(kind, KeyboardInterrupt):  # Ctrl-C again: end at once
+            self.wait()
+
+    def _write(self, step: int, best: dict[str, Any] | None, snapshot: Snapshot, begun: float) -> None:
+        try:
+            self.buffers.ready()
+            final = publish(self.folder, step, snapshot, self.owned)
+            every = self.settings.keep_every_steps
+            prune(
+                self.folder,
+                final,
+                self.settings.keep_last,
+                lambda other: other == (best or {}).get("step") or bool(every and other and other % every == 0),
+            )
+            self.published(step, best)
+            self.failure = None
+        except Exception as error:  # each library has its own for a full disk
+            shutil.rmtree(self.folder / f".writing_step_{step:08d}", ignore_errors=True)
+            newest = newest_published(self.folder)
+            reason = reason_of(error)
+            self.failure = (
+                f"The checkpoint of step {step} could not be written to {self.folder}: {reason}. "
+                f"{f'The last one, {newest.name}, is whole.' if newest else 'There is none yet.'}"
+            )
+            stop = self.settings.on_failure == "stop"
+            self.watch.say(
+                f"WARNING: {clean_text(self.failure)} "
+                + ("Stopping (checkpoint.on_failure)." if stop else "The next save tries again.")
+            )
+            if stop:
+                self.watch.ask(SAVE_FAILED)
+        finally:
+            self.watch.took("save", time.monotonic() - begun)

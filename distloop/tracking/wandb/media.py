@@ -1,0 +1,69 @@
+"""What W&B shows of a validation beside its numbers: the accuracy of each class, confusions and mistakes."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+from distloop.run.files import VALIDATION, read_json
+
+MOST_CLASSES = 50  # with a curve each
+MOST_NAMES = 20  # beside the confusion matrix, with a count in each cell
+
+
+def media_of(run: Path, step: int) -> dict[str, Any]:
+    """Of the validation at `step`, if validation.json still holds that one, by the names they are logged under."""
+    details = read_json(run / VALIDATION)
+    if details.get("step") != step:
+        return {}
+    import wandb
+
+    logged: dict[str, Any] = {}
+    classes = details.get("per_class") or []
+    if len(classes) <= MOST_CLASSES:
+        logged |= {
+            f"class_accuracy/{each['name']}": each["correct"] / each["samples"] for each in classes if each["samples"]
+        }
+    if details.get("confusion"):
+        picture = confusion_picture(details)
+        logged["validate/confusion_matrix"] = wandb.Image(picture, caption="rows: label, columns: prediction")
+    names = [each["name"] for each in classes]
+    mistakes = []
+    for mistake in details.get("mistakes") or []:
+        if mistake.get("picture"):
+            label, predicted = (names[mistake[key]] for key in ("label", "predicted"))
+            caption = f"{label}, predicted {predicted} ({mistake['confidence']:.0%})"
+            mistakes.append(wandb.Image(_picture(mistake["picture"]), caption=caption))
+    if mistakes:
+        logged["validate/mistakes"] = mistakes
+    return logged
+
+
+def confusion_picture(details: dict[str, Any]) -> Any:
+    """The confusion matrix as pixels, [height, width, 4]: each row's shares as shades, with counts if there is room."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    counts = np.array(details["confusion"])
+    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.add_subplot(xlabel="prediction", ylabel="label")
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    if len(counts) <= MOST_NAMES:
+        names = [each["name"] for each in details["per_class"]]
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+        for row, column in np.argwhere(counts):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+def _picture(uri: str) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))

@@ -1,0 +1,1 @@
+"""What a step computes: models, tasks, optimizers, gradients, losses, validation."""

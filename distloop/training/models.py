@@ -1,0 +1,131 @@
+"""The models: a small registry, torchvision's classifiers by name, or your own as module:callable.
+
+A model's callable gets model.args and, as far as its signature names them, `input_shape` (of one sample),
+`num_outputs`, and `num_classes` where the data has classes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distloop.config.registry import call, import_callable
+from distloop.config.settings import Model
+from distloop.data.download import only_one
+from distloop.errors import UsageError, suggest
+
+
+def linear(input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
+    """One linear layer on the flattened input."""
+    layer = nn.Linear(math.prod(input_shape), num_outputs)
+    return layer if len(input_shape) == 1 else nn.Sequential(nn.Flatten(), layer)
+
+
+def mlp(input_shape: tuple[int, ...], num_outputs: int, hidden: int = 128, layers: int = 2) -> nn.Module:
+    """A multi-layer perceptron with `layers` hidden layers."""
+    sizes = [math.prod(input_shape)] + [hidden] * layers
+    blocks: list[nn.Module] = [nn.Flatten()]
+    for size, next_size in itertools.pairwise(sizes):
+        blocks += [nn.Linear(size, next_size), nn.ReLU()]
+    return nn.Sequential(*blocks, nn.Linear(sizes[-1], num_outputs))
+
+
+def cnn(
+    input_shape: tuple[int, int, int], num_outputs: int, width: int = 32, norm: str = "group", dropout: float = 0.0
+) -> nn.Module:
+    """A small convolutional network: two blocks of two 3 × 3 convolutions, each halving the image.
+
+    `norm`: group | batch | none. GroupNorm (Wu and He 2018) looks at one image at a time, so that training does not
+    depend on how a batch is divided; BatchNorm looks at a micro-batch.
+    """
+    kinds: dict[str, Callable[[int], nn.Module]] = {
+        "group": lambda size: nn.GroupNorm(math.gcd(8, size), size),
+        "batch": nn.BatchNorm2d,
+        "none": nn.Identity,
+    }
+    if norm not in kinds:
+        raise ValueError(f"norm is one of {', '.join(kinds)}, not {norm!r}")
+
+    def convolution(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=norm == "none"), kinds[norm](outputs), nn.ReLU()]
+
+    channels, height, pixels_wide = input_shape
+    return nn.Sequential(
+        *convolution(channels, width),
+        *convolution(width, width),
+        nn.MaxPool2d(2),
+        *convolution(width, 2 * width),
+        *convolution(2 * width, 2 * width),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(2 * width * (height // 4) * (pixels_wide // 4), num_outputs),
+    )
+
+
+def resnet18_small(num_classes: int) -> nn.Module:
+    """ResNet-18 for 32-pixel images: a 3 × 3 first convolution of stride 1 and no max-pooling (He et al. 2016)."""
+    from torchvision.models import resnet18
+
+    model = resnet18(num_classes=num_classes)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "linear": linear,
+    "mlp": mlp,
+    "cnn": cnn,
+    "resnet18_small": resnet18_small,
+}
+
+
+def build_model(config: Model, offered: dict[str, Any]) -> nn.Module:
+    """The model that the config names, on the CPU in float32, with what it asks for of `offered`.
+
+    Raises UsageError.
+    """
+    own = ":" in config.name or config.name in MODELS
+    if config.pretrained and own:
+        raise UsageError(f"model.pretrained: there are no weights for {config.name!r}, only for torchvision's models.")
+    if own:
+        build = import_callable("model.name", config.name) if ":" in config.name else MODELS[config.name]
+        model = call("model.args", build, config.args, offered)
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"model.name = {config.name!r} returned a {type(model).__name__}, not a torch.nn.Module.")
+        return model
+    return _torchvision_model(config, offered.get("num_classes"))
+
+
+def _torchvision_model(config: Model, num_classes: int | None) -> nn.Module:
+    from torchvision import models
+
+    names = models.list_models(module=models)
+    if config.name not in names:
+        raise UsageError(f"model.name = {config.name!r} is not known.{suggest(config.name, [*MODELS, *names])}")
+    arguments = {**({"num_classes": num_classes} if num_classes else {}), **config.args}
+    try:
+        model = models.get_model(config.name, weights=None, **arguments)
+    except TypeError as error:
+        raise UsageError(f"model.args = {config.args}: {error}.") from None
+    if config.pretrained:
+        weights = models.get_model_weights(config.name).DEFAULT
+        try:
+            with only_one(Path(torch.hub.get_dir())):  # the first process of the machine downloads
+                state = weights.get_state_dict(check_hash=True)
+        except OSError as error:
+            raise UsageError(
+                f"model.pretrained: the weights of {config.name} could not be downloaded ({error}). "
+                f"Put {weights.url} into $TORCH_HOME/hub/checkpoints/, or set model.pretrained: false."
+            ) from None
+        shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+        fitting = {key: tensor for key, tensor in state.items() if shapes.get(key) == tensor.shape}
+        model.load_state_dict(fitting, strict=False)
+    return model

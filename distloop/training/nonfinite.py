@@ -1,0 +1,141 @@
+"""Steps whose gradient is not a number: noticed on the device, told at logging steps, never in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distloop.data.order import Order, Plan
+from distloop.errors import RunFailed
+
+MOST_UNREAD = 1000  # steps: a bound on what is kept where logging is rare
+
+
+class Step(NamedTuple):
+    """What is kept of a step until it is read."""
+
+    number: int
+    norm: Tensor
+    losses: list[Tensor]
+
+
+class FiniteCheck:
+    """Watches the norm of each step's gradient, which all ranks share, so that all decide alike.
+
+    No step waits for it: the norms stay on the device until check(). With the policy "skip" the optimizer
+    itself leaves a bad step out, told by a flag on the device (as a GradScaler tells it), and buffers such as
+    BatchNorm's statistics, which the forward pass has changed by then, are put back.
+    """
+
+    def __init__(
+        self,
+        policy: Literal["stop", "skip"],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: Any,
+        plan: Plan,
+        order: Order,
+        rank: int,
+    ) -> None:
+        self.policy, self.optimizer, self.scaler = policy, optimizer, scaler
+        self.plan, self.order, self.rank = plan, order, rank
+        self.unread: list[Step] = []
+        self.model = model
+        self.skips = policy == "skip" and scaler is None  # a GradScaler skips by itself
+        self.kept: list[Tensor] = []
+        if self.skips and optimizer.defaults.get("momentum") and not optimizer.state:
+            # Fused SGD takes its first step's moments from uninitialised memory when it leaves that step out.
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def start_step(self) -> None:
+        """Before a step's first forward pass."""
+        if self.policy == "skip":
+            buffers = list(self.model.buffers())
+            if len(self.kept) != len(buffers):
+                self.kept = [buffer.clone() for buffer in buffers]
+            elif buffers:
+                torch._foreach_copy_(self.kept, buffers)
+
+    def end_step(self, step: int, norm: Tensor, losses: list[Tensor]) -> Tensor | None:
+        """Before the update: `norm` is that of the whole gradient, `losses` those of this rank's micro-batches.
+
+        Returns the flag (a bool on the device) with which the step is left out, None where none is.
+        """
+        self.unread.append(Step(step, norm, losses))
+        if self.policy == "stop":
+            return None
+        bad = ~torch.isfinite(norm)
+        for buffer, kept in zip(self.model.buffers(), self.kept, strict=True):
+            torch.where(bad, kept, buffer, out=buffer)
+        if self.skips and self.optimizer.defaults.get("fused"):
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.to(torch.float32)  # type: ignore[attr-defined]
+        elif self.skips and bool(bad):  # without a fused optimizer (MPS) the host has to look
+            self.optimizer.zero_grad()
+        return bad
+
+    @property
+    def full(self) -> bool:
+        """Whether check() is due, whatever else is."""
+        return len(self.unread) >= MOST_UNREAD
+
+    def check(self) -> list[str]:
+        """Read what has been kept: a line for each step that was left out. A collective call; waits for the device.
+
+        Raises RunFailed, on all ranks, for the first bad step where the policy is "stop".
+        """
+        steps, self.unread = self.unread, []
+        if not steps:
+            return []
+        if self.scaler is None:
+            finite = torch.stack([step.norm for step in steps]).isfinite()
+        else:  # gradients may overflow there, which the scaler mends; losses may not
+            finite = torch.stack([torch.stack(step.losses).isfinite().all() for step in steps])
+            if self.plan.world_size > 1:
+                votes = finite.int()
+                dist.all_reduce(votes, dist.ReduceOp.MIN)
+                finite = votes.bool()
+        bad = [step for step, good in zip(steps, finite.tolist(), strict=True) if not good]
+        if bad and self.policy == "stop":
+            raise RunFailed(
+                f"{self._describe(bad[0])}\nThe run ends here; its checkpoints hold none of it. Look at these samples, "
+                "lower optim.lr, set optim.clip_norm, or go on without such steps: --train.on-nonfinite skip"
+            )
+        return [f"WARNING: {self._describe(step)} It was left out." for step in bad]
+
+    def check_parameters(self, step: int, parameters: Sequence[Tensor]) -> None:
+        """Before a checkpoint: an update may overflow although its gradient is finite. Waits for the device.
+
+        Raises RunFailed, on all ranks.
+        """
+        if not bool(torch.nn.utils.get_total_norm(parameters, float("inf")).isfinite()):
+            raise RunFailed(
+                f"The parameters are not finite after step {step}, while its gradient was: optim.lr is far too high. "
+                "The checkpoints hold none of it."
+            )
+
+    def _describe(self, step: Step) -> str:
+        """What is known of a bad step. A collective call."""
+        own = [place for place, loss in enumerate(step.losses) if not bool(torch.isfinite(loss))]
+        places: list[list[int]] = [own]
+        if self.plan.world_size > 1:
+            places = [[] for _ in range(self.plan.world_size)]
+            dist.all_gather_object(places, own)
+        epoch, start, stop = self.plan.span(step.number)
+        what = f"The gradient of step {step.number + 1} is not finite ({float(step.norm)})"
+        for rank, found in enumerate(places):
+            for place in found:
+                samples = self._samples(epoch, *self.plan.window(step.number, rank)[place])
+                micro = f"micro-batch {place + 1} of {len(step.losses)}, " if len(step.losses) > 1 else ""
+                return f"{what}: the loss of rank {rank} is not either ({micro}{samples})."
+        return f"{what}, while the losses of all ranks are ({self._samples(epoch, start, stop)})."
+
+    def _samples(self, epoch: int, start: int, stop: int) -> str:
+        samples = self.order(epoch, start, stop).tolist()
+        listed = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
+        return f"{len(samples)} samples: {listed}; epoch {epoch + 1}"

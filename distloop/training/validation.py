@@ -1,0 +1,98 @@
+"""Validation: every sample counted exactly once, the same sums on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distloop.data.order import FixedBatchSampler
+from distloop.ranks.places import Position
+from distloop.training.details import Details
+from distloop.training.tasks import Task
+
+
+def validate(
+    model: nn.Module,
+    task: Task,
+    loader: Iterable[Any],
+    sampler: FixedBatchSampler,
+    here: Position | None = None,
+    details: Details | None = None,
+) -> dict[str, float]:
+    """The task's summary over the whole validation set, with `samples`; the same on all ranks.
+
+    `model` is the bare module: DDP's forward waits for its peers, which may have fewer batches. `loader`
+    yields the batches that `sampler` deals to this rank. The sums of each batch are kept apart and added in
+    the order of the batches, in float64, so that the result does not depend on who computed which. `here`: this
+    rank's position, by which it is known who waits for whom. `details`: filled on rank 0 with what the numbers do not
+    say; these are the same with and without.
+    """
+    broadcast_buffers(model)  # BatchNorm's statistics differ between ranks: all validate rank 0's
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    if details is not None:
+        details.begin(device)
+    rows: list[dict[str, Tensor]] = []
+    counts: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for position, batch in enumerate(loader):
+            outputs = task.forward(model, batch)
+            loss, weight = task.loss(outputs, batch)
+            sums_of_batch = {"loss": loss, "weight": weight, "samples": sampler.size(position)}
+            sums_of_batch.update(task.metrics(outputs, batch))
+            tensors = {name: torch.as_tensor(value) for name, value in sums_of_batch.items()}
+            rows.append({name: value for name, value in tensors.items() if value.is_floating_point()})
+            for name, value in tensors.items():
+                if not value.is_floating_point():
+                    counts[name] = counts[name] + value if name in counts else value.to(torch.int64)
+            if details is not None:
+                details.add(task.guesses(outputs, batch), *sampler.span(position))
+    model.train(was_training)
+    if here is not None:
+        here.enter("adding up the validation")
+    sums = add_in_batch_order(rows, counts, sampler, device)
+    if details is not None:
+        details.gather(sampler)
+    return {**task.summary(sums), "samples": int(sums["samples"])}
+
+
+def add_in_batch_order(
+    rows: list[dict[str, Tensor]], counts: dict[str, Tensor], sampler: FixedBatchSampler, device: torch.device
+) -> dict[str, Tensor]:
+    """Sums over all batches of all ranks, on the CPU.
+
+    `rows` are the float sums of this rank's batches: they are laid out as [batches, …] and added there. `counts`
+    are its integer sums: exact in any order, so that they need not be kept apart (a confusion matrix of 1000
+    classes for each batch would not fit).
+    """
+    own = {**rows[0], **counts} if rows else {}
+    forms = [{name: (tuple(value.shape), value.is_floating_point()) for name, value in own.items()}]
+    distributed = sampler.world_size > 1
+    if distributed:
+        dist.broadcast_object_list(forms)  # a rank may have no batch at all; rank 0 has the first
+    sums: dict[str, Tensor] = {}
+    for name, (shape, floating) in forms[0].items():
+        if floating:
+            table = torch.zeros((sampler.batches, *shape), dtype=torch.float64)
+            for position, row in enumerate(rows):
+                table[sampler.rank + position * sampler.world_size] = row[name].cpu()
+        else:
+            table = counts.get(name, torch.zeros(shape, dtype=torch.int64)).cpu()[None]
+        if distributed:
+            table = table.to(device)
+            dist.all_reduce(table)
+        sums[name] = table.cpu().sum(0)
+    return sums
+
+
+def broadcast_buffers(*models: nn.Module | None) -> None:
+    """Give all ranks rank 0's buffers."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for model in models:
+            for buffer in model.buffers() if model is not None else ():
+                dist.broadcast(buffer, src=0)
