@@ -27,12 +27,12 @@ def main() -> None:
     talking.speak_clearly()
     word, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if word == "train":
-        from distloop.ranks import stopping
+        from distloop.ranks.start import main, prepare_process
 
-        stopping.listen()  # before the long imports: from here on a signal is a wish to stop, not the end
-        from distloop.train import main as train
+        prepare_process()  # before the long imports: from here on a signal is a wish to stop, not the end
+        from distloop.train import train
 
-        leaving.leave(train(arguments))
+        leaving.leave(main(train, arguments))
     elif word == "status":
         from distloop.commands.status import main as status
 

@@ -8,6 +8,8 @@ A run's newest good checkpoint, or the one that is named. Settings come from the
 the command line, as in training.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import os
@@ -15,64 +17,57 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from distloop.ranks import environment, stopping, talking
-
-environment.adopt_slurm(os.environ)
-environment.share_cpus(os.environ)  # before torch reads the thread count
-
-import torch
-from accelerate.utils import send_to_device
-
 from distloop.config.load import load_config
 from distloop.config.settings import Config
-from distloop.data.datasets import load_data
-from distloop.data.loader import example_batch, make_loader, offers_to_model
-from distloop.data.order import FixedBatchSampler
 from distloop.errors import UsageError
-from distloop.ranks.accelerator import build_accelerator
-from distloop.ranks.roll_call import RollCall
-from distloop.run.checkpoint import AVERAGED, MODEL, DamagedCheckpoint, load_weights, newest_good, step_of, verify
+from distloop.ranks.environment import prepare_environment
+from distloop.ranks.ranks import Ranks
+from distloop.ranks.stopping import WatchWithoutSaving
+from distloop.ranks.talking import let_others_speak, speaks
 from distloop.run.files import CHECKPOINTS, CONFIG
 from distloop.tracking.wording import number
-from distloop.training.models import build_model
-from distloop.training.tasks import build_task, introduce
-from distloop.training.validation import validate
 
 USAGE = "usage: distloop evaluate RUN_OR_CHECKPOINT [--json] [--data.root DIR] [any setting of the run] …"
 
 
-def evaluate(path: Path, config: Config, roll_call: RollCall) -> dict[str, Any]:
+def evaluate(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
     """The task's summary over the validation data, with `samples` and the checkpoint's `step`. Collective.
 
     Averaged weights are taken where the run validated them.
     """
-    roll_call.position.enter("meeting the other ranks")
-    accelerator, _ = build_accelerator(config, roll_call)
-    roll_call.position.enter("loading data and weights")
-    device, dtype = accelerator.device, getattr(torch, config.dtype)
-    torch.set_float32_matmul_precision(config.matmul_precision)
-    checkpoint = talking.from_main(lambda: checkpoint_of(path))
+    import torch  # only now: it reads the thread count
+
+    from distloop.data.datasets import load_data
+    from distloop.data.loader import make_loader
+    from distloop.data.order import FixedBatchSampler
+    from distloop.ranks.accelerator import build_accelerator
+    from distloop.run.checkpoint import AVERAGED, MODEL, load_weights, step_of
+    from distloop.training.models import build_model
+    from distloop.training.tasks import build_task
+    from distloop.training.validation import validate
+
+    ranks.position.enter("meeting the other ranks")
+    accelerator = build_accelerator(config, ranks)
+    ranks.position.enter("loading data and weights")
+    checkpoint = ranks.from_main(lambda: checkpoint_of(path))
     source = load_data(config.data)
     task = build_task(config.task)
-    example = send_to_device(example_batch(source, config.data, config.seed, dtype), device)
-    bare_model = build_model(config.model, offers_to_model(example, source)).to(device, dtype)
-    introduce(task, bare_model, example, source)
+    bare_model = build_model(config, source, task, accelerator.device)
     averaged = config.optim.ema_decay is not None and (checkpoint / AVERAGED).exists()
     load_weights(checkpoint / (AVERAGED if averaged else MODEL), bare_model)
-    if config.compile:
-        bare_model.compile()
     model = accelerator.prepare_model(bare_model, evaluation_mode=True)  # for the autocast of mixed precision
 
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    sampler = FixedBatchSampler(len(source.validation), config.validate.batch_size, rank, world_size)
+    device, dtype = accelerator.device, getattr(torch, config.dtype)
+    sampler = FixedBatchSampler(len(source.validation), config.validate.batch_size, ranks.rank, ranks.world_size)
     loader = make_loader(config.data, source, task, config.seed, device, dtype, source.validation, sampler)
-    metrics = validate(model, task, loader, sampler, roll_call.position)
-    accelerator.end_training()
+    metrics = validate(model, task, loader, sampler, ranks.position)
     return {"step": step_of(checkpoint), **metrics}
 
 
 def checkpoint_of(path: Path) -> Path:
-    """The verified checkpoint that is meant: this one, or the newest good one of a run. Raises UsageError."""
+    """The verified checkpoint at `path`, or the newest good one of the run there. Raises UsageError."""
+    from distloop.run.checkpoint import MODEL, DamagedCheckpoint, newest_good, verify
+
     if (path / MODEL).exists():
         try:
             verify(path)
@@ -99,30 +94,32 @@ def config_of(path: Path, arguments: list[str], quiet: bool) -> Config:
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate as the command line says; returns the exit code: 0 in order, 1 failed, 2 wrong usage."""
+    prepare_environment()
     arguments = sys.argv[1:] if arguments is None else arguments
-    speaks = talking.speaks(os.environ)
     if not arguments or arguments[0].startswith("-"):
         wants_help = arguments[:1] in (["--help"], ["-h"])
-        if speaks:
+        if speaks(os.environ):
             print(__doc__ if wants_help else USAGE, file=sys.stdout if wants_help else sys.stderr)
-        talking.let_others_speak()
+        let_others_speak()
         return 0 if wants_help else 2
-    roll_call = RollCall(stopping.WatchWithoutSaving())
     path, rest = Path(arguments[0]), [argument for argument in arguments[1:] if argument != "--json"]
+    ranks = Ranks(WatchWithoutSaving())
     try:
-        config = config_of(path, rest, not speaks)
-        metrics = evaluate(path, config, roll_call)
-    except BaseException as error:
-        if isinstance(error, SystemExit) and not roll_call.position.marks:  # a mistake on the command line
-            talking.let_others_speak()
-            return int(error.code or 0)
-        return roll_call.judge(error).code
-    finally:
-        roll_call.close()
-    if int(os.environ.get("RANK", 0)) == 0:
-        if "--json" in arguments:
-            print(json.dumps(metrics))
-        else:
-            shown = " · ".join(f"{name} {number(metrics[name])}" for name in metrics if name not in ("step", "samples"))
-            print(f"{path} · step {metrics['step']} · {shown}  ({metrics['samples']} samples)")
-    return 0
+        config = config_of(path, rest, not speaks(os.environ))
+    except SystemExit as error:  # --help, or a mistake on the command line
+        let_others_speak()
+        return int(error.code or 0)
+    except UsageError as error:
+        return ranks.report_failure(error).code
+    return ranks.exit_code(lambda: show(path, evaluate(path, config, ranks), "--json" in arguments, ranks))
+
+
+def show(path: Path, metrics: dict[str, Any], as_json: bool, ranks: Ranks) -> None:
+    """Print the metrics, on rank 0."""
+    if not ranks.is_main:
+        return
+    if as_json:
+        print(json.dumps(metrics))
+    else:
+        texts = [f"{name} {number(metrics[name])}" for name in metrics if name not in ("step", "samples")]
+        print(f"{path} · step {metrics['step']} · {' · '.join(texts)}  ({metrics['samples']} samples)")

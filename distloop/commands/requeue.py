@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -20,11 +19,11 @@ from typing import Any
 from distloop.config.load import load_config
 from distloop.config.settings import path_of
 from distloop.errors import UsageError
-from distloop.ranks.stopping import REASONS, SLURM_LIMIT
+from distloop.ranks.stopping import StopReason
 from distloop.run.files import STATUS
 
 DONE = 3
-WARNINGS = (REASONS[signal.SIGUSR1], REASONS[signal.SIGUSR2], REASONS[SLURM_LIMIT])
+TIME_IS_OVER = (StopReason.SIGUSR1, StopReason.SIGUSR2, StopReason.SLURM_LIMIT)
 
 
 def decide(
@@ -39,12 +38,13 @@ def decide(
     ours = str(status.get("slurm_job")) == job.get("JobId") and status.get("slurm_restart") == restarts
     if not node_lost and (not ours or status.get("state") != "stopped"):
         return False, ""  # finished, failed, or never begun, since another one owns the run
-    reason, step, attempt = str(status.get("reason")), status.get("step"), int(status.get("attempt", 1))
+    text, step, attempt = str(status.get("reason")), status.get("step"), int(status.get("attempt", 1))
+    reason = StopReason.of(text)
     preempted = job.get("PreemptTime", "None") != "None"
     if job.get("JobState") != "RUNNING":
         return False, f"not requeued: Slurm is ending the job ({job.get('JobState')})"
-    if not node_lost and not (reason in WARNINGS or (preempted and reason == REASONS[signal.SIGTERM])):
-        return False, f"not requeued: the run was stopped by {reason}; the same sbatch command continues it"
+    if not node_lost and not (reason in TIME_IS_OVER or (preempted and reason is StopReason.SIGTERM)):
+        return False, f"not requeued: the run was stopped by {text}; the same sbatch command continues it"
     if job.get("Requeue") == "0":
         return False, "not requeued: the job was submitted with --no-requeue; the same sbatch command continues it"
     if restarts >= max_requeues:
@@ -54,7 +54,7 @@ def decide(
             f"not requeued: no progress, attempt {attempt} began and ended with step {step}. Give the job more time "
             "(--time), or save and start faster."
         )
-    why = "a node is lost" if node_lost else "preempted" if preempted else reason
+    why = "a node is lost" if node_lost else "preempted" if preempted else text
     if step is None:
         return True, f"requeued before the run had begun ({why})"
     return True, f"requeued after step {step} of {status.get('total_steps')} ({why}); it continues there"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 from typing import cast as cast_type
 
 import numpy as np
@@ -16,15 +15,26 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from distloop.config.registry import import_callable
-from distloop.config.settings import Data
-from distloop.data.batches import inputs_of, targets_of, with_inputs
+from distloop.config.settings import Config, Data
+from distloop.data.batches import inputs_of, targets_of, to_model
 from distloop.data.datasets import DataSource
-from distloop.data.order import MicroBatch
-from distloop.data.seeding import seed_sample, uniforms
+from distloop.data.order import MicroBatch, MicroBatchSampler, Plan
+from distloop.data.seeding import seed_forward, seed_sample, uniforms
 from distloop.data.workers import leave_signals_to_parent, signals_blocked, start_forkserver
 from distloop.errors import UsageError
 from distloop.ranks.environment import cpus_per_rank
-from distloop.training.tasks import Task, checks_targets_only
+from distloop.ranks.places import Position
+
+
+class ChecksBatches(Protocol):
+    """What the loader needs of a task."""
+
+    @property
+    def checks_targets_only(self) -> bool:
+        """check() looks at nothing but the targets."""
+
+    def check(self, batch: Any, indices: Any) -> None:
+        """Raises UsageError for a batch that cannot be trained on."""
 
 
 class SeededDataset(Dataset):
@@ -113,7 +123,7 @@ def offers_to_model(example: Any, source: DataSource) -> dict[str, Any]:
 def make_loader(
     config: Data,
     source: DataSource,
-    task: Task,
+    task: ChecksBatches,
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
@@ -128,7 +138,7 @@ def make_loader(
     """
     workers = worker_count(config, dataset)
     in_memory = hasattr(dataset, "batch") and getattr(dataset, "targets", None) is not None
-    seen = in_memory and checks_targets_only(task)  # introduce() has looked at all of them
+    seen = in_memory and task.checks_targets_only  # introduce() has looked at all of them
     check = no_check if seen else task.check
     loader = DataLoader(
         SeededDataset(dataset, seed, collate_of(config), check),
@@ -150,41 +160,6 @@ def make_loader(
     return Loader(prepared, lambda batch: to_model(batch, source, dtype))
 
 
-def to_model(batch: Any, source: DataSource, dtype: torch.dtype) -> Any:
-    """The batch as the model takes it: uint8 images normalised, floating tensors in `dtype`; on its device.
-
-    Images travel to the device as bytes: a quarter of the traffic, and normalising there costs nothing.
-    """
-    if source.mean and source.std:
-        images = inputs_of(batch)
-        if isinstance(images, torch.Tensor) and images.dtype == torch.uint8:
-            scale, shift = _normalisation(tuple(source.mean), tuple(source.std), dtype, images.device)
-            batch = with_inputs(batch, images.to(dtype).mul_(scale).sub_(shift))
-    return cast(batch, dtype)
-
-
-@functools.cache
-def _normalisation(
-    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale, shift), [channels, 1, 1], with which (x / 255 - mean) / std is x · scale - shift."""
-    means, stds = (torch.tensor(value, dtype=torch.float64)[:, None, None] for value in (mean, std))
-    return (1 / (255 * stds)).to(device, dtype), (means / stds).to(device, dtype)
-
-
-def cast(batch: Any, dtype: torch.dtype) -> Any:
-    """`batch` with its floating tensors in `dtype`."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(dtype) if batch.is_floating_point() else batch
-    if isinstance(batch, dict):
-        return {key: cast(value, dtype) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(cast(value, dtype) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(cast(value, dtype) for value in batch)
-    return batch
-
-
 def worker_count(config: Data, dataset: Any) -> int:
     """Loader processes for this rank: as set, or for "auto" none in memory, else the rank's share of the CPUs."""
     if config.workers != "auto":
@@ -192,3 +167,61 @@ def worker_count(config: Data, dataset: Any) -> int:
     if hasattr(dataset, "batch"):
         return 0  # taking rows of a tensor is faster than sending them between processes
     return min(16, cpus_per_rank(os.environ))
+
+
+class Micro(NamedTuple):
+    """A micro-batch on its way through the loop."""
+
+    batch: Any
+    """What the task takes: on the device, in the form that the model takes."""
+    is_last: bool
+    """The last one of this rank's in the step."""
+    is_empty: bool
+    """A short step has no sample for this rank here: the batch holds another one, which counts nothing."""
+    scale: float
+    """What the sum of its losses is multiplied by, so that DDP's mean over the ranks is the mean over the step."""
+
+
+class TrainBatches:
+    """This rank's training data, step by step: a DataLoader that Accelerate prepared, in the plan's order."""
+
+    def __init__(
+        self,
+        config: Config,
+        source: DataSource,
+        task: ChecksBatches,
+        plan: Plan,
+        device: torch.device,
+        first_step: int,
+        position: Position,
+        waiting: Callable[[Iterable[Any]], Iterator[Any]] = iter,
+    ) -> None:
+        """`waiting` wraps the batches, to measure how long the loop waits for each."""
+        self.plan, self.seed, self.device, self.position = plan, config.seed, device, position
+        self.sampler = MicroBatchSampler(plan, first_step)
+        dtype = getattr(torch, config.dtype)
+        loader = make_loader(config.data, source, task, config.seed, device, dtype, source.train, self.sampler)
+        self.batches = waiting(loader)  # one iterator through all epochs: loader workers start once
+
+    def of_step(self, step: int) -> Iterator[Micro]:
+        """This rank's micro-batches of `step`, in order. The random generators are seeded anew for each.
+
+        Take all of them: the loader goes on with the next step then.
+        """
+        self.position.start_step(step + 1)
+        scale = self.plan.world_size / self.plan.samples_of(step)
+        is_last = False
+        while not is_last:
+            self.position.enter("loading a batch")
+            batch = next(self.batches)
+            part = self.sampler.parts.popleft()
+            if part.step != step:
+                raise RuntimeError(
+                    f"batches.of_step({step}): the next micro-batch belongs to step {part.step}. Ask for the steps one "
+                    "after the other, and take all micro-batches of each."
+                )
+            seed_forward(self.seed, step, part.number, self.device)
+            is_last, is_empty = part.is_last, part.start == part.stop
+            self.position.enter("forward and backward pass")
+            yield Micro(batch, is_last, is_empty, 0.0 if is_empty else scale)
+        self.position.enter("parameter update")

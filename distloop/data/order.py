@@ -6,14 +6,19 @@ size, the accumulation and the step at which an attempt starts only decide who t
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distloop.data.seeding import derive, hashes
 from distloop.errors import UsageError
+
+if TYPE_CHECKING:  # plain functions of integers: nothing here knows of torch
+    from distloop.config.settings import Config
+    from distloop.ranks.ranks import Ranks
 
 EXACT_LIMIT = 2**20  # up to here the whole permutation is kept (8 MiB); above, positions are computed in chunks
 CHUNK = 2**16  # positions computed at a time above the limit: numpy needs long arrays to be fast
@@ -87,6 +92,19 @@ class MicroBatch(NamedTuple):
     indices: NDArray[np.int64]
 
 
+class Part(NamedTuple):
+    """One micro-batch of one rank, as a part of its step."""
+
+    step: int
+    number: int
+    """Its place in the global batch."""
+    start: int
+    """Positions start ≤ p < stop of the epoch's order; equal where the part is empty."""
+    stop: int
+    is_last: bool
+    """The last one of this rank's in the step."""
+
+
 class Plan:
     """How an epoch's positions are divided into steps, and a step among ranks and micro-batches.
 
@@ -100,6 +118,10 @@ class Plan:
         world_size: int = 1,
         micro_batch_size: int | None = None,
         remainder: Literal["drop", "train"] = "drop",
+        *,
+        total_steps: int = 0,
+        rank: int = 0,
+        seed: int = 0,
     ) -> None:
         if global_batch_size % world_size:
             lower, upper = (
@@ -123,6 +145,17 @@ class Plan:
         self.micro_batch_size = global_batch_size // (world_size * self.accumulation)
         whole, rest = divmod(samples, global_batch_size)
         self.steps_per_epoch = whole + (1 if rest and remainder == "train" else 0)
+        self.total_steps, self.rank = total_steps, rank
+        self.order = Order(samples, seed)
+
+    @classmethod
+    def of(cls, config: Config, samples: int, ranks: Ranks) -> Plan:
+        """The plan for this rank of the config's run, on so many training samples."""
+        batch, train = config.batch, config.train
+        place: dict[str, Any] = {"rank": ranks.rank, "seed": config.seed}
+        plan = cls(samples, batch.global_size, ranks.world_size, batch.micro_size, batch.remainder, **place)
+        plan.total_steps = train.steps or (train.epochs or 0) * plan.steps_per_epoch
+        return plan
 
     def span(self, step: int) -> tuple[int, int, int]:
         """(epoch, start, stop): the positions of that epoch's order that make up `step`'s global batch."""
@@ -130,8 +163,13 @@ class Plan:
         start = step_of_epoch * self.global_batch_size
         return epoch, start, min(start + self.global_batch_size, self.samples)
 
-    def window(self, step: int, rank: int) -> list[tuple[int, int]]:
-        """The (start, stop) of each of `rank`'s micro-batches in `step`.
+    def samples_of(self, step: int) -> int:
+        """How many samples `step` trains on, over all ranks."""
+        _, start, stop = self.span(step)
+        return stop - start
+
+    def window(self, step: int, rank: int) -> list[Part]:
+        """`rank`'s micro-batches in `step`.
 
         Micro-batch m of rank r is part m·W + r of the global batch, so that micro-batches of one size see the
         same samples on any number of ranks. The short last step of an epoch is divided as evenly as it goes;
@@ -141,7 +179,10 @@ class Plan:
         size = stop - start
         parts = -(-size // (self.micro_batch_size * self.world_size)) * self.world_size
         borders = [start - (-size * part // parts) for part in range(parts + 1)]  # rounded up: the first is never empty
-        return [(borders[part], borders[part + 1]) for part in range(rank, parts, self.world_size)]
+        return [
+            Part(step, part, borders[part], borders[part + 1], part + self.world_size >= parts)
+            for part in range(rank, parts, self.world_size)
+        ]
 
 
 def accumulation_steps(rank_batch_size: int, micro_batch_size: int | None) -> int:
@@ -154,27 +195,27 @@ def accumulation_steps(rank_batch_size: int, micro_batch_size: int | None) -> in
     )
 
 
-def is_due(step: int, every_steps: int | None, every_epochs: int | None, plan: Plan) -> bool:
-    """Whether something that happens every so many steps, else every so many epochs, is due after `step` steps."""
-    return step % (every_steps or (every_epochs or 1) * plan.steps_per_epoch) == 0
-
-
 class MicroBatchSampler:
-    """One rank's micro-batches of the steps start ≤ g < stop, as a DataLoader's batch_sampler.
+    """This rank's micro-batches from step `start` to the plan's end, as a DataLoader's batch_sampler.
 
-    One iteration runs through all epochs, so that loader workers are started once. Where a rank's part of a
-    short step is empty it gets the step's first sample, to be weighted with zero (DDP needs its backward pass).
+    One iteration runs through all epochs, so that loader workers start once. Where a rank's part of a short step is
+    empty it gets the step's first sample, to be weighted with zero (DDP needs its backward pass).
+
+    The loader is ahead of the loop: `parts` holds, in the same order, what the micro-batches are that it has asked for.
     """
 
-    def __init__(self, order: Order, plan: Plan, rank: int, start: int, stop: int) -> None:
-        self.order, self.plan, self.rank, self.start, self.stop = order, plan, rank, start, stop
+    def __init__(self, plan: Plan, start: int) -> None:
+        self.plan, self.start = plan, start
+        self.parts: collections.deque[Part] = collections.deque()
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for step in range(self.start, self.stop):
-            epoch, first, _ = self.plan.span(step)
-            for start, stop in self.plan.window(step, self.rank):
-                empty = start == stop
-                yield MicroBatch(epoch, self.order(epoch, first if empty else start, first + 1 if empty else stop))
+        plan = self.plan
+        for step in range(self.start, plan.total_steps):
+            epoch, first, _ = plan.span(step)
+            for part in plan.window(step, plan.rank):
+                empty = part.start == part.stop
+                self.parts.append(part)
+                yield MicroBatch(epoch, plan.order(epoch, *((first, first + 1) if empty else (part.start, part.stop))))
 
 
 class FixedBatchSampler:

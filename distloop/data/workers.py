@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import multiprocessing
-import os
 import signal
 import sys
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
 
-from distloop.ranks.stopping import SIGNALS
+from distloop.ranks.leaving import SIGNALS, end_at_once
 
 PR_SET_PDEATHSIG = 1
 
@@ -33,7 +32,7 @@ def leave_signals_to_parent(worker: int = 0) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():  # it died before that
-        os._exit(1)
+        end_at_once(1)
 
 
 @contextlib.contextmanager

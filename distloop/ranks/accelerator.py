@@ -11,41 +11,34 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from distloop.config.settings import Config
 from distloop.errors import UsageError
 from distloop.ranks import launch_guards
-from distloop.ranks import meeting as rendezvous
-from distloop.ranks.roll_call import RollCall
+from distloop.ranks.meeting import start_group
+from distloop.ranks.ranks import Ranks
 
 
-def build_accelerator(config: Config, roll_call: RollCall) -> tuple[Accelerator, list[str]]:
-    """The Accelerator for this config, and warnings. Raises UsageError for a launch that is not what it says."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = config.device
-    if kind == "auto" and launch_guards.launcher_uses_cpu(os.environ):
-        kind = "cpu"
-    if kind == "auto":
-        kind = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
-    if not available[kind]:
-        raise UsageError(f"device = {config.device!r}: PyTorch sees no such device here; use --device auto or cpu.")
-    if config.precision == "fp16" and kind == "cpu":
-        raise UsageError("precision = 'fp16' needs a GPU: on the CPU it would silently train in float32. Use bf16.")
-    if config.dtype == "float64" and kind == "mps":
-        raise UsageError("dtype = 'float64' does not exist on MPS; use --device cpu.")
+def build_accelerator(config: Config, ranks: Ranks) -> Accelerator:
+    """The Accelerator for this config. The ranks meet here: a collective call.
+
+    It also makes the config's settings of the whole process (matmul_precision, detect_anomaly). Raises UsageError for
+    a launch that cannot become the run that was asked for.
+    """
+    device = choose_device(config)
     launch = launch_guards.launched_by()
-    launch_guards.check_launch(os.environ, launch, config.device, kind == "cpu")
-    messages = launch_guards.override_launcher(os.environ, config.precision)
+    launch_guards.check_launch(os.environ, launch, config.device, device == "cpu")
+    ranks.messages += launch_guards.override_launcher(os.environ, config.precision)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     launch_guards.check_world(world_size, os.environ, config.expect_world, launch)
-    local_device = None
-    if kind == "cuda" and "LOCAL_RANK" in os.environ:
+    gpu = None
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
         # A task that sees one device only has it as number 0, whatever its local rank.
-        local_device = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
-        os.environ["LOCAL_RANK"] = str(local_device)
-        torch.cuda.set_device(local_device)  # before the process group exists, or it guesses
+        gpu = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+        os.environ["LOCAL_RANK"] = str(gpu)
+        torch.cuda.set_device(gpu)  # before the process group exists, or it guesses
     if world_size > 1:
-        rendezvous.start_group(os.environ, config.ddp, local_device, roll_call)
+        start_group(os.environ, config.ddp, gpu, ranks.roll_call)
     # torch 2.14 renames the argument below, Accelerate has not followed yet.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
-        cpu=kind == "cpu",
+        cpu=device == "cpu",
         mixed_precision=config.precision,
         kwargs_handlers=[
             DistributedDataParallelKwargs(
@@ -56,4 +49,23 @@ def build_accelerator(config: Config, roll_call: RollCall) -> tuple[Accelerator,
     )
     launch_guards.check_world(accelerator.num_processes, os.environ, config.expect_world, launch)
     launch_guards.check_devices(accelerator.device, accelerator.num_processes)
-    return accelerator, messages
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
+    return accelerator
+
+
+def choose_device(config: Config) -> str:
+    """cpu, cuda or mps. Raises UsageError for one that is not here, or that cannot do what the config says."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device: str = config.device
+    if device == "auto" and launch_guards.launcher_uses_cpu(os.environ):
+        device = "cpu"
+    if device == "auto":
+        device = next(kind for kind in available if available[kind])
+    if not available[device]:
+        raise UsageError(f"device = {config.device!r}: PyTorch sees no such device here; use --device auto or cpu.")
+    if config.precision == "fp16" and device == "cpu":
+        raise UsageError("precision = 'fp16' needs a GPU: on the CPU it would silently train in float32. Use bf16.")
+    if config.dtype == "float64" and device == "mps":
+        raise UsageError("dtype = 'float64' does not exist on MPS; use --device cpu.")
+    return device

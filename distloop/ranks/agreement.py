@@ -6,7 +6,7 @@ import datetime
 import time
 from typing import Any
 
-from distloop.ranks.stopping import REASONS, Watch
+from distloop.ranks.stopping import StopReason, Watch
 
 AGREE_SECONDS = 0.02  # ranks ask each other about so often, however short a step is
 
@@ -34,10 +34,10 @@ class Agreement:
 
             self.group = dist.new_group(backend="gloo", timeout=timeout)  # not in the queue of a GPU's collectives
 
-    def reached(self) -> str | None:
+    def reached(self) -> StopReason | None:
         """Why all ranks stop after the step that was just done; None: go on. Call it after each step."""
-        if self.group is None and self.watch.wish:
-            return REASONS[self.watch.wish]
+        if self.group is None and self.watch.wish is not None:
+            return self.watch.wish
         self.steps_left -= 1
         if self.steps_left:
             return None
@@ -46,27 +46,27 @@ class Agreement:
         self.watch.took("steps", (2 * self.interval + 1) * step_seconds)
         self.since = now
         interval = max(1, min(MOST_STEPS_BETWEEN, int(AGREE_SECONDS / max(step_seconds, 1e-6))))
-        decided = 0
+        agreed = 0
         if self.group is None:
             self.interval = interval
         else:
-            decided = self._exchange(interval)
+            agreed = self._exchange(interval)
         self.steps_left = self.interval
-        return REASONS[decided] if decided else None
+        return StopReason(agreed) if agreed else None
 
     def _exchange(self, interval: int) -> int:
         import torch
         import torch.distributed as dist
 
-        decided = 0
+        agreed = 0
         if self.exchange is not None:
             self.exchange.wait()
-            decided, self.interval = self.words.tolist()
-        self.words = torch.tensor([self.watch.wish, interval])
+            agreed, self.interval = self.words.tolist()
+        self.words = torch.tensor([self.watch.wish or 0, interval])
         self.exchange = dist.all_reduce(self.words, dist.ReduceOp.MAX, group=self.group, async_op=True)
-        return decided
+        return agreed
 
     def close(self) -> None:
-        """Wait for the exchange that nobody needs any more."""
+        """Wait for the last exchange, whose answer nobody needs any more."""
         if self.exchange is not None:
             self.exchange.wait()

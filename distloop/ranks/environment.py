@@ -1,4 +1,4 @@
-"""Who am I: ranks from the environment; what all ranks have to know together; who says a mistake.
+"""Who this process is: its rank from the environment, its machine's name, its share of the CPUs.
 
 torch and Accelerate are imported where they are needed: the environment has to be in order before that.
 """
@@ -10,13 +10,24 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping, MutableMapping
-from typing import TYPE_CHECKING
 
 from distloop.errors import UsageError
+from distloop.ranks.leaving import leave
 
-if TYPE_CHECKING:
-    pass
+
+def prepare_environment() -> None:
+    """Set the variables that torch reads when it is imported: ranks under `srun`, and CPU threads.
+
+    Leaves with code 2 when Slurm's variables make no sense.
+    """
+    try:
+        adopt_slurm(os.environ)
+    except UsageError as error:
+        print(f"distloop: {error}", file=sys.stderr)
+        leave(2)
+    share_cpus(os.environ)
 
 
 def adopt_slurm(environ: MutableMapping[str, str]) -> bool:

@@ -10,11 +10,14 @@ import os
 import signal
 import sys
 import threading
+from typing import NoReturn
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""The signals that ask for a stop."""
 
 
-@atexit.register
 def kill_workers() -> None:
-    """End loader workers: multiprocessing asks its daemons by SIGTERM and waits, but ours do not listen to it."""
+    """End the loader workers. multiprocessing would send SIGTERM, which they ignore (data/workers.py), and wait."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a worker for an accident
     for child in multiprocessing.active_children():
@@ -22,16 +25,23 @@ def kill_workers() -> None:
             child.kill()
 
 
-def leave(code: int) -> None:
-    """End the process with this exit code."""
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code, once all that has to be closed is closed."""
     kill_workers()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # nothing is left to stop, and Python gives its handlers up as it ends
     if code != 130 and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        atexit._run_exitfuncs()  # what libraries have to bring to an end, as sys.exit would
+        atexit._run_exitfuncs()  # libraries end their work here, as at sys.exit
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-    # Without taking the interpreter down: that takes seconds once torch is loaded, and with gloo or NCCL it now and
-    # then aborts, or hangs where a peer is gone. What has to be closed is closed.
+    end_at_once(code)
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End the process without taking the interpreter down. All ends of a training process come through here.
+
+    With torch loaded, an interpreter's end takes seconds; with gloo or NCCL it sometimes aborts, or hangs where a
+    peer is gone.
+    """
     os._exit(code)

@@ -1,13 +1,14 @@
-"""Stopping in order: signals, a deadline, a STOP file and a launcher that is gone become one decision of all ranks.
+"""Stopping in order: signals, deadlines, a STOP file and a launcher that is gone become one decision of all ranks.
 
-A thread in each process (Watch) collects what asks for a stop, from the first lines of the program on. The loop
-asks after each step whether the ranks have agreed (Agreement): they all stop after the same step, and save it.
+A thread in each process (Watch) collects the reasons to stop, from the first lines of the program on. The loop asks
+after each step whether the ranks have agreed (agreement.py): they all stop after the same step, and save it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import enum
 import os
 import select
 import signal
@@ -15,58 +16,88 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distloop.ranks.attempt_base import AttemptBase
+from distloop.ranks.leaving import SIGNALS, end_at_once
 from distloop.ranks.talking import speaks
 
-if TYPE_CHECKING:  # the config's libraries are imported once signals are listened to
+if TYPE_CHECKING:  # the config's libraries are imported once this process listens to signals
     from distloop.config.settings import Stop
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 STOP = "STOP"
-STOP_FILE, AFTER_MINUTES, SLURM_LIMIT, LAUNCHER_GONE, SAVE_FAILED = 101, 102, 103, 104, 105
-REASONS = {
-    **{int(number): number.name for number in SIGNALS},
-    STOP_FILE: "the file STOP",
-    AFTER_MINUTES: "stop.after_minutes",
-    SLURM_LIMIT: "Slurm's time limit",
-    LAUNCHER_GONE: "its launcher is gone",
-    SAVE_FAILED: "a checkpoint could not be written",
-}
 POLL_SECONDS = 0.5
 SECOND_INTERRUPT_SECONDS = 2.0  # an elastic launcher passes Ctrl-C on, so that it arrives twice at once
 LAST_SECONDS = 3.0  # of a command that has nothing to save
-ORPHAN_SECONDS = 8.0  # what is left to save in when the launcher is gone
+ORPHAN_SECONDS = 8.0  # for the last save when the launcher is gone
 
-_watch: Watch | None = None
+
+class StopReason(enum.IntEnum):
+    """Why a run stops. Where ranks have different reasons, the greatest number is the reason of all.
+
+    So a failed save comes first, since it decides how the run ends; then what leaves little time; then signals.
+    """
+
+    SIGINT = signal.SIGINT
+    SIGUSR1 = signal.SIGUSR1
+    SIGUSR2 = signal.SIGUSR2
+    SIGTERM = signal.SIGTERM
+    STOP_FILE = 101
+    AFTER_MINUTES = 102
+    SLURM_LIMIT = 103
+    LAUNCHER_GONE = 104
+    SAVE_FAILED = 105
+
+    @property
+    def is_signal(self) -> bool:
+        return self in SIGNALS
+
+    @property
+    def text(self) -> str:
+        """The reason in words, as status.json has it."""
+        return TEXTS.get(self, self.name)
+
+    @classmethod
+    def of(cls, text: str) -> StopReason | None:
+        """The reason whose words these are."""
+        return next((reason for reason in cls if reason.text == text), None)
+
+
+TEXTS = {
+    StopReason.STOP_FILE: "the file STOP",
+    StopReason.AFTER_MINUTES: "stop.after_minutes",
+    StopReason.SLURM_LIMIT: "Slurm's time limit",
+    StopReason.LAUNCHER_GONE: "its launcher is gone",
+    StopReason.SAVE_FAILED: "a checkpoint could not be written",
+}
+
+_watch: Watch | None = None  # one for the process: signals belong to it, and arrive before an object can be handed on
 
 
 def listen() -> Watch:
-    """The process's Watch, started by the first call. Call it before the long imports, in the main thread."""
-    global _watch  # signals belong to the process, and arrive before anything could be handed on
+    """The process's Watch; the first call starts it. Call it in the main thread, before the long imports."""
+    global _watch
     if _watch is None or _watch.process != os.getpid():
         _watch = Watch()
     return _watch
 
 
 class Watch:
-    """Collects what asks for a stop, as a number in REASONS (a signal's own, or one of the above); 0: nothing.
+    """Collects the reasons to stop, in a thread: it answers a signal at once, however long the main thread computes.
 
-    It is a thread, so that a signal is answered at once, however long the main thread computes or waits.
+    The same thread tells the attempt (see AttemptBase) that time passes, and that the process must end at once.
     """
 
     def __init__(self) -> None:
         self.process = os.getpid()
-        self.wish = 0
+        self.wish: StopReason | None = None  # the first reason that came up here
+        self.attempt = AttemptBase()
         self.started = time.time()
         self.stop_file: Path | None = None
-        self.deadlines: dict[int, float] = {}
+        self.deadlines: dict[StopReason, float] = {}
         self.reserve_seconds = 0.0
-        self.each_poll: list[Callable[[], None]] = []
-        # Told how (stopped | failed) and why, when this thread ends the process.
-        self.before_leaving: list[Callable[[str, str], None]] = []
         self.between_steps = 0.0  # seconds
         self._longest: dict[str, float] = {}
         self._first_interrupt: float | None = None
@@ -87,19 +118,19 @@ class Watch:
         self.stop_file = run / STOP
         self.reserve_seconds = settings.reserve_seconds
         after = self.started + 60 * settings.after_minutes if settings.after_minutes else None
-        deadlines = {AFTER_MINUTES: after, SLURM_LIMIT: slurm_end_time(environ)}
+        deadlines = {StopReason.AFTER_MINUTES: after, StopReason.SLURM_LIMIT: slurm_end_time(environ)}
         self.deadlines = {wish: deadline for wish, deadline in deadlines.items() if deadline is not None}
 
-    def ask(self, wish: int) -> None:
+    def ask(self, reason: StopReason) -> None:
         """Ask for a stop; the first reason counts."""
-        if not self.wish:
-            self.wish = wish
-            if self.failing:  # a launcher that ends what is left
+        if self.wish is None:
+            self.wish = reason
+            if self.failing:  # the launcher ends the ranks that are left
                 return
-            more = " (Ctrl-C again: end at once)" if wish == signal.SIGINT else ""
-            if wish == signal.SIGINT and speaks(os.environ) and sys.stderr.isatty():
+            more = " (Ctrl-C again: end at once)" if reason is StopReason.SIGINT else ""
+            if reason is StopReason.SIGINT and speaks(os.environ) and sys.stderr.isatty():
                 print(file=sys.stderr)  # after the ^C of the terminal
-            self.say(f"{REASONS[wish]}: finishing what is going on, then saving and stopping{more}")
+            self.say(f"{reason.text}: finishing what is going on, then saving and stopping{more}")
 
     def leave_within(self, seconds: float | None, code: int = 1, failure: str | None = None) -> None:
         """End the process in so many seconds, if it has not ended by then: it has failed. None: do not."""
@@ -154,48 +185,45 @@ class Watch:
                     self.say(f"WARNING: looking for a reason to stop failed ({type(error).__name__}: {error})")
                 complained = True
 
-    def _last_words(self) -> None:
-        state, why = "stopped", "interrupted from the keyboard" if self._interrupted else REASONS.get(self.wish, "")
-        if self._leave and self._leave[2]:
-            state, why = "failed", self._leave[2]
-        for record in self.before_leaving:
-            with contextlib.suppress(Exception):
-                record(state, why)
-
     def _poll(self) -> None:
         if select.select([self._wakeup], [], [], POLL_SECONDS)[0]:
             for number in os.read(self._wakeup, 4096):
                 if number == signal.SIGINT:
                     self._interrupt()
-                if number in REASONS:
-                    self.ask(number)
+                if number in SIGNALS:
+                    self.ask(StopReason(number))
         if self._leave and time.monotonic() > self._leave[0]:
-            if self._leave[2] is None:
-                self.say("ended without saving; the same command continues from the last checkpoint")
-            last = threading.Thread(target=self._last_words, daemon=True)
-            last.start()
-            last.join(0.5)  # a disk that hangs does not hold up the end
-            os._exit(self._leave[1])
+            self._end_process(self._leave[1], self._leave[2])
         if self._launcher is not None and os.getppid() != self._launcher:
-            self.ask(LAUNCHER_GONE)
+            self.ask(StopReason.LAUNCHER_GONE)
             self._leave = self._leave or (time.monotonic() + ORPHAN_SECONDS, 1, None)
         if self.stop_file and os.path.exists(self.stop_file):
-            self.ask(STOP_FILE)
-        for wish, deadline in self.deadlines.items():
+            self.ask(StopReason.STOP_FILE)
+        for reason, deadline in self.deadlines.items():
             if time.time() + self.reserve() >= deadline:
-                self.ask(wish)
-        for function in self.each_poll:
-            function()
+                self.ask(reason)
+        self.attempt.tick()
+
+    def _end_process(self, code: int, failure: str | None) -> None:
+        """End the process although its main thread is busy or hangs; `failure`: why it has failed, if it has."""
+        if failure is None:
+            self.say("ended without saving; the same command continues from the last checkpoint")
+        reason = "interrupted from the keyboard" if self._interrupted else self.wish.text if self.wish else ""
+        words = ("stopped", reason) if failure is None else ("failed", failure)
+        last = threading.Thread(target=self.attempt.cut_off, args=words, daemon=True)
+        last.start()
+        last.join(0.5)  # a disk that hangs does not hold up the end
+        end_at_once(code)
 
 
 class WatchWithoutSaving(Watch):
-    """For commands that have nothing to save: a wish to stop ends the process."""
+    """For commands that have nothing to save: a reason to stop ends the process."""
 
-    def ask(self, wish: int) -> None:
-        if not self.wish and not self.failing:  # else there is a verdict already
-            self.wish = wish
-            # Some moments, in which a rank that failed before can still be named.
-            self.leave_within(LAST_SECONDS, 128 + wish if wish in SIGNALS else 1, f"ended by {REASONS[wish]}")
+    def ask(self, reason: StopReason) -> None:
+        if self.wish is None and not self.failing:  # else there is a verdict already
+            self.wish = reason
+            # A moment, in which a rank that failed before can still be named.
+            self.leave_within(LAST_SECONDS, 128 + reason if reason.is_signal else 1, f"ended by {reason.text}")
 
 
 def launcher(environ: Mapping[str, str]) -> int | None:
@@ -223,13 +251,13 @@ def launcher(environ: Mapping[str, str]) -> int | None:
     return -1 if adopted else None
 
 
-def end_launcher(reason: str | None, environ: Mapping[str, str]) -> None:
-    """On several machines, after a stop by a signal: end the elastic launcher, as it is ended where the signal went.
+def end_launcher(reason: StopReason, environ: Mapping[str, str]) -> None:
+    """After a stop by a signal, on several machines: send SIGTERM to this machine's elastic launcher (torchrun).
 
-    Those of the other machines would wait for that one, deaf to signals, for five minutes after their ranks have left.
+    The launcher that got the signal ends by itself. Those of the other machines would wait for it for five minutes.
     """
-    by_signal = reason in [number.name for number in SIGNALS]
-    if by_signal and "TORCHELASTIC_RUN_ID" in environ and int(environ["GROUP_WORLD_SIZE"]) > 1 and speaks(environ):
+    several_machines = "TORCHELASTIC_RUN_ID" in environ and int(environ["GROUP_WORLD_SIZE"]) > 1
+    if reason.is_signal and several_machines and speaks(environ):
         os.kill(os.getppid(), signal.SIGTERM)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import math
 import threading
@@ -12,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distloop.run.files import TIME, read_json
+from distloop.run.files import TIME, Start, now, read_json, write_text
 
 if TYPE_CHECKING:
     from distloop.run.clock import Clock
-    from distloop.run.files import Start
 
 REDONE = ("data", "compute", "validation")  # what another attempt does again
 SHARE_BETWEEN = 0.005  # of the attempt's time may pass between two writings: an end by kill -9 is known that well
@@ -24,14 +22,17 @@ LONGEST_BETWEEN = 30.0
 
 
 class TimeAccounts:
-    """Keeps time.json for this attempt, on rank 0. A context, which closes the accounts."""
+    """Keeps time.json for this attempt, on rank 0."""
 
-    def __init__(self, start: Start, clock: Clock, world_size: int, enabled: bool, owned: Callable[[], None]) -> None:
+    def __init__(
+        self, start: Start, clock: Clock, world_size: int, enabled: bool, check_ownership: Callable[[], None]
+    ) -> None:
         """What earlier attempts did after the checkpoint that this one continues from is lost."""
-        self.path, self.clock, self.enabled, self.owned = start.path / TIME, clock, enabled, owned
+        self.path, self.clock, self.enabled = start.path / TIME, clock, enabled
+        self.check_ownership = check_ownership
         mark = read_json(start.checkpoint / "state.json").get("time") if start.checkpoint else None
         self.earlier = [settle(entry, mark) for entry in attempts(start.path) if entry["attempt"] < start.attempt]
-        self.entry: dict[str, Any] = {"attempt": start.attempt, "began": _now(), "state": "running"}
+        self.entry: dict[str, Any] = {"attempt": start.attempt, "began": now(), "state": "running"}
         self.entry |= {"world_size": world_size, "device": clock.device.type, "first_step": start.step}
         self.next_write = 0.0
         self.writing = threading.Lock()  # the loop's thread and the one that watches
@@ -50,7 +51,7 @@ class TimeAccounts:
         """Write the accounts as they stand; `state`: how the attempt has ended (finished | stopped | failed)."""
         if not self.enabled:
             return
-        self.owned()
+        self.check_ownership()
         with self.writing:
             if self.closed:  # the run directory may be another process's by now
                 return
@@ -59,17 +60,11 @@ class TimeAccounts:
             self.entry["seconds"] = seconds = self.clock.totals()
             self.next_write = time.monotonic() + min(LONGEST_BETWEEN, SHARE_BETWEEN * sum(seconds.values()))
             with contextlib.suppress(OSError):  # a full disk is said by those who lose more
-                aside = self.path.with_name(f".{self.path.name}.writing")
-                aside.write_text(json.dumps({"attempts": [*self.earlier, self.entry]}) + "\n")
-                aside.replace(self.path)
+                write_text(self.path, json.dumps({"attempts": [*self.earlier, self.entry]}) + "\n", synced=False)
 
-    def __enter__(self) -> TimeAccounts:
-        self.write()  # the end may come before it is written now and then
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self.write(None if kind is None else "stopped" if interrupted else "failed")
+    def close(self, state: str | None = None) -> None:
+        """Write the accounts a last time. Later calls change nothing."""
+        self.write(state)
         with self.writing:
             self.closed = True
 
@@ -118,7 +113,3 @@ def goodput(seconds: dict[str, float]) -> float | None:
     """The share of the wall time in steps that counted, waiting for their data included; None without any time."""
     wall = sum(seconds.values())
     return (seconds.get("data", 0.0) + seconds.get("compute", 0.0)) / wall if wall else None
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

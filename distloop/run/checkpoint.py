@@ -13,6 +13,7 @@ All of it is read without running any code from the files.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -46,6 +47,20 @@ class Weights(NamedTuple):
     aliases: dict[str, str]
 
 
+@dataclasses.dataclass(frozen=True)
+class LoopState:
+    """The loop's own state between two steps, as state.json has it."""
+
+    step: int = 0
+    """Steps that are done."""
+    epoch_sums: tuple[float, float] = (0.0, 0.0)
+    """Σ loss and Σ weight of the epoch so far, over all ranks."""
+    best: dict[str, Any] | None = None
+    """The best validation row so far, with its step."""
+    skipped_steps: int = 0
+    """Steps that were left out, by a GradScaler or by train.on_nonfinite."""
+
+
 class Snapshot(NamedTuple):
     """What a checkpoint is written from, on the host and nobody else's to change."""
 
@@ -58,11 +73,11 @@ class Snapshot(NamedTuple):
     """What the run trains: goes into the manifest."""
 
 
-def publish(folder: Path, step: int, snapshot: Snapshot, owned: Callable[[], None] = lambda: None) -> Path:
+def publish(folder: Path, step: int, snapshot: Snapshot, check_ownership: Callable[[], None] = lambda: None) -> Path:
     """Write a checkpoint of `step` in `folder`; returns its path.
 
     Raises OSError, RuntimeError or SafetensorError when it cannot be written; then nothing is published.
-    `owned` is called before: it does not return when the folder has another owner by now.
+    `check_ownership` is called before: it does not return when the folder has another owner by now.
     """
     final = folder / f"step_{step:08d}"
     writing = folder / f".writing_{final.name}"
@@ -80,7 +95,7 @@ def publish(folder: Path, step: int, snapshot: Snapshot, owned: Callable[[], Non
     (writing / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in (*writing.iterdir(), writing):
         sync(path)
-    owned()
+    check_ownership()
     if final.exists():  # left by an earlier attempt that this one did not start from, since it is damaged
         replaced = folder / f".replaced_{final.name}"
         shutil.rmtree(replaced, ignore_errors=True)
@@ -176,8 +191,10 @@ def verify(path: Path) -> None:
 
 def load(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averaged: AveragedModel | None = None
-) -> dict[str, Any]:
-    """Copy a verified checkpoint into `model`, `optimizer` and `averaged`, in place; returns the loop's state.
+) -> tuple[LoopState, dict[str, Any] | None]:
+    """Copy a verified checkpoint into `model`, `optimizer` and `averaged`, in place.
+
+    Returns the loop's state, and that of fp16's scaler where there was one.
 
     The optimizer keeps the hyperparameters that the config gave it; only its moments are taken. Raises
     UsageError for a checkpoint of another model, and for an optimizer's file that holds more than data.
@@ -201,7 +218,8 @@ def load(
     if averaged is not None and (path / AVERAGED).exists():
         load_weights(path / AVERAGED, averaged.module)
         averaged.n_averaged.fill_(state["averaged_steps"])
-    return state
+    names = [field.name for field in dataclasses.fields(LoopState)]
+    return LoopState(**{name: state[name] for name in names}), state["scaler"]
 
 
 def weights_of(model: nn.Module, copy: Callable[[str, Tensor], Tensor]) -> Weights:

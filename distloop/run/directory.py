@@ -23,6 +23,7 @@ from distloop.run.files import (
     STATUS,
     Start,
     read_json,
+    write_json,
     write_text,
 )
 from distloop.run.lock import RunLock
@@ -31,85 +32,109 @@ from distloop.run.provenance import environment, git_facts
 from distloop.run.status import RunStatus
 
 
-def open_run(config: Config, lock: RunLock, status: RunStatus, world_size: int, dataset: dict[str, Any]) -> Start:
+def open_directory(config: Config, lock: RunLock, status: RunStatus, world_size: int, dataset: dict[str, Any]) -> Start:
     """Create, or find and continue, the run's directory; rank 0 only. `dataset`: the training data's fingerprint.
 
-    Order of resuming: a run of this name is continued from its newest good checkpoint; a finished one is
-    left as it is; --resume never moves it aside first. Nothing is changed before the lock is held; `status` is told
-    when the attempt begins. Raises UsageError when the directory is in use, belongs to a run that trains
-    differently, or cannot be written.
+    Order of resuming:
+    1. --resume never moves a run of this name aside.
+    2. A finished run is left as it is.
+    3. The run continues from its newest good checkpoint.
+    4. Without one it begins, with --init-from from those weights.
+
+    Nothing is changed before the lock is held; `status` is told when the attempt begins. Raises UsageError when the
+    directory is in use, belongs to a run that trains differently, or cannot be written.
     """
     path = path_of(config)
-    messages: list[str] = []
     fresh = config.resume == "never" or not published_in(path / CHECKPOINTS)
     weights = weights_file(config.init_from) if fresh and config.init_from else None
     try:
-        if path.exists():
-            if config.resume != "never" and _is_finished(path, config):
-                before = read_json(path / STATUS)
-                return Start(path, int(before["attempt"]), None, None, int(before["step"]), True, messages, {})
-            messages += _acquire(lock, path)
-            if config.resume == "never":
-                aside = _place_aside(path)
-                inside = _relative(weights, path)
-                lock.move(path, aside)
-                messages.append(f"the previous run was moved to {aside}")
-                if inside is not None:
-                    weights = aside / inside
-        for folder in (CHECKPOINTS, FAILURES):
-            (path / folder).mkdir(parents=True, exist_ok=True)
-        if lock.path is None:
-            messages += _acquire(lock, path)
-        if weights:
-            messages.append(f"starting from the weights in {weights}")
-        clean(path / CHECKPOINTS)
-        for leftover in (path / FAILURES).glob("*rank*"):  # of an attempt that was killed
-            leftover.unlink(missing_ok=True)
+        if path.exists() and config.resume != "never" and _is_finished(path, config):
+            before = read_json(path / STATUS)
+            return Start(path, int(before["attempt"]), None, None, int(before["step"]), True, [], {})
+        weights, messages = _own(path, config, lock, weights)
         before = read_json(path / STATUS)
         # A run that has saved nothing has nothing that another config would train differently.
         begun = bool(published_in(path / CHECKPOINTS)) and (path / CONFIG).exists()
-        changes = _changes(path, config) if begun else {}
-        checkpoint, passed_over = newest_good(path / CHECKPOINTS)
-        if passed_over and checkpoint is None:  # nothing that a killed save could leave behind
-            raise UsageError(
-                f"None of the checkpoints in {path} is whole:\n"
-                + "".join(f"  {line}\n" for line in passed_over)
-                + "Bring back the files, or use --resume never to move the run aside and start anew."
-            )
-        messages += [f"passed over a damaged checkpoint: {line}" for line in passed_over]
+        changes: dict[str, Any] = dict(_changes(path, config)) if begun else {}
+        checkpoint = _newest_checkpoint(path, status.total_steps, messages)
         step = step_of(checkpoint) if checkpoint else 0
-        if step > status.total_steps:
-            raise UsageError(
-                f"{path} is already at step {step}; it cannot end at step {status.total_steps}. Train longer."
-            )
         if checkpoint:
             changes.update(_changes_of_data(path, read_manifest(checkpoint)["dataset"], dataset, config))
         redone = set_rows_aside(path / METRICS, step)
         if redone:
             messages.append(f"metrics after step {step}, {redone} of them, were set aside: these steps are done again")
-        attempt = int(before.get("attempt", 0)) + 1
         identity = {"config_sha256": training_hash(config), "dataset": dataset}
-        start = Start(path, attempt, checkpoint, weights, step, False, messages, identity)
+        start = Start(path, int(before.get("attempt", 0)) + 1, checkpoint, weights, step, False, messages, identity)
         # First: an extended run is not finished any more.
         status.begin(start, before.get("best"))
-        if changes:
-            record = {"after_attempt": attempt - 1, "after_step": step, "changes": changes}
-            with open(path / "config_changes.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
-        # What belongs to this one start is left out: the file may start other attempts.
-        write_text(path / CONFIG, dump_without_secrets(dataclasses.replace(config, expect_world=None, resume="auto")))
-        git = git_facts()
-        write_text(path / ENVIRONMENT, json.dumps(environment(world_size, git), indent=1) + "\n")
-        if git.diff is None:
-            (path / GIT_DIFF).unlink(missing_ok=True)  # an earlier attempt's
-        else:
-            write_text(path / GIT_DIFF, git.diff)
+        _record_start(start, config, changes, world_size)
     except OSError as error:
         raise UsageError(
             f"The run directory {path.resolve()} cannot be written: {error.strerror or error}. "
             "Choose another with --runs-dir."
         ) from None
     return start
+
+
+def _own(path: Path, config: Config, lock: RunLock, weights: Path | None) -> tuple[Path | None, list[str]]:
+    """Lock the directory and clean it, once the run of before is moved aside, if that is asked for.
+
+    Returns where the --init-from weights are by then, and what to say.
+    """
+    messages: list[str] = []
+    if path.exists():
+        messages += _acquire(lock, path)
+        if config.resume == "never":
+            aside = _place_aside(path)
+            inside = _relative(weights, path)
+            lock.move(path, aside)
+            messages.append(f"the previous run was moved to {aside}")
+            if inside is not None:
+                weights = aside / inside
+    for folder in (CHECKPOINTS, FAILURES):
+        (path / folder).mkdir(parents=True, exist_ok=True)
+    if lock.path is None:
+        messages += _acquire(lock, path)
+    if weights:
+        messages.append(f"starting from the weights in {weights}")
+    clean(path / CHECKPOINTS)
+    for leftover in (path / FAILURES).glob("*rank*"):  # of an attempt that was killed
+        leftover.unlink(missing_ok=True)
+    return weights, messages
+
+
+def _newest_checkpoint(path: Path, total_steps: int, messages: list[str]) -> Path | None:
+    """The checkpoint to continue from. Raises UsageError when none is whole, or the newest lies behind the end."""
+    checkpoint, passed_over = newest_good(path / CHECKPOINTS)
+    if passed_over and checkpoint is None:  # a killed save leaves no such thing behind
+        raise UsageError(
+            f"None of the checkpoints in {path} is whole:\n"
+            + "".join(f"  {line}\n" for line in passed_over)
+            + "Bring back the files, or use --resume never to move the run aside and start anew."
+        )
+    messages += [f"passed over a damaged checkpoint: {line}" for line in passed_over]
+    if checkpoint and step_of(checkpoint) > total_steps:
+        raise UsageError(
+            f"{path} is already at step {step_of(checkpoint)}; it cannot end at step {total_steps}. Train longer."
+        )
+    return checkpoint
+
+
+def _record_start(start: Start, config: Config, changes: dict[str, Any], world_size: int) -> None:
+    """Write down with what the attempt starts."""
+    path = start.path
+    if changes:
+        record = {"after_attempt": start.attempt - 1, "after_step": start.step, "changes": changes}
+        with open(path / "config_changes.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+    # Other attempts may start from this file, so that it leaves out what belongs to this start.
+    write_text(path / CONFIG, dump_without_secrets(dataclasses.replace(config, expect_world=None, resume="auto")))
+    git = git_facts()
+    write_json(path / ENVIRONMENT, environment(world_size, git))
+    if git.diff is None:
+        (path / GIT_DIFF).unlink(missing_ok=True)  # an earlier attempt's
+    else:
+        write_text(path / GIT_DIFF, git.diff)
 
 
 def _acquire(lock: RunLock, path: Path) -> list[str]:

@@ -8,17 +8,16 @@ same machine, and for the same Slurm job requeued, the answer is known at once.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from distloop.errors import UsageError
+from distloop.run.files import now, write_json
 
 LOCK = "lock.json"
 BEAT_SECONDS = 5.0
@@ -38,12 +37,12 @@ class RunLock:
             "pid_started": _started(os.getpid()),
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "slurm_restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
-            "since": _now(),
+            "since": now(),
         }
         self.beats = 0
         self.next_beat = 0.0
-        self.busy = threading.Lock()  # beats come from another thread
-        self.before_leaving: list[Callable[[], None]] = []
+        self.busy = threading.Lock()  # beats come from several threads
+        self.taken_over_by: str | None = None
 
     def acquire(self, folder: Path) -> str | None:
         """Own `folder`; returns a line on whom it was taken from, if anyone. Raises UsageError naming the owner."""
@@ -90,27 +89,32 @@ class RunLock:
         finally:
             claim.unlink(missing_ok=True)
 
-    def beat(self) -> None:
-        """Show that the owner lives, when it is time to. Ends the process if another one has taken over."""
+    def beat(self) -> str | None:
+        """Show that the owner lives, when it is time to. Returns who has taken over meanwhile, if anyone has.
+
+        This process was then suspended for so long that it counted as dead. It must not write any more.
+        """
         with self.busy:
-            if self.path is not None and time.monotonic() >= self.next_beat:
+            if self.path is not None and self.taken_over_by is None and time.monotonic() >= self.next_beat:
                 self.next_beat = time.monotonic() + BEAT_SECONDS
                 self._beat(self.path)
+            return self.taken_over_by
 
     def _beat(self, path: Path) -> None:
         try:
             owner = _read(path)
             if owner and owner.get("token") != self.identity["token"]:
-                # This process was suspended for so long that it counted as dead. It must not write any more.
-                with contextlib.suppress(OSError, ValueError):
-                    print(f"distloop: {path.parent} was taken over by {describe(owner)}; ending here.", flush=True)
-                for function in self.before_leaving:
-                    function()
-                os._exit(1)
-            self._write(path)
+                self.taken_over_by = describe(owner)
+            else:
+                self._write(path)
         except OSError:  # a full disk, on which the time of the file can be set all the same
             with contextlib.suppress(OSError):
                 os.utime(path)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that is owned."""
+        return self.path.parent if self.path else None
 
     def move(self, folder: Path, to: Path) -> None:
         """Rename the folder that is owned, and give it free."""
@@ -152,9 +156,7 @@ class RunLock:
 
     def _write(self, path: Path) -> None:
         self.beats += 1
-        aside = path.with_name(f".{path.name}.writing")
-        aside.write_text(json.dumps({**self.identity, "beat": self.beats, "written": _now()}, indent=1) + "\n")
-        aside.replace(path)
+        write_json(path, {**self.identity, "beat": self.beats, "written": now()}, synced=False)
 
     def _is_dead(self, path: Path, owner: dict[str, Any]) -> bool:
         job, restart = self.identity["slurm_job"], self.identity["slurm_restart"]
@@ -261,7 +263,3 @@ def _started(pid: int) -> str | None:
     except OSError:  # another operating system, or hidden from other users
         return "unknown"
     return None if fields[0] in "ZX" else fields[19]
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

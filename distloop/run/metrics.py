@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distloop.ranks.talking import say
-from distloop.run.files import sync
+from distloop.run.files import write_text
 
 NO_METRICS = (
     "kind",
@@ -95,8 +95,5 @@ def set_rows_aside(path: Path, step: int) -> int:
     if aside:
         with open(path.with_name(SET_ASIDE), "a") as file:
             file.writelines(line + "\n" for line in aside)
-        replacement = path.with_name(f".{path.name}.writing")
-        replacement.write_text("".join(line + "\n" for line in kept))
-        sync(replacement)
-        replacement.replace(path)
+        write_text(path, "".join(line + "\n" for line in kept))
     return len(aside)

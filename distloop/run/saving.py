@@ -6,7 +6,8 @@ import copy
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch.optim.swa_utils import AveragedModel
 from distloop.config.secrets import clean_text
 from distloop.config.settings import Checkpoint
 from distloop.errors import RunFailed
-from distloop.ranks.stopping import SAVE_FAILED, Watch
-from distloop.run.checkpoint import Snapshot, newest_published, prune, publish, weights_of
+from distloop.ranks.stopping import StopReason, Watch
+from distloop.run.checkpoint import LoopState, Snapshot, newest_published, prune, publish, weights_of
 
 
 class HostBuffers:
@@ -75,9 +76,9 @@ def reason_of(error: BaseException) -> str:
 
 
 class Saver:
-    """Rank 0's checkpoints; on the other ranks it does nothing. Use as a context around the loop.
+    """Writes rank 0's checkpoints; on the other ranks it does nothing.
 
-    At most one is being written. A new save, finish() and the end of the context wait for it.
+    At most one is being written: a new save waits for it.
     """
 
     def __init__(
@@ -88,23 +89,24 @@ class Saver:
         watch: Watch,
         published: Callable[[int, dict[str, Any] | None], None],
         enabled: bool,
-        owned: Callable[[], None] = lambda: None,
+        check_ownership: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.settings, self.identity = folder, settings, identity
-        self.watch, self.published, self.owned, self.enabled = watch, published, owned, enabled
+        self.watch, self.published, self.enabled = watch, published, enabled
+        self.check_ownership = check_ownership
         self.buffers = HostBuffers()
         self.thread: threading.Thread | None = None
         self.failure: str | None = None
 
     def save(
         self,
-        step: int,
+        state: LoopState,
         model: nn.Module,
         averaged: AveragedModel | None,
         optimizer: torch.optim.Optimizer,
-        state: dict[str, Any],
+        others: Mapping[str, Any],
     ) -> None:
-        """Copy everything, and start to write it. `model` is the bare module, `state` plain JSON."""
+        """Copy everything, and start to write it. `model` is the bare module, `others` plain JSON for state.json."""
         if not self.enabled:
             return
         self.wait()
@@ -114,13 +116,12 @@ class Saver:
             weights_of(model, lambda name, tensor: copy(f"model/{name}", tensor)),
             None if averaged is None else weights_of(averaged.module, lambda name, t: copy(f"averaged/{name}", t)),
             self.buffers.copy_tree("optimizer", optimizer.state_dict()),
-            {"step": step, **state, "averaged_steps": 0 if averaged is None else int(averaged.n_averaged)},
+            {**asdict(state), **others, "averaged_steps": 0 if averaged is None else int(averaged.n_averaged)},
             self.identity,
         )
         self.buffers.record()
-        best = state["best"]
         self.thread = threading.Thread(
-            target=self._write, args=(step, best, snapshot, begun), name="distloop-save", daemon=True
+            target=self._write, args=(state.step, state.best, snapshot, begun), name="distloop-save", daemon=True
         )
         self.thread.start()
 
@@ -136,17 +137,10 @@ class Saver:
         if self.failure:
             raise RunFailed(f"The run's last checkpoint is missing. {self.failure}")
 
-    def __enter__(self) -> Saver:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is None or not issubclass(kind, KeyboardInterrupt):  # Ctrl-C again: end at once
-            self.wait()
-
     def _write(self, step: int, best: dict[str, Any] | None, snapshot: Snapshot, begun: float) -> None:
         try:
             self.buffers.ready()
-            final = publish(self.folder, step, snapshot, self.owned)
+            final = publish(self.folder, step, snapshot, self.check_ownership)
             every = self.settings.keep_every_steps
             prune(
                 self.folder,
@@ -170,6 +164,6 @@ class Saver:
                 + ("Stopping (checkpoint.on_failure)." if stop else "The next save tries again.")
             )
             if stop:
-                self.watch.ask(SAVE_FAILED)
+                self.watch.ask(StopReason.SAVE_FAILED)
         finally:
             self.watch.took("save", time.monotonic() - begun)

@@ -3,44 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import json
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distloop.ranks.talking import say
-from distloop.ranks.verdicts import Verdict
-from distloop.run.files import STATUS, read_json, write_text
-
-if TYPE_CHECKING:
-    from distloop.run.files import Start
+from distloop.run.files import STATUS, Start, now, read_json, write_json
 
 
 class RunStatus:
-    """Keeps status.json: written by rank 0 when the run starts, has saved and ends, however it ends."""
+    """Keeps status.json: written by rank 0 when the attempt starts, when a step is saved, and when the attempt ends."""
 
     def __init__(
         self,
         enabled: bool,
         total_steps: int,
-        judge: Callable[[BaseException], Verdict] | None = None,
-        owned: Callable[[], None] = lambda: None,
+        best_rule: tuple[str, str] | None = None,
+        check_ownership: Callable[[], None] = lambda: None,
     ) -> None:
-        self.enabled, self.total_steps = enabled, total_steps
-        self.judge, self.owned = judge, owned
+        self.enabled, self.total_steps, self.best_rule = enabled, total_steps, best_rule
+        self.check_ownership = check_ownership
         self.start: Start | None = None  # nothing is written before
         self.step = 0
         self.best: dict[str, Any] | None = None
-        self.best_rule: tuple[str, str] | None = None
-        self.stopped_by: str | None = None
         self.closed = False
 
-    def __enter__(self) -> RunStatus:
-        return self
-
     def begin(self, start: Start, best: dict[str, Any] | None) -> None:
-        """The attempt begins; `best` is that of the attempts before."""
+        """The attempt begins; `best` is the best validation row of the attempts before."""
         self.start = start
         self.update(start.step, best)
 
@@ -50,43 +39,30 @@ class RunStatus:
         if not self.closed:  # a save goes on when Ctrl-C has ended the rest
             self._write("running", None)
 
+    def end(self, state: str, reason: str) -> None:
+        """The attempt has ended: finished | stopped | failed. Later calls change nothing."""
+        if not self.closed:
+            self.closed = True
+            self._write(state, reason)
+
     def cut_off(self, state: str, reason: str) -> None:
         """The process ends at once, without its main thread."""
         if not self.closed:
             self._write(state, f"{reason}, without saving" if state == "stopped" else reason)
 
     def rank_0_is_lost(self, reason: str) -> None:
-        """On another rank: say for rank 0, which cannot, that the attempt has failed."""
+        """On another rank: write that the attempt has failed, since rank 0 cannot."""
         if self.start is None:
             return
         status = read_json(self.start.path / STATUS)
         if status.get("attempt") == self.start.attempt and status.get("state") == "running":  # still our run
-            status |= {"state": "failed", "reason": reason, "written": _now()}
             with contextlib.suppress(OSError):
-                write_text(self.start.path / STATUS, json.dumps(status, indent=1) + "\n")
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self.closed:
-            return
-        if error is not None and self.judge is not None:
-            verdict = self.judge(error)  # of all ranks: this one's error may be a consequence
-            self.closed = True
-            self._write("stopped" if isinstance(error, KeyboardInterrupt) else "failed", verdict.reason)
-            return
-        self.end()
-
-    def end(self) -> None:
-        """The attempt has ended in order: finished, or stopped. What follows changes nothing of it."""
-        self.closed = True
-        if self.stopped_by:
-            self._write("stopped", self.stopped_by)
-        else:
-            self._write("finished", "all steps are done")
+                write_json(self.start.path / STATUS, {**status, "state": "failed", "reason": reason, "written": now()})
 
     def _write(self, state: str, reason: str | None) -> None:
         if not self.enabled or self.start is None:
             return
-        self.owned()
+        self.check_ownership()
         status = {
             "state": state,
             "step": self.step,
@@ -98,13 +74,9 @@ class RunStatus:
             "reason": reason,
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "slurm_restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
-            "written": _now(),
+            "written": now(),
         }
         try:
-            write_text(self.start.path / STATUS, json.dumps(status, indent=1) + "\n")
+            write_json(self.start.path / STATUS, status)
         except OSError as error:  # the disk is full: no reason to end
             say(f"distloop: WARNING: {STATUS} cannot be written ({error.strerror}): {state}")
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

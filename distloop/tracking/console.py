@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from distloop.ranks.talking import say
@@ -22,18 +21,8 @@ class Console:
     first line on until close(), above which the lines scroll.
     """
 
-    def __init__(
-        self,
-        name: str,
-        attempt: int,
-        first_step: int,
-        total_steps: int,
-        steps_per_epoch: int,
-        best_rule: tuple[str, str],
-        best: dict[str, Any] | None,
-        saved: Callable[[], int | None],
-    ) -> None:
-        self.known = Known(name, attempt, first_step, total_steps, steps_per_epoch, best_rule, best, saved)
+    def __init__(self, known: Known) -> None:
+        self.known = known
         self.view: LiveView | None = None
         self.plain = not sys.stdout.isatty() or os.environ.get("TERM", "") in ("", "dumb", "unknown")
 

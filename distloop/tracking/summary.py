@@ -5,28 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+import torch
 from torch import nn
 
 from distloop import __version__
 from distloop.config.settings import Config
 from distloop.data.order import Plan
+from distloop.ranks.stopping import StopReason
 from distloop.run.accounts import attempts, goodput, totals
 from distloop.run.checkpoint import AVERAGED, MODEL, published_in, step_of
 from distloop.run.files import METRICS, Start
 from distloop.tracking.wording import duration, number
 
 
-def describe(
-    config: Config, start: Start, plan: Plan, model: nn.Module, accelerator: Accelerator, total_steps: int
-) -> list[str]:
+def describe(config: Config, start: Start, plan: Plan, model: nn.Module, device: torch.device) -> list[str]:
     """The lines at the start of an attempt."""
-    step = start.step
+    step, total_steps = start.step, plan.total_steps
     parameters = sum(parameter.numel() for parameter in model.parameters())
     processes = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''}"
     dropped = plan.samples - min(plan.samples, plan.steps_per_epoch * plan.global_batch_size)
     lines = [
-        f"distloop {__version__} · {start.path} · attempt {start.attempt} · {processes} on {accelerator.device.type}",
+        f"distloop {__version__} · {start.path} · attempt {start.attempt} · {processes} on {device.type}",
         f"{config.model.name} with {parameters:,} parameters on {config.data.name}, {plan.samples:,} training samples",
         f"global batch {plan.global_batch_size} = {processes} × {plan.accumulation} micro-batch"
         f"{'es' if plan.accumulation > 1 else ''} × {plan.micro_batch_size} samples · "
@@ -41,10 +40,11 @@ def describe(
 
 
 def ending(
-    path: Path, step: int, total_steps: int, reason: str | None, best: dict[str, Any] | None, last: dict[str, Any]
+    path: Path, step: int, total_steps: int, stop: StopReason | None, best: dict[str, Any] | None, last: dict[str, Any]
 ) -> list[str]:
-    """The lines at the end of an attempt; `reason`: why it was stopped."""
+    """The lines at the end of an attempt. `stop`: why it was stopped; `last`: the last validation."""
     if step < total_steps:
+        reason = stop.text if stop else "no reason"
         return [f"stopped after step {step} of {total_steps} ({reason}), saved in {path}; the same command continues"]
 
     def values(row: dict[str, Any]) -> str:

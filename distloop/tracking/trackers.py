@@ -1,4 +1,4 @@
-"""All that is told of a run, behind one small interface: log a row, say a line, finish."""
+"""All that is told of a run, behind one small interface: begin, log a row, say a line, end."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Callable
 from typing import Any
 
-from distloop.config.settings import Tracking
-from distloop.run.files import METRICS, Start
+import torch
+from torch import nn
+
+from distloop.config.settings import Config
+from distloop.ranks.ranks import Ranks
+from distloop.ranks.stopping import StopReason
+from distloop.run.attempt import Attempt
+from distloop.run.files import METRICS
 from distloop.run.metrics import MetricsFile
 from distloop.tracking.console import Console
+from distloop.tracking.progress import Known
+from distloop.tracking.summary import describe, ending
 from distloop.tracking.wandb.process import WandbProcess, own_python, wandb_mode
 
 REPORT_SECONDS = 60.0
@@ -26,38 +33,35 @@ class Trackers:
     W&B starts at once, in a process of its own, beside what else has to be prepared; it reads metrics.jsonl.
     """
 
-    def __init__(
-        self, start: Start, settings: Tracking, enabled: bool, owned: Callable[[], None], waiting: Callable[[], Any]
-    ) -> None:
-        """`waiting` is called several times a second while rank 0 waits for W&B or the report; at the start, a true
-        answer ends the waiting."""
-        self.waiting = waiting
-        self.path, self.attempt, self.settings, self.owned = start.path, start.attempt, settings, owned
-        mode = wandb_mode(settings, os.environ) if enabled else None
-        self.wandb = WandbProcess(start.path, settings, mode) if mode else None
+    def __init__(self, run: Attempt, config: Config, ranks: Ranks) -> None:
+        self.run, self.config, self.ranks = run, config, ranks
+        starts = ranks.is_main and not run.is_finished
+        mode = wandb_mode(config.tracking, os.environ) if starts else None
+        self.wandb = WandbProcess(run.path, config.tracking, mode) if mode else None
         self.file: MetricsFile | None = None
         self.console: Console | None = None
 
-    def begin(self, console: Console | None) -> list[str]:
-        """The loop is about to begin. On rank 0, with its console: waits for W&B, and returns what to say of it."""
-        self.console = console
-        if console is None:
-            return []
-        self.file = MetricsFile(self.path / METRICS)
-        if self.wandb is None:
-            return []
-        line = self.wandb.started(self.waiting)
-        if self.wandb.url:
-            console.link(self.wandb.url)
-        return [line]
+    def begin(self, model: nn.Module, device: torch.device) -> None:
+        """The loop is about to begin: say what is trained and how it is divided, once W&B has started. Collective."""
+        start, plan, best = self.run.start, self.run.plan, self.run.best
+        self.ranks.position.enter("starting W&B")
+        if self.ranks.is_main:
+            about = (start.path.name, start.attempt, start.step, plan.total_steps, plan.steps_per_epoch)
+            self.console = Console(Known(*about, best.rule, best.row, lambda: self.run.status.step))
+            self.file = MetricsFile(start.path / METRICS)
+        wandb = self.ranks.from_main(self._wandb_started)
+        lines = describe(self.config, start, plan, model, device)
+        self.say(*self.ranks.messages, *start.messages, *lines, *wandb)
 
-    def log(self, kind: str, step: int, epoch: int, **values: Any) -> None:
-        """One row: `kind` is train, epoch or validate; `step` steps are done; `epoch` counts from 0."""
+    def log(self, kind: str, step: int, **values: Any) -> None:
+        """One row: `kind` is train, epoch or validate; `step` steps are done."""
         if self.file is None or self.console is None:
             return
-        row = {"kind": kind, "step": step, "epoch": epoch + 1, "attempt": self.attempt, "time": round(time.time(), 3)}
-        row |= values | row  # whatever a task calls its metrics
-        self.owned()
+        epoch = (step - 1) // self.run.plan.steps_per_epoch + 1
+        row = {"kind": kind, "step": step, "epoch": epoch, "attempt": self.run.start.attempt}
+        row["time"] = round(time.time(), 3)
+        row = {**row, **values, **row}  # a task's metric named "step" must not win
+        self.run.check_ownership()
         self.file.log(row)
         self.console.log(row)
 
@@ -67,47 +71,63 @@ class Trackers:
             for line in lines:
                 self.console.line(line)
 
-    def finish(self, state: str, *lines: str) -> None:
-        """On rank 0: the run is saved and finished, or stopped; say so, and bring report and W&B to an end."""
-        if self.console is None:
-            return
+    def end(self, step: int, stop: StopReason | None, metrics: dict[str, Any]) -> None:
+        """The run is saved and finished, or stopped: say so, and bring report and W&B to an end. Collective.
+
+        `metrics`: the last validation.
+        """
+        self.ranks.from_main(lambda: self._end(step, stop, metrics))
+
+    def _end(self, step: int, stop: StopReason | None, metrics: dict[str, Any]) -> None:
         self._close()
-        self.say(*lines)
+        finished = step == self.run.plan.total_steps
+        self.say(*ending(self.run.path, step, self.run.plan.total_steps, stop, self.run.best.row, metrics))
         report = None
-        if state == "finished" and self.settings.report:
-            command, environment = own_python("distloop.commands.report", str(self.path))
+        if finished and self.config.tracking.report:
+            command, environment = own_python("distloop.commands.report", str(self.run.path))
             report = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if self.wandb is not None:
-            seconds = self.settings.end_seconds
-            self._end_wandb(state, seconds if state == "finished" else min(seconds, STOPPED_SECONDS))
+        seconds = self.config.tracking.end_seconds
+        self._end_wandb("finished" if finished else "stopped", seconds if finished else min(seconds, STOPPED_SECONDS))
         if report is not None:
             self._wait_for_report(report)
 
     def _wait_for_report(self, report: subprocess.Popen[bytes]) -> None:
-        """A process of its own: whatever a library for drawing does, the run has ended well."""
+        """The report is drawn by a process of its own: whatever its libraries do, the run has ended well."""
         until = time.monotonic() + REPORT_SECONDS
-        said = None
-        while said is None and time.monotonic() < until:
-            self.waiting()
+        output = None
+        while output is None and time.monotonic() < until:
+            self.ranks.still_at_work()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                said = report.communicate(timeout=0.2)[0].decode(errors="replace").strip()
-        if said is not None and report.returncode == 0:
-            self.say(f"  report: {self.path / 'report.html'}")
+                output = report.communicate(timeout=0.2)[0].decode(errors="replace").strip()
+        if output is not None and report.returncode == 0:
+            self.say(f"  report: {self.run.path / 'report.html'}")
             return
         report.kill()
-        problem = (
-            f"not ready after {REPORT_SECONDS:g} s" if said is None else (said or "no reason given").splitlines()[-1]
-        )
+        late = f"not ready after {REPORT_SECONDS:g} s"
+        problem = late if output is None else (output or "no reason given").splitlines()[-1]
         self.say(
-            f"distloop: WARNING: the report was not written ({problem}); `distloop report {self.path}` tries again"
+            f"distloop: WARNING: the report was not written ({problem}); `distloop report {self.run.path}` tries again"
         )
+
+    def _wandb_started(self) -> list[str]:
+        if self.wandb is None:
+            return []
+        line = self.wandb.started(self._while_waiting)
+        if self.wandb.url and self.console:
+            self.console.link(self.wandb.url)
+        return [line]
 
     def _end_wandb(self, state: str, seconds: float) -> None:
         if self.wandb is not None:
-            problem = self.wandb.finish(state, seconds, self.waiting)
+            problem = self.wandb.finish(state, seconds, self._while_waiting)
             self.wandb = None
             if problem:
                 self.say(problem)
+
+    def _while_waiting(self) -> StopReason | None:
+        """Called several times a second while rank 0 waits for W&B; at the start, a reason to stop ends the waiting."""
+        self.ranks.still_at_work()
+        return self.ranks.watch.wish
 
     def __enter__(self) -> Trackers:
         return self

@@ -7,8 +7,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from distloop.config.settings import Config
+from distloop.data.datasets import DataSource
+from distloop.data.loader import example_batch
+from distloop.data.order import Plan
 from distloop.training.tasks import Task
 
 
@@ -26,6 +32,23 @@ def divide_by_weight(model: nn.Module, weight: Tensor | int, samples: int) -> No
     total = total.to(parameters[0].dtype)
     factor = samples / torch.where(total == 0, 1, total)  # no branch: the host does not wait for the number
     torch._foreach_mul_(gradients, factor)
+
+
+def warm_up(
+    config: Config,
+    source: DataSource,
+    plan: Plan,
+    task: Task,
+    model: nn.Module,
+    bare_model: nn.Module,
+    accelerator: Accelerator,
+) -> None:
+    """With several ranks, bring DDP's buckets into the order that they keep: see settle_buckets. Collective."""
+    if plan.world_size == 1:
+        return
+    samples = min(plan.micro_batch_size, plan.samples)
+    example = example_batch(source, config.data, config.seed, getattr(torch, config.dtype), samples)
+    settle_buckets(model, bare_model, task, send_to_device(example, accelerator.device), accelerator.backward)
 
 
 def settle_buckets(

@@ -1,35 +1,51 @@
-"""Sums of losses, kept on the device and read only at logging steps."""
+"""Sums of losses, kept on the device and read only when something is due."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
+class Reading(NamedTuple):
+    """Losses over all ranks."""
+
+    loss: float
+    """Mean of the step: Σ loss / Σ weight."""
+    running_loss: float
+    """Mean of the epoch so far."""
+    by_rank: list[float]
+    """The number that each rank gave to read()."""
+
+
 class LossSums:
     """Σ loss and Σ weight of the step in hand and of the epoch so far; this rank's until they are read."""
 
-    def __init__(self, device: torch.device, epoch: tuple[float, float] = (0.0, 0.0)) -> None:
+    def __init__(self, device: torch.device, epoch_sums: tuple[float, float] = (0.0, 0.0)) -> None:
+        """`epoch_sums`: those of earlier attempts, over all ranks."""
         self.device = device
         self.dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        self.start_epoch(epoch)
-        self.start_step()
+        self.begin_epoch(epoch_sums)
+        self.begin_step()
 
-    def start_step(self) -> None:
+    def begin_step(self) -> None:
         self.step_losses: list[Tensor] = []  # one for each micro-batch
         self.step_loss: Tensor | None = None
         self.step_weight: Tensor | int = 0
 
-    def start_epoch(self, earlier: tuple[float, float] = (0.0, 0.0)) -> None:
-        """Begin an epoch's sums; `earlier`: what a previous attempt, over all ranks, has of them."""
-        self.earlier = earlier
+    def begin_epoch(self, earlier: tuple[float, float] = (0.0, 0.0)) -> None:
+        self.earlier = self.epoch_sums = earlier
+        """epoch_sums: Σ loss and Σ weight of the epoch, over all ranks, as of the last read()."""
         self.epoch_loss = torch.zeros((), dtype=self.dtype, device=self.device)
         self.epoch_weight: Tensor | int = 0
 
-    def add(self, loss: Tensor, weight: Tensor | int) -> None:
-        """Count one micro-batch."""
+    def add(self, loss: Tensor, weight: Tensor | int, is_empty: bool = False) -> None:
+        """Count one micro-batch: the sums of its losses and weights. An empty one counts nothing."""
         loss = loss.detach()
+        if is_empty:
+            loss, weight = loss * 0, weight * 0
         self.step_losses.append(loss)
         self.step_loss = loss if self.step_loss is None else self.step_loss + loss
         self.step_weight = self.step_weight + weight
@@ -42,24 +58,20 @@ class LossSums:
         self.epoch_loss += loss if loss is not None else 0
         self.epoch_weight = self.epoch_weight + weight
 
-    def read(self, own: float = 0.0) -> tuple[float, float, tuple[float, float], list[float]]:
-        """(mean of the step, mean of the epoch so far, sums of the epoch, each rank's `own`): a collective call.
+    def read(self, own: float = 0.0) -> Reading:
+        """The means of the step and of the epoch so far, over all ranks, and each rank's `own` number.
 
-        All over all ranks. It waits for the device.
+        A collective call. It waits for the device.
         """
-        sums = (
-            self.step_loss if self.step_loss is not None else 0.0,
-            self.step_weight,
-            self.epoch_loss,
-            self.epoch_weight,
-            own,
-        )
+        step_loss = self.step_loss if self.step_loss is not None else 0.0
+        sums = (step_loss, self.step_weight, self.epoch_loss, self.epoch_weight, own)
         values = torch.stack([torch.as_tensor(value, dtype=self.dtype, device=self.device) for value in sums])
         ranks = [values]
         if dist.is_initialized() and dist.get_world_size() > 1:
             ranks = [torch.empty_like(values) for _ in range(dist.get_world_size())]
             dist.all_gather(ranks, values)
         by_rank = torch.stack(ranks).tolist()
-        step_loss, step_weight, epoch_loss, epoch_weight, _ = (sum(column) for column in zip(*by_rank, strict=True))
-        epoch = (self.earlier[0] + epoch_loss, self.earlier[1] + epoch_weight)
-        return step_loss / (step_weight or 1), epoch[0] / (epoch[1] or 1), epoch, [row[-1] for row in by_rank]
+        loss, weight, epoch_loss, epoch_weight, _ = (sum(column) for column in zip(*by_rank, strict=True))
+        self.epoch_sums = (self.earlier[0] + epoch_loss, self.earlier[1] + epoch_weight)
+        running_loss = self.epoch_sums[0] / (self.epoch_sums[1] or 1)
+        return Reading(loss / (weight or 1), running_loss, [row[-1] for row in by_rank])

@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from distloop.config.registry import call, import_callable
-from distloop.config.settings import Model
+from distloop.config.settings import Config, Model
+from distloop.data.datasets import DataSource
 from distloop.data.download import only_one
+from distloop.data.loader import example_batch, offers_to_model
 from distloop.errors import UsageError, suggest
+from distloop.training.tasks import Task, introduce
 
 
 def linear(input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
@@ -87,7 +91,22 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_model(config: Model, offered: dict[str, Any]) -> nn.Module:
+def build_model(config: Config, source: DataSource, task: Task, device: torch.device) -> nn.Module:
+    """The config's model on `device`, in its dtype, with the same initial weights on all ranks.
+
+    The task has looked at what the model gives for one sample. Raises UsageError.
+    """
+    dtype = getattr(torch, config.dtype)
+    example = send_to_device(example_batch(source, config.data, config.seed, dtype), device)
+    torch.manual_seed(config.seed)  # the initial weights
+    model = make_model(config.model, offers_to_model(example, source)).to(device, dtype)
+    introduce(task, model, example, source)
+    if config.compile:
+        model.compile()  # in place, before DDP wraps it: the names of its parameters stay
+    return model
+
+
+def make_model(config: Model, offered: dict[str, Any]) -> nn.Module:
     """The model that the config names, on the CPU in float32, with what it asks for of `offered`.
 
     Raises UsageError.

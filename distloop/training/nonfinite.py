@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distloop.data.order import Order, Plan
+from distloop.data.order import Plan
 from distloop.errors import RunFailed
 
 MOST_UNREAD = 1000  # steps: a bound on what is kept where logging is rare
@@ -38,11 +38,11 @@ class FiniteCheck:
         optimizer: torch.optim.Optimizer,
         scaler: Any,
         plan: Plan,
-        order: Order,
-        rank: int,
+        skipped_steps: int = 0,
     ) -> None:
-        self.policy, self.optimizer, self.scaler = policy, optimizer, scaler
-        self.plan, self.order, self.rank = plan, order, rank
+        """`skipped_steps`: those of earlier attempts."""
+        self.policy, self.optimizer, self.scaler, self.plan = policy, optimizer, scaler, plan
+        self.skipped_steps = skipped_steps
         self.unread: list[Step] = []
         self.model = model
         self.skips = policy == "skip" and scaler is None  # a GradScaler skips by itself
@@ -53,7 +53,7 @@ class FiniteCheck:
                 for parameter in group["params"]:
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
-    def start_step(self) -> None:
+    def begin_step(self) -> None:
         """Before a step's first forward pass."""
         if self.policy == "skip":
             buffers = list(self.model.buffers())
@@ -62,7 +62,7 @@ class FiniteCheck:
             elif buffers:
                 torch._foreach_copy_(self.kept, buffers)
 
-    def end_step(self, step: int, norm: Tensor, losses: list[Tensor]) -> Tensor | None:
+    def before_update(self, step: int, norm: Tensor, losses: list[Tensor]) -> Tensor | None:
         """Before the update: `norm` is that of the whole gradient, `losses` those of this rank's micro-batches.
 
         Returns the flag (a bool on the device) with which the step is left out, None where none is.
@@ -79,9 +79,14 @@ class FiniteCheck:
             self.optimizer.zero_grad()
         return bad
 
+    def after_update(self, optimizer: Any) -> None:
+        """Count a step that fp16's GradScaler has skipped. `optimizer` is Accelerate's wrapper there."""
+        if self.scaler is not None:
+            self.skipped_steps += optimizer.step_was_skipped
+
     @property
-    def full(self) -> bool:
-        """Whether check() is due, whatever else is."""
+    def is_full(self) -> bool:
+        """check() is due, even if nothing else is."""
         return len(self.unread) >= MOST_UNREAD
 
     def check(self) -> list[str]:
@@ -106,6 +111,8 @@ class FiniteCheck:
                 f"{self._describe(bad[0])}\nThe run ends here; its checkpoints hold none of it. Look at these samples, "
                 "lower optim.lr, set optim.clip_norm, or go on without such steps: --train.on-nonfinite skip"
             )
+        if self.skips:
+            self.skipped_steps += len(bad)
         return [f"WARNING: {self._describe(step)} It was left out." for step in bad]
 
     def check_parameters(self, step: int, parameters: Sequence[Tensor]) -> None:
@@ -130,12 +137,13 @@ class FiniteCheck:
         what = f"The gradient of step {step.number + 1} is not finite ({float(step.norm)})"
         for rank, found in enumerate(places):
             for place in found:
-                samples = self._samples(epoch, *self.plan.window(step.number, rank)[place])
+                part = self.plan.window(step.number, rank)[place]
+                samples = self._samples(epoch, part.start, part.stop)
                 micro = f"micro-batch {place + 1} of {len(step.losses)}, " if len(step.losses) > 1 else ""
                 return f"{what}: the loss of rank {rank} is not either ({micro}{samples})."
         return f"{what}, while the losses of all ranks are ({self._samples(epoch, start, stop)})."
 
     def _samples(self, epoch: int, start: int, stop: int) -> str:
-        samples = self.order(epoch, start, stop).tolist()
+        samples = self.plan.order(epoch, start, stop).tolist()
         listed = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
         return f"{len(samples)} samples: {listed}; epoch {epoch + 1}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from distloop.config.settings import Optim, Schedule
+from distloop.config.settings import Config, Optim, Schedule
 from distloop.errors import UsageError
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -43,9 +43,22 @@ def build_optimizer(model: nn.Module, config: Optim, device: torch.device, preci
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
-def build_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    """What holds a moving average of parameters and buffers, for update_average; None without a decay."""
-    return None if decay is None else AveragedModel(model, use_buffers=True)
+class Average:
+    """An exponential moving average of a model's parameters and buffers; without a decay there is none."""
+
+    def __init__(self, model: nn.Module, decay: float | None) -> None:
+        self.decay = decay
+        self.averaged = None if decay is None else AveragedModel(model, use_buffers=True)
+
+    @property
+    def module(self) -> nn.Module | None:
+        """A model with the averaged weights."""
+        return None if self.averaged is None else self.averaged.module
+
+    def update(self, model: nn.Module) -> None:
+        """Take up the model's weights as they are after a step."""
+        if self.averaged is not None and self.decay is not None:
+            update_average(self.averaged, model, self.decay)
 
 
 @torch.no_grad()
@@ -70,6 +83,18 @@ def update_average(averaged: AveragedModel, model: nn.Module, decay: float) -> N
         torch._foreach_mul_(targets, keep)  # not lerp: an attention mask's -inf stays what it is
         torch._foreach_add_(targets, values, alpha=1 - keep)
     averaged.n_averaged += 1
+
+
+class LearningRate:
+    """The learning rate of each step, a function of the step alone."""
+
+    def __init__(self, config: Config, total_steps: int) -> None:
+        """Raises UsageError for a schedule that does not fit into so many steps."""
+        check_schedule(config.schedule, total_steps)
+        self.total_steps, self.peak, self.schedule = total_steps, config.optim.lr, config.schedule
+
+    def __call__(self, step: int) -> float:
+        return lr_at(step, self.total_steps, self.peak, self.schedule)
 
 
 def lr_at(step: int, total_steps: int, peak: float, schedule: Schedule) -> float:

@@ -67,6 +67,11 @@ class Task:
     def check(self, batch: Any, indices: Sequence[int]) -> None:
         """Look at a batch on the CPU, in the loader; raise UsageError for one that cannot be trained on."""
 
+    @property
+    def checks_targets_only(self) -> bool:
+        """check() looks at nothing but the targets, as those of the built-in tasks do."""
+        return type(self).check in (Task.check, Classification.check)
+
     def check_targets(self, targets: Any) -> None:
         """Look at all targets of a data set in memory, before training starts."""
 
@@ -193,8 +198,3 @@ def check_guesses(guesses: Guesses | None, samples: int) -> None:
             f"task.guesses() must give labels, predictions and confidences of shape [{samples}], one for each sample "
             f"of the batch; it gave {', '.join(str(list(values.shape)) for values in guesses)}."
         )
-
-
-def checks_targets_only(task: Task) -> bool:
-    """Whether task.check looks at nothing but the targets, as the built-in tasks do."""
-    return type(task).check in (Task.check, Classification.check)

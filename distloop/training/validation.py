@@ -9,10 +9,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distloop.config.settings import Config
+from distloop.data.datasets import DataSource
+from distloop.data.loader import make_loader
 from distloop.data.order import FixedBatchSampler
 from distloop.ranks.places import Position
+from distloop.ranks.ranks import Ranks
+from distloop.run.attempt import Attempt
 from distloop.training.details import Details
 from distloop.training.tasks import Task
+
+
+class Validation:
+    """Validates the model, as often as it is due: metrics for a row, details for validation.json."""
+
+    def __init__(
+        self, config: Config, model: nn.Module, task: Task, source: DataSource, run: Attempt, ranks: Ranks
+    ) -> None:
+        self.model, self.task, self.run, self.position = model, task, run, ranks.position
+        device, dtype = run.clock.device, getattr(torch, config.dtype)
+        size = config.validate.batch_size
+        self.sampler = FixedBatchSampler(len(source.validation), size, ranks.rank, ranks.world_size)
+        half = (source.validation, self.sampler)
+        self.loader = make_loader(config.data, source, task, config.seed, device, dtype, *half, persistent=True)
+        self.details = Details(task, source, config.data, config.seed)
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Validate after `step` steps; returns the task's summary, the same on all ranks. Collective."""
+        metrics = validate(self.model, self.task, self.loader, self.sampler, self.position, self.details)
+        self.details.write(self.run.path, step, self.run.start.attempt)
+        return metrics
 
 
 def validate(

@@ -20,13 +20,13 @@ from typing import Any
 
 from distloop.commands.doctor.lines import FAIL, OK, WARN, Line, nodes_of
 from distloop.errors import RunFailed, UsageError
-from distloop.ranks import environment, stopping, talking
+from distloop.ranks import stopping, talking
 from distloop.ranks.roll_call import RollCall
 
 COLOURS = {OK: "32", WARN: "33", FAIL: "31"}
 
 
-class Report:
+class Report(AttemptBase):
     """The lines so far, shown once: when all is done, or when the process has to end before that."""
 
     def __init__(self, as_json: bool) -> None:
@@ -169,29 +169,25 @@ def parse(arguments: list[str], quiet: bool) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Check as the command line says; returns the exit code: 0 nothing fails, 1 something does, 2 wrong usage."""
-    given = dict(os.environ)  # as it was before what follows has put it in order
+    given = dict(os.environ)
+    prepare_environment()
     try:
-        environment.adopt_slurm(os.environ)
-        environment.share_cpus(os.environ)  # before torch reads the thread count
         options = parse(sys.argv[1:] if arguments is None else arguments, not talking.speaks(os.environ))
     except SystemExit as error:
         if error.code:
             talking.let_others_speak()
         raise
-    except UsageError as error:
-        talking.say(f"distloop: {error}", sys.stderr)
-        return 2
     roll_call = RollCall(stopping.WatchWithoutSaving())
     roll_call.limit_name = "--check-seconds"
     report = Report(options.json)
-    roll_call.watch.before_leaving.append(report.cut_off)
+    roll_call.watch.attempt = report
     try:
         return examine(options, given, roll_call, report)
     except KeyboardInterrupt:  # a second Ctrl-C
         report.cut_off("failed", "interrupted from the keyboard")
         return 130
     except BaseException as error:
-        report.lines.append(Line(FAIL, "ranks", roll_call.judge(error).reason))
+        report.lines.append(Line(FAIL, "ranks", roll_call.report_failure(error).reason))
         report.show()
         return 1
     finally:

@@ -1,0 +1,217 @@
+"""One start of a run: all that it opens, and in which order that is closed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distloop.config.settings import Config
+from distloop.data.datasets import DataSource, fingerprint
+from distloop.data.order import Plan
+from distloop.errors import RunFailed
+from distloop.ranks.agreement import Agreement
+from distloop.ranks.attempt_base import AttemptBase
+from distloop.ranks.leaving import end_at_once
+from distloop.ranks.meeting import group_timeout
+from distloop.ranks.ranks import Ranks
+from distloop.ranks.stopping import STOP, StopReason
+from distloop.ranks.talking import say
+from distloop.run import checkpoint
+from distloop.run.accounts import TimeAccounts
+from distloop.run.best import Best
+from distloop.run.checkpoint import LoopState
+from distloop.run.clock import Clock
+from distloop.run.directory import open_directory
+from distloop.run.failures import FailureRecords
+from distloop.run.files import CHECKPOINTS, FAILURES, METRICS, Start
+from distloop.run.lock import RunLock
+from distloop.run.saving import Saver
+from distloop.run.status import RunStatus
+
+
+def open_run(config: Config, ranks: Ranks, plan: Plan, source: DataSource, device: torch.device, best: Best) -> Attempt:
+    """An attempt at the config's run, for a `with` statement that opens its directory. A collective call there.
+
+    Entering raises UsageError for a run that may not be continued like this.
+    """
+    return Attempt(config, ranks, plan, source, device, best)
+
+
+class Attempt(AttemptBase):
+    """One start of a run on this rank. On rank 0 it owns the run directory; elsewhere it keeps time only.
+
+    The watch's thread calls tick() and cut_off(), the roll call's keep_failure(), rank_0_is_lost() and crash_report().
+    """
+
+    start: Start
+    path: Path
+    records: FailureRecords
+    accounts: TimeAccounts
+    saver: Saver
+    agreement: Agreement
+
+    def __init__(
+        self, config: Config, ranks: Ranks, plan: Plan, source: DataSource, device: torch.device, best: Best
+    ) -> None:
+        self.config, self.ranks, self.plan, self.source, self.best = config, ranks, plan, source, best
+        self.clock = Clock(device)
+        self.lock = RunLock()
+        self.status = RunStatus(ranks.is_main, plan.total_steps, best.rule, self.check_ownership)
+        self.is_open = self.is_closed = False
+
+    # ---- in the loop -----------------------------------------------------------------------------------------
+
+    @property
+    def is_finished(self) -> bool:
+        """All steps were done before this attempt."""
+        return self.start.finished
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A validation or a checkpoint: its time has an account, and is kept free before a deadline."""
+        self.ranks.position.enter(name)
+        with self.clock.on(name), self.ranks.watch.timed(name):
+            yield
+
+    def end_step(self, step: int) -> StopReason | None:
+        """`step` steps are done. Returns why all ranks stop now, once they have agreed. No step waits for that."""
+        self.clock.add(self.plan.samples_of(step - 1))
+        return self.agreement.reached()
+
+    def load(self, parts: Mapping[str, Any]) -> LoopState:
+        """Bring `parts` (model, averaged, optimizer, scaler) to where the attempt begins, in place.
+
+        That is the newest good checkpoint of the run, else the weights of --init-from, else what they are.
+        """
+        state = LoopState()
+        if self.start.checkpoint:
+            state, scaler = checkpoint.load(
+                self.start.checkpoint, parts["model"], parts["optimizer"], parts["averaged"]
+            )
+            if parts["scaler"] is not None and scaler:
+                parts["scaler"].load_state_dict(scaler)
+        elif self.start.weights:
+            checkpoint.load_weights(self.start.weights, parts["model"])
+        self.best.row = self.status.best = state.best
+        return state
+
+    def save(self, parts: Mapping[str, Any], state: LoopState) -> None:
+        """Copy `parts` and the loop's state, and write them in the background as the checkpoint of state.step."""
+        scaler = parts["scaler"]
+        others = {"time": self.accounts.mark(), "scaler": None if scaler is None else scaler.state_dict()}
+        self.saver.save(state, parts["model"], parts["averaged"], parts["optimizer"], others)
+
+    def end(self, step: int, stop: StopReason | None) -> None:
+        """Wait for the last checkpoint, and write down that the run is finished, or why it is stopped.
+
+        Raises RunFailed, on all ranks, when a checkpoint that counts could not be written.
+        """
+        self.ranks.position.enter("finishing")
+        self.clock.switch("checkpoint")
+        self.ranks.from_main(self.saver.finish)
+        self.clock.switch("start_up")
+        stopped_by = stop if step < self.plan.total_steps else None
+        if stopped_by is StopReason.SAVE_FAILED:
+            raise RunFailed(f"Stopped after step {step} (checkpoint.on_failure): a checkpoint could not be written.")
+        if self.ranks.is_main:
+            (self.path / STOP).unlink(missing_ok=True)
+        self.status.end(*(("stopped", stopped_by.text) if stopped_by else ("finished", "all steps are done")))
+        self.accounts.write("stopped" if stopped_by else "finished")
+        self.agreement.close()
+        self.ranks.stopped_by = stopped_by
+
+    # ---- opened and closed -----------------------------------------------------------------------------------
+
+    def __enter__(self) -> Attempt:
+        self.ranks.position.enter("opening the run directory")
+        self.ranks.watch.attempt = self
+        try:
+            self._open()
+        except BaseException as error:
+            self._close(error)
+            raise
+        return self
+
+    def _open(self) -> None:
+        config, ranks = self.config, self.ranks
+        self.start = start = ranks.from_main(
+            lambda: open_directory(config, self.lock, self.status, ranks.world_size, fingerprint(self.source.train))
+        )
+        self.path = start.path
+        if start.finished:
+            if ranks.is_main:
+                say(
+                    f"{start.path} is finished; its metrics are in {start.path / METRICS}. "
+                    "--name NAME trains another run, --resume extend goes on with this one."
+                )
+            return
+        self.status.start = start
+        self.records = FailureRecords(start.path / FAILURES, start.attempt, ranks.rank, ranks.world_size)
+        self.accounts = TimeAccounts(start, self.clock, ranks.world_size, ranks.is_main, self.check_ownership)
+        self.saver = Saver(
+            start.path / CHECKPOINTS,
+            config.checkpoint,
+            start.identity,
+            ranks.watch,
+            self.status.update,
+            ranks.is_main,
+            self.check_ownership,
+        )
+        self.is_open = True
+        self.accounts.write()  # the end may come before it is written now and then
+        if ranks.is_main:
+            ranks.watch.look_for(start.path, config.stop, os.environ)
+        self.agreement = Agreement(ranks.watch, ranks.world_size, group_timeout(config.ddp))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._close(error)
+
+    def _close(self, error: BaseException | None) -> None:
+        interrupted = isinstance(error, KeyboardInterrupt)  # Ctrl-C again: end at once
+        if self.is_open and not interrupted:
+            self.saver.wait()
+        state = "stopped" if interrupted else "failed"
+        if error is not None:
+            self.status.end(state, self.ranks.report_failure(error).reason)  # of all ranks: ours may be a consequence
+        if self.is_open:
+            self.accounts.close(None if error is None else state)
+            self.is_closed = True
+            self.records.close()
+        self.lock.release()
+
+    # ---- for other threads -----------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        self.check_ownership()
+        if self.is_open and not self.is_closed:
+            self.records.write_ranks(self.ranks.roll_call.table)
+            self.accounts.write_now_and_then()
+
+    def cut_off(self, state: str, reason: str) -> None:
+        for last in (self.status.cut_off, self.ranks.roll_call.cut_off):
+            with contextlib.suppress(Exception):
+                last(state, reason)
+        self.lock.release()
+
+    def keep_failure(self, record: dict[str, Any]) -> None:
+        if self.is_open:
+            self.records.keep(record)
+
+    def rank_0_is_lost(self, reason: str) -> None:
+        self.status.rank_0_is_lost(reason)
+
+    def crash_report(self, rank: int) -> str:
+        return self.records.crash_report(rank) if self.is_open else ""
+
+    def check_ownership(self) -> None:
+        """Show that this process lives. Ends it if another one has taken over the run directory: see RunLock.beat."""
+        taken_over_by = self.lock.beat()
+        if taken_over_by is not None:
+            say(f"distloop: {self.lock.folder} was taken over by {taken_over_by}; ending here.")
+            self.ranks.roll_call.leave("its run directory was taken over")
+            end_at_once(1)
