@@ -10,12 +10,11 @@ and the gradient are the same for any number of processes, with or without accum
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 if not __package__:  # run as a script: Python put this folder first on the path, where `import distloop` finds nothing
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from distloop.ranks import prepare_process, start
+from distloop.ranks.start import prepare_process, start
 
 if __name__ == "__main__":
     prepare_process()  # before torch is imported: ranks from Slurm, CPU threads, signals as wishes to stop
@@ -119,13 +118,9 @@ def train(config: Config, ranks: Ranks) -> None:
             trackers.say(*finite.check())  # names the steps that were left out; RunFailed on all ranks for a bad one
             mean = losses.read(peak_memory(device))  # over all ranks
             if due.log:
-                row: dict[str, Any] = {
-                    "loss": mean.loss,
-                    "running_loss": mean.running_loss,
-                    "gradient_norm": float(gradient_norm),
-                }
-                row |= {"lr": lr, "skipped_steps": finite.skipped_steps, "memory_gib": mean.by_rank}
-                trackers.log("train", step, **row, **run.clock.read())
+                means = {"loss": mean.loss, "running_loss": mean.running_loss, "gradient_norm": float(gradient_norm)}
+                others = {"lr": lr, "skipped_steps": finite.skipped_steps, "memory_gib": mean.by_rank}
+                trackers.log("train", step, **means, **others, **run.clock.read())
             if due.end_of_epoch:
                 trackers.log("epoch", step, loss=mean.running_loss)
                 losses.begin_epoch()

@@ -83,12 +83,13 @@ def _rank(arguments: list[str], folder: str, environment: dict[str, str], output
 
     torch.set_num_threads(1)
     from distloop.ranks import leaving
-    from distloop.train import main
+    from distloop.ranks.start import main
+    from distloop.train import train as train_loop
 
     if "--tracking.report" not in arguments:  # it takes a second or two, which hundreds of runs would pay
         arguments = ["--tracking.no-report", *arguments]
     try:
-        code = main(arguments)
+        code = main(train_loop, arguments)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     if code == 0:

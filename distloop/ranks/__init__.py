@@ -7,7 +7,5 @@ from distloop import hand_on
 if TYPE_CHECKING:
     from distloop.ranks.accelerator import build_accelerator as build_accelerator
     from distloop.ranks.ranks import Ranks as Ranks
-    from distloop.ranks.start import prepare_process as prepare_process
-    from distloop.ranks.start import start as start
 else:
     __getattr__ = hand_on(__name__, __file__)

@@ -13,6 +13,7 @@ class Position:
     def __init__(self) -> None:
         self.step = 0  # the one that is being done, from 1; 0: none yet
         self.phase = "starting"
+        self.code: Any = None
         self.marks = 0  # phases entered since the step began: the same number on all ranks
 
     def enter(self, phase: str) -> None:

@@ -9,8 +9,6 @@ are JSON, one a line.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
-import json
 import os
 import secrets
 import socket
@@ -18,11 +16,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing.connection import wait
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from distloop.config.secrets import clean_text
 from distloop.errors import Unanswered, UsageError
@@ -61,8 +57,6 @@ class RollCall:
         self.watch = watch
         self.position = Position()
         self.verdict: Verdict | None = None
-        self.folder: Path | None = None
-        self.attempt = 0
         self.rank, self.world_size, self.limit = 0, 1, 600.0
         self.limit_name = "ddp.timeout_seconds"
         self.places: list[Place] = [Place(0, node_name(), os.getpid())]
@@ -74,11 +68,8 @@ class RollCall:
         self._deciding = threading.Lock()
         self._ends: list[tuple[Place, str, str, str]] = []  # (who, kind, what, traceback), in the order they were heard
         self._first_end = 0.0
-        self._next_record = 0.0
         self._gathered = 0.0  # when rank 0 began to listen
         self._on_way_out = False
-        self.when_rank_0_is_lost: Callable[[str], None] = lambda reason: None  # on the rank that speaks for it
-        self._crash_file: IO[str] | None = None
         self._closed = False
         self._speaks_for_rank_0 = False
         self._thread: threading.Thread | None = None
@@ -110,28 +101,10 @@ class RollCall:
         self._thread = threading.Thread(target=self._run, name="distloop-roll-call", daemon=True)
         self._thread.start()
 
-    def keep_records(self, folder: Path, attempt: int) -> None:
-        """From here on, records go to `folder`. A crash in native code leaves its stack there."""
-        self.folder, self.attempt = folder, attempt
-        if self.world_size > 1:
-            with contextlib.suppress(OSError):
-                self._crash_file = open(self._crash_path(self.rank), "w")  # noqa: SIM115 - lives as long as the process
-                faulthandler.enable(self._crash_file, all_threads=False)
-
-    def _crash_path(self, rank: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"crash_{self.attempt:04d}_rank_{rank:05d}.txt"
-
-    def write_record(self) -> None:
-        """On rank 0, now and then: where all ranks are."""
-        if self.folder is None or self.rank or time.monotonic() < self._next_record:
-            return
-        self._next_record = time.monotonic() + RECORD_SECONDS
+    def table(self) -> list[dict[str, Any]]:
+        """Where all ranks are, as plain JSON."""
         self._note_own_position()
-        with contextlib.suppress(OSError):
-            aside = self.folder / f".{RECORD}.writing"
-            aside.write_text(json.dumps({"written": _now(), "ranks": self._table()}) + "\n")
-            aside.replace(self.folder / RECORD)
+        return self._table()
 
     def _table(self) -> list[dict[str, Any]]:
         kept = ("rank", "node", "pid", "step", "phase")
@@ -139,7 +112,7 @@ class RollCall:
 
     # ---- the end of a run ------------------------------------------------------------------------------------
 
-    def judge(self, error: BaseException) -> Verdict:
+    def report_failure(self, error: BaseException) -> Verdict:
         """Why the run ends, when this rank has met `error`: what all ranks agree on, said once.
 
         Waits a few seconds at most for rank 0, which finds out who was first.
@@ -172,7 +145,7 @@ class RollCall:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            self.judge(error)
+            self.report_failure(error)
 
     def _tell(self, own: Place, kind: str, what: str, trace: str) -> None:
         """Tell rank 0 of the end of this one, and wait for its verdict."""
@@ -219,16 +192,6 @@ class RollCall:
         for other in (self._listener, self._wake_read, self._wake_write):
             if other is not None:
                 other.close()
-        if self._crash_file is not None:
-            faulthandler.disable()
-            self._crash_file.close()
-            with contextlib.suppress(OSError):
-                self._crash_path(self.rank).unlink()
-        if self.folder is not None and self.rank == 0 and self.folder.exists():
-            for path in (self.folder / RECORD, *self.folder.glob(f"crash_{self.attempt:04d}_rank_*.txt")):
-                with contextlib.suppress(FileNotFoundError):  # its rank, which leaves now, was faster
-                    if path.name == RECORD or not path.stat().st_size:  # of ranks that were killed
-                        path.unlink()
 
     def _decide(self, place: Place, kind: str, what: str, trace: str) -> None:
         """Rank 0 has found who was first, or this rank has nobody to ask: say it, tell the others, and end."""
@@ -251,7 +214,7 @@ class RollCall:
                 say(self.verdict.text, sys.stderr)
                 self._keep(place, kind, what, trace)
                 if self.rank and place is self.places[0]:
-                    self.when_rank_0_is_lost(self.verdict.reason)
+                    self.watch.attempt.rank_0_is_lost(self.verdict.reason)
             self._tell_verdict()
 
     def _tell_verdict(self) -> None:
@@ -266,15 +229,10 @@ class RollCall:
 
     def _keep(self, place: Place, kind: str, what: str, trace: str) -> None:
         """Beside what is shown, for later: where all ranks were."""
-        if self.folder is None:
-            return
-        record = {"attempt": self.attempt, "written": _now(), "kind": kind, "what": what, "traceback": trace}
+        record = {"written": _now(), "kind": kind, "what": what, "traceback": trace}
         record |= {"rank": place.rank, "node": place.node, "step": place.step, "phase": place.phase}
         said = [{"rank": end[0].rank, "kind": end[1], "what": end[2]} for end in self._ends]
-        record |= {"ranks": self._table(), "said": said}
-        with contextlib.suppress(OSError):
-            path = self.folder / f"attempt_{self.attempt:04d}.json"
-            path.write_text(json.dumps(record, indent=1) + "\n")
+        self.watch.attempt.keep_failure(record | {"ranks": self._table(), "said": said})
 
     # ---- the thread ------------------------------------------------------------------------------------------
 
@@ -300,8 +258,6 @@ class RollCall:
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + max(BEAT_SECONDS, self.world_size / MOST_BEATS)
                 self._note_own_position()
-                if self.rank == 0:
-                    self.write_record()
                 for line in list(self._lines):
                     if line.place is not None:
                         line.send(**self._own_position())
@@ -318,7 +274,7 @@ class RollCall:
             self._lines.remove(line)
             line.socket.close()
             if line.place is not None and not self._closed and line.place.left != IN_ORDER:
-                self._heard_end(line.place, "gone", "", self._crash_of(line.place.rank))
+                self._heard_end(line.place, "gone", "", self.watch.attempt.crash_report(line.place.rank))
             return
         if line.place is None and len(line.rest) > LONGEST_GREETING:
             raise ValueError("not one of ours")
@@ -400,15 +356,6 @@ class RollCall:
         own = self.places[self.rank]
         position = {"step": own.step, "marks": own.marks, "phase": own.phase}
         return {**position, "stack": own.stack} if own.stack else position
-
-    def _crash_of(self, rank: int) -> str:
-        """The stack that a crash in native code has left."""
-        if self.folder is None:
-            return ""
-        try:
-            return self._crash_path(rank).read_text().partition("\n\nExtension modules:")[0]
-        except OSError:
-            return ""
 
 
 def _now() -> str:

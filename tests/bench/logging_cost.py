@@ -78,7 +78,8 @@ def run(mode: str, steps: int, width: int) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
-    from distloop import train
+    from distloop.ranks.start import main
+    from distloop.train import train
     from distloop.run.clock import Clock
     from distloop.run.metrics import MetricsFile
     from distloop.tracking.console import Console
@@ -110,7 +111,7 @@ def run(mode: str, steps: int, width: int) -> dict[str, Any]:
     arguments += ["--train.steps", str(steps), "--batch.global-size", str(BATCH), "--tracking.no-report"]
     arguments += ["--validate.every-epochs", "None", "--validate.every-steps", often]
     arguments += ["--checkpoint.every-steps", often]
-    code = train.main([*arguments, *MODES[mode]])
+    code = main(train, [*arguments, *MODES[mode]])
     assert code == 0
     (begun, ended), count = (marks[WARM_UP], marks[steps - 1]), steps - 1 - WARM_UP
     wall, own, others = (after - before for before, after in zip(begun, ended, strict=True))

@@ -25,7 +25,8 @@ BATCH, WARM_UP = 64, 100
 
 def ours(steps: int, processes: int) -> list[float]:
     """The times at which distloop's loop begins its forward passes."""
-    from distloop import train
+    from distloop.ranks.start import main
+    from distloop.train import train
     from distloop.training.tasks import Classification
 
     times: list[float] = []
@@ -40,7 +41,7 @@ def ours(steps: int, processes: int) -> list[float]:
     arguments = ["--model.args.width", "8", "--model.args.norm", "batch", "--optim", "sgd", "--train.steps", str(steps)]
     arguments += ["--batch.global-size", str(BATCH * processes), "--log.every-steps", often]
     arguments += ["--validate.every-steps", often, "--checkpoint.every-steps", often, "--tracking.no-report"]
-    train.main(arguments)
+    main(train, arguments)
     before = 1 if processes == 1 else 3  # a sample's, and DDP's two, before training
     return times[before : before + steps]
 

@@ -229,8 +229,9 @@ import os, sys, time
 if os.environ["RANK"] == "0":
     time.sleep(4)  # as on a busy machine: the other rank has met the mistake long before
 from distloop.ranks.leaving import leave
-from distloop.train import main
-leave(main())
+from distloop.ranks.start import main
+from distloop.train import train
+leave(main(train, sys.argv[1:]))
 """
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from distloop.config.load import load_config
 from distloop.data.datasets import fingerprint, load_data
-from distloop.run.directory import open_run
+from distloop.run.directory import open_directory
 from distloop.run.lock import RunLock
 from distloop.run.status import RunStatus
 from tests.ranks import Ranks, train, wait_until, write_config
@@ -146,7 +146,7 @@ def test_an_extended_run_is_not_finished_from_the_moment_its_config_is_replaced(
     config = load_config([*small(tmp_path), "--runs-dir", str(tmp_path / "runs"), "--train.epochs", "4"])
     dataset = fingerprint(load_data(config.data).train)
     with RunLock() as lock:
-        open_run(
+        open_directory(
             dataclasses.replace(config, resume="extend"), lock, RunStatus(True, total_steps=20), 1, dataset
         )  # and then it is killed
     assert status(tmp_path / "runs" / "run")["state"] == "running"

@@ -21,6 +21,8 @@ from typing import Any
 from distloop.commands.doctor.lines import FAIL, OK, WARN, Line, nodes_of
 from distloop.errors import RunFailed, UsageError
 from distloop.ranks import stopping, talking
+from distloop.ranks.attempt_base import AttemptBase
+from distloop.ranks.environment import prepare_environment
 from distloop.ranks.roll_call import RollCall
 
 COLOURS = {OK: "32", WARN: "33", FAIL: "31"}
