@@ -18,6 +18,7 @@ if not __package__:
 
 import functools
 from contextlib import ExitStack, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 from distloop.ranks import environment, leaving, stopping, talking
@@ -45,6 +46,7 @@ from distloop.run import checkpoint
 from distloop.run.accounts import TimeAccounts
 from distloop.run.clock import Clock, peak_memory
 from distloop.run.directory import open_run
+from distloop.run.failures import FailureRecords
 from distloop.run.files import CHECKPOINTS, FAILURES, METRICS
 from distloop.run.lock import RunLock
 from distloop.run.saving import Saver
@@ -98,7 +100,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     lock = attempt.enter_context(RunLock())
     watch.each_poll.append(lock.beat)
     lock.before_leaving.append(lambda: roll_call.leave("its run directory was taken over"))
-    status = attempt.enter_context(RunStatus(is_main, total_steps, roll_call.judge, lock.beat))
+    status = attempt.enter_context(RunStatus(is_main, total_steps, roll_call.report_failure, lock.beat))
     start = talking.from_main(lambda: open_run(config, lock, status, world_size, fingerprint(source.train)), here)
     if start.finished:
         accelerator.print(
@@ -107,11 +109,17 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
         )
         accelerator.end_training()
         return
-    roll_call.keep_records(start.path / FAILURES, start.attempt)
-    watch.each_poll.append(roll_call.write_record)
+    records = FailureRecords(start.path / FAILURES, start.attempt, rank)
+    attempt.callback(records.close)
+    if world_size > 1:
+        records.open()
+    watch.attempt = SimpleNamespace(
+        keep_failure=records.keep, crash_report=records.crash_report, rank_0_is_lost=status.rank_0_is_lost
+    )
+    if is_main:
+        watch.each_poll.append(lambda: records.write_ranks(roll_call.table()))
     status.start = start
     watch.before_leaving += [status.cut_off, roll_call.cut_off, lambda state, reason: lock.release()]
-    roll_call.when_rank_0_is_lost = status.rank_0_is_lost
     accounts = attempt.enter_context(TimeAccounts(start, clock, world_size, is_main, lock.beat))
     watch.each_poll.append(accounts.write_now_and_then)
 
@@ -280,6 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
     watch = stopping.listen()
     talking.speak_clearly()
     roll_call = RollCall(watch)
+    roll_call.position.code = train.__code__
     quiet = not talking.speaks(os.environ)  # every rank meets the same mistakes; one says them
     try:
         config = load_config(sys.argv[1:] if arguments is None else arguments, quiet)
@@ -288,12 +297,12 @@ def main(arguments: list[str] | None = None) -> int:
             talking.let_others_speak(watch)
         raise
     except UsageError as error:
-        return roll_call.judge(error).code
+        return roll_call.report_failure(error).code
     try:
         with ExitStack() as attempt:
             train(config, watch, roll_call, attempt)
     except BaseException as error:
-        return roll_call.judge(error).code
+        return roll_call.report_failure(error).code
     finally:
         roll_call.close()
     return 0

@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(error, SystemExit) and not roll_call.position.marks:  # a mistake on the command line
             talking.let_others_speak()
             return int(error.code or 0)
-        return roll_call.judge(error).code
+        return roll_call.report_failure(error).code
     finally:
         roll_call.close()
     if int(os.environ.get("RANK", 0)) == 0:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distloop.ranks.attempt import Attempt
 from distloop.ranks.talking import speaks
 
 if TYPE_CHECKING:  # the config's libraries are imported once signals are listened to
@@ -63,6 +64,7 @@ class Watch:
         self.started = time.time()
         self.stop_file: Path | None = None
         self.deadlines: dict[int, float] = {}
+        self.attempt: Attempt | None = None  # the one that is going on, once its run directory is open
         self.reserve_seconds = 0.0
         self.each_poll: list[Callable[[], None]] = []
         # Told how (stopped | failed) and why, when this thread ends the process.

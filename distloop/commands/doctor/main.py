@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
         report.cut_off("failed", "interrupted from the keyboard")
         return 130
     except BaseException as error:
-        report.lines.append(Line(FAIL, "ranks", roll_call.judge(error).reason))
+        report.lines.append(Line(FAIL, "ranks", roll_call.report_failure(error).reason))
         report.show()
         return 1
     finally:

@@ -1,0 +1,81 @@
+"""The files of failures/: who failed first, where the ranks are, and the stacks of ranks that crashed."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from distloop.run.files import RANKS
+
+RANKS_SECONDS = 5.0  # between two writings of ranks.json
+
+
+class FailureRecords:
+    """The records of one attempt on this rank. All threads may use it; a disk that fails ends nothing."""
+
+    def __init__(self, folder: Path, attempt: int, rank: int) -> None:
+        """`folder`: the run's failures/."""
+        self.folder, self.attempt, self.rank = folder, attempt, rank
+        self._ranks = folder / Path(RANKS).name
+        self._next_ranks = 0.0
+        self._writing = threading.Lock()
+        self._is_closed = False
+        self._crash_file: IO[str] | None = None
+
+    def open(self) -> None:
+        """From now on a crash of this process in native code leaves its stack in failures/."""
+        with contextlib.suppress(OSError):
+            self._crash_file = open(self._crash_path(self.rank), "w")  # noqa: SIM115 - lives as long as the process
+            faulthandler.enable(self._crash_file, all_threads=False)
+
+    def keep(self, record: dict[str, Any]) -> None:
+        """Write the failure of this attempt; `record` has all keys but "attempt"."""
+        with contextlib.suppress(OSError):
+            path = self.folder / f"attempt_{self.attempt:04d}.json"
+            path.write_text(json.dumps({"attempt": self.attempt, **record}, indent=1) + "\n")
+
+    def write_ranks(self, table: list[dict[str, Any]]) -> None:
+        """Write where all ranks are, every RANKS_SECONDS at most. For rank 0."""
+        with self._writing:  # two writers would share the file aside, and publish each other's half
+            if self._is_closed or time.monotonic() < self._next_ranks:
+                return
+            self._next_ranks = time.monotonic() + RANKS_SECONDS
+            written = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+            with contextlib.suppress(OSError):
+                aside = self._ranks.with_name(f".{self._ranks.name}.writing")
+                aside.write_text(json.dumps({"written": written, "ranks": table}) + "\n")
+                aside.replace(self._ranks)
+
+    def crash_report(self, rank: int) -> str:
+        """The stack that a crash of this rank in native code has left; "" if there is none."""
+        try:
+            return self._crash_path(rank).read_text().partition("\n\nExtension modules:")[0]
+        except OSError:
+            return ""
+
+    def close(self) -> None:
+        """Remove the files that only serve while the ranks live, rank 0 also those of ranks that were killed."""
+        with self._writing:
+            self._is_closed = True
+        if self._crash_file is not None:
+            faulthandler.disable()
+            self._crash_file.close()
+            self._remove(self._crash_path(self.rank))
+        if self.rank == 0:
+            self._remove(self._ranks)
+            for path in self.folder.glob(f"crash_{self.attempt:04d}_rank_*.txt"):
+                with contextlib.suppress(OSError):
+                    if not path.stat().st_size:
+                        self._remove(path)
+
+    def _crash_path(self, rank: int) -> Path:
+        return self.folder / f"crash_{self.attempt:04d}_rank_{rank:05d}.txt"
+
+    def _remove(self, path: Path) -> None:
+        with contextlib.suppress(OSError):  # its rank, which leaves as well, may have been faster
+            path.unlink()
