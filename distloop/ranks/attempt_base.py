@@ -18,7 +18,7 @@ class AttemptBase:
         """The process ends at once, without its main thread; `state`: stopped | failed."""
 
     def keep_failure(self, record: dict[str, Any]) -> None:
-        """Keep what is known of the failure that ends the run, as plain JSON."""
+        """Write who failed first to failures/attempt_NNNN.json; `record` has all keys but "attempt" and "written"."""
 
     def rank_0_is_lost(self, reason: str) -> None:
         """On the rank that speaks for rank 0, which cannot: the attempt has failed."""

@@ -1,46 +1,54 @@
-"""JSON over a connection, one object a line, that notices when the other side is gone."""
+"""Connections between ranks: JSON messages, one a line. They notice when the other side is gone."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import secrets
 import socket
 import threading
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import wait
 from typing import Any
 
-LOST_SECONDS = 60  # after so long without an answer from its kernel a machine counts as gone
+from distloop.errors import UsageError
+from distloop.ranks.places import Place
+
+LONGEST_GREETING = 4096  # bytes, from somebody who has not yet said who it is
+
+LOST_SECONDS = 60  # a machine whose kernel does not answer for so long counts as gone
+CLOSE_SECONDS = 1.0  # for the other sides to read what was sent
 
 
-class JsonLines:
-    """A connection over which JSON goes, one object a line."""
+class Connection:
+    """A connection to another rank. One thread receives; any thread may send."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
-        self.rest = b""
-        self.sending = threading.Lock()
-        connection.settimeout(5)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # A machine that is gone closes nothing: its kernel is asked now and then.
+    def __init__(self, connected: socket.socket) -> None:
+        self.socket = connected
+        self.place: Place | None = None  # of the other rank, once it has said who it is
+        self.unread = b""  # the beginning of a message whose end has not arrived
+        self._sending = threading.Lock()
+        connected.settimeout(5)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # A machine that loses its power closes nothing: only its kernel's silence shows that it is gone.
         for name, value in (("TCP_KEEPIDLE", LOST_SECONDS // 4), ("TCP_KEEPINTVL", LOST_SECONDS // 4)):
             if hasattr(socket, name):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+                connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * LOST_SECONDS)
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * LOST_SECONDS)
 
     def fileno(self) -> int:
         return self.socket.fileno()
 
-    def send(self, **message: Any) -> bool:
-        """Whether it could be sent."""
-        try:
-            with self.sending:
-                self.socket.sendall(json.dumps(message).encode() + b"\n")
-            return True
-        except OSError:
-            return False
+    def send(self, **message: Any) -> None:
+        """Send a message. It is lost if the other side is gone."""
+        with contextlib.suppress(OSError), self._sending:
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """What has arrived; None: the other side is gone."""
+        """The messages that have arrived; None if the other side is gone. Raises ValueError for what is no JSON."""
         try:
             data = self.socket.recv(65536)
         except TimeoutError:
@@ -49,5 +57,133 @@ class JsonLines:
             data = b""
         if not data:
             return None
-        *lines, self.rest = (self.rest + data).split(b"\n")
+        *lines, self.unread = (self.unread + data).split(b"\n")
         return [json.loads(line) for line in lines]
+
+
+class Connections:
+    """The connections of one rank: of rank 0 to all others, of another one to rank 0.
+
+    Other programs, such as port scanners, may connect to rank 0 as well: whoever does not send the token first is
+    hung up on.
+    """
+
+    def __init__(self) -> None:
+        self._connections: list[Connection] = []
+        self._places: Sequence[Place] = ()
+        self._listener: socket.socket | None = None  # until all ranks have connected
+        self._listening_since = 0.0
+        self._token = ""
+        self._wake_read, self._wake_write = socket.socketpair()
+
+    def listen(self, places: Sequence[Place]) -> tuple[int, str]:
+        """On rank 0: wait for the ranks at `places`; returns the port and the token that they have to send."""
+        self._places, self._token = places, secrets.token_hex(16)
+        self._listener = socket.create_server(("", 0), backlog=len(places))
+        self._listening_since = time.monotonic()
+        return self._listener.getsockname()[1], self._token
+
+    def connect(self, host: str, port: int, token: str, rank_0: Place, own: Place) -> None:
+        """On another rank: connect to rank 0. Raises UsageError if it cannot be reached."""
+        try:
+            connection = Connection(socket.create_connection((host, port), timeout=30))
+        except OSError as error:
+            raise UsageError(
+                f"Rank {own.rank} on {own.node} reaches rank 0 at {host}, but not on its port {port}: "
+                f"{error.strerror or error}. The machines of a run must reach each other on all ports."
+            ) from None
+        connection.place = rank_0
+        connection.send(token=token, rank=own.rank, node=own.node, pid=own.pid)
+        self._connections = [connection]
+
+    @property
+    def listening_since(self) -> float | None:
+        """By time.monotonic(); None where no rank is waited for."""
+        return self._listening_since if self._listener is not None else None
+
+    def ranks(self) -> set[int]:
+        """The ranks that have connected and are not gone."""
+        return {connection.place.rank for connection in list(self._connections) if connection.place is not None}
+
+    def send(self, **message: Any) -> None:
+        """Send a message to all ranks that are connected."""
+        for connection in list(self._connections):  # the thread that reads may remove some meanwhile
+            if connection.place is not None:
+                connection.send(**message)
+
+    def wake(self) -> None:
+        """Let read() return at once."""
+        with contextlib.suppress(OSError):
+            self._wake_write.send(b"!")
+
+    def read(self, seconds: float) -> list[tuple[Place, dict[str, Any] | None]]:
+        """What arrives first within so many seconds: from whom, and the message; None for a rank that is gone."""
+        sources: list[Any] = [self._wake_read, *self._connections]
+        if self._listener is not None:
+            sources.append(self._listener)
+        heard: list[tuple[Place, dict[str, Any] | None]] = []
+        ready: list[Any] = wait(sources, max(0.0, seconds))
+        for source in ready:
+            try:
+                if source is self._wake_read:
+                    self._wake_read.recv(4096)
+                elif source is self._listener:
+                    self._connections.append(Connection(self._listener.accept()[0]))
+                else:
+                    heard += self._read(source)
+            except Exception:  # a stranger may send anything, and must not end the thread that reads
+                if source in self._connections and source.place is None:
+                    self._remove(source)
+        return heard
+
+    def _read(self, connection: Connection) -> list[tuple[Place, dict[str, Any] | None]]:
+        """Raises an exception of any kind if the other side is no rank of this run."""
+        messages = connection.receive()
+        if messages is None:
+            self._remove(connection)
+            return [(connection.place, None)] if connection.place is not None else []
+        if connection.place is None and messages:
+            self._greet(connection, messages.pop(0))
+        if connection.place is None:
+            if len(connection.unread) > LONGEST_GREETING:
+                raise ValueError("not a rank of this run")
+            return []
+        return [(connection.place, message) for message in messages]
+
+    def _greet(self, connection: Connection, message: dict[str, Any]) -> None:
+        """Learn which rank has connected; stop listening once all have."""
+        if not secrets.compare_digest(message["token"], self._token):
+            raise ValueError("not a rank of this run")
+        place = connection.place = self._places[message["rank"]]
+        place.node, place.pid = message["node"], message["pid"]
+        if self._listener is not None and len(self.ranks()) == len(self._places) - 1:
+            self._listener.close()
+            self._listener = None
+
+    def _remove(self, connection: Connection) -> None:
+        self._connections.remove(connection)
+        connection.socket.close()
+
+    def close(self) -> None:
+        """Close all connections once the other sides have read what was sent, or after CLOSE_SECONDS.
+
+        A socket that is closed with unread data resets the connection, and what was sent last would be lost.
+        """
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.socket.settimeout(0.5)
+                connection.socket.shutdown(socket.SHUT_WR)
+        until = time.monotonic() + CLOSE_SECONDS
+        for connection in self._connections:
+            with contextlib.suppress(ValueError, RecursionError):  # a stranger's
+                while time.monotonic() < until and connection.receive():
+                    pass
+        self.drop()
+        for other in (self._listener, self._wake_read, self._wake_write):
+            if other is not None:
+                other.close()
+
+    def drop(self) -> None:
+        """Close all connections at once, as the kernel does for a process that is killed."""
+        for connection in list(self._connections):
+            self._remove(connection)

@@ -1,32 +1,103 @@
-"""What is known of a rank that failed, and what is said of it: the first one's failure, not its consequences."""
+"""Which rank failed first, and the words for it: plain functions, without sockets, threads or clocks."""
 
 from __future__ import annotations
 
 import re
 import sys
-import time
 import traceback
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from distloop.config.secrets import clean_text
 from distloop.errors import RunFailed, UsageError
 from distloop.ranks.places import Place
 
-# Whose words a rank's error carries that has lost its peers.
+SEARCH_SECONDS = 4.0  # rank 0, when it hears of consequences only, waits so long for their cause
+ABSENT_SECONDS = 60.0  # rank 0, once it listens, waits so long for the others to connect
+IN_ORDER, INTERRUPTED = "in order", "interrupted from the keyboard"  # why a rank leaves on purpose
+# Words in the error of a rank that has lost its peers.
 CONSEQUENCE = re.compile(r"\b(gloo|nccl|c10d)\b|process ?group", re.IGNORECASE)
-FROM_WORKER = "Caught "  # so begins what torch says of an error in a loader worker, before the worker's traceback
+FROM_WORKER = "Caught "  # torch's first word for an error in a loader worker; the worker's traceback follows
+
+
+class End(NamedTuple):
+    """What ended a rank, or keeps it from going on."""
+
+    place: Place
+    kind: str
+    """failed, mistake (exit code 2) or known (without traceback): the rank's own error. consequence: its error says
+    that another rank is gone. gone: its connection closed without a message. absent: it never connected. silent: no
+    message for longer than the limit. standing: the others wait for it for longer than the limit. behind: the others'
+    wait for it ended with an error."""
+    what: str
+    """The error's message, or for how long the others have waited; without secrets."""
+    trace: str
+    """A traceback or stack; without secrets."""
 
 
 class Verdict(NamedTuple):
-    """Why the run ends: the exit code of all ranks, a line for status.json, and what is shown."""
+    """Why the run ends."""
 
     code: int
+    """The exit code of all ranks."""
     reason: str
+    """One line, for status.json."""
     text: str
+    """What is shown, once for all ranks."""
+
+
+BY_KEYBOARD = Verdict(130, f"{INTERRUPTED}, without saving", "")
+
+
+def first_failure(
+    places: Sequence[Place],
+    ends: Sequence[End],
+    now: float,
+    limit: float,
+    *,
+    judge: int = 0,
+    connected: Collection[int],
+    first_heard: float = 0.0,
+    listening_since: float | None = None,
+    limit_name: str = "ddp.timeout_seconds",
+) -> End | None:
+    """The end that a verdict is due on, None as long as it cannot be known.
+
+    `ends`: in the order in which they were heard, from `first_heard` on. `limit`: how many seconds a rank may keep
+    the others waiting. `judge`: the rank that asks; 0 judges all ranks, another one rank 0 alone. `connected`: the
+    ranks it hears. `listening_since`: None once all ranks have connected. Times are those of time.monotonic().
+    """
+    for end in ends:
+        if end.kind != "consequence":
+            return end
+    if listening_since is not None and now - listening_since > ABSENT_SECONDS:
+        return End(next(place for place in places[1:] if not place.pid), "absent", "", "")
+    others = [place for place in places if place.rank in connected and not place.left]
+    waited = f"{limit:.0f} s ({limit_name})"
+    for place in others:
+        if now - place.heard > limit:
+            return End(place, "silent", waited, "")
+    if judge:
+        return None
+    slow, fast = _slowest_and_fastest([places[0], *others])
+    # Ranks that are all at the same place are at work: they may compile, or validate, as long as they like.
+    if slow.is_behind(fast) and min(now - slow.moved, now - fast.moved) > limit:
+        return End(slow, "standing", waited, slow.stack)
+    if not ends or now - first_heard <= SEARCH_SECONDS:
+        return None
+    slow, fast = _slowest_and_fastest([place for place in places if not place.left] or [ends[0].place])
+    return End(slow, "behind", ends[0].what, slow.stack) if slow.is_behind(fast) else ends[0]
+
+
+def _slowest_and_fastest(places: Sequence[Place]) -> tuple[Place, Place]:
+    """A rank that is ahead of no other, and one that it is behind, if there is one (see Place.is_behind)."""
+    slow = min(places, key=lambda place: (place.step, place.marks, place.line_number or sys.maxsize))
+    fast = max(places, key=lambda place: (place.step, place.marks, place.line_number))
+    return slow, fast
 
 
 def describe_error(error: BaseException) -> tuple[str, str, str]:
-    """(kind, what, traceback) of what a rank has met, without secrets; kind: mistake, known, failed or consequence."""
+    """(kind, what, trace) of an End, for an error that a rank has met; kind: mistake, known, failed, consequence."""
     if isinstance(error, UsageError):
         return "mistake", clean_text(str(error)), ""
     if isinstance(error, RunFailed):
@@ -43,37 +114,43 @@ def describe_error(error: BaseException) -> tuple[str, str, str]:
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether this is what a rank meets when another one is gone."""
+    """Whether a rank meets this error when another one is gone."""
     distributed = sys.modules.get("torch.distributed")
-    known = getattr(distributed, "DistError", ()) if distributed is not None else ()
-    return bool(known and isinstance(error, known)) or (
+    of_torch = getattr(distributed, "DistError", ()) if distributed is not None else ()
+    return bool(of_torch and isinstance(error, of_torch)) or (
         type(error) is RuntimeError
         and not str(error).startswith(FROM_WORKER)
         and CONSEQUENCE.search(str(error)) is not None
     )
 
 
-def verdict(place: Place, kind: str, what: str, trace: str, own: Place, world_size: int) -> Verdict:
-    """What is said of the rank that was first; `what`, with a rank that stands still: for how long.
+def left_on_purpose(end: End, rank_0: Place) -> Verdict | None:
+    """The verdict on a rank that left on purpose, or followed rank 0 which did; None if `end` is a failure."""
+    place = end.place if end.place.left else rank_0
+    if not place.left or place.left == IN_ORDER or end.kind not in ("gone", "consequence"):
+        return None
+    return Verdict(130 if place.left == INTERRUPTED else 1, f"{place} left: {place.left}", "")
 
-    `what` and `trace` hold no secrets.
-    """
+
+def verdict_on(end: End, own: Place, world_size: int, now: float) -> Verdict:
+    """The verdict on the rank that failed first, in the words of the rank at `own`."""
+    place, kind, what, trace = end
     if kind in ("mistake", "known"):
         return Verdict(2 if kind == "mistake" else 1, what, f"\ndistloop: {what}")
     if world_size == 1:
         return Verdict(1, what, f"{trace}\ndistloop: failed {place.where}: {what}")
-    first = f"{place}, {place.where}"
+    where = f"{place}, {place.where}"
     headlines = {
-        "failed": f"{first}, failed first: {what}",
+        "failed": f"{where}, failed first: {what}",
         "absent": f"{place} came, and ended, or could not reach rank 0's port, before all knew each other",
         "gone": f"{place} was the first to end, without a word: "
         + ("it crashed in native code" if trace else "killed (out of memory, kill -9), or left by os._exit")
-        + f". Last heard of {place.where}, {time.monotonic() - place.heard:.1f} s before; {own} is {own.where}",
-        "silent": f"{first}, has not been heard of for {what}: it is suspended, or its machine hangs",
-        "standing": f"{first}, has kept the others waiting for {what}",
-        "behind": f"{first}, is behind the others, whose wait for it ended with: {what}",
-        "consequence": f"the connections between the ranks broke, and none of them is known to have failed before; "
-        f"{first}, says: {what}",
+        + f". Last heard of {place.where}, {now - place.heard:.1f} s before; {own} is {own.where}",
+        "silent": f"{where}, has not been heard of for {what}: it is suspended, or its machine hangs",
+        "standing": f"{where}, has kept the others waiting for {what}",
+        "behind": f"{where}, is behind the others, whose wait for it ended with: {what}",
+        "consequence": "the connections between the ranks broke, and none of them is known to have failed before; "
+        f"{where}, says: {what}",
     }
     headline = headlines[kind].splitlines()[0]
     stack = "".join(f"  {line}\n" for line in trace.splitlines())

@@ -151,7 +151,9 @@ class Attempt(AttemptBase):
                 )
             return
         self.status.start = start
-        self.records = FailureRecords(start.path / FAILURES, start.attempt, ranks.rank, ranks.world_size)
+        self.records = FailureRecords(start.path / FAILURES, start.attempt, ranks.rank)
+        if ranks.world_size > 1:
+            self.records.open()
         self.accounts = TimeAccounts(start, self.clock, ranks.world_size, ranks.is_main, self.check_ownership)
         self.saver = Saver(
             start.path / CHECKPOINTS,
@@ -189,7 +191,8 @@ class Attempt(AttemptBase):
     def tick(self) -> None:
         self.check_ownership()
         if self.is_open and not self.is_closed:
-            self.records.write_ranks(self.ranks.roll_call.table)
+            if self.ranks.is_main:
+                self.records.write_ranks(self.ranks.roll_call.table())
             self.accounts.write_now_and_then()
 
     def cut_off(self, state: str, reason: str) -> None:

@@ -1,64 +1,78 @@
-"""failures/: where the ranks are, and what is known of how an attempt failed."""
+"""The files of failures/: who failed first, where the ranks are, and the stacks of ranks that crashed."""
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
 import json
+import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from distloop.run.files import now, write_text
+from distloop.run.files import RANKS, now, write_json, write_text
 
-RECORD_SECONDS = 5.0
-RECORD = "ranks.json"
+RANKS_SECONDS = 5.0  # between two writings of ranks.json
 
 
 class FailureRecords:
-    """Keeps the folder failures/ of this attempt. A crash in native code leaves its stack there."""
+    """The records of one attempt on this rank. All threads may use it; a disk that fails ends nothing."""
 
-    def __init__(self, folder: Path, attempt: int, rank: int, world_size: int) -> None:
+    def __init__(self, folder: Path, attempt: int, rank: int) -> None:
+        """`folder`: the run's failures/."""
         self.folder, self.attempt, self.rank = folder, attempt, rank
-        self.next_record = 0.0
-        self.crash_file: IO[str] | None = None
-        if world_size > 1:
-            with contextlib.suppress(OSError):
-                self.crash_file = open(self.crash_path(rank), "w")  # noqa: SIM115 - lives as long as the process
-                faulthandler.enable(self.crash_file, all_threads=False)
+        self._ranks = folder / Path(RANKS).name
+        self._next_ranks = 0.0
+        self._writing = threading.Lock()
+        self._is_closed = False
+        self._crash_file: IO[str] | None = None
 
-    def crash_path(self, rank: int) -> Path:
-        return self.folder / f"crash_{self.attempt:04d}_rank_{rank:05d}.txt"
-
-    def write_ranks(self, table: Callable[[], list[dict[str, Any]]]) -> None:
-        """On rank 0, now and then: where all ranks are."""
-        if self.rank or time.monotonic() < self.next_record:
-            return
-        self.next_record = time.monotonic() + RECORD_SECONDS
+    def open(self) -> None:
+        """From now on a crash of this process in native code leaves its stack in failures/."""
         with contextlib.suppress(OSError):
-            write_text(self.folder / RECORD, json.dumps({"written": now(), "ranks": table()}) + "\n", synced=False)
+            self._crash_file = open(self._crash_path(self.rank), "w")  # noqa: SIM115 - lives as long as the process
+            faulthandler.enable(self._crash_file, all_threads=False)
 
     def keep(self, record: dict[str, Any]) -> None:
-        """Beside what is shown, for later: where all ranks were."""
+        """Write the failure of this attempt; `record` has all keys but "attempt" and "written"."""
         with contextlib.suppress(OSError):
             path = self.folder / f"attempt_{self.attempt:04d}.json"
-            path.write_text(json.dumps({"attempt": self.attempt, **record}, indent=1) + "\n")
+            write_json(path, {"attempt": self.attempt, "written": now(), **record}, synced=False)
+
+    def write_ranks(self, table: list[dict[str, Any]]) -> None:
+        """Write where all ranks are, every RANKS_SECONDS at most. For rank 0."""
+        with self._writing:
+            if self._is_closed or time.monotonic() < self._next_ranks:
+                return
+            self._next_ranks = time.monotonic() + RANKS_SECONDS
+            with contextlib.suppress(OSError):
+                write_text(self._ranks, json.dumps({"written": now(), "ranks": table}) + "\n", synced=False)
 
     def crash_report(self, rank: int) -> str:
+        """The stack that a crash of this rank in native code has left; "" if there is none."""
         try:
-            return self.crash_path(rank).read_text().partition("\n\nExtension modules:")[0]
+            return self._crash_path(rank).read_text().partition("\n\nExtension modules:")[0]
         except OSError:
             return ""
 
     def close(self) -> None:
-        if self.crash_file is not None:
+        """Remove the files that only serve while the ranks live, rank 0 also those of ranks that were killed."""
+        with self._writing:
+            self._is_closed = True
+        if self._crash_file is not None:
             faulthandler.disable()
-            self.crash_file.close()
-            with contextlib.suppress(OSError):
-                self.crash_path(self.rank).unlink()
-        if self.rank == 0 and self.folder.exists():
-            for path in (self.folder / RECORD, *self.folder.glob(f"crash_{self.attempt:04d}_rank_*.txt")):
-                with contextlib.suppress(FileNotFoundError):  # its rank, which leaves now, was faster
-                    if path.name == RECORD or not path.stat().st_size:  # of ranks that were killed
-                        path.unlink()
+            self._crash_file.close()
+            self._remove(self._crash_path(self.rank))
+        if self.rank == 0:
+            self._remove(self._ranks)
+            for path in self.folder.glob(f"crash_{self.attempt:04d}_rank_*.txt"):
+                with contextlib.suppress(OSError):
+                    if not path.stat().st_size:
+                        self._remove(path)
+
+    def _crash_path(self, rank: int) -> Path:
+        return self.folder / f"crash_{self.attempt:04d}_rank_{rank:05d}.txt"
+
+    def _remove(self, path: Path) -> None:
+        with contextlib.suppress(OSError):  # its rank, which leaves as well, may have been faster
+            path.unlink()

@@ -186,10 +186,12 @@ def test_who_failed_first_is_named_and_the_next_start_continues(tmp_path: Path, 
         record = json.loads((run / "failures" / "attempt_0001.json").read_text())
         assert (record["rank"], record["node"], record["attempt"]) == (culprit, NODE, 1)
         assert [position["rank"] for position in record["ranks"]] == list(range(world_size))
-        assert all({"node", "step", "phase"} <= position.keys() for position in record["ranks"])
+        assert all({"node", "step", "phase", "line"} <= position.keys() for position in record["ranks"])
         if how not in SILENT:
             assert record["step"] == (FAILING_STEP if place == "forward" else record["step"])
             assert trace in record["traceback"]
+            assert record["line"].startswith("train.py:")
+            assert f"({record['line']})" in headline
         now = status(run)
         assert (now["state"], now["reason"]) == ("failed", headline), outcome.output
     check_continues(tmp_path, arguments, world_size)
@@ -272,10 +274,13 @@ def test_an_error_of_the_users_own_connections_is_no_consequence(tmp_path: Path,
     with FailingRanks(tmp_path, arguments, 2, fail("forward", how, 1)) as ranks:
         outcome = join_the_living(ranks)
     assert outcome.codes == [1, 1]
-    reason = f"rank 1 on {NODE}, {IN_STEP}, forward pass, failed first: {error}"
+    reason = status(run_of(tmp_path))["reason"]
+    line = r"\(train\.py:\d+ outputs = task\.forward\(.*\)\)"
+    assert re.fullmatch(
+        rf"rank 1 on {NODE}, {IN_STEP}, forward pass {line}, failed first: {re.escape(error)}", reason
+    ), reason
     assert outcome.output.count(f"distloop: {reason}") == 1, outcome.output
     assert outcome.output.count("Traceback (most recent call last)") == 1
-    assert status(run_of(tmp_path))["reason"] == reason
 
 
 # ---- what is going on when a rank fails ----------------------------------------------------------------------

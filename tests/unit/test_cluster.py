@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -163,7 +164,7 @@ def test_a_mistake_is_said_once_on_a_machine_where_ranks_cannot_talk(
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
-    assert RollCall(cast(Watch, None)).judge(UsageError("do this instead")).code == 2
+    assert RollCall(cast(Watch, SimpleNamespace(attempt=None))).report_failure(UsageError("do this instead")).code == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == ("\ndistloop: do this instead\n" if said else "")
@@ -174,7 +175,7 @@ def test_a_mistake_on_another_machine_is_said_with_its_name(
 ) -> None:
     monkeypatch.setenv("RANK", "4")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    RollCall(cast(Watch, None)).judge(UsageError("do this instead"))
+    RollCall(cast(Watch, SimpleNamespace(attempt=None))).report_failure(UsageError("do this instead"))
     assert capsys.readouterr().err == f"\ndistloop: do this instead (rank 4 on {os.uname().nodename})\n"
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from distloop.errors import RunFailed, UsageError
 from distloop.ranks.places import Place, Position
-from distloop.ranks.verdicts import describe_error, is_consequence, verdict
+from distloop.ranks.verdicts import End, describe_error, is_consequence, verdict_on
 from tests import ranks
 
 
@@ -177,7 +177,7 @@ def place(rank: int = 1, step: int = 5, phase: str = "forward pass") -> Place:
 
 @pytest.mark.parametrize("kind", ["failed", "gone", "silent", "standing", "behind", "consequence"])
 def test_what_is_said_names_rank_node_step_and_phase(kind: str) -> None:
-    said = verdict(place(), kind, "ValueError: no\nmore of it", "the stack\n", place(0), 4)
+    said = verdict_on(End(place(), kind, "ValueError: no\nmore of it", "the stack\n"), place(0), 4, 0.0)
     assert said.code == 1
     for words in ("rank 1 on n1", "step 5", "forward pass"):
         assert words in said.reason
@@ -188,22 +188,22 @@ def test_what_is_said_names_rank_node_step_and_phase(kind: str) -> None:
 
 
 def test_a_mistake_is_said_without_more_and_with_exit_code_2() -> None:
-    assert verdict(place(), "mistake", "use it rightly", "", place(0), 4) == (
+    assert verdict_on(End(place(), "mistake", "use it rightly", ""), place(0), 4, 0.0) == (
         2,
         "use it rightly",
         "\ndistloop: use it rightly",
     )
-    assert verdict(place(), "known", "no disk", "", place(0), 4).code == 1
+    assert verdict_on(End(place(), "known", "no disk", ""), place(0), 4, 0.0).code == 1
 
 
 def test_one_process_is_not_called_a_rank() -> None:
-    said = verdict(place(0), "failed", "ValueError: no", "the stack", place(0), 1)
+    said = verdict_on(End(place(0), "failed", "ValueError: no", "the stack"), place(0), 1, 0.0)
     assert "rank" not in said.text
     assert said.text == "the stack\ndistloop: failed in step 5, forward pass: ValueError: no"
 
 
 def test_before_the_first_step_there_is_no_number() -> None:
-    said = verdict(place(1, 0, "building the model"), "failed", "ValueError: no", "", place(0), 2)
+    said = verdict_on(End(place(1, 0, "building the model"), "failed", "ValueError: no", ""), place(0), 2, 0.0)
     assert said.reason == "rank 1 on n1, before the first step, building the model, failed first: ValueError: no"
 
 
@@ -237,3 +237,41 @@ def test_a_place_has_moved_when_its_position_changed() -> None:
     there.update({"step": 0, "marks": 1, "phase": "loading the data set"})
     assert there.moved == there.heard
     assert there.stack == ""  # it moves again
+
+
+def test_a_place_has_moved_when_its_line_changed() -> None:
+    there = Place(1)
+    there.update({"step": 0, "marks": 0, "phase": "starting", "line": "train.py:3 a = 1", "line_number": 3})
+    before = there.moved
+    assert before == there.heard
+    there.update({"step": 0, "marks": 0, "phase": "starting", "line": "train.py:3 a = 1", "line_number": 3})
+    assert there.moved == before < there.heard
+    there.update({"step": 0, "marks": 0, "phase": "starting", "line": "train.py:4 b = 2", "line_number": 4})
+    assert there.moved == there.heard > before
+
+
+def test_a_place_with_a_line_shows_it() -> None:
+    there = place()
+    assert there.where == "in step 5, forward pass"
+    there.line = "train.py:101 outputs = task.forward(model, micro.batch)"
+    assert there.where == "in step 5, forward pass (train.py:101 outputs = task.forward(model, micro.batch))"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_behind"),
+    [
+        ((4, 9, 9), (5, 1, 1), True),  # (step, marks, line_number)
+        ((5, 1, 9), (5, 2, 1), True),
+        ((5, 1, 3), (5, 1, 4), True),
+        ((5, 1, 4), (5, 1, 4), False),
+        ((5, 1, 0), (5, 1, 4), False),
+        ((5, 1, 3), (5, 1, 0), False),
+        ((5, 2, 3), (5, 1, 4), False),
+    ],
+)
+def test_who_is_behind_is_decided_by_step_then_mark_then_line(
+    one: tuple[int, int, int], other: tuple[int, int, int], is_behind: bool
+) -> None:
+    first, second = (Place(0, step=step, marks=marks, line_number=line) for step, marks, line in (one, other))
+    assert first.is_behind(second) == is_behind
+    assert not second.is_behind(first) or not is_behind

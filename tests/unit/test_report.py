@@ -337,7 +337,8 @@ def test_the_default_output_is_in_the_run_or_for_several_here(
 def test_the_command_imports_neither_torch_nor_pyplot(tmp_path: Path) -> None:
     run = full_run(tmp_path / "run")
     program = (
-        "import sys; from distloop.commands.report.page import main; print(sorted({'matplotlib', 'torch'} & set(sys.modules)))\n"
+        "import sys; from distloop.commands.report.page import main\n"
+        "print(sorted({'matplotlib', 'torch'} & set(sys.modules)))\n"
         f"main([{str(run)!r}]); print(sorted({{'torch', 'matplotlib.pyplot', 'PIL.ImageTk'}} & set(sys.modules)))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"} | {

@@ -1,4 +1,4 @@
-"""The roll call alone, over real sockets: several of them in this process, as ranks that share a store."""
+"""The roll call over real sockets: several of them in this process, as ranks that share a store."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from distloop.errors import UsageError
+from distloop.ranks import judge, verdicts
 from distloop.ranks import roll_call as module
+from distloop.ranks.attempt_base import AttemptBase
 from distloop.ranks.roll_call import RollCall
 from distloop.ranks.verdicts import Verdict
+from distloop.run.failures import FailureRecords
 from tests.ranks import wait_until
 
 LIMIT = 100.0  # seconds: for tests that do not wait for it
@@ -29,6 +32,7 @@ class FakeWatch:
 
     def __init__(self) -> None:
         self.leaves: list[float | None] = []
+        self.attempt: Any = AttemptBase()
 
     def leave_within(self, seconds: float | None, code: int = 1, failure: str | None = None) -> None:
         self.leaves.append(seconds)
@@ -43,13 +47,11 @@ class Call(RollCall):
         super().__init__(FakeWatch())  # type: ignore[arg-type]
 
     def ends(self) -> None:
-        self._closed = True
-        self._wake_write.send(b"!")
+        self._is_closed = True
+        self._connections.wake()
         assert self._thread is not None
         self._thread.join()
-        for line in self._lines:
-            line.socket.close()
-        self._lines = []
+        self._connections.drop()
 
     @property
     def lives(self) -> bool:
@@ -57,7 +59,22 @@ class Call(RollCall):
 
     def knows(self) -> int:
         """How many ranks it is connected to."""
-        return sum(line.place is not None for line in list(self._lines))
+        return len(self._connections.ranks())
+
+
+class Attempt:
+    """Keeps the failure records of rank 0 in a folder, and what it was told."""
+
+    def __init__(self, folder: Path, crash: str = "") -> None:
+        self.keep_failure = FailureRecords(folder, 3, 0).keep
+        self.crash = crash
+        self.lost: list[str] = []
+
+    def crash_report(self, rank: int) -> str:
+        return self.crash
+
+    def rank_0_is_lost(self, reason: str) -> None:
+        self.lost.append(reason)
 
 
 class Calls:
@@ -196,7 +213,7 @@ def test_a_rank_that_does_not_reach_rank_0s_port_says_which(calls: Calls) -> Non
 
 
 def test_a_rank_that_never_comes_to_the_roll_call_is_named(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ABSENT_SECONDS", 0.3)
+    monkeypatch.setattr(verdicts, "ABSENT_SECONDS", 0.3)
     calls.join(range(2), 3)  # rank 2 has met the others, and ended then
     for verdict in calls.verdicts():
         assert verdict.code == 1
@@ -211,7 +228,7 @@ def test_all_ranks_hear_who_failed_first_and_with_what(calls: Calls, culprit: in
     gathered(calls, 4)
     calls[culprit].position.start_step(5)
     calls[culprit].position.enter("forward pass")
-    mine = calls[culprit].judge(ValueError("no"))
+    mine = calls[culprit].report_failure(ValueError("no"))
     assert mine.reason.startswith(f"rank {culprit} on ")
     assert mine.reason.endswith(", in step 5, forward pass, failed first: ValueError: no")
     assert calls.verdicts() == [mine] * 4
@@ -229,37 +246,11 @@ def test_a_rank_that_ends_without_a_word_was_first(calls: Calls, culprit: int) -
 GONE = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
 
 
-def test_a_consequence_that_is_heard_before_its_cause_is_not_taken_for_it(calls: Calls) -> None:
-    gathered(calls, 4)
-    others = [in_thread(lambda rank=rank: calls[rank].judge(GONE)) for rank in (0, 1, 2)]  # type: ignore[misc]
-    wait_until(lambda: len(calls[0]._ends) == 3, "three consequences")
-    assert calls[0].verdict is None
-    mine = calls[3].judge(KeyError("label"))
-    for other in others:
-        other.join()
-    assert "KeyError: 'label'" in mine.reason
-    assert calls.verdicts() == [mine] * 4
-
-
-def test_where_all_have_met_consequences_the_one_that_is_behind_is_named(
-    calls: Calls, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "SEARCH_SECONDS", 0.3)
-    gathered(calls, 3)
-    for rank in range(3):
-        calls[rank].position.start_step(8 if rank == 1 else 9)
-    wait_until(lambda: [place.step for place in calls[0].places] == [9, 8, 9], "the positions")
-    judged = calls[2].judge(GONE)
-    assert judged.reason.startswith("rank 1 on ")
-    assert ", in step 8, " in judged.reason
-    assert calls.verdicts() == [judged] * 3
-
-
 def test_a_long_traceback_arrives_whole_from_a_rank_that_leaves_at_once(calls: Calls, tmp_path: Path) -> None:
     gathered(calls, 2)
-    calls[0].folder, calls[0].attempt = tmp_path, 3
+    calls[0].watch.attempt = Attempt(tmp_path)
     lines = [f"line {number} of many" for number in range(30_000)]
-    calls[1].judge(ValueError("\n".join(lines)))
+    calls[1].report_failure(ValueError("\n".join(lines)))
     calls[1].close()
     calls.verdicts()
     calls[0].close()
@@ -271,13 +262,13 @@ def test_a_long_traceback_arrives_whole_from_a_rank_that_leaves_at_once(calls: C
 
 def test_a_mistake_has_exit_code_2_on_all_ranks(calls: Calls) -> None:
     gathered(calls, 2)
-    calls[1].judge(UsageError("do it rightly"))
+    calls[1].report_failure(UsageError("do it rightly"))
     assert [(verdict.code, verdict.reason) for verdict in calls.verdicts()] == [(2, "do it rightly")] * 2
 
 
 def test_two_that_fail_at_once_give_one_verdict(calls: Calls) -> None:
     gathered(calls, 4)
-    threads = [in_thread(lambda rank=rank: calls[rank].judge(ValueError(f"{rank}"))) for rank in range(4)]  # type: ignore[misc]
+    threads = [in_thread(lambda rank=rank: calls[rank].report_failure(ValueError(f"{rank}"))) for rank in range(4)]  # type: ignore[misc]
     for thread in threads:
         thread.join()
     assert len(set(calls.verdicts())) == 1
@@ -292,33 +283,13 @@ def go_on(calls: Calls, steps: dict[int, int]) -> None:
         calls[rank].position.enter("forward pass")
 
 
-@pytest.mark.parametrize("culprit", [0, 2])
-def test_a_rank_that_keeps_the_others_waiting_for_longer_than_the_limit_is_named(calls: Calls, culprit: int) -> None:
+def test_a_rank_that_keeps_the_others_waiting_for_longer_than_the_limit_is_named(calls: Calls) -> None:
+    culprit = 2
     gathered(calls, 3, limit=0.6)
     go_on(calls, {rank: 4 if rank == culprit else 5 for rank in range(3)})
     for verdict in calls.verdicts():
         assert verdict.reason.startswith(f"rank {culprit} on ")
         assert "has kept the others waiting for 1 s" in verdict.reason
-
-
-def test_ranks_that_stand_at_the_same_place_are_at_work(calls: Calls) -> None:
-    limit = 0.2
-    gathered(calls, 3, limit)
-    go_on(calls, {0: 4, 1: 4, 2: 4})
-    until = time.monotonic() + 5 * limit
-    while time.monotonic() < until:
-        assert [call.verdict for call in calls.made] == [None] * 3
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("culprit", [0, 1])
-def test_a_rank_that_is_not_heard_of_is_named(calls: Calls, monkeypatch: pytest.MonkeyPatch, culprit: int) -> None:
-    gathered(calls, 3, limit=1.0)
-    monkeypatch.setattr(calls[culprit], "_run", lambda: None)
-    monkeypatch.setattr(calls[culprit], "_note_own_position", lambda: time.sleep(3))  # its thread: suspended
-    for verdict in calls.verdicts(without=(culprit,)):
-        assert verdict.reason.startswith(f"rank {culprit} on ")
-        assert "has not been heard of for 1 s" in verdict.reason
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
@@ -334,7 +305,7 @@ def test_a_rank_that_was_suspended_accuses_nobody_when_it_wakes_up(
             asleep.set()
             time.sleep(3)
 
-    monkeypatch.setattr(calls[culprit], "_note_own_position", sleep_once)
+    monkeypatch.setattr(calls[culprit], "_note_own_place", sleep_once)
     others = calls.verdicts(without=(culprit,))
     assert {verdict.reason.startswith(f"rank {culprit} on ") for verdict in others} == {True}
     assert calls.verdicts()[culprit].reason in {verdict.reason for verdict in others}
@@ -375,14 +346,14 @@ def test_a_rank_that_leaves_for_a_reason_ends_the_others_without_a_word(
 
 def test_a_main_thread_on_its_way_out_has_more_time_than_one_that_is_stuck(calls: Calls) -> None:
     gathered(calls, 3)
-    calls[1].judge(ValueError("no"))
+    calls[1].report_failure(ValueError("no"))
     calls.verdicts()
-    wait_until(lambda: calls[0].watch.leaves == [module.STUCK_SECONDS], "the limit")
-    calls[0].judge(GONE)
-    assert calls[0].watch.leaves == [module.STUCK_SECONDS, module.LEAVE_SECONDS]
-    wait_until(lambda: calls[2].watch.leaves == [module.STUCK_SECONDS], "the limit")
+    wait_until(lambda: calls[0].watch.leaves == [judge.STUCK_SECONDS], "the limit")
+    calls[0].report_failure(GONE)
+    assert calls[0].watch.leaves == [judge.STUCK_SECONDS, judge.LEAVE_SECONDS]
+    wait_until(lambda: calls[2].watch.leaves == [judge.STUCK_SECONDS], "the limit")
     # And what its thread hears later does not shorten that.
-    assert calls[1].watch.leaves[-1] == module.LEAVE_SECONDS
+    assert calls[1].watch.leaves[-1] == judge.LEAVE_SECONDS
     calls[0].close()
     assert calls[0].watch.leaves[-1] is None
 
@@ -390,35 +361,81 @@ def test_a_main_thread_on_its_way_out_has_more_time_than_one_that_is_stuck(calls
 # ---- records -------------------------------------------------------------------------------------------------
 
 
-def test_where_all_ranks_are_is_recorded_now_and_then_until_the_end(
-    calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "RECORD_SECONDS", 0.05)
+def test_a_failure_is_recorded_with_where_all_ranks_were(calls: Calls, tmp_path: Path) -> None:
     gathered(calls, 2)
-    calls[0].folder = calls[1].folder = tmp_path
-    calls[1].position.start_step(12)
+    calls[0].watch.attempt = Attempt(tmp_path)
+    go_on(calls, {0: 5, 1: 4})
+    calls[1].report_failure(ValueError("no"))
+    calls.verdicts()
+    record = json.loads((tmp_path / "attempt_0003.json").read_text())
+    keys = ["attempt", "written", "kind", "what", "traceback", "rank", "node", "step", "phase", "line", "ranks", "said"]
+    assert list(record) == keys
+    assert (record["rank"], record["step"], record["phase"], record["line"]) == (1, 4, "forward pass", "")
+    assert [list(there) for there in record["ranks"]] == [["rank", "node", "pid", "step", "phase", "line"]] * 2
+    assert record["said"] == [{"rank": 1, "kind": "failed", "what": "ValueError: no"}]
 
-    def steps() -> list[int]:
-        path = tmp_path / module.RECORD
-        return [there["step"] for there in json.loads(path.read_text())["ranks"]] if path.exists() else []
 
-    wait_until(lambda: steps() == [0, 12], "the record")
-    for call in calls.made:
-        call.close()
-    assert list(tmp_path.iterdir()) == []
+def test_the_stack_of_a_rank_that_crashed_is_shown(calls: Calls, tmp_path: Path) -> None:
+    gathered(calls, 2)
+    calls[0].watch.attempt = Attempt(tmp_path, crash="Fatal Python error: Segmentation fault")
+    calls[1].ends()
+    (verdict,) = calls.verdicts(without=(1,))
+    assert "it crashed in native code" in verdict.reason
+    assert "  Fatal Python error: Segmentation fault\n" in verdict.text
+
+
+def test_the_rank_that_speaks_for_rank_0_writes_that_it_is_lost(calls: Calls, tmp_path: Path) -> None:
+    gathered(calls, 3)
+    attempts = [Attempt(tmp_path) for _ in calls.made]
+    for call, attempt in zip(calls.made, attempts, strict=True):
+        call.watch.attempt = attempt
+    calls[0].ends()
+    verdict = calls.verdicts(without=(0,))[0]
+    wait_until(lambda: attempts[1].lost == [verdict.reason], "its word for rank 0")
+    assert attempts[0].lost == []
 
 
 def test_a_disk_that_fails_does_not_end_the_roll_call(calls: Calls, tmp_path: Path) -> None:
     gathered(calls, 2)
-    calls[0].folder = tmp_path / "is" / "not" / "there"
+    calls[0].watch.attempt = Attempt(tmp_path / "is" / "not" / "there")
     calls[1].ends()
     assert calls.verdicts(without=(1,))[0].reason.startswith("rank 1 on ")
     assert calls[0].lives
 
 
+def test_the_table_has_the_own_position_of_this_moment(calls: Calls) -> None:
+    calls.join(range(1), 1)
+    go_on(calls, {0: 12})
+    assert [(there["step"], there["phase"]) for there in calls[0].table()] == [(12, "forward pass")]
+
+
 def test_one_process_has_nobody_to_ask() -> None:
     call = Call()
-    verdict = call.judge(ValueError("no"))
+    verdict = call.report_failure(ValueError("no"))
     assert (verdict.code, verdict.reason) == (1, "ValueError: no")
-    assert call.judge(KeyError("another")) == verdict  # the first counts
+    assert call.report_failure(KeyError("another")) == verdict  # the first counts
     call.close()
+
+
+# ---- the line of the loop ------------------------------------------------------------------------------------
+
+
+def step_that_fails() -> None:
+    raise ValueError("no")
+
+
+def loop() -> None:
+    step_that_fails()  # the line that is shown
+
+
+def test_a_failure_is_said_with_the_line_of_the_loop_that_met_it(calls: Calls) -> None:
+    gathered(calls, 2)
+    calls[1].position.code = loop.__code__
+    line = f"test_roll_call.py:{loop.__code__.co_firstlineno + 1} step_that_fails()  # the line that is shown"
+    go_on(calls, {0: 5, 1: 5})
+    with pytest.raises(ValueError, match="no") as raised:
+        loop()
+    verdict = calls[1].report_failure(raised.value)
+    assert verdict.reason.endswith(f", in step 5, forward pass ({line}), failed first: ValueError: no")
+    wait_until(lambda: calls[0].places[1].line == line, "the line")
+    assert [there["line"] for there in calls[0].table()] == ["", line]

@@ -196,7 +196,8 @@ def test_the_stop_file_is_found(tmp_path: Path) -> None:
 def test_an_interrupt_that_a_script_ignores_for_its_background_stays_ignored(tmp_path: Path) -> None:
     # `command &` in a shell script: Ctrl-C is for what runs in the foreground.
     code = (
-        "import os, signal; from distloop.ranks import stopping; stopping.listen(); os.kill(os.getpid(), signal.SIGINT); "
+        "import os, signal; from distloop.ranks import stopping; stopping.listen(); "
+        "os.kill(os.getpid(), signal.SIGINT); "
         "print(signal.getsignal(signal.SIGINT).name, stopping.listen().wish)"
     )
     done = command(["sh", "-c", 'trap "" INT; "$@"', "sh", sys.executable, "-c", code], tmp_path)

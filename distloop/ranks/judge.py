@@ -1,0 +1,119 @@
+"""One verdict on the failure that ends the run: shown once, recorded, and handed on to the other ranks."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from distloop.ranks.connection import Connections
+from distloop.ranks.places import Place
+from distloop.ranks.stopping import Watch
+from distloop.ranks.talking import say, speaks
+from distloop.ranks.verdicts import BY_KEYBOARD, End, Verdict, first_failure, left_on_purpose, verdict_on
+
+STUCK_SECONDS = 5.0  # after the verdict, for a main thread that hangs in a collective
+LEAVE_SECONDS = 20.0  # after the verdict, for a main thread that is on its way out: a save may be under way
+
+
+class Judge:
+    """Gives one verdict on the ends that this rank hears of. The main thread and the roll call's thread use it."""
+
+    def __init__(self, watch: Watch, connections: Connections) -> None:
+        self.watch, self.connections = watch, connections
+        self.verdict: Verdict | None = None
+        self.has_decided = threading.Event()
+        self.ends: list[End] = []  # in the order in which they were heard
+        self.first_heard = 0.0
+        self.speaks_for_rank_0 = False  # which does not answer
+        self._deciding = threading.Lock()
+        self._is_leaving = False  # the main thread knows the verdict
+
+    def hear(self, end: End) -> None:
+        """Keep an end, for first_failure() to judge."""
+        self.first_heard = self.first_heard or time.monotonic()
+        self.ends.append(end)
+
+    def look_for_failure(self, places: Sequence[Place], rank: int, limit: float, limit_name: str) -> None:
+        """Give the verdict as soon as it is known who failed first; see first_failure()."""
+        first = first_failure(
+            places,
+            self.ends,
+            time.monotonic(),
+            limit,
+            judge=rank,
+            connected=self.connections.ranks(),
+            first_heard=self.first_heard,
+            listening_since=self.connections.listening_since,
+            limit_name=limit_name,
+        )
+        if first is not None:
+            self.decide(first, places, rank)
+
+    def interrupt(self) -> bool:
+        """Ctrl-C came here: the run ends without saving, unless a failure has ended it before."""
+        if self.verdict == BY_KEYBOARD or (self.verdict is not None and self.verdict.code != 130):
+            return False  # else another rank's Ctrl-C was heard of first
+        self.verdict = BY_KEYBOARD
+        return True
+
+    def accept(self, verdict: Verdict) -> None:
+        """Take over rank 0's verdict, unless there is one already."""
+        with self._deciding:
+            if self.verdict is None:
+                self._give(verdict, several=True)
+
+    def decide(self, end: End, places: Sequence[Place], rank: int) -> None:
+        """Give the verdict on the first failure, unless there is one already; show and record it.
+
+        Rank 0 decides once it knows who failed first, another rank if rank 0 does not answer.
+        """
+        with self._deciding:
+            if self.verdict is not None:
+                return
+            own, several = places[rank], len(places) > 1
+            verdict = left_on_purpose(end, places[0]) or verdict_on(end, own, len(places), time.monotonic())
+            if not several and int(os.environ.get("RANK", 0)):  # a rank on another machine may show the same
+                verdict = verdict._replace(text=f"{verdict.text} (rank {os.environ['RANK']} on {own.node})")
+            # Before the ranks are gathered, or when rank 0 is gone, one rank of each machine speaks.
+            is_own_failure = end.place is own and end.kind == "failed"
+            speaks_for_all = (several and rank <= 1) or self.speaks_for_rank_0
+            if verdict.text and (is_own_failure or speaks_for_all or speaks(os.environ)):
+                say(verdict.text, sys.stderr)
+                self._record(end, places, is_rank_0_lost=rank > 0 and end.place is places[0], reason=verdict.reason)
+            self._give(verdict, several)
+
+    def _give(self, verdict: Verdict, several: bool) -> None:
+        """Hand the verdict on, also to rank 0, which hears it late if it was suspended; then end this rank."""
+        self.verdict = verdict
+        self.connections.send(verdict=verdict)
+        if several and not self._is_leaving:
+            self.watch.leave_within(STUCK_SECONDS, verdict.code, verdict.reason)
+        self.has_decided.set()
+
+    def _record(self, end: End, places: Sequence[Place], is_rank_0_lost: bool, reason: str) -> None:
+        place, kind, what, trace = end
+        record: dict[str, Any] = {"kind": kind, "what": what, "traceback": trace}
+        record |= {"rank": place.rank, "node": place.node, "step": place.step, "phase": place.phase, "line": place.line}
+        said = [{"rank": one.place.rank, "kind": one.kind, "what": one.what} for one in self.ends]
+        self.watch.attempt.keep_failure({**record, "ranks": table_of(places), "said": said})
+        if is_rank_0_lost:
+            self.watch.attempt.rank_0_is_lost(reason)
+
+    def leave(self, several: bool) -> Verdict:
+        """The verdict, for the main thread, which ends the process now; it gets LEAVE_SECONDS for that."""
+        with self._deciding:  # another thread may still be showing it
+            assert self.verdict is not None
+            if several:
+                self._is_leaving = True
+                self.watch.leave_within(LEAVE_SECONDS, self.verdict.code, self.verdict.reason)
+            return self.verdict
+
+
+def table_of(places: Sequence[Place]) -> list[dict[str, Any]]:
+    """Where the ranks are, as it stands in ranks.json and in the record of a failure."""
+    keys = ("rank", "node", "pid", "step", "phase", "line")
+    return [{key: getattr(place, key) for key in keys} for place in places]
