@@ -59,7 +59,7 @@ from distloop.training.losses import LossSums
 from distloop.training.models import build_model
 from distloop.training.nonfinite import FiniteCheck
 from distloop.training.optim import build_average, build_optimizer, check_schedule, lr_at, set_lr, update_average
-from distloop.training.tasks import build_task, introduce
+from distloop.training.tasks import build_task, try_out
 from distloop.training.validation import broadcast_buffers, validate
 
 
@@ -84,7 +84,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     here.enter("building the model")
     torch.manual_seed(config.seed)  # the initial weights
     bare_model = build_model(config.model, offers_to_model(example, source)).to(device, dtype)
-    introduce(task, bare_model, example, source)
+    try_out(task, bare_model, example, source)
     plan = Plan(
         len(source.train), config.batch.global_size, world_size, config.batch.micro_size, config.batch.remainder
     )

@@ -35,7 +35,7 @@ from distloop.run.checkpoint import AVERAGED, MODEL, DamagedCheckpoint, load_wei
 from distloop.run.files import CHECKPOINTS, CONFIG
 from distloop.tracking.wording import number
 from distloop.training.models import build_model
-from distloop.training.tasks import build_task, introduce
+from distloop.training.tasks import build_task, try_out
 from distloop.training.validation import validate
 
 USAGE = "usage: distloop evaluate RUN_OR_CHECKPOINT [--json] [--data.root DIR] [any setting of the run] …"
@@ -56,7 +56,7 @@ def evaluate(path: Path, config: Config, roll_call: RollCall) -> dict[str, Any]:
     task = build_task(config.task)
     example = send_to_device(example_batch(source, config.data, config.seed, dtype), device)
     bare_model = build_model(config.model, offers_to_model(example, source)).to(device, dtype)
-    introduce(task, bare_model, example, source)
+    try_out(task, bare_model, example, source)
     averaged = config.optim.ema_decay is not None and (checkpoint / AVERAGED).exists()
     load_weights(checkpoint / (AVERAGED if averaged else MODEL), bare_model)
     if config.compile:

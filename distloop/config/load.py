@@ -122,9 +122,7 @@ def check(config: Config) -> None:
     """Raise UsageError for settings that do not go together."""
     masked = dict.fromkeys(masked_keys(dataclasses.asdict(config)))
     if masked:
-        options = dict.fromkeys(
-            "--" + ".".join(key.split(".")[:3]) for key in masked
-        )  # the command line goes no deeper
+        options = dict.fromkeys("--" + ".".join(key.split(".")[:3]) for key in masked)  # --data.args.KEY at most
         raise UsageError(
             f"In place of {', '.join(masked)} the config has {MASK}, as a run's copy of it does where a value looks "
             f"like a secret. Give what is meant with {', '.join(options)}, or use your own config file."
