@@ -266,7 +266,7 @@ def test_guesses_that_are_not_one_for_each_sample_are_found_before_training() ->
         try_out(GuessesForEachToken(), nn.Linear(3, 2), (torch.zeros(1, 3), torch.tensor([0])), source)
 
 
-def test_being_introduced_leaves_the_model_in_training_and_unchanged() -> None:
+def test_trying_a_task_out_leaves_the_model_in_training_and_unchanged() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     source = types.SimpleNamespace(train=[], validation=[])
