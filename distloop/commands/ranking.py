@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distloop.commands.reading import Run, metrics_in, seconds_since, validation_rows
+from distloop.config.comparison import FREE_KEYS, dotted, is_one_of
 from distloop.errors import UsageError
 from distloop.run.files import CONFIG
 
@@ -84,8 +85,6 @@ def settings_that_differ(runs: list[Run]) -> list[dict[str, str]]:
 
     Settings that make no difference to what is trained, such as the name, are left out.
     """
-    from distloop.config.comparison import FREE_KEYS, is_one_of
-
     configs = [_settings(run.path / CONFIG) for run in runs]
     readable = [config for config in configs if config is not None]
     keys = [key for key in dict.fromkeys(key for config in readable for key in config) if not is_one_of(key, FREE_KEYS)]
@@ -115,12 +114,7 @@ def _settings(path: Path) -> dict[str, str] | None:
         settings = yaml.load(path.read_bytes(), Loader=loader)
     except (OSError, yaml.YAMLError):
         return None
-    return dict(_flat(settings)) if isinstance(settings, dict) else None
-
-
-def _flat(settings: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{before}{name}.")
-        else:
-            yield f"{before}{name}", value if isinstance(value, str) else str(value).replace("'", "")
+    if not isinstance(settings, dict):
+        return None
+    flat = {key: value for key, value in dotted(settings).items() if value != {}}
+    return {key: value if isinstance(value, str) else str(value).replace("'", "") for key, value in flat.items()}

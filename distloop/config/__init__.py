@@ -1,4 +1,4 @@
-"""What a run is: every setting, read from YAML and the command line."""
+"""The config: every setting of a run, read from a YAML file and the command line."""
 
 from typing import TYPE_CHECKING
 

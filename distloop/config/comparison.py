@@ -1,17 +1,23 @@
-"""Two configs side by side: what trains differently, and the hash of what is trained."""
+"""Compare two configs: which settings train something else, and a hash of those that decide what is trained.
+
+Imports no library of the config's, so that `distloop status` starts quickly.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from distloop.config.secrets import clean_mapping
-from distloop.config.settings import Config
 
-# What may change between two starts of a run: where things are, how they are computed and what is written,
-# but not what is trained. Everything else that differs is refused (or recorded, with --resume extend).
+if TYPE_CHECKING:
+    from distloop.config.settings import Config
+
+# Settings that may change between two starts of a run: they say where things are, how they are computed and what is
+# written, but not what is trained. A change of any other is refused (or recorded, with --resume extend).
 FREE_KEYS = (
     "config",
     "name",
@@ -25,7 +31,7 @@ FREE_KEYS = (
     "data.timeout_seconds",
     "batch.micro_size",
     "train.detect_anomaly",
-    "train.on_nonfinite",  # makes no difference to the steps before the first one that is not finite
+    "train.on_nonfinite",  # the steps before the first non-finite one are the same with both values
     "validate",
     "checkpoint",
     "stop",
@@ -33,27 +39,31 @@ FREE_KEYS = (
     "tracking",
     "ddp",
 )
-
-
-# What gives the stored step its meaning, so that not even --resume extend may change it.
+# Not even --resume extend may change these: step 100 of a checkpoint means something else with another value.
 FIXED_KEYS = ("seed", "dtype", "data.name", "model", "optim.name", "batch.global_size", "batch.remainder", "init_from")
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """The config as {"optim.lr": 0.001, …}; arguments stay whole mappings."""
+    """The config as {"optim.lr": 0.001, …}; `args` stay whole mappings."""
+    return dotted(dataclasses.asdict(config), levels=2)
+
+
+def dotted(settings: Mapping[str, Any], levels: int | None = None) -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}, to at most `levels` parts of a key; empty mappings stay as they are."""
     flat: dict[str, Any] = {}
-    for key, value in dataclasses.asdict(config).items():
-        if dataclasses.is_dataclass(getattr(config, key)):
-            flat.update({f"{key}.{name}": inner for name, inner in value.items()})
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value and levels != 1:
+            inner = dotted(value, None if levels is None else levels - 1)
+            flat.update({f"{key}.{name}": setting for name, setting in inner.items()})
         else:
-            flat[key] = value
+            flat[str(key)] = value
     return flat
 
 
 def training_hash(config: Config) -> str:
-    """The SHA-256 of all settings that decide what is trained, in hexadecimal.
+    """The SHA-256, in hexadecimal, of all settings that decide what is trained.
 
-    Secrets are left out: a token may change, and nobody shall try out which one gives the hash.
+    Secrets are masked before: a token may change, and nobody can find it by trying which one gives the hash.
     """
     settings = {
         key: clean_mapping(value, key, environ={})
@@ -64,12 +74,12 @@ def training_hash(config: Config) -> str:
 
 
 def is_one_of(key: str, keys: tuple[str, ...]) -> bool:
-    """Whether the dotted `key` is in `keys`, or inside a section that is."""
+    """True if `keys` has the dotted `key` or its section."""
     return any(key == other or key.startswith(other + ".") for other in keys)
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """The keys that would train differently, with their (old, new) values."""
+    """The (old, new) values of the settings that differ and change what is trained, by dotted key."""
     before, after = flatten(old), flatten(new)
     return {
         key: (before[key], after[key]) for key in after if before[key] != after[key] and not is_one_of(key, FREE_KEYS)

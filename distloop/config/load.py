@@ -1,4 +1,4 @@
-"""From a YAML file and the command line to a checked Config."""
+"""Read a YAML file and the command line into a checked Config."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ import tyro
 import yaml
 
 from distloop.config.named_secrets import MASK
-from distloop.config.secrets import clean_mapping, learn, masked_keys
+from distloop.config.secrets import clean_mapping, masked_keys, remember_secrets
 from distloop.config.settings import Config
 from distloop.config.yaml_text import dump_yaml, parse_yaml
 from distloop.errors import UsageError, suggest
 
 SECTIONS = [field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default)]
-# Setting one of a pair on the command line replaces what the file says of the other.
+# Exactly one setting of each pair has a value. One on the command line replaces the other one in the file.
 ALTERNATIVES = (("train.epochs", "train.steps"), ("validate.every_epochs", "validate.every_steps"))
 
 
 def load_config(arguments: list[str], quiet: bool = False) -> Config:
-    """The config of a command line such as ["--config", "configs/digits.yaml", "--optim.lr", "0.1"].
+    """The config that a command line such as ["--config", "configs/digits.yaml", "--optim.lr", "0.1"] gives.
 
-    `quiet` leaves the command line's own help and error text to another rank. Raises UsageError for what a
-    file says, SystemExit (0 for --help, 2 for an error) for what the command line says.
+    `quiet`: print neither help nor errors of the command line, since another rank prints them. Raises UsageError for
+    a mistake in the file, SystemExit (0 for --help, 2 for an error) for one on the command line.
     """
-    arguments = [_shorthand(argument) for argument in arguments]
-    path = _config_path(arguments)
+    arguments = [_expand_shorthand(argument) for argument in arguments]
+    path = _find_config_path(arguments)
     settings: dict[str, Any] = read_yaml(Path(path)) if path else {}
     arguments = _take_single_arguments(arguments, settings)
-    arguments = ["None" if argument == "null" else argument for argument in arguments]  # as in YAML
+    arguments = ["None" if argument == "null" else argument for argument in arguments]  # YAML's word for it
     _choose_alternatives(settings, arguments)
     base = config_from_mapping(settings, path or "command line")
-    nowhere = io.StringIO()
-    with contextlib.ExitStack() as silence:
-        if quiet:  # tyro's own switch for this leaves some of its messages
-            silence.enter_context(contextlib.redirect_stdout(nowhere))
-            silence.enter_context(contextlib.redirect_stderr(nowhere))
+    discarded = io.StringIO()
+    with contextlib.ExitStack() as redirections:
+        if quiet:  # tyro still prints some messages with its own option for this
+            redirections.enter_context(contextlib.redirect_stdout(discarded))
+            redirections.enter_context(contextlib.redirect_stderr(discarded))
         config = tyro.cli(
             Config,
             default=base,
@@ -55,18 +55,18 @@ def load_config(arguments: list[str], quiet: bool = False) -> Config:
         name = Path(config.config).stem if config.config else config.data.name.rpartition(":")[2]
         config = dataclasses.replace(config, name=name)
     check(config)
-    learn(dataclasses.asdict(config))
+    remember_secrets(dataclasses.asdict(config))
     return config
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UsageError when it is missing or not a mapping."""
+    """The mapping in a YAML file. Raises UsageError if the file is missing or holds something else."""
     try:
         text = path.read_text()
     except FileNotFoundError:
         folder = path.resolve().parent
-        there = sorted(p.name for p in folder.glob("*.yaml")) if folder.is_dir() else []
-        hint = suggest(path.name, there) if there else f" There is no YAML file in {folder}."
+        names = sorted(file.name for file in folder.glob("*.yaml")) if folder.is_dir() else []
+        hint = suggest(path.name, names) if names else f" There is no YAML file in {folder}."
         raise UsageError(f"--config {path}: no such file (looked for {path.resolve()}).{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: cannot be read: {error}") from None
@@ -82,8 +82,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def config_from_mapping(settings: dict[str, Any], source: str) -> Config:
-    """A Config from nested mappings. Raises UsageError naming each key, its value and what it takes."""
-    # A section given as one word is its name: `model: mlp` for `model: {name: mlp}`.
+    """A Config made of nested mappings. Raises UsageError that names each wrong key, its value and what it takes.
+
+    `source`: the file or command line that the settings come from, for the message.
+    """
+    # A section that is one word is its name: `model: mlp` for `model: {name: mlp}`.
     settings = {
         key: {"name": value} if key in SECTIONS and isinstance(value, str) else value
         for key, value in settings.items()
@@ -94,10 +97,10 @@ def config_from_mapping(settings: dict[str, Any], source: str) -> Config:
     except pydantic.ValidationError as error:
         problems: dict[str, tuple[Any, list[str]]] = {}
         for problem in error.errors():
-            key = _field_path(problem["loc"])
+            key = _dotted_key(problem["loc"])
             if problem["type"] == "unexpected_keyword_argument":
-                known = _known_keys(problem["loc"][:-1])
-                text = f"there is no such setting.{suggest(str(problem['loc'][-1]), known)}"
+                names = _names_in_section(problem["loc"][:-1])
+                text = f"there is no such setting.{suggest(str(problem['loc'][-1]), names)}"
             else:
                 text = problem["msg"][0].lower() + problem["msg"][1:]
             problems.setdefault(key, (problem["input"], []))[1].append(text)
@@ -106,20 +109,20 @@ def config_from_mapping(settings: dict[str, Any], source: str) -> Config:
 
 
 def dump(config: Config) -> str:
-    """The config as YAML that config_from_mapping reads back to an equal Config."""
+    """The config as YAML, from which config_from_mapping makes an equal Config."""
     return dump_yaml(_adapter().dump_python(config, mode="json"))
 
 
 def dump_without_secrets(config: Config) -> str:
-    """The config as YAML in which *** stands for each secret: check() refuses it where one is not given anew."""
+    """The config as YAML with *** for each secret. check() refuses a config with *** in it."""
     return dump_yaml(clean_mapping(_adapter().dump_python(config, mode="json")))
 
 
 def check(config: Config) -> None:
-    """Rules between settings. Raises UsageError."""
+    """Raise UsageError for settings that do not go together."""
     masked = dict.fromkeys(masked_keys(dataclasses.asdict(config)))
     if masked:
-        options = dict.fromkeys("--" + ".".join(key.split(".")[:3]) for key in masked)  # no deeper: --data.args.KEY
+        options = dict.fromkeys("--" + ".".join(key.split(".")[:3]) for key in masked)  # --data.args.KEY at most
         raise UsageError(
             f"In place of {', '.join(masked)} the config has {MASK}, as a run's copy of it does where a value looks "
             f"like a secret. Give what is meant with {', '.join(options)}, or use your own config file."
@@ -127,8 +130,7 @@ def check(config: Config) -> None:
     if not re.fullmatch(r"[\w.+=@-]+", config.name or "") or set(config.name or ".") <= {"."}:
         raise UsageError(f"name = {config.name!r}: use letters, digits and . _ - + = @, since it names a folder.")
     for one, other in ALTERNATIVES:
-        group, _key = one.split(".")
-        values = [getattr(getattr(config, group), name.split(".")[1]) for name in (one, other)]
+        values = [getattr(getattr(config, section), name) for section, name in (one.split("."), other.split("."))]
         if values.count(None) != 1:
             have = "both are given" if None not in values else "neither is given"
             raise UsageError(f"{one} and {other}: {have}; set exactly one of them.")
@@ -150,8 +152,8 @@ def _adapter() -> pydantic.TypeAdapter[Config]:
     return pydantic.TypeAdapter(Config)
 
 
-def _field_path(location: tuple[int | str, ...]) -> str:
-    """pydantic's location without the branches of a union: ("data", "workers", "int") -> "data.workers"."""
+def _dotted_key(location: tuple[int | str, ...]) -> str:
+    """The setting at pydantic's location, without a union's branch: ("data", "workers", "int") -> "data.workers"."""
     names: list[str] = []
     owner: Any = Config
     for part in location:
@@ -163,22 +165,22 @@ def _field_path(location: tuple[int | str, ...]) -> str:
     return ".".join(names)
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+def _names_in_section(location: tuple[int | str, ...]) -> list[str]:
     owner: Any = Config
     for part in location:
         owner = type(getattr(owner(), str(part)))
     return [field.name for field in dataclasses.fields(owner)]
 
 
-def _shorthand(argument: str) -> str:
-    """--model mlp for --model.name mlp."""
+def _expand_shorthand(argument: str) -> str:
+    """--model mlp -> --model.name mlp."""
     flag, equals, value = argument.partition("=")
-    named = flag.startswith("--") and flag[2:] in ("data", "model", "task", "optim", "schedule")
-    return f"{flag}.name{equals}{value}" if named else argument
+    has_name = flag.startswith("--") and flag[2:] in ("data", "model", "task", "optim", "schedule")
+    return f"{flag}.name{equals}{value}" if has_name else argument
 
 
-def _config_path(arguments: list[str]) -> str | None:
-    for position, argument in reversed(list(enumerate(arguments))):  # the last one counts, as for any flag
+def _find_config_path(arguments: list[str]) -> str | None:
+    for position, argument in reversed(list(enumerate(arguments))):  # the last --config wins, as with any flag
         flag, equals, value = argument.partition("=")
         if flag == "--config":
             if not equals and position + 1 == len(arguments):
@@ -188,7 +190,7 @@ def _config_path(arguments: list[str]) -> str | None:
 
 
 def _take_single_arguments(arguments: list[str], settings: dict[str, Any]) -> list[str]:
-    """Move --SECTION.args.KEY VALUE from the command line into the settings; the rest is returned."""
+    """Move each --SECTION.args.KEY VALUE from the arguments into the settings; return the other arguments."""
     rest: list[str] = []
     queue = list(arguments)
     while queue:
@@ -197,35 +199,35 @@ def _take_single_arguments(arguments: list[str], settings: dict[str, Any]) -> li
         if match is None:
             rest.append(argument)
             continue
-        group, key, value = match.groups()
+        section, key, value = match.groups()
         if value is None:
             if not queue:
                 raise UsageError(f"{argument} needs a value.")
             value = queue.pop(0)
-        inner = settings.get(group) or {}
+        inner = settings.get(section) or {}
         inner = {"name": inner} if isinstance(inner, str) else inner
         earlier = inner.get("args") or {} if isinstance(inner, dict) else None
         if not isinstance(earlier, dict):
             raise UsageError(
-                f"{group}.args: the file has something else than a mapping there, so {argument} cannot be set."
+                f"{section}.args: the file has something else than a mapping there, so {argument} cannot be set."
             )
         try:
-            settings[group] = {**inner, "args": {**earlier, key.replace("-", "_"): parse_yaml(value)}}
+            settings[section] = {**inner, "args": {**earlier, key.replace("-", "_"): parse_yaml(value)}}
         except yaml.YAMLError:
             raise UsageError(f"{argument}: {value!r} is not valid YAML.") from None
     return rest
 
 
 def _choose_alternatives(settings: dict[str, Any], arguments: list[str]) -> None:
-    """Where one of a pair is set, and the other is not set in the same place, clear the other one's default."""
+    """Clear the other setting of a pair if exactly one is set on the command line or, if none is there, in the file."""
     flags = {argument.partition("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
     for pair in ALTERNATIVES:
-        group = pair[0].split(".")[0]
-        inner = settings.get(group) or {}
+        section = pair[0].split(".")[0]
+        inner = settings.get(section) or {}
         if not isinstance(inner, dict):
             continue
         names = [key.split(".")[1] for key in pair]
-        chosen = [name for name in names if f"{group}.{name}" in flags]
+        chosen = [name for name in names if f"{section}.{name}" in flags]
         chosen = chosen or [name for name in names if inner.get(name) is not None]
         if len(chosen) == 1:
-            settings[group] = {**inner, **{name: None for name in names if name not in chosen}}
+            settings[section] = {**inner, **{name: None for name in names if name not in chosen}}

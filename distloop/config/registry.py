@@ -1,4 +1,4 @@
-"""From a name in the config to a callable: the built-in ones, or the user's own as module:callable."""
+"""Find the callable that a name in the config stands for: a built-in one, or the user's own as module:callable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distloop.errors import UsageError, suggest
 
 
 def resolve(key: str, name: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """The callable that `name`, the value of the setting `key`, stands for. Raises UsageError."""
+    """The callable that `name` stands for: one of `known`, or module:callable. Raises UsageError that names `key`."""
     if ":" in name:
         return import_callable(key, name)
     if name in known:
@@ -23,7 +23,7 @@ def resolve(key: str, name: str, known: Mapping[str, Callable[..., Any]]) -> Cal
 
 
 def import_callable(key: str, name: str) -> Callable[..., Any]:
-    """The callable at "module:callable"; modules are also looked for in the current folder."""
+    """The callable at "module:callable"; the module may be in the current folder. Raises UsageError."""
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
@@ -33,17 +33,17 @@ def import_callable(key: str, name: str) -> Callable[..., Any]:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
             reason = f"there is no module '{error.name}' in {os.getcwd()} or among the installed packages"
         else:
-            reason = f"importing it raised {type(error).__name__}: {error} ({_place(error)})"
+            reason = f"importing it raised {type(error).__name__}: {error} ({_failing_line(error)})"
         raise UsageError(f"{key} = {name!r}: {reason}.") from None
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+    target = getattr(module, attribute, None)
+    if not callable(target):
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise UsageError(f"{key} = {name!r}: {module_name} has no callable '{attribute}'.{suggest(attribute, names)}")
-    return found
+    return target
 
 
-def _place(error: Exception) -> str:
-    """Where importing the user's module went wrong: in its own file, not in a library that it called."""
+def _failing_line(error: Exception) -> str:
+    """The line of the user's own file, not of a library that it calls, at which importing it failed."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
@@ -53,13 +53,14 @@ def _place(error: Exception) -> str:
 
 
 def call(key: str, function: Callable[..., Any], arguments: dict[str, Any], offered: dict[str, Any]) -> Any:
-    """`function` with the config's arguments, and with those of `offered` that its signature names.
+    """Call `function` with the config's `arguments`, and with those of `offered` that its signature names.
 
-    Raises UsageError when the arguments do not fit the signature.
+    `key`: the setting that has the arguments. Raises UsageError if they do not fit the signature, or if one of
+    distloop's own functions refuses them.
     """
     try:
         signature = inspect.signature(function)
-    except ValueError:  # a builtin without one
+    except ValueError:  # a builtin without a signature
         return function(**arguments)
     extra = {name: value for name, value in offered.items() if name in signature.parameters and name not in arguments}
     try:
@@ -71,5 +72,5 @@ def call(key: str, function: Callable[..., Any], arguments: dict[str, Any], offe
         return function(**arguments, **extra)
     except (TypeError, ValueError, RuntimeError) as error:
         if not function.__module__.startswith("distloop."):
-            raise  # the user's own code: the traceback is what helps
+            raise  # the user's own code: they need the traceback
         raise UsageError(f"{key} = {arguments}: {error}.") from None

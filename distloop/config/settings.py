@@ -1,7 +1,7 @@
-"""The run as frozen dataclasses: every setting, its default and what it means.
+"""Every setting of a run, in frozen dataclasses: its name, type and default.
 
-The defaults are the digits recipe (configs/digits.yaml says the same). Reading YAML and the command line is
-config_load.py's job; nothing here knows about files. The string below each field is its help text.
+The string below a field is its text in --help. The defaults are those of configs/digits.yaml. load.py reads YAML files
+and the command line; this module reads nothing.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def _from_command_line(strings: list[str]) -> Any:
         raise ValueError(f"{strings[0]!r} is not valid YAML") from None
 
 
-# Keyword arguments for a dataset, model or task. On the command line either the whole mapping as YAML
-# (--model.args '{hidden: 64}') or one key of it (--model.args.hidden 64).
+# Keyword arguments of a data set, model or task. The command line takes the whole mapping as YAML
+# (--model.args '{hidden: 64}'), or one key of it (--model.args.hidden 64; load.py handles these).
 Arguments = Annotated[
     dict[str, Any],
     PrimitiveConstructorSpec(

@@ -1,4 +1,4 @@
-"""YAML as people write it: PyYAML's safe loader with YAML 1.2's idea of booleans and numbers.
+"""Read and write YAML with PyYAML's safe loader and the booleans and numbers of YAML 1.2.
 
 PyYAML follows YAML 1.1, where `precision: no` is False, `lr: 1e-3` a string, `010` is 8 and `1:30` is 90.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-# tag, pattern, and the characters that such a word may start with
+# Tag, pattern, and the characters with which such a word may start.
 RESOLVERS = (
     ("null", r"^(?:~|null|Null|NULL|)$", "~nN"),
     ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
@@ -24,11 +24,11 @@ RESOLVERS = (
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds plain values only."""
+    """Makes plain values only, no Python objects."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a string exactly where _Loader would take it for something else."""
+    """Quotes a string only if _Loader would read it as something else."""
 
 
 for _class in (_Loader, _Dumper):
@@ -39,10 +39,10 @@ for _class in (_Loader, _Dumper):
 
 
 def parse_yaml(text: str) -> Any:
-    """The value that `text` stands for: containers, strings, numbers, booleans, None. Raises yaml.YAMLError."""
+    """The value of `text`: mappings, lists, strings, numbers, booleans, None. Raises yaml.YAMLError."""
     return yaml.load(text, Loader=_Loader)
 
 
 def dump_yaml(value: Any, in_one_line: bool = False) -> str:
-    """Text that parse_yaml reads back as `value`."""
+    """`value` as YAML, which parse_yaml reads back as `value`."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=in_one_line, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches of small images, from random numbers that are handed in."""
+"""Augment whole batches of small images, with random numbers that the caller passes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ DRAWS = 3  # random numbers per sample: vertical shift, horizontal shift, flip
 
 
 def shift_and_flip(images: Tensor, random: NDArray, pad: int, flip: bool) -> Tensor:
-    """Each image moved by up to `pad` pixels (zeros move in) and, if `flip`, mirrored half of the time.
+    """Shift each image by up to `pad` pixels (zeros fill the gap) and, if `flip`, mirror it with probability 1/2.
 
-    images: any type, [batch, channels, height, width]; random: numbers in [0, 1), [batch, DRAWS]. The same
-    as torchvision's RandomCrop(size, padding=pad) and RandomHorizontalFlip, for all images at once.
+    images: any type, [batch, channels, height, width]; random: numbers in [0, 1), [batch, DRAWS]. Does the same as
+    torchvision's RandomCrop(size, padding=pad) and RandomHorizontalFlip, for all images at once.
     """
     batch, _, height, width = images.shape
     if pad:

@@ -1,7 +1,7 @@
-"""The data sets: a small registry, and what a data set of your own has to offer.
+"""The built-in data sets, and the form of a data set of your own.
 
-A data set is a callable that returns a DataSource, or just (train, validation), each with __len__ and
-__getitem__ as for any PyTorch DataLoader. It is called with data.args, and with `root` if it names it.
+A data set is a callable that returns a DataSource or (train, validation), each with __len__ and __getitem__ as for any
+PyTorch DataLoader. Its arguments are data.args, and `root` if its signature names it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from distloop.config.registry import call, resolve
 from distloop.config.settings import Data
 from distloop.data.augment import DRAWS, shift_and_flip
-from distloop.data.download import fetched
+from distloop.data.download import load_or_download
 from distloop.errors import UsageError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -30,19 +30,23 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class DataSource:
-    """The two halves of a data set, and what a model has to know of it."""
+    """The two halves of a data set, with its classes and the normalisation of its images."""
 
     train: Any
     validation: Any
     classes: tuple[str, ...] | None = None
     """Names of the classes."""
     mean: tuple[float, ...] | None = None
-    """With std: uint8 image inputs [batch, channels, h, w] are scaled to 0 … 1 and normalised on the device."""
+    """Of each channel. With std, uint8 inputs [batch, channels, h, w] are scaled to 0 … 1 and normalised on the
+    device."""
     std: tuple[float, ...] | None = None
 
 
 class InMemory:
-    """Inputs and targets as two tensors; whole batches are taken at once. Images may be augmented."""
+    """Inputs and targets as two tensors, [samples, …] each, from which whole batches are taken at once.
+
+    Images [samples, channels, height, width] are shifted by up to `pad` pixels and, if `flip`, mirrored.
+    """
 
     def __init__(self, inputs: Tensor, targets: Tensor, pad: int = 0, flip: bool = False) -> None:
         if pad < 0:
@@ -57,14 +61,14 @@ class InMemory:
         return self.inputs[index], self.targets[index]
 
     def batch(self, indices: NDArray[np.int64], random: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
-        """The samples at `indices`, augmented by random numbers of shape [len(indices), draws]."""
+        """(inputs, targets) at `indices`, augmented with `random`: numbers in [0, 1), [len(indices), draws]."""
         chosen = torch.from_numpy(indices)
         inputs, targets = self.inputs[chosen], self.targets[chosen]
         return (shift_and_flip(inputs, random, self.pad, self.flip) if self.draws else inputs), targets
 
 
 def digits(shift: int = 1) -> DataSource:
-    """scikit-learn's digits: 1797 images of 8 × 8 pixels, embedded in the package; a stratified 80/20 split."""
+    """The digits of scikit-learn: 1797 images, 8 × 8 pixels; a stratified 80/20 split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -82,14 +86,14 @@ def digits(shift: int = 1) -> DataSource:
 
 
 def diabetes() -> DataSource:
-    """scikit-learn's diabetes: 442 rows of 10 numbers and one target, standardised; an 80/20 split."""
+    """The diabetes data of scikit-learn: 442 rows, 10 numbers and one target, standardised; an 80/20 split."""
     from sklearn.datasets import load_diabetes
     from sklearn.model_selection import train_test_split
 
     inputs, targets = load_diabetes(return_X_y=True)
     train, validation = train_test_split(np.arange(len(targets)), test_size=0.2, random_state=0)
     columns = np.concatenate([inputs, targets[:, None]], axis=1)
-    columns = (columns - columns[train].mean(0)) / columns[train].std(0)  # the training rows' statistics alone
+    columns = (columns - columns[train].mean(0)) / columns[train].std(0)  # statistics of the training rows only
     tensor = torch.from_numpy(columns.astype(np.float32))
     return DataSource(
         train=InMemory(tensor[train, :10], tensor[train, 10:]),
@@ -98,10 +102,10 @@ def diabetes() -> DataSource:
 
 
 def fashion_mnist(root: str, download: bool = True, pad: int = 2, flip: bool = True) -> DataSource:
-    """Fashion-MNIST: 60000 + 10000 images of garments, 28 × 28 pixels."""
+    """Fashion-MNIST: 60000 + 10000 images of clothes, 28 × 28 pixels."""
     from torchvision.datasets import FashionMNIST
 
-    train, validation = fetched(FashionMNIST, root, download, Path(root) / "FashionMNIST" / "raw")
+    train, validation = load_or_download(FashionMNIST, root, download, Path(root) / "FashionMNIST" / "raw")
     return DataSource(
         train=InMemory(train.data.unsqueeze(1), train.targets, pad, flip),
         validation=InMemory(validation.data.unsqueeze(1), validation.targets),
@@ -115,7 +119,7 @@ def cifar10(root: str, download: bool = True, pad: int = 4, flip: bool = True) -
     """CIFAR-10: 50000 + 10000 colour images, 32 × 32 pixels."""
     from torchvision.datasets import CIFAR10
 
-    train, validation = fetched(CIFAR10, root, download, Path(root) / "cifar-10-batches-py")
+    train, validation = load_or_download(CIFAR10, root, download, Path(root) / "cifar-10-batches-py")
 
     def in_memory(half: Any, pad: int = 0, flip: bool = False) -> InMemory:
         images = torch.from_numpy(half.data).permute(0, 3, 1, 2).contiguous()
@@ -131,19 +135,19 @@ def cifar10(root: str, download: bool = True, pad: int = 4, flip: bool = True) -
 
 
 def image_folder(root: str, crop: int = 224, resize: int = 256) -> DataSource:
-    """Pictures in ROOT/train/CLASS/ and ROOT/val/CLASS/, as ImageNet is usually laid out."""
+    """Images in ROOT/train/CLASS/ and ROOT/val/CLASS/, as in ImageNet. Raises UsageError for other folders."""
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
     folders = [Path(root) / half for half in ("train", "val")]
-    train_changes = v2.Compose(
+    train_transform = v2.Compose(
         [v2.RandomResizedCrop(crop, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     )
-    fixed_changes = v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(crop), v2.PILToTensor()])
+    validation_transform = v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(crop), v2.PILToTensor()])
     try:
         train, validation = (
-            ImageFolder(str(folder), changes)
-            for folder, changes in zip(folders, (train_changes, fixed_changes), strict=True)
+            ImageFolder(str(folder), transform)
+            for folder, transform in zip(folders, (train_transform, validation_transform), strict=True)
         )
     except FileNotFoundError as error:
         raise UsageError(
@@ -159,25 +163,25 @@ def image_folder(root: str, crop: int = 224, resize: int = 256) -> DataSource:
 
 
 def fingerprint(dataset: Any) -> dict[str, Any]:
-    """What a data set can be known again by: its length; for tensors in memory, and for folders of files, a SHA-256
-    of their contents, or of their names and labels."""
-    known: dict[str, Any] = {"samples": len(dataset)}
+    """Numbers that change with the data: its length; for tensors in memory a SHA-256 of their contents; for folders of
+    files a SHA-256 of names and labels."""
+    numbers: dict[str, Any] = {"samples": len(dataset)}
     if isinstance(dataset, InMemory):
         digest = hashlib.sha256()
         for tensor in (dataset.inputs, dataset.targets):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        known["sha256"] = digest.hexdigest()
+        numbers["sha256"] = digest.hexdigest()
     elif _is_folder(dataset):
         digest = hashlib.sha256()
         for path, label in dataset.samples:
             digest.update(f"{os.path.relpath(path, dataset.root)} {label}\n".encode())
-        known["sha256"] = digest.hexdigest()
-    return known
+        numbers["sha256"] = digest.hexdigest()
+    return numbers
 
 
 def _is_folder(dataset: Any) -> bool:
-    """Whether it is one of torchvision's folders; torchvision is imported only by those who use it."""
+    """True for a torchvision.datasets.DatasetFolder. Imports no torchvision: without it there is no such folder."""
     datasets = sys.modules.get("torchvision.datasets")
     return datasets is not None and isinstance(dataset, datasets.DatasetFolder)
 
@@ -192,19 +196,19 @@ DATASETS: dict[str, Callable[..., DataSource]] = {
 
 
 def load_data(config: Data) -> DataSource:
-    """The data set that the config names. Raises UsageError when it is unknown, missing or empty."""
-    found = call("data.args", resolve("data.name", config.name, DATASETS), config.args, {"root": config.root})
-    if isinstance(found, tuple) and len(found) == 2:
-        found = DataSource(*found)
-    if not isinstance(found, DataSource):
+    """The data set that the config names. Raises UsageError if it is unknown, missing, empty or of another form."""
+    source = call("data.args", resolve("data.name", config.name, DATASETS), config.args, {"root": config.root})
+    if isinstance(source, tuple) and len(source) == 2:
+        source = DataSource(*source)
+    if not isinstance(source, DataSource):
         raise UsageError(
-            f"data.name = {config.name!r} returned a {type(found).__name__}; return (train, validation) or a "
+            f"data.name = {config.name!r} returned a {type(source).__name__}; return (train, validation) or a "
             "distloop.data.datasets.DataSource."
         )
     for half in ("train", "validation"):
-        dataset = getattr(found, half)
+        dataset = getattr(source, half)
         if not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")):
             raise UsageError(f"data.name = {config.name!r}: its {half} half needs __len__ and __getitem__.")
         if len(dataset) == 0:
             raise UsageError(f"data.name = {config.name!r}: its {half} half is empty.")
-    return found
+    return source

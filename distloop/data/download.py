@@ -1,4 +1,4 @@
-"""torchvision's downloadable data sets: taken from the disk, else fetched once per machine, else explained."""
+"""Load torchvision's data sets from the disk, or download them once per machine, or say how to get the files."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ from typing import Any
 from distloop.errors import UsageError
 
 WAIT_SECONDS = 1800
-# What torchvision raises for files that are missing, damaged or cut short.
+# The errors of torchvision for files that are missing, damaged or incomplete.
 UNREADABLE = (RuntimeError, OSError, ValueError, EOFError)
 
 
-def fetched(dataset: Callable[..., Any], root: str, download: bool, folder: Path) -> tuple[Any, Any]:
-    """(train, validation) of a torchvision data set under `root`.
+def load_or_download(dataset: Callable[..., Any], root: str, download: bool, folder: Path) -> tuple[Any, Any]:
+    """(train, validation) of a torchvision data set under `root`; `folder` is the place of its files.
 
-    Whatever is on the disk is used as it is. When something is missing and `download` is set, the first
-    process of the machine fetches it while the others wait. `folder` is where its files belong. Raises
-    UsageError, saying where it looked and how to provide the files, when they cannot be had.
+    If files are missing and `download` is set, one process of the machine downloads them while the others wait.
+    Raises UsageError, with the folder and ways to get the files, if they are damaged or still missing.
     """
     name = getattr(dataset, "__name__", str(dataset))
     try:
         return dataset(root, train=True), dataset(root, train=False)
     except UNREADABLE as error:
         reason = _in_one_line(error)
-        if isinstance(error, (ValueError, EOFError)):  # the file is there, so that it would not be fetched again
+        if isinstance(error, (ValueError, EOFError)):  # torchvision would not download a file that exists
             raise UsageError(
                 f"{name}: a file in {folder.resolve()} is damaged ({reason}). Delete that folder to have it "
                 "downloaded again, or copy it from a machine that has it."
             ) from None
     if download:
         try:
-            with only_one(Path(root)):
+            with download_lock(Path(root)):
                 return dataset(root, train=True, download=True), dataset(root, train=False, download=True)
         except UNREADABLE as error:
             reason = f"downloading failed: {_in_one_line(error)}"
@@ -56,8 +55,8 @@ def _in_one_line(error: Exception) -> str:
 
 
 @contextmanager
-def only_one(root: Path) -> Iterator[None]:
-    """Hold the download lock of `root`; wait for whoever holds it, with a limit and a name."""
+def download_lock(root: Path) -> Iterator[None]:
+    """Hold the lock on downloads to `root`. Raises UsageError that names its holder after WAIT_SECONDS."""
     root.mkdir(parents=True, exist_ok=True)
     with open(root / ".download.lock", "a+") as lock:
         deadline = time.monotonic() + WAIT_SECONDS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from distloop.data.seeding import seed_forward, seed_sample, uniforms
 from distloop.data.workers import leave_signals_to_parent, signals_blocked, start_forkserver
 from distloop.errors import UsageError
 from distloop.ranks.environment import cpus_per_rank
+from distloop.ranks.leaving import kill_workers
 from distloop.ranks.places import Position
 
 
@@ -138,7 +140,7 @@ def make_loader(
     """
     workers = worker_count(config, dataset)
     in_memory = hasattr(dataset, "batch") and getattr(dataset, "targets", None) is not None
-    seen = in_memory and task.checks_targets_only  # introduce() has looked at all of them
+    seen = in_memory and task.checks_targets_only  # try_out() has looked at all of them
     check = no_check if seen else task.check
     loader = DataLoader(
         SeededDataset(dataset, seed, collate_of(config), check),
@@ -152,8 +154,10 @@ def make_loader(
         # Forking a process that has initialised CUDA is unsafe.
         multiprocessing_context="forkserver" if workers and device.type == "cuda" else None,
     )
-    if workers and (loader.multiprocessing_context or multiprocessing).get_start_method() == "forkserver":
-        start_forkserver()
+    if workers:
+        atexit.register(kill_workers)
+        if (loader.multiprocessing_context or multiprocessing).get_start_method() == "forkserver":
+            start_forkserver()
     prepared = prepare_data_loader(
         loader, device=device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
     )

@@ -1,9 +1,8 @@
-"""Random numbers that are derived, not carried: from (seed, epoch, index) or (seed, step, position).
+"""Random numbers as functions of (seed, epoch, index) or (seed, step, position), without any state.
 
-Nothing here keeps state, so there is no generator state to save, and a run that is continued, or split
-over other processes, draws the same numbers. The mixing function is SplitMix64's finaliser (Steele, Lea and
-Flood 2014, "Fast splittable pseudorandom number generators"), in exact integer arithmetic: the numbers do not
-depend on the version of any library.
+So a checkpoint needs no state of generators, and a run draws the same numbers after a resume and with another number
+of processes. The mixing function is SplitMix64's finaliser (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
+number generators") in exact integer arithmetic: no library's version changes the numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def derive(*parts: int) -> int:
-    """A 64-bit number that depends on all `parts` and on their order."""
+    """A 64-bit hash of `parts`, which depends on their order."""
     state = 0
     for part in parts:
         state = (state + (part & _MASK) + _GOLDEN) & _MASK
@@ -31,7 +30,7 @@ def derive(*parts: int) -> int:
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The same mixing for an array, in place; returns it."""
+    """The mixing function of derive() for an array, in place; returns the array."""
     values ^= values >> np.uint64(30)
     values *= np.uint64(_MIX_1)
     values ^= values >> np.uint64(27)
@@ -41,22 +40,22 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def hashes(keys: list[int], values: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """One 64-bit number for each of `keys` and `values`, a function of the two: shape [len(keys), len(values)]."""
+    """A 64-bit hash of each pair of a key and a value: shape [len(keys), len(values)]."""
     first = np.array([(key + _GOLDEN) & _MASK for key in keys], dtype=np.uint64)
     second = np.array([derive(key) for key in keys], dtype=np.uint64)
     mixed = mix(values.astype(np.uint64) + first[:, None])
-    mixed += second[:, None]  # a second round under another key: nearby keys and values share nothing
+    mixed += second[:, None]  # a second round with another key, so that nearby keys and values give unrelated numbers
     return mix(mixed)
 
 
 def uniforms(seed: int, epoch: int, indices: NDArray[np.int64], draws: int) -> NDArray[np.float64]:
-    """Numbers in [0, 1) for augmentation, of shape [len(indices), draws]; a row depends on its index alone."""
+    """Numbers in [0, 1) for augmentation, [len(indices), draws]. A row depends on seed, epoch and its index alone."""
     keys = [derive(seed, epoch, draw) for draw in range(draws)]
-    return (hashes(keys, indices) >> np.uint64(11)).T / 2.0**53  # as many bits as a float64 has: never 1.0
+    return (hashes(keys, indices) >> np.uint64(11)).T / 2.0**53  # the 53 bits of a float64, so that none is 1.0
 
 
 def seed_sample(seed: int, epoch: int, index: int) -> None:
-    """Seed the global generators that a sample's own transforms draw from: torch (CPU), numpy, random."""
+    """Seed the global generators from which a sample's transforms draw: torch (CPU), numpy, random."""
     value = derive(seed, epoch, index)
     torch.default_generator.manual_seed(value)  # 100 times cheaper than torch.manual_seed
     np.random.seed(value & 0xFFFFFFFF)
@@ -64,7 +63,7 @@ def seed_sample(seed: int, epoch: int, index: int) -> None:
 
 
 def seed_forward(seed: int, step: int, position: int, device: torch.device) -> None:
-    """Seed what a forward pass draws (dropout): a function of the micro-batch's place in the global batch."""
+    """Seed torch's generators for a forward pass (dropout). `position`: the micro-batch's place in the global batch."""
     value = derive(seed, step, position, 0xD0)
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Signals in loader workers: a stop is the business of the process that they work for."""
+"""Signals in loader workers: they ignore signals to stop, and end with the process that started them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ PR_SET_PDEATHSIG = 1
 
 
 def start_forkserver() -> None:
-    """Start multiprocessing's server for loader workers with these signals blocked: they reach a whole group."""
-    resource_tracker.ensure_running()  # first: it unblocks them
+    """Start multiprocessing's fork server with SIGNALS blocked, since they reach a whole process group."""
+    resource_tracker.ensure_running()  # before, because it unblocks signals
     with signals_blocked():
         forkserver.ensure_running()
 
 
 def leave_signals_to_parent(worker: int = 0) -> None:
-    """For a loader worker: a stop is the business of the process that it works for, with which it ends."""
-    signal.set_wakeup_fd(-1)  # what the fork copied is the parent's
+    """In a loader worker, ignore SIGNALS: the parent process decides about a stop. Die when the parent dies."""
+    signal.set_wakeup_fd(-1)  # the file descriptor that the fork copied is the parent's
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # only now: see signals_blocked
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked by the parent: see signals_blocked
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
@@ -37,7 +37,7 @@ def leave_signals_to_parent(worker: int = 0) -> None:
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """For starting loader workers: until they ignore these signals they have them blocked, as a copy of this thread."""
+    """Block SIGNALS while loader workers start: a new process has them blocked, too, until it ignores them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

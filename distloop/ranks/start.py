@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from distloop.errors import UsageError
 from distloop.ranks import stopping
 from distloop.ranks.environment import prepare_environment
-from distloop.ranks.leaving import kill_workers, leave
+from distloop.ranks.leaving import leave
 from distloop.ranks.ranks import Ranks
 from distloop.ranks.talking import let_others_speak, speak_clearly, speaks
 
@@ -40,7 +39,6 @@ def main(train: Callable[[Config, Ranks], None], arguments: list[str]) -> int:
     from distloop.config.load import load_config
 
     watch = stopping.listen()
-    atexit.register(kill_workers)
     speak_clearly()
     ranks = Ranks(watch, train.__code__)
     quiet = not speaks(os.environ)  # every rank meets the same mistakes; one says them

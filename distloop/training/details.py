@@ -1,15 +1,17 @@
-"""validation.json: what a validation of classes shows beside its numbers. Confusion, classes, worst mistakes.
+"""Details of a validation for validation.json: confusion matrix, accuracy of each class, most confident mistakes.
 
-They are collected on the device while the batches go by, in integers: exact in any order, the same on any number of
-ranks. Nothing of it is part of the validation's numbers.
+They are collected on the device in integers, batch by batch: the result is exact, and the same on any number of ranks.
+The metrics of validation do not depend on them.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,79 +27,80 @@ from distloop.data.loader import SeededDataset, collate_of, no_check
 from distloop.data.order import FixedBatchSampler, MicroBatch
 from distloop.ranks.talking import say
 from distloop.run.files import VALIDATION, write_text
-from distloop.training.pictures import png_uri
 from distloop.training.tasks import Guesses, Task, check_guesses
 
-MISTAKES = 16
-CONFUSION_LIMIT = 1000
-"""Up to so many classes the whole confusion matrix is kept; above, how many samples of each class were right."""
+MISTAKES = 16  # in validation.json
+LARGEST_CONFUSION = 1000  # classes; with more of them only right and wrong predictions are counted for each class
+LARGEST_PICTURE = 128  # pixels of a side
 _LAST_INDEX = 2**32 - 1
 
 
 class Details:
-    """Collects the details of one validation after the other; rank 0 writes the last one's down.
+    """Collects the details of each validation; rank 0 writes those of the last one into a file.
 
-    A task that has no guesses() leaves no file.
+    Without guesses of the task there is no file.
     """
 
     def __init__(self, task: Task, source: DataSource, config: Data, seed: int) -> None:
-        """`seed`: the run's, with which the pictures are loaded as validation loads its samples."""
+        """`seed`: the run's, so that the samples in the pictures are the ones that were validated."""
         names = source.classes or getattr(source.train, "classes", None) or ()
         self.classes = task.classes if isinstance(task.classes, int) and task.classes else len(names)
         self.names = [str(name) for name in names]
-        self.width = self.classes if self.classes <= CONFUSION_LIMIT else 2  # columns: predictions, or wrong and right
+        # Columns of the table: predictions, or wrong and right.
+        self.width = self.classes if self.classes <= LARGEST_CONFUSION else 2
         self.dataset = SeededDataset(source.validation, seed, collate_of(config), no_check)
         self.mean, self.std = source.mean, source.std
-        self.found: dict[str, Any] | None = None
+        self.details: dict[str, Any] | None = None
         self.pictures: dict[int, str | None] = {}
 
     def begin(self, device: torch.device) -> None:
-        """A validation begins on this device."""
-        self.found, self.given = None, False
+        """Start a validation on this device: forget the one before."""
+        self.details, self.has_guesses = None, False
         self.cells = torch.zeros(self.classes * self.width + 1, dtype=torch.int64, device=device)
-        # Rows: key, label, prediction; a column for each mistake. The largest key is the most confident mistake, and
-        # among equally confident ones that with the lowest index; -1: none.
-        self.kept = torch.full((3, MISTAKES), -1, dtype=torch.int64, device=device)
+        # Rows: key, label, prediction; a column for each mistake. Keys are larger for more confident mistakes and, if
+        # these are equal, for lower indices; -1: no mistake.
+        self.mistakes = torch.full((3, MISTAKES), -1, dtype=torch.int64, device=device)
 
     def add(self, guesses: Guesses | None, start: int, stop: int) -> None:
-        """The guesses for the samples start ≤ i < stop of the data set. Nothing here waits for the device."""
+        """Add the guesses for the samples start ≤ i < stop of the data set, without waiting for the device."""
         if guesses is None:
             return
         check_guesses(guesses, stop - start)
-        self.given = True
+        self.has_guesses = True
         labels, predictions, confidences = guesses[0].long(), guesses[1].long(), guesses[2].float()
-        known = labels >= 0
+        valid = labels >= 0
         if self.classes:
-            known &= (labels < self.classes) & (predictions >= 0) & (predictions < self.classes)
+            valid &= (labels < self.classes) & (predictions >= 0) & (predictions < self.classes)
             columns = predictions if self.width == self.classes else (labels == predictions).long()
-            cells = torch.where(known, labels * self.width + columns, len(self.cells) - 1)  # a last cell for no class
+            # The last cell counts the samples that belong to no class.
+            cells = torch.where(valid, labels * self.width + columns, len(self.cells) - 1)
             self.cells.index_add_(0, cells, torch.ones_like(cells))
-        # Of floats that are not negative the bits are ordered as the numbers are; below them, the index.
+        # The bits of floats that are not negative have the same order as the floats. The index is below them.
         bits = confidences.clamp(0, 1).view(torch.int32).long()
         keys = (bits << 32) + (_LAST_INDEX - torch.arange(start, stop, device=labels.device))
-        shown = known & (labels != predictions) & ~confidences.isnan()
-        columns = torch.stack([torch.where(shown, keys, -1), labels, predictions])
-        self.kept = _largest(torch.cat([self.kept, columns], 1))
+        is_mistake = valid & (labels != predictions) & ~confidences.isnan()
+        columns = torch.stack([torch.where(is_mistake, keys, -1), labels, predictions])
+        self.mistakes = _largest(torch.cat([self.mistakes, columns], 1))
 
     def gather(self, sampler: FixedBatchSampler) -> None:
-        """Bring all ranks' details together on rank 0. Collective."""
-        kept = [self.kept]
+        """Add up the details of all ranks on rank 0. Collective."""
+        mistakes = [self.mistakes]
         if sampler.world_size > 1:
             dist.all_reduce(self.cells)
-            kept = [torch.empty_like(self.kept) for _ in range(sampler.world_size)]
-            dist.all_gather(kept, self.kept)
-        if sampler.rank == 0 and self.given:  # it has the first batch
-            self.found = self._read(_largest(torch.cat(kept, 1)).T.tolist(), sampler.samples)
+            mistakes = [torch.empty_like(self.mistakes) for _ in range(sampler.world_size)]
+            dist.all_gather(mistakes, self.mistakes)
+        if sampler.rank == 0 and self.has_guesses:  # rank 0 always has a batch
+            self.details = self._read(_largest(torch.cat(mistakes, 1)).T.tolist(), sampler.samples)
 
     def _read(self, mistakes: list[list[int]], samples: int) -> dict[str, Any]:
         table = self.cells[:-1].cpu().reshape(self.classes, self.width)
-        whole = self.width == self.classes
-        correct, totals = (table.diagonal() if whole else table[:, -1]).tolist(), table.sum(1).tolist()
+        has_confusion = self.width == self.classes
+        correct, totals = (table.diagonal() if has_confusion else table[:, -1]).tolist(), table.sum(1).tolist()
         names = [*self.names[: self.classes], *map(str, range(len(self.names), self.classes))]
         return {
             "samples": samples,
             "classes": names if self.names else None,
-            "confusion": table.tolist() if whole and self.classes else None,
+            "confusion": table.tolist() if has_confusion and self.classes else None,
             "per_class": [
                 {"name": name, "samples": total, "correct": right}
                 for name, total, right in zip(names, totals, correct, strict=True)
@@ -115,35 +118,35 @@ class Details:
         }
 
     def write(self, path: Path, step: int, attempt: int) -> None:
-        """On rank 0, write the last validation's details into the run directory `path`; elsewhere nothing.
+        """On rank 0, write the last validation's details into the run directory `path`; on other ranks do nothing.
 
-        A picture that cannot be loaded is null, and a file that cannot be written is said: the run goes on.
+        A picture that cannot be loaded becomes null. If the file cannot be written, print a warning and go on.
         """
-        if self.found is None:
+        if self.details is None:
             return
-        with _generators_kept():
-            indices = [mistake["index"] for mistake in self.found["mistakes"]]
+        with _restore_generators():
+            indices = [mistake["index"] for mistake in self.details["mistakes"]]
             self.pictures = {index: self._picture(index) for index in indices}
-        mistakes = [{**mistake, "picture": self.pictures[mistake["index"]]} for mistake in self.found["mistakes"]]
-        details = {"step": step, "attempt": attempt, **self.found, "mistakes": mistakes}
+        mistakes = [{**mistake, "picture": self.pictures[mistake["index"]]} for mistake in self.details["mistakes"]]
+        details = {"step": step, "attempt": attempt, **self.details, "mistakes": mistakes}
         try:
             write_text(path / VALIDATION, json.dumps(details, separators=(",", ":")) + "\n")
-        except OSError as error:  # the disk is full: no reason to end
+        except OSError as error:  # a full disk is no reason to end the run
             say(f"distloop: WARNING: {VALIDATION} cannot be written ({error.strerror}): step {step}")
 
     def _picture(self, index: int) -> str | None:
-        if index in self.pictures:  # of the validation before: the same mistakes come again
+        if index in self.pictures:  # of the last validation: many mistakes are the same
             return self.pictures[index]
         try:
             batch = self.dataset.__getitems__(MicroBatch(0, np.array([index])))
             return png_uri(inputs_of(batch)[0], self.mean, self.std)
-        except Exception:  # whatever a data set raises: it is a picture only
+        except Exception:  # of the user's data set; training does not need the picture
             return None
 
 
 @contextlib.contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Leave the global generators, which loading a sample seeds, as they were."""
+def _restore_generators() -> Iterator[None]:
+    """Restore the state of the global generators at the end, since loading a sample seeds them."""
     states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
     try:
         yield
@@ -154,5 +157,38 @@ def _generators_kept() -> Iterator[None]:
 
 
 def _largest(columns: Tensor) -> Tensor:
-    """The columns with the largest keys, in order: [3, many] to [3, MISTAKES]."""
+    """The columns with the largest keys, in descending order: [3, many] to [3, MISTAKES]."""
     return columns.index_select(1, columns[0].topk(MISTAKES).indices)
+
+
+def png_uri(image: Any, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> str | None:
+    """The image as a PNG of at most 128 × 128 pixels in a data: URI; None if it is no image.
+
+    `image`: [1 or 3 channels, height, width], uint8 or floating. Floats outside of 0 … 1 are normalised values: `mean`
+    and `std`, with one value per channel, undo this; without them the least value becomes 0 and the greatest 1.
+    """
+    if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] not in (1, 3) or not image.numel():
+        return None
+    image = image.detach().cpu()
+    if image.is_floating_point():
+        image = _to_uint8(image.float(), mean, std)
+    elif image.dtype != torch.uint8:
+        return None
+    from PIL import Image
+
+    pixels = image.permute(1, 2, 0).contiguous().numpy()
+    picture = Image.fromarray(pixels[:, :, 0] if image.shape[0] == 1 else pixels)
+    picture.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _to_uint8(image: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
+    image = image.nan_to_num(0.0, 0.0, 0.0)
+    if image.min() < 0 or image.max() > 1:
+        if mean and std and len(mean) == len(std) == len(image):
+            image = image * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+        else:
+            image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-12)
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8)

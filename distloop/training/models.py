@@ -1,7 +1,7 @@
-"""The models: a small registry, torchvision's classifiers by name, or your own as module:callable.
+"""The models: built-in ones, torchvision's classifiers by name, and your own as module:callable.
 
-A model's callable gets model.args and, as far as its signature names them, `input_shape` (of one sample),
-`num_outputs`, and `num_classes` where the data has classes.
+The callable is called with model.args and with those of `input_shape` (of one sample), `num_outputs` and `num_classes`
+(if the data has classes) that its signature names.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import nn
 from distloop.config.registry import call, import_callable
 from distloop.config.settings import Config, Model
 from distloop.data.datasets import DataSource
-from distloop.data.download import only_one
+from distloop.data.download import download_lock
 from distloop.data.loader import example_batch, offers_to_model
 from distloop.errors import UsageError, suggest
-from distloop.training.tasks import Task, introduce
+from distloop.training.tasks import Task, try_out
 
 
 def linear(input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
-    """One linear layer on the flattened input."""
+    """One linear layer: [batch, *input_shape], flattened, to [batch, num_outputs]."""
     layer = nn.Linear(math.prod(input_shape), num_outputs)
     return layer if len(input_shape) == 1 else nn.Sequential(nn.Flatten(), layer)
 
 
 def mlp(input_shape: tuple[int, ...], num_outputs: int, hidden: int = 128, layers: int = 2) -> nn.Module:
-    """A multi-layer perceptron with `layers` hidden layers."""
+    """A multi-layer perceptron with `layers` hidden layers of `hidden` units."""
     sizes = [math.prod(input_shape)] + [hidden] * layers
     blocks: list[nn.Module] = [nn.Flatten()]
     for size, next_size in itertools.pairwise(sizes):
@@ -43,10 +43,10 @@ def mlp(input_shape: tuple[int, ...], num_outputs: int, hidden: int = 128, layer
 def cnn(
     input_shape: tuple[int, int, int], num_outputs: int, width: int = 32, norm: str = "group", dropout: float = 0.0
 ) -> nn.Module:
-    """A small convolutional network: two blocks of two 3 × 3 convolutions, each halving the image.
+    """A small convolutional network: two blocks of two 3 × 3 convolutions; each block halves the image.
 
-    `norm`: group | batch | none. GroupNorm (Wu and He 2018) looks at one image at a time, so that training does not
-    depend on how a batch is divided; BatchNorm looks at a micro-batch.
+    `norm`: group | batch | none. GroupNorm (Wu and He 2018) normalises each image alone, so that the division of a
+    batch into micro-batches does not change training; BatchNorm normalises over a micro-batch.
     """
     kinds: dict[str, Callable[[int], nn.Module]] = {
         "group": lambda size: nn.GroupNorm(math.gcd(8, size), size),
@@ -100,21 +100,21 @@ def build_model(config: Config, source: DataSource, task: Task, device: torch.de
     example = send_to_device(example_batch(source, config.data, config.seed, dtype), device)
     torch.manual_seed(config.seed)  # the initial weights
     model = make_model(config.model, offers_to_model(example, source)).to(device, dtype)
-    introduce(task, model, example, source)
+    try_out(task, model, example, source)
     if config.compile:
         model.compile()  # in place, before DDP wraps it: the names of its parameters stay
     return model
 
 
 def make_model(config: Model, offered: dict[str, Any]) -> nn.Module:
-    """The model that the config names, on the CPU in float32, with what it asks for of `offered`.
+    """The model that the config names, on the CPU in float32. Raises UsageError.
 
-    Raises UsageError.
+    `offered`: arguments for the model's callable, of which it gets those that its signature names.
     """
-    own = ":" in config.name or config.name in MODELS
-    if config.pretrained and own:
+    from_torchvision = ":" not in config.name and config.name not in MODELS
+    if config.pretrained and not from_torchvision:
         raise UsageError(f"model.pretrained: there are no weights for {config.name!r}, only for torchvision's models.")
-    if own:
+    if not from_torchvision:
         build = import_callable("model.name", config.name) if ":" in config.name else MODELS[config.name]
         model = call("model.args", build, config.args, offered)
         if not isinstance(model, nn.Module):
@@ -137,7 +137,7 @@ def _torchvision_model(config: Model, num_classes: int | None) -> nn.Module:
     if config.pretrained:
         weights = models.get_model_weights(config.name).DEFAULT
         try:
-            with only_one(Path(torch.hub.get_dir())):  # the first process of the machine downloads
+            with download_lock(Path(torch.hub.get_dir())):  # one process of the machine downloads
                 state = weights.get_state_dict(check_hash=True)
         except OSError as error:
             raise UsageError(
@@ -145,6 +145,6 @@ def _torchvision_model(config: Model, num_classes: int | None) -> nn.Module:
                 f"Put {weights.url} into $TORCH_HOME/hub/checkpoints/, or set model.pretrained: false."
             ) from None
         shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-        fitting = {key: tensor for key, tensor in state.items() if shapes.get(key) == tensor.shape}
-        model.load_state_dict(fitting, strict=False)
+        same_shape = {key: tensor for key, tensor in state.items() if shapes.get(key) == tensor.shape}
+        model.load_state_dict(same_shape, strict=False)
     return model

@@ -1,8 +1,8 @@
-"""The tasks: what is fed to the model, which loss is taken, what is measured. Your own: module:class.
+"""The tasks: a task passes a batch to the model and computes loss and metrics. Your own: module:class.
 
-The gradient of a step is that of Σ loss / Σ weight over its whole global batch. A task returns the *sums* of
-one micro-batch; nothing here divides by a batch size. Metrics are sums as well, so that validation can add
-them over batches and ranks and count every sample once.
+The gradient of a step is that of Σ loss / Σ weight over its whole global batch. A task returns the *sums* over one
+micro-batch and divides by no batch size. Metrics are sums, too, so that validation adds them over batches and ranks
+and counts every sample once.
 """
 
 from __future__ import annotations
@@ -24,48 +24,50 @@ Guesses = tuple[Tensor, Tensor, Tensor]
 
 
 class Task:
-    """A task of your own overrides loss, and what else differs."""
+    """Base class. A task of your own overrides loss(), and what else it does in another way."""
 
     weight: ClassVar[Literal["samples", "tokens", "pixels"]] = "samples"
-    """What the second number of loss() counts. Anything but samples varies from step to step, and is added
-    up over the ranks before the update."""
+    """The unit of the weight that loss() returns. How many samples a step has is known beforehand; its tokens or
+    pixels are added over the ranks before the update."""
     best: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
-    """The validation metric by which the best step is chosen, and its direction."""
+    """The validation metric that decides which step is the best, and whether more or less of it is better."""
     classes: int = 0
-    """The number of classes that guesses() tells apart; 0: as many as the data set has names for."""
+    """The number of classes in guesses(); 0: the number of the data set's class names."""
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
-        """The model's outputs. Default: the model on the batch's inputs."""
+        """The model's outputs for a batch. Default: model(inputs)."""
         return model(inputs_of(batch))
 
     def loss(self, outputs: Any, batch: Any) -> tuple[Tensor, Tensor | int]:
-        """(sum of the losses, sum of the weights) of the micro-batch."""
+        """(sum of the losses, sum of the weights) over the samples of a micro-batch."""
         raise NotImplementedError(f"{type(self).__name__} must define loss(outputs, batch).")
 
     def metrics(self, outputs: Any, batch: Any) -> Sums:
-        """Sums over the validation batch, by name: counts as integer tensors, other sums as float tensors."""
+        """Sums over a validation batch, by name: counts as integer tensors, other sums as float tensors."""
         return {}
 
     def guesses(self, outputs: Any, batch: Any) -> Guesses | None:
-        """What the samples of a validation batch are taken for, where each has one class: (labels, predictions,
-        confidences), each of shape [batch], on the outputs' device, the first two integers, a confidence the
-        probability from 0 to 1 that the prediction is given.
+        """(labels, predictions, confidences) of a validation batch, if each sample has one class; else None.
 
-        From it come the confusion matrix, the accuracy of each class and the most confident mistakes in
-        validation.json; None, the default: nothing of it. A sample whose label is none of the classes, such as -1,
-        is left out. The validation's numbers come from metrics() and summary() alone.
+        Each has the shape [batch] and is on the outputs' device. Labels and predictions are integers; a confidence is
+        the probability, 0 to 1, that the model gives its prediction. A label outside of the classes, such as -1, leaves
+        its sample out. validation.json gets the confusion matrix, the accuracy of each class and the most confident
+        mistakes from them; the metrics of validation come from metrics() and summary() alone.
         """
         return None
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """The validation row from the sums over the whole set: those of metrics(), and loss, weight, samples."""
+        """The metrics of a validation, from sums over the whole set: those of metrics(), and loss, weight, samples."""
         return {"loss": float(sums["loss"] / sums["weight"])}
 
     def probe(self, outputs: Any) -> None:
-        """Told the outputs for one sample before training starts."""
+        """Look at the outputs for one sample, before training. Raises UsageError if they do not fit the task."""
 
     def check(self, batch: Any, indices: Sequence[int]) -> None:
-        """Look at a batch on the CPU, in the loader; raise UsageError for one that cannot be trained on."""
+        """Look at each batch on the CPU, in the loader. Raises UsageError if it does not fit the task.
+
+        `indices`: the positions of its samples in the data set.
+        """
 
     @property
     def checks_targets_only(self) -> bool:
@@ -73,7 +75,7 @@ class Task:
         return type(self).check in (Task.check, Classification.check)
 
     def check_targets(self, targets: Any) -> None:
-        """Look at all targets of a data set in memory, before training starts."""
+        """Look at all targets of a data set in memory, before training. Raises UsageError if they do not fit."""
 
 
 class Classification(Task):
@@ -98,7 +100,7 @@ class Classification(Task):
         except UsageError:
             targets = None
         if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
-            return None  # a task made of this one, with outputs or batches of another form
+            return None  # of a subclass whose outputs or batches have another form
         if (outputs.ndim, targets.ndim) != (2, 1) or targets.is_floating_point():
             return None
         predictions = outputs.argmax(1)
@@ -139,7 +141,7 @@ class Regression(Task):
 
     def loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, int]:
         targets = targets_of(batch)
-        if outputs.shape != targets.shape:  # broadcasting would train something else in silence
+        if outputs.shape != targets.shape:  # broadcasting would silently compute another loss
             raise UsageError(
                 f"task regression needs outputs and targets of one shape; the model gave {list(outputs.shape)}, the "
                 f"data {list(targets.shape)}."
@@ -171,10 +173,10 @@ def build_task(config: TaskConfig) -> Task:
     return task
 
 
-def introduce(task: Task, model: nn.Module, example: Any, source: Any) -> None:
-    """Show the task what the model gives for one sample, and the targets of data sets that have them at hand.
+def try_out(task: Task, model: nn.Module, example: Any, source: Any) -> None:
+    """Run task and model on the one-sample batch `example`, and check all targets of data sets in memory.
 
-    Mistakes that would otherwise come up somewhere in an epoch, on one rank, are found before training.
+    Raises UsageError. So a mistake ends the run before training, and not on one rank in the middle of an epoch.
     """
     model.eval()
     with torch.no_grad():
@@ -183,7 +185,7 @@ def introduce(task: Task, model: nn.Module, example: Any, source: Any) -> None:
         check_guesses(task.guesses(outputs, example), 1)
     model.train()
     for name, half in (("training", source.train), ("validation", source.validation)):
-        # Of other data sets than those in memory only the loader knows what they make of their targets.
+        # Other data sets may change their targets as they load samples: the loader checks their batches.
         if hasattr(half, "batch") and getattr(half, "targets", None) is not None:
             try:
                 task.check_targets(half.targets)
@@ -192,7 +194,7 @@ def introduce(task: Task, model: nn.Module, example: Any, source: Any) -> None:
 
 
 def check_guesses(guesses: Guesses | None, samples: int) -> None:
-    """Raises UsageError for guesses that are not one for each of a batch's `samples`."""
+    """Raise UsageError unless the guesses have one value for each of the batch's `samples`."""
     if guesses is not None and any(values.shape != (samples,) for values in guesses):
         raise UsageError(
             f"task.guesses() must give labels, predictions and confidences of shape [{samples}], one for each sample "

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distloop.config.comparison import FIXED_KEYS, FREE_KEYS, differences, flatten, is_one_of
+from distloop.config.comparison import FIXED_KEYS, FREE_KEYS, differences, dotted, flatten, is_one_of
 from distloop.config.load import check, config_from_mapping, dump, load_config, read_yaml
 from distloop.config.settings import Batch, Config, Data, Model, Optim, Schedule, Task, Train
 from distloop.config.yaml_text import parse_yaml
@@ -500,6 +500,16 @@ def test_the_lists_of_keys_name_what_there_is() -> None:
     known = {*flatten(Config()), *(field.name for field in dataclasses.fields(Config))}
     assert set(FREE_KEYS) | set(FIXED_KEYS) <= known
     assert not any(is_one_of(key, FREE_KEYS) and is_one_of(key, FIXED_KEYS) for key in flatten(Config()))
+
+
+def test_nested_settings_have_dotted_keys() -> None:
+    settings: dict[str, Any] = {
+        "seed": 0,
+        "model": {"name": "mlp", "args": {"sizes": {"hidden": 64}, 3: [{"a": 1}], "none": {}}},
+    }
+    inner = {"model.args.sizes.hidden": 64, "model.args.3": [{"a": 1}], "model.args.none": {}}
+    assert dotted(settings) == {"seed": 0, "model.name": "mlp", **inner}
+    assert dotted(settings, levels=2) == {"seed": 0, "model.name": "mlp", "model.args": settings["model"]["args"]}
 
 
 def test_a_key_is_in_a_section_and_not_in_one_whose_name_it_begins_with() -> None:

@@ -81,3 +81,13 @@ def test_rich_is_for_terminals(tmp_path: Path) -> None:
 def test_help_and_the_config_do_not_import_torch(tmp_path: Path) -> None:
     program = "import sys, distloop.config.load; print(sorted({'torch', 'sklearn', 'rich'} & set(sys.modules)))"
     assert command([sys.executable, "-c", program], tmp_path).stdout.strip() == "[]"
+
+
+def test_the_table_of_runs_does_not_import_the_libraries_of_the_config(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("optim: {lr: 0.1}\n")
+    program = (
+        "import sys; from pathlib import Path; from distloop.commands import ranking, status\n"
+        "ranking.settings_that_differ([type('Run', (), {'path': Path()})])\n"
+        "print(sorted({'torch', 'tyro', 'pydantic'} & set(sys.modules)))"
+    )
+    assert command([sys.executable, "-c", program], tmp_path).stdout.strip() == "[]"

@@ -16,7 +16,7 @@ from distloop.config import secrets as redaction
 from distloop.config.comparison import training_hash
 from distloop.config.load import config_from_mapping, dump_without_secrets, load_config
 from distloop.config.named_secrets import secrecy
-from distloop.config.secrets import clean_command, clean_mapping, clean_text, learn, masked_keys, unmask
+from distloop.config.secrets import clean_command, clean_mapping, clean_text, masked_keys, remember_secrets, unmask
 from distloop.config.settings import Config
 from distloop.config.yaml_text import parse_yaml
 from distloop.errors import UsageError
@@ -28,8 +28,8 @@ PEM = "-----BEGIN RSA PRIVATE KEY-----\n+MIIEowIBAAKCAQEA\n+q83vEjN\n+-----END R
 
 
 @pytest.fixture(autouse=True)
-def nothing_learned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redaction, "_learned", set())
+def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redaction, "_remembered", set())
 
 
 SECRET_NAMES = """key api_key apiKey APIKey API-KEY MY_API_KEY OPENAIAPIKEY data.args.token hfToken HF_TOKEN GITHUBTOKEN
@@ -154,10 +154,11 @@ def test_values_of_the_environment_are_masked_wherever_they_are() -> None:
     assert clean_mapping({"data": {"root": "s3://12345678/x"}}, environ=environ) == {"data": {"root": "s3://***/x"}}
 
 
-def test_secrets_of_the_settings_are_masked_wherever_they_are_once_they_are_learned() -> None:
+def test_secrets_of_the_settings_are_masked_wherever_they_are_once_they_are_remembered() -> None:
     text = "no access for planted-token, 87654321, filename, short1"
     assert clean_text(text, {}) == text
-    learn({"data": {"args": {"token": "planted-token", "password": 87654321, "key": "filename", "auth": ["short1"]}}})
+    args = {"token": "planted-token", "password": 87654321, "key": "filename", "auth": ["short1"]}
+    remember_secrets({"data": {"args": args}})
     assert clean_text(text, {}) == "no access for ***, ***, filename, short1"
 
 
@@ -259,7 +260,8 @@ NASTY = """a key= key=' key=" key=\\ key=) :// ://a: ://a:b@ eyJ -eyJ eyJaaaa. s
 
 def test_no_text_takes_much_longer_than_others(tmp_path) -> None:
     """Backtracking would take minutes or days, and end in the limit of the process."""
-    program = "import sys; from distloop.config.secrets import clean_text; [clean_text(t, {}) for t in eval(sys.stdin.read())]"
+    program = "import sys; from distloop.config.secrets import clean_text\n"
+    program += "for text in eval(sys.stdin.read()): clean_text(text, {})"
     texts = [word.replace("~", " ") * (2**18 // len(word)) for word in NASTY.split()]
     texts += ["\n" * 2**18, "key:\n" * 2**16, 'key="a"' + '+"a"' * 2**16]
     done = subprocess.run([sys.executable, "-c", program], input=repr(texts), text=True, timeout=120, check=False)

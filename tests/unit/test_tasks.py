@@ -15,7 +15,7 @@ from distloop.config.settings import Task as TaskConfig
 from distloop.data.batches import inputs_of, targets_of
 from distloop.data.datasets import InMemory
 from distloop.errors import UsageError
-from distloop.training.tasks import Classification, Regression, Task, build_task, introduce
+from distloop.training.tasks import Classification, Regression, Task, build_task, try_out
 
 
 def sums_over(task: Task, outputs: Tensor, targets: Tensor, parts: list[int]) -> dict[str, Tensor]:
@@ -252,7 +252,7 @@ def test_wrong_labels_in_either_half_are_found_before_training(half: str) -> Non
     source = types.SimpleNamespace(**{name: InMemory(inputs, targets) for name, targets in halves.items()})
     model = nn.Linear(3, 2)
     with pytest.raises(UsageError, match="Sample 2 has label 2, but the model has 2 classes"):
-        introduce(Classification(), model, (inputs[:1], good[:1]), source)
+        try_out(Classification(), model, (inputs[:1], good[:1]), source)
 
 
 class GuessesForEachToken(Classification):
@@ -263,13 +263,13 @@ class GuessesForEachToken(Classification):
 def test_guesses_that_are_not_one_for_each_sample_are_found_before_training() -> None:
     source = types.SimpleNamespace(train=[], validation=[])
     with pytest.raises(UsageError, match=r"of shape \[1\], one for each sample .*; it gave \[7\], \[7\], \[1\]"):
-        introduce(GuessesForEachToken(), nn.Linear(3, 2), (torch.zeros(1, 3), torch.tensor([0])), source)
+        try_out(GuessesForEachToken(), nn.Linear(3, 2), (torch.zeros(1, 3), torch.tensor([0])), source)
 
 
-def test_being_introduced_leaves_the_model_in_training_and_unchanged() -> None:
+def test_trying_a_task_out_leaves_the_model_in_training_and_unchanged() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     source = types.SimpleNamespace(train=[], validation=[])
-    introduce(Classification(), model, (torch.ones(1, 3), torch.tensor([0])), source)
+    try_out(Classification(), model, (torch.ones(1, 3), torch.tensor([0])), source)
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

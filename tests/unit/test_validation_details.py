@@ -20,8 +20,7 @@ from distloop.config.settings import Data
 from distloop.data.datasets import DataSource, InMemory
 from distloop.data.loader import SeededDataset, collate_of, no_check
 from distloop.data.order import FixedBatchSampler, MicroBatch
-from distloop.training.details import MISTAKES, Details
-from distloop.training.pictures import png_uri
+from distloop.training.details import MISTAKES, Details, png_uri
 from distloop.training.tasks import Classification, Task
 from distloop.training.validation import validate
 
@@ -194,7 +193,7 @@ def test_collecting_never_waits_for_the_device() -> None:
         details = Details(task, DataSource([0], [0]), Data(), 0)
         details.begin(meta)
         details.add(task.guesses(outputs, (None, labels)), 16, 24)
-        assert details.kept.shape == (3, MISTAKES)
+        assert details.mistakes.shape == (3, MISTAKES)
 
 
 # ---- tasks of one's own ----------------------------------------------------------------------------------------

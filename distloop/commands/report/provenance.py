@@ -9,7 +9,7 @@ from typing import Any
 
 from distloop.commands.report.markup import UNKNOWN, figure, folded, pairs, quiet, size_of, table, text
 from distloop.commands.report.read import LONGEST_TEXT, Part, Record
-from distloop.config.comparison import flatten
+from distloop.config.comparison import dotted, flatten
 from distloop.config.settings import Config
 
 OWN = ("config", "name", "runs_dir")  # of every run its own
@@ -20,7 +20,7 @@ def config(record: Record) -> str:
     """What differs from the defaults, and everything folded."""
     if record.config.problem:
         return quiet(record.config.problem)
-    settings, defaults = flat(record.config.value), flat(plain(flatten(Config())))
+    settings, defaults = dotted(record.config.value), dotted(plain(flatten(Config())))
     changed = [(key, value) for key, value in settings.items() if key not in OWN and value != defaults.get(key, None)]
     rows = [
         [f"<code>{text(key)}</code>", _value(value), _value(defaults[key]) if key in defaults else UNKNOWN]
@@ -109,17 +109,6 @@ def failures(record: Record) -> str:
     if not record.failures:
         return quiet("No attempt has failed.")
     return "".join(_failure(name, part) for name, part in record.failures)
-
-
-def flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """{"optim": {"lr": 1}} -> {"optim.lr": 1}; arguments too."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            found.update({f"{key}.{inner}": inner_value for inner, inner_value in flat(value).items()})
-        else:
-            found[str(key)] = value
-    return found
 
 
 def plain(settings: dict[str, Any]) -> dict[str, Any]:
