@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from distloop.commands.reading import Run, metrics_in, seconds_since, validation_rows
 from distloop.errors import UsageError
+from distloop.run.best import is_better
 from distloop.run.files import CONFIG
 
 LOWER_IS_BETTER = ("loss", "error")  # in the name of a metric; of others more is better
@@ -69,9 +70,9 @@ def rank(runs: list[Run], by: str, reverse: bool = False) -> Ranking:
             metrics = metrics_in(row)
             known.update(metrics)
             if by in metrics:
-                value, best = metrics[by], values.get(run.path)
-                if best is None or (value < best[0] if direction == "min" else value > best[0]):
-                    values[run.path] = (value, row["step"])
+                best, _ = values.get(run.path, (None, 0))
+                if is_better((by, direction), metrics[by], best):
+                    values[run.path] = (metrics[by], row["step"])
     if by not in known:
         raise UsageError(f"--sort {by}: no run has such a metric. Known: {', '.join([*sorted(known), *OTHER_ORDERS])}.")
     largest_first = (direction == "max") != (reverse and by in rules)

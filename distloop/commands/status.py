@@ -26,9 +26,8 @@ from distloop.commands.reading import (
     seconds_since,
 )
 from distloop.errors import UsageError
-from distloop.tracking.wording import number
+from distloop.tracking.wording import UNKNOWN, age, number
 
-UNKNOWN = "–"
 STYLES = {"running": "green", "starting": "cyan", "stopped": "yellow", "failed": "red", "gone": "red", "damaged": "red"}
 FOLDED = ("run", "differs")  # into several lines where a terminal is narrow: cut they would be of no use
 DIFFERS_WIDTH = 60
@@ -93,7 +92,7 @@ def columns(runs: list[Run], ranking: Ranking | None, with_reasons: bool = True)
     table.append(Column("step", list(map(_progress, runs)), to_the_right=True, dropped=6 if ranking else 0))
     if not ranking or any(run.best_rule and run.best_rule[0] != ranking.by for run in runs):
         table.append(Column("best", list(map(_best, runs)), dropped=4 if ranking else 0))
-    table.append(Column("written", [_age(run.written) for run in runs], to_the_right=True, dropped=5))
+    table.append(Column("written", [age(seconds_since(run.written)) for run in runs], to_the_right=True, dropped=5))
     table.append(Column("attempt", [_shown(run.attempt) for run in runs], to_the_right=True, dropped=3))
     table.append(Column("Slurm job", list(map(_job, runs)), dropped=2))
     if with_reasons:
@@ -247,16 +246,6 @@ def _best(run: Run) -> str:
         return UNKNOWN
     metric = run.best_rule[0]
     return f"{metric} {number(run.best[metric])} @{_shown(run.best.get('step'))}"
-
-
-def _age(written: str | None) -> str:
-    seconds = seconds_since(written)
-    if seconds is None:
-        return UNKNOWN
-    for unit, length, limit in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 48 * 3600)):
-        if seconds < limit:
-            return f"{seconds // length:.0f} {unit} ago"
-    return f"{seconds // 86400:.0f} d ago"
 
 
 def _job(run: Run) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from distloop.ranks.talking import say
 from distloop.tracking.progress import Known, metrics_of, number_in
-from distloop.tracking.wording import duration, number, sayable
+from distloop.tracking.wording import duration, encodable, number
 
 if TYPE_CHECKING:
     from distloop.tracking.live_view import LiveView
@@ -39,7 +39,7 @@ class Console:
 
     def line(self, text: str) -> None:
         """One line that stays."""
-        say(sayable(text, sys.stdout.encoding))
+        say(encodable(text, sys.stdout.encoding))
         self._open()
 
     def log(self, row: dict[str, Any]) -> None:

@@ -20,11 +20,10 @@ from rich.console import Console
 from rich.style import Style
 
 from distloop.tracking.progress import Known, metrics_of
-from distloop.tracking.wording import duration, number, sayable
+from distloop.tracking.wording import UNKNOWN, duration, encodable, number_with_zeros
 
 REDRAW_SECONDS = 0.5
 LINES_ABOVE = 4  # are left for what scrolls, however low the terminal
-UNKNOWN = "–"
 # Columns. What changes from one drawing to the next has a width of its own, so that nothing beside it moves.
 LABEL, VALUE, PERCENT, LEFT, SHORTEST_BAR, LONGEST_BAR, GAP = 8, 9, 5, 13, 8, 80, 3
 
@@ -46,10 +45,10 @@ def layout(known: Known, columns: int) -> list[Line]:
     """What is known, in lines that are not longer than so many columns, the most important ones first."""
     memory = known.memory()
     training = [
-        ("running loss", steady(known.train.get("running_loss"))),
-        ("lr", steady(known.train.get("lr"))),
-        ("gradient norm", steady(known.train.get("gradient_norm"))),
-        ("samples/s", steady(known.train.get("samples_per_second"))),
+        ("running loss", _steady(known.train.get("running_loss"))),
+        ("lr", _steady(known.train.get("lr"))),
+        ("gradient norm", _steady(known.train.get("gradient_norm"))),
+        ("samples/s", _steady(known.train.get("samples_per_second"))),
         ("data wait", (known.data_wait() or UNKNOWN).ljust(PERCENT)),
         ("memory", (UNKNOWN if memory is None else f"{memory:.3g} GiB").ljust(VALUE)),
     ]
@@ -107,7 +106,7 @@ def _validations(known: Known, columns: int) -> list[Line]:
         step = f"step {row['step']}" if row else UNKNOWN
         fields = [
             ("", step.ljust(len(f"step {known.total_steps}"))),
-            *((n, steady(values[label].get(n))) for n in names),
+            *((n, _steady(values[label].get(n))) for n in names),
         ]
         found.append(_fields(label, fields if row else fields[:1], columns, best_metric if label == "best" else "")[0])
     return found
@@ -132,15 +131,8 @@ def _fields(
     return line, others
 
 
-def steady(value: Any) -> str:
-    """A number with as many digits as others, however many of them are 0."""
-    if value is None:
-        text = UNKNOWN
-    elif isinstance(value, float) and 1e-4 <= abs(value) < 1000:
-        text = f"{value:#.4g}"
-    else:
-        text = number(value)
-    return text.ljust(VALUE)
+def _steady(value: Any) -> str:
+    return number_with_zeros(value).ljust(VALUE)
 
 
 # ---- how it is drawn -----------------------------------------------------------------------------------------
@@ -210,7 +202,7 @@ class LiveView:
     def _line(self, line: Line, columns: int) -> str:
         drawn = []
         for text, style in line:
-            text = sayable(text, self.encoding)
+            text = encodable(text, self.encoding)
             text = set_cell_size(text, min(columns, cell_len(text)))
             columns -= cell_len(text)
             drawn.append(Style.parse(style).render(text, color_system=self.colors) if style else text)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from distloop.run.best import is_better
 from distloop.run.metrics import NO_METRICS
 from distloop.tracking.wording import number
 
@@ -59,12 +60,10 @@ class Known:
             self.train = row
             self.since = self.since or now
         elif row["kind"] == "validate":
-            metric, direction = self.best_rule
+            metric = self.best_rule[0]
             self.latest = row
-            new, old = ((r or {}).get(metric) for r in (row, self.best))
-            if isinstance(new, (int, float)) and math.isfinite(new):
-                better = old is None or (new > old if direction == "max" else new < old)
-                self.best = row if better else self.best
+            if is_better(self.best_rule, row.get(metric), (self.best or {}).get(metric)):
+                self.best = row
 
     def seconds_left(self) -> float | None:
         """From the steps since the first row of this attempt, and from the validations and saves between them."""

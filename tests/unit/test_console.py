@@ -23,7 +23,7 @@ from rich.cells import cell_len
 from distloop.tracking.console import Console
 from distloop.tracking.live_view import GIVE_BACK, layout
 from distloop.tracking.progress import Known, number_in
-from distloop.tracking.wording import sayable
+from distloop.tracking.wording import encodable
 from tests.ranks import wait_until
 
 TRAIN = {
@@ -112,7 +112,7 @@ def test_a_log_file_that_is_not_unicode_gets_what_it_can_hold(
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
     console().line("a · b × 2 … – ü")
     assert written.getvalue().decode(encoding) == said + "\n"
-    assert sayable("a · b × 2 … – ü", encoding) == said
+    assert encodable("a · b × 2 … – ü", encoding) == said
 
 
 def test_a_log_file_needs_no_rich() -> None:

@@ -12,8 +12,9 @@ from distloop.commands.doctor import checks
 from distloop.commands.doctor import measure as together
 from distloop.commands.doctor.checks import GIB
 from distloop.commands.doctor.facts import find_facts, unknown_interfaces
-from distloop.commands.doctor.lines import FAIL, OK, WARN, Line, ranks_text, size_text, where
+from distloop.commands.doctor.lines import FAIL, OK, WARN, Line, ranks_text, where
 from distloop.commands.doctor.main import Report, advice_on_address
+from distloop.tracking.wording import memory_size
 
 HEALTHY: dict[str, Any] = {
     "rank": 0,
@@ -90,7 +91,7 @@ def test_ranks_are_named_in_spans_and_with_their_nodes() -> None:
     ("size", "text"), [(512, "512 bytes"), (4096, "4 KiB"), (1.5 * GIB, "1.5 GiB"), (2**42, "4.0 TiB")]
 )
 def test_sizes_are_shown_as_people_read_them(size: float, text: str) -> None:
-    assert size_text(size) == text
+    assert memory_size(size) == text
 
 
 def test_a_driver_that_differs_is_a_warning_a_version_that_differs_a_fail() -> None:

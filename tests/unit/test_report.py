@@ -16,7 +16,8 @@ import pytest
 from distloop.commands.report import page
 from distloop.commands.report.curves import read_metrics
 from distloop.commands.report.page import SECTIONS, main, write_report
-from distloop.commands.report.plots import Line, draw_lines, short
+from distloop.commands.report.plots import Line, draw_lines
+from distloop.tracking.wording import number_on_axis
 from tests.ranks import REPOSITORY
 from tests.report_in_browser import open_page
 from tests.report_runs import (
@@ -294,7 +295,7 @@ def test_a_spike_far_above_the_rest_makes_the_axis_logarithmic() -> None:
     ("value", "label"), [(0, "0"), (0.0005, "0.0005"), (0.05, "0.05"), (1500, "1500"), (20_000, "20k"), (1.5e6, "1.5M")]
 )
 def test_axes_have_short_labels(value: float, label: str) -> None:
-    assert short(value) == label
+    assert number_on_axis(value) == label
     if value:
         svg = draw_lines([Line(np.array([[0.0, 1.0], [0.0, value]]), "blue")], {}, 1)
         assert f">{label}<" in svg
@@ -337,7 +338,8 @@ def test_the_default_output_is_in_the_run_or_for_several_here(
 def test_the_command_imports_neither_torch_nor_pyplot(tmp_path: Path) -> None:
     run = full_run(tmp_path / "run")
     program = (
-        "import sys; from distloop.commands.report.page import main; print(sorted({'matplotlib', 'torch'} & set(sys.modules)))\n"
+        "import sys; from distloop.commands.report.page import main\n"
+        "print(sorted({'matplotlib', 'torch'} & set(sys.modules)))\n"
         f"main([{str(run)!r}]); print(sorted({{'torch', 'matplotlib.pyplot', 'PIL.ImageTk'}} & set(sys.modules)))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"} | {

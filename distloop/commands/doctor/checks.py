@@ -14,16 +14,15 @@ from distloop.commands.doctor.lines import (
     WARN,
     Facts,
     Line,
-    count_text,
     group,
     names_text,
     nodes_of,
     ranks_text,
-    size_text,
     spread,
     spread_text,
     where,
 )
+from distloop.tracking.wording import memory_size, plural
 
 GIB = 2**30
 LEAST_SHARED_MEMORY = GIB
@@ -116,14 +115,14 @@ def devices(facts: Facts) -> list[Line]:
     shown = group(nodes_of(facts), lambda ranks: (max(gpus[rank]["visible"] for rank in ranks), len(ranks)))
     for (visible, count), alike in shown.items():
         if visible > count:
-            found = f"{visible} GPUs are shown to {count_text(count, 'rank')}: {names_text(alike)}"
+            found = f"{visible} GPUs are shown to {plural(count, 'rank')}: {names_text(alike)}"
             lines.append(Line(WARN, "devices", found, "Start one process per GPU to use them all."))
     busy = [rank for rank, gpu in gpus.items() if gpu["free"] < 0.9 * gpu["total"]]
     if busy:
         least = min(gpus[rank]["free"] for rank in busy)
-        found = f"GPU memory is in use by others for {where(facts, busy)}: {size_text(least)} free"
+        found = f"GPU memory is in use by others for {where(facts, busy)}: {memory_size(least)} free"
         lines.append(Line(WARN, "devices", found, "See what runs there (nvidia-smi), or ask for exclusive GPUs."))
-    name = f"{facts[0]['gpu']['name']}, {size_text(facts[0]['gpu']['total'])}"
+    name = f"{facts[0]['gpu']['name']}, {memory_size(facts[0]['gpu']['total'])}"
     return lines or [Line(OK, "devices", f"{len(gpus)} × {name}" if len(gpus) > 1 else name)]
 
 
@@ -146,7 +145,7 @@ def cpus(facts: Facts) -> list[Line]:
     for (count, threads, there), alike in group(
         nodes, lambda ranks: (len(ranks), sum(facts[rank]["threads"] for rank in ranks), _cpus_of(facts, ranks))
     ).items():
-        found = f"{count_text(count, 'rank')} with {count_text(threads, 'thread')} on {there} CPUs: {names_text(alike)}"
+        found = f"{plural(count, 'rank')} with {plural(threads, 'thread')} on {there} CPUs: {names_text(alike)}"
         advice = f"export OMP_NUM_THREADS={max(1, there // count)}"
         if count > there:
             lines.append(Line(WARN, "CPUs", found, "Ask for at least one CPU per rank (Slurm: --cpus-per-task)."))
@@ -154,7 +153,7 @@ def cpus(facts: Facts) -> list[Line]:
             lines.append(Line(WARN, "CPUs", found, f"{advice}: threads in excess wait for each other."))
         elif facts[nodes[alike[0]][0]]["device"] == "cpu" and 4 * threads <= there:  # torch takes one per core
             lines.append(Line(WARN, "CPUs", found, f"{advice}: launchers set 1 where it is not set."))
-    each = spread([f"{len(fact['cpus'])} CPUs and {count_text(fact['threads'], 'thread')}" for fact in facts])
+    each = spread([f"{len(fact['cpus'])} CPUs and {plural(fact['threads'], 'thread')}" for fact in facts])
     return lines or [Line(OK, "CPUs", "; ".join(f"{text} for {where(facts, ranks)}" for text, ranks in each.items()))]
 
 
@@ -168,7 +167,7 @@ def memory(facts: Facts) -> list[Line]:
         return []
     node = min(nodes, key=lambda node: facts[nodes[node][0]]["memory"] / len(nodes[node]))
     left, ranks = facts[nodes[node][0]]["memory"], nodes[node]
-    found = f"{size_text(left)} left on {node}, for {count_text(len(ranks), 'rank')} and loader workers"
+    found = f"{memory_size(left)} left on {node}, for {plural(len(ranks), 'rank')} and loader workers"
     if left / len(ranks) < LEAST_MEMORY_PER_RANK:
         return [Line(WARN, "memory", found, "Ask for more memory (Slurm: --mem), or start fewer ranks per node.")]
     return [Line(OK, "memory", found)]
@@ -181,9 +180,9 @@ def disks(facts: Facts) -> list[Line]:
         if known:
             fact = min(known, key=lambda fact: fact["disks"][name]["free"])
             free, path = fact["disks"][name]["free"], fact["disks"][name]["path"]
-            found = f"{size_text(free)} free in {path}" + (f" of {fact['node']}" if len(nodes_of(facts)) > 1 else "")
+            found = f"{memory_size(free)} free in {path}" + (f" of {fact['node']}" if len(nodes_of(facts)) > 1 else "")
             if free < least:
-                lines.append(Line(WARN, "disk", found, f"Make room: {size_text(least)} is little enough."))
+                lines.append(Line(WARN, "disk", found, f"Make room: {memory_size(least)} is little enough."))
             else:
                 lines.append(Line(OK, "disk", found))
     return lines
@@ -194,7 +193,7 @@ def shared_memory(facts: Facts) -> list[Line]:
     if not known:
         return []
     fact = min(known, key=lambda fact: fact["shared_memory"])
-    found = f"{size_text(fact['shared_memory'])} free in /dev/shm of {fact['node']}"
+    found = f"{memory_size(fact['shared_memory'])} free in /dev/shm of {fact['node']}"
     if fact["shared_memory"] < LEAST_SHARED_MEMORY:
         advice = "Loader workers hand batches over in it: docker run --shm-size=16g (or --ipc=host), or data.workers 0."
         return [Line(WARN, "shared memory", found, advice)]
@@ -207,7 +206,7 @@ def limits(facts: Facts) -> list[Line]:
     def text(name: str, value: int | None) -> str:
         if value is None:
             return f"{name} unlimited"
-        return f"{name} {size_text(value) if name == 'locked memory' else value}"
+        return f"{name} {memory_size(value) if name == 'locked memory' else value}"
 
     for name, (least, advice) in LEAST_LIMITS.items():
         low = [rank for rank, fact in enumerate(facts) if (fact["limits"][name] or least) < least]

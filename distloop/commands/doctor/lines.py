@@ -55,27 +55,6 @@ def spread_text(facts: Facts, values: Sequence[Any]) -> str:
     return "; ".join(f"{value} on {where(facts, ranks)}" for value, ranks in spread(values).items())
 
 
-def count_text(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def size_text(size: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}" if size < 100 else f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"
-
-
-def time_text(seconds: float) -> str:
-    """Seconds as people read them."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
-
-
 def nodes_of(facts: Facts) -> dict[str, list[int]]:
     """The ranks of each node."""
     nodes: dict[str, list[int]] = {}

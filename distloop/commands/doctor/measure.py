@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distloop.commands.doctor.lines import FAIL, OK, WARN, Facts, Line, size_text, spread, time_text, where
+from distloop.commands.doctor.lines import FAIL, OK, WARN, Facts, Line, spread, where
 from distloop.ranks.places import Position
+from distloop.tracking.wording import memory_size, short_duration
 
 REDUCED = {4 * 2**10: 20, 2**20: 10, 32 * 2**20: 5}  # bytes of an all-reduce -> how often it is timed
 MATRIX_SIZES = {"cpu": 1024, "cuda": 8192}  # some 30 ms on a core and on a large GPU
@@ -169,7 +170,7 @@ def runs_dir(facts: Facts, answers: Sequence[Mapping[str, Any]]) -> list[Line]:
     if len(facts) == 1:
         return [Line(OK, "run directory", f"{path} can be written")]
     seconds = max(answer["seconds"] for answer in answers)
-    found = f"{path} is shared by all ranks and can be written; a file is seen within {time_text(seconds)}"
+    found = f"{path} is shared by all ranks and can be written; a file is seen within {short_duration(seconds)}"
     return [Line(OK, "run directory", found)]
 
 
@@ -205,7 +206,7 @@ def all_reduce(facts: Facts, answers: Sequence[tuple[Mapping[int, float], bool]]
         # What each rank has to send and receive at least, whatever the algorithm.
         bandwidth = 2 * (world_size - 1) / world_size * size / seconds
         shown = f", {bandwidth / 1e9:.2g} GB/s" if size >= 2**20 else ""
-        parts.append(f"{size_text(size)} in {time_text(seconds)}{shown}")
+        parts.append(f"{memory_size(size)} in {short_duration(seconds)}{shown}")
     found = f"{'NCCL' if device == 'cuda' else 'gloo'}, {world_size} ranks: {'; '.join(parts)}"
     if device == "cuda" and bandwidth < LEAST_GPU_BANDWIDTH:
         advice = (

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from distloop.commands.report.markup import figure, folded, percent, quiet, table, text
+from distloop.commands.report.markup import folded, number_html, quiet, table, text
 from distloop.commands.report.plots import cell_of, draw_matrix
 from distloop.commands.report.read import Record
 from distloop.commands.report.rows import Floats
+from distloop.tracking.wording import UNKNOWN, percent
 
 MOST_COUNTED = 20  # classes of a matrix that shows its counts
 MOST_ROWS = 30  # classes in the table before the others are folded
@@ -53,22 +54,23 @@ def per_class(record: Record) -> str:
     rows = []
     for index, each in enumerate(classes):
         samples, correct = each["samples"], each["correct"]
-        wrong = "–"
+        wrong_answer = UNKNOWN
         if matrix is not None and index < len(matrix):
-            others = matrix[index].copy()
-            others[index] = 0
-            if others.max() > 0:
-                wrong = f"{text(names[int(others.argmax())])} <span class=quiet>{figure(int(others.max()))}×</span>"
+            mistakes_of_class = matrix[index].copy()
+            mistakes_of_class[index] = 0
+            times = int(mistakes_of_class.max())
+            if times > 0:
+                name_of_answer = text(names[int(mistakes_of_class.argmax())])
+                wrong_answer = f"{name_of_answer} <span class=quiet>{number_html(times)}×</span>"
         name = each["name"] if each.get("name") is not None else names[index]
-        share = correct / samples if samples else None
-        rows.append(
-            (share if share is not None else 2.0, [text(name), wrong, figure(samples), figure(correct), percent(share)])
-        )
+        accuracy = correct / samples if samples else None
+        cells = [text(name), wrong_answer, number_html(samples), number_html(correct), percent(accuracy)]
+        rows.append((accuracy if accuracy is not None else 2.0, cells))
     rows.sort(key=lambda row: row[0])
-    cells = [row for _, row in rows]
+    cells_of_rows = [cells for _, cells in rows]
     titles = ["class", "most frequent wrong answer", "samples", "correct", "accuracy"]
-    first = table(titles, cells[:MOST_ROWS], left=2)
-    rest = cells[MOST_ROWS:]
+    first = table(titles, cells_of_rows[:MOST_ROWS], left=2)
+    rest = cells_of_rows[MOST_ROWS:]
     return first + (folded(f"{len(rest):,} more classes", table(titles, rest, left=2)) if rest else "")
 
 
@@ -158,7 +160,8 @@ def _names(detail: dict[str, Any], classes: int) -> list[str]:
 
 
 def _of_what(detail: dict[str, Any]) -> str:
-    return f"The last validation, at step {figure(detail.get('step'))}, of {figure(detail.get('samples'))} samples."
+    step, samples = number_html(detail.get("step")), number_html(detail.get("samples"))
+    return f"The last validation, at step {step}, of {samples} samples."
 
 
 def _why_missing(record: Record) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from distloop.commands.ranking import Ranking, rank
 from distloop.commands.reading import Run, metrics_in, read_run
-from distloop.commands.report.markup import UNKNOWN, figure, legend, percent, quiet, section, span_of, table, text
+from distloop.commands.report.markup import legend, number_html, quiet, section, table, text
 from distloop.commands.report.overview import median_rate
 from distloop.commands.report.plots import Line, draw_lines
 from distloop.commands.report.read import Record, read_record
@@ -16,6 +16,7 @@ from distloop.commands.report.resources import account_colours, bar
 from distloop.commands.report.rows import Floats
 from distloop.commands.report.style import SERIES, STATE_COLOURS
 from distloop.run.accounts import goodput
+from distloop.tracking.wording import UNKNOWN, long_duration, percent
 
 MOST_BARS = 30
 FEW_SETTINGS = 4  # that differ: they stand beside the name; more come after the results
@@ -58,21 +59,21 @@ def _table(ranking: Ranking, records: list[Record], colours: list[str]) -> str:
         settings = [f"<code>{text(ranking.settings[index].get(key))}</code>" for key in keys]
         state = STATE_COLOURS.get(run.state, "red")
         row = [
-            figure(ranking.place(index)),
+            number_html(ranking.place(index)),
             f'<span class="one"><i class="key dot" style="--c:var(--{colours[index]})"></i>'
             f'<span class="first">{text(run.name)}</span></span>',
             *(settings if few else []),
             f'<span class="badge" style="--c:var(--{state})">{text(run.state)}</span>',
         ]
         if ranking.is_metric:
-            row.append(f"<b>{figure(value[0])}</b>" if value else UNKNOWN)
-            row.append(figure(value[1]) if value else UNKNOWN)
-        row += [figure(last.get(name)) for name in names]
+            row.append(f"<b>{number_html(value[0])}</b>" if value else UNKNOWN)
+            row.append(number_html(value[1]) if value else UNKNOWN)
+        row += [number_html(last.get(name)) for name in names]
         row += [
-            f"{figure(max(run.step or 0, record.metrics.last_step))} / {figure(run.total_steps)}",
-            span_of(sum(record.seconds.values()) or None),
+            f"{number_html(max(run.step or 0, record.metrics.last_step))} / {number_html(run.total_steps)}",
+            long_duration(sum(record.seconds.values()) or None),
             percent(goodput(record.seconds)),
-            figure(median_rate(record)),
+            number_html(median_rate(record)),
             *([] if few else settings),
         ]
         rows.append(row)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from distloop.tracking.wording import duration, number
-
-UNKNOWN = "–"
+from distloop.tracking.wording import UNKNOWN, number_with_commas
 
 
 def text(value: Any) -> str:
@@ -17,41 +14,9 @@ def text(value: Any) -> str:
     return UNKNOWN if value is None else html.escape(str(value))
 
 
-def figure(value: Any) -> str:
-    """A number as people read it, escaped; a dash for what is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return text(value)
-    if not math.isfinite(value):
-        return UNKNOWN
-    return f"{value:,}" if isinstance(value, int) else html.escape(number(value))
-
-
-def percent(share: float | None) -> str:
-    """0.987 -> 98.7 %."""
-    if share is None or not math.isfinite(share):
-        return UNKNOWN
-    return f"{100 * share:.1f} %" if share < 0.9995 else f"{100 * share:.0f} %"
-
-
-def span_of(seconds: float | None) -> str:
-    """A duration: 4.2 s, 1:05, 1:01:40, 3 d 4 h."""
-    if seconds is None or not math.isfinite(seconds):
-        return UNKNOWN
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds >= 0.05 or not seconds else "< 0.1 s"
-    if seconds >= 72 * 3600:
-        return f"{seconds // 86400:.0f} d {seconds % 86400 // 3600:.0f} h"
-    return duration(seconds)
-
-
-def size_of(size: int) -> str:
-    """Bytes: 812 kB, 1.2 GB."""
-    amount = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 999.5:
-            return f"{amount:.3g} {unit}"
-        amount /= 1000
-    return f"{amount:.3g} TB"
+def number_html(value: Any) -> str:
+    """The number with commas, escaped; a dash for None, nan and infinity."""
+    return text(number_with_commas(value))
 
 
 def quiet(sentence: str) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from distloop.commands.reading import metrics_in
-from distloop.commands.report.markup import UNKNOWN, figure, percent, span_of, text
+from distloop.commands.report.markup import number_html, text
 from distloop.commands.report.read import Record
 from distloop.commands.report.style import STATE_COLOURS
 from distloop.run.accounts import goodput
+from distloop.tracking.wording import UNKNOWN, long_duration, percent
 
 
 def overview(record: Record) -> str:
@@ -50,21 +51,21 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
     """(value as HTML, label) of the big numbers."""
     run, last = record.run, metrics_in(record.metrics.last_validation)
     step = max(run.step or 0, record.metrics.last_step) if run.state in ("running", "gone") else run.step
-    tiles = [(figure(step), f"step of {figure(run.total_steps)}")]
+    tiles = [(number_html(step), f"step of {number_html(run.total_steps)}")]
     rule = run.best_rule
     if rule and run.best and rule[0] in run.best:
-        tiles.append((figure(run.best[rule[0]]), f"best {rule[0]}, step {figure(run.best.get('step'))}"))
+        tiles.append((number_html(run.best[rule[0]]), f"best {rule[0]}, step {number_html(run.best.get('step'))}"))
     chosen = [name for name in dict.fromkeys([rule[0] if rule else "", "loss", *last]) if name in last]
     for name in chosen[:2]:
-        tiles.append((figure(last[name]), "last validation loss" if name == "loss" else f"last {name}"))
+        tiles.append((number_html(last[name]), "last validation loss" if name == "loss" else f"last {name}"))
     if not last:
         trained = record.metrics.last_train.get("running_loss")
-        tiles.append((figure(trained), "running training loss; no validation yet"))
+        tiles.append((number_html(trained), "running training loss; no validation yet"))
     tiles.append((percent(goodput(record.seconds)), "goodput"))
     attempts = max(len(record.time.value or []), run.attempt or 0)
     wall = sum(record.seconds.values()) or None
-    tiles.append((span_of(wall), f"wall time, {attempts} attempt{'s' if attempts != 1 else ''}"))
-    tiles.append((figure(median_rate(record)), "samples per second"))
+    tiles.append((long_duration(wall), f"wall time, {attempts} attempt{'s' if attempts != 1 else ''}"))
+    tiles.append((number_html(median_rate(record)), "samples per second"))
     return [tile for tile in tiles if tile[0] != UNKNOWN]
 
 

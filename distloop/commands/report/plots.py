@@ -12,6 +12,7 @@ import numpy as np
 
 from distloop.commands.report.rows import Floats
 from distloop.commands.report.style import PALETTE
+from distloop.tracking.wording import number_on_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,7 +144,7 @@ def _against_step(fill: Callable[[Axes], None], attempts: dict[int, int], last_s
         axes = drawing.add_axes((54 / WIDTH, 26 / HEIGHT, 1 - 64 / WIDTH, 1 - 44 / HEIGHT))
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda value, _: short(value))
+            axis.set_major_formatter(lambda value, _: number_on_axis(value))
         fill(axes)
         axes.set_xlim(0, max(1, last_step) * 1.008)  # a point at the end is seen whole
         _mark_attempts(axes, attempts, max(1, last_step))
@@ -186,18 +187,8 @@ def _label_logarithm(axes: Axes) -> None:
     low, high = axes.get_ylim()
     decades = np.log10(high / low)
     axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=8))
-    axes.yaxis.set_major_formatter(lambda value, _: short(value))
+    axes.yaxis.set_major_formatter(lambda value, _: number_on_axis(value))
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def short(value: float) -> str:
-    """A number on an axis: 0.05, 1500, 20k, 1.5M, 1e-05."""
-    if abs(value) >= 1e15 or (value and abs(value) < 1e-3):
-        return f"{value:.3g}"
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if unit == 'k' else size):.6g}{unit}"
-    return f"{value:.6g}"
 
 
 def _settings() -> Any:

@@ -7,10 +7,11 @@ import json
 import shlex
 from typing import Any
 
-from distloop.commands.report.markup import UNKNOWN, figure, folded, pairs, quiet, size_of, table, text
+from distloop.commands.report.markup import folded, number_html, pairs, quiet, table, text
 from distloop.commands.report.read import LONGEST_TEXT, Part, Record
 from distloop.config.comparison import flatten
 from distloop.config.settings import Config
+from distloop.tracking.wording import UNKNOWN, file_size
 
 OWN = ("config", "name", "runs_dir")  # of every run its own
 MOST_LINES = 6000  # of a diff
@@ -43,7 +44,7 @@ def changes(record: Record) -> str:
     for change in record.changes.value:
         for key, pair in change["changes"].items():
             old, new = pair if isinstance(pair, list) and len(pair) == 2 else (None, pair)
-            when = f"attempt {figure(change.get('after_attempt'))}, step {figure(change.get('after_step'))}"
+            when = f"attempt {number_html(change.get('after_attempt'))}, step {number_html(change.get('after_step'))}"
             rows.append([when, f"<code>{text(key)}</code>", _value(old), _value(new)])
     return table(["after", "setting", "old", "new"], rows, left=4) if rows else quiet("The config never changed.")
 
@@ -93,14 +94,14 @@ def checkpoints(record: Record) -> str:
         ]
         rows.append(
             [
-                figure(saved.step),
+                number_html(saved.step),
                 text(", ".join(what) or ""),
                 text(_moment(saved.written)),
-                figure(saved.files),
-                size_of(saved.size),
+                number_html(saved.files),
+                file_size(saved.size),
             ]
         )
-    total = size_of(sum(saved.size for saved in record.checkpoints))
+    total = file_size(sum(saved.size for saved in record.checkpoints))
     return table(["step", "", "written", "files", "size"], rows, left=3) + f'<p class="note">{total} in all.</p>'
 
 
@@ -132,8 +133,8 @@ def _failure(name: str, part: Part) -> str:
         return quiet(part.problem)
     what = part.value
     attempt = name.removeprefix("attempt_").removesuffix(".json").lstrip("0")
-    place = f"rank {figure(what.get('rank'))} on {text(what.get('node'))}"
-    where = f"step {figure(what.get('step'))}, {text(what.get('phase'))}"
+    place = f"rank {number_html(what.get('rank'))} on {text(what.get('node'))}"
+    where = f"step {number_html(what.get('step'))}, {text(what.get('phase'))}"
     known = ("rank", "node", "step", "phase", "what", "traceback", "others", "ranks")
     more = [(key.replace("_", " "), _value(value)) for key, value in what.items() if key not in known]
     headline = str(what.get("what") or what.get("reason") or "").strip()

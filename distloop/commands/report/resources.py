@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from distloop.commands.report.markup import UNKNOWN, figure, folded, legend, percent, quiet, span_of, table, text
+from distloop.commands.report.markup import folded, legend, number_html, quiet, table, text
 from distloop.commands.report.plots import Line, draw_shares
 from distloop.commands.report.read import Record, accounts
 from distloop.commands.report.style import ACCOUNT_COLOURS, SERIES
 from distloop.commands.report.training import plot_of, with_mean
 from distloop.run.accounts import goodput
+from distloop.tracking.wording import UNKNOWN, long_duration, percent
 
 MOST_RANKS = 8  # with a curve of memory each; of more the most and the least
 MOST_ATTEMPTS = 12  # rows of a table before the others are folded
@@ -56,16 +57,17 @@ def time_accounts(record: Record) -> str:
     bars, rows = [], []
     for attempt in record.time.value:
         seconds = accounts(attempt)
+        first, last = number_html(attempt.get("first_step")), number_html(attempt.get("step"))
         bars.append(bar(f"attempt {attempt.get('attempt', '?')}", seconds, colours, longest))
         rows.append(
             [
-                figure(attempt.get("attempt")),
+                number_html(attempt.get("attempt")),
                 text(attempt.get("state")),
                 f'<span class="one">{text(_date(attempt.get("began")))}</span>',
-                f"{figure(attempt.get('world_size'))} × {text(attempt.get('device'))}",
-                f"<span class='one'>{figure(attempt.get('first_step'))} → {figure(attempt.get('step'))}</span>",
+                f"{number_html(attempt.get('world_size'))} × {text(attempt.get('device'))}",
+                f"<span class='one'>{first} → {last}</span>",
                 *(_seconds(seconds.get(name)) for name in names),
-                span_of(sum(seconds.values())),
+                long_duration(sum(seconds.values())),
                 percent(goodput(seconds)),
             ]
         )
@@ -79,7 +81,7 @@ def time_accounts(record: Record) -> str:
                 "",
                 "",
                 *(f"<b>{_seconds(total.get(name))}</b>" for name in names),
-                f"<b>{span_of(sum(total.values()))}</b>",
+                f"<b>{long_duration(sum(total.values()))}</b>",
                 f"<b>{percent(goodput(total))}</b>",
             ]
         )
@@ -99,11 +101,11 @@ def bar(name: str, seconds: dict[str, float], colours: dict[str, str], longest: 
     """A row of stacked time accounts, as long as its share of the longest; `dot`: the colour of a point before it."""
     parts = "".join(
         f'<i style="--c:var(--{colours[account]});width:{100 * value / longest:.3f}%" '
-        f'title="{text(_account(account))} {span_of(value)}"></i>'
+        f'title="{text(_account(account))} {long_duration(value)}"></i>'
         for account, value in seconds.items()
         if account in colours and longest > 0
     )
-    total = f"{span_of(sum(seconds.values()))} · {percent(goodput(seconds))}" if seconds else UNKNOWN
+    total = f"{long_duration(sum(seconds.values()))} · {percent(goodput(seconds))}" if seconds else UNKNOWN
     point = f'<i style="--c:var(--{dot})"></i>' if dot else ""
     return (
         f'<span class="name">{point}{text(name)}</span><span class="bar">{parts}</span>'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from distloop.commands.report.curves import Curve
-from distloop.commands.report.markup import figure, legend, quiet, text
+from distloop.commands.report.markup import legend, number_html, quiet, text
 from distloop.commands.report.plots import Line, draw_lines
 from distloop.commands.report.read import Record
 from distloop.commands.report.rows import Floats
@@ -99,4 +99,4 @@ def _best(record: Record, name: str) -> str:
     run = record.run
     if not run.best or not run.best_rule or run.best_rule[0] != name or name not in run.best:
         return ""
-    return f"Best: {figure(run.best[name])} at step {figure(run.best.get('step'))}."
+    return f"Best: {number_html(run.best[name])} at step {number_html(run.best.get('step'))}."
