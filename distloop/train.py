@@ -50,6 +50,7 @@ from distloop.run.lock import RunLock
 from distloop.run.saving import Saver
 from distloop.run.status import RunStatus
 from distloop.tracking.console import Console
+from distloop.tracking.progress import Progress
 from distloop.tracking.summary import describe, ending
 from distloop.tracking.trackers import Trackers
 from distloop.training.best import best_rule, better
@@ -168,7 +169,7 @@ def train(config: Config, watch: stopping.Watch, roll_call: RollCall, attempt: E
     saver = Saver(folder, config.checkpoint, start.identity, watch, status.update, is_main, lock.beat)
     here.enter("starting W&B")
     shown = (start.path.name, start.attempt, start.step, total_steps, plan.steps_per_epoch, rule, best)
-    console = Console(*shown, lambda: status.step) if is_main else None
+    console = Console(Progress(*shown, lambda: status.step)) if is_main else None
     said = talking.from_main(lambda: trackers.begin(console), here)
     trackers.say(*messages, *start.messages, *describe(config, start, plan, bare_model, accelerator, total_steps))
     trackers.say(*said)
