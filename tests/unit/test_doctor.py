@@ -12,8 +12,8 @@ from distloop.commands.doctor import checks
 from distloop.commands.doctor import measure as together
 from distloop.commands.doctor.checks import GIB
 from distloop.commands.doctor.facts import find_facts, unknown_interfaces
-from distloop.commands.doctor.lines import FAIL, OK, WARN, Line, ranks_text, where
 from distloop.commands.doctor.main import Report, advice_on_address
+from distloop.commands.doctor.results import FAIL, OK, WARN, Result, ranks_text, where
 from distloop.tracking.wording import memory_size
 
 HEALTHY: dict[str, Any] = {
@@ -59,7 +59,7 @@ def on_gpus(count: int) -> list[dict[str, Any]]:
     return found
 
 
-def line_of(lines: list[Line], verdict: str) -> Line:
+def line_of(lines: list[Result], verdict: str) -> Result:
     (line,) = [line for line in lines if line.verdict == verdict]
     assert line.verdict == OK or line.advice
     return line
@@ -223,10 +223,10 @@ def test_a_file_that_rank_0_does_not_see_is_a_fail() -> None:
 
 def test_the_table_is_shown_once_and_ends_with_the_sum(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report(as_json=False)
-    report.lines = [
-        Line(OK, "a", "fine"),
-        Line(WARN, "longer", "so so", "do this\nor that"),
-        Line(FAIL, "b", "bad", "x"),
+    report.results = [
+        Result(OK, "a", "fine"),
+        Result(WARN, "longer", "so so", "do this\nor that"),
+        Result(FAIL, "b", "bad", "x"),
     ]
     report.show()
     report.show()
