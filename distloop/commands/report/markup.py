@@ -1,4 +1,4 @@
-"""Small pieces of HTML. Whatever comes from a run goes through `text`, which escapes it."""
+"""Small pieces of HTML. `text` escapes; every text that comes from a run must pass through it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distloop.tracking.wording import UNKNOWN, number_with_commas
 
 
 def text(value: Any) -> str:
-    """`value` as it is shown, escaped; a dash for None."""
+    """The value as escaped text; a dash for None."""
     return UNKNOWN if value is None else html.escape(str(value))
 
 
@@ -20,24 +20,24 @@ def number_html(value: Any) -> str:
 
 
 def quiet(sentence: str) -> str:
-    """One line for what is not there."""
+    """A sentence in pale letters, for what a run does not have."""
     return f'<p class="quiet">{text(sentence)}</p>'
 
 
 def folded(title: str, content: str, opened: bool = False) -> str:
-    """Content that a click shows; `title` is plain text."""
+    """Content that is hidden until a click on the title. `title` is plain text, `content` HTML."""
     return f"<details{' open' if opened else ''}><summary>{text(title)}</summary>{content}</details>"
 
 
 def section(title: str, content: str) -> str:
-    """A section of the page; `title` is plain text."""
+    """A section of the page. `title` is plain text, `content` HTML."""
     name = "".join(letter if letter.isalnum() else "-" for letter in title.lower())
     empty = content.startswith('<p class="quiet">') and content.endswith("</p>") and content.count("<p") == 1
     return f'<section id="{text(name)}"{" class=empty" if empty else ""}><h2>{text(title)}</h2>{content}</section>'
 
 
 def legend(entries: Iterable[tuple[str, str, str]]) -> str:
-    """(colour, style, label) of each curve; style: line, thin, area, dash or dot."""
+    """A legend. `entries`: (colour, style, label) of each curve; the style is line, thin, area, dash or dot."""
     keys = "".join(
         f'<span><i class="key {style}" style="--c:var(--{colour})"></i>{text(label)}</span>'
         for colour, style, label in entries
@@ -45,16 +45,18 @@ def legend(entries: Iterable[tuple[str, str, str]]) -> str:
     return f'<p class="legend">{keys}</p>'
 
 
-def table(titles: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, kind: str = "") -> str:
-    """A table of cells that are HTML already; the first `left` columns are words, the others numbers."""
-    head = "".join(f"<th{' class=n' if index >= left else ''}>{text(title)}</th>" for index, title in enumerate(titles))
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, css_class: str = "") -> str:
+    """A table. Cells are HTML. The first `left` columns hold words, the others numbers, which are aligned right."""
+    alignments = ["" if index < left else " class=n" for index in range(len(titles))]
+    head = "".join(f"<th{alignment}>{text(title)}</th>" for alignment, title in zip(alignments, titles, strict=True))
     body = "".join(
-        "<tr>" + "".join(f"<td{' class=n' if i >= left else ''}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>"
+        f"<tr>{''.join(f'<td{alignment}>{cell}</td>' for alignment, cell in zip(alignments, row, strict=True))}</tr>"
         for row in rows
     )
-    return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="wide"><table class="{css_class}">{body}</table></div>'
 
 
 def pairs(entries: Iterable[tuple[str, str]]) -> str:
-    """Names, and beside them what they are: HTML already."""
+    """A list of names with their values. Names are plain text, values HTML."""
     return '<dl class="pairs">' + "".join(f"<dt>{text(name)}</dt><dd>{value}</dd>" for name, value in entries) + "</dl>"

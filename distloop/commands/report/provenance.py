@@ -1,4 +1,4 @@
-"""The sections of one run that say what was run, with what, and what is left of it."""
+"""The sections about what a run was, and what it left: config, environment, checkpoints, failures. Each is HTML."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ from distloop.config.comparison import flatten
 from distloop.config.settings import Config
 from distloop.tracking.wording import UNKNOWN, file_size
 
-OWN = ("config", "name", "runs_dir")  # of every run its own
+KEYS_OF_ONE_RUN = ("config", "name", "runs_dir")  # each run has its own; they are no change
 MOST_LINES = 6000  # of a diff
 
 
 def config(record: Record) -> str:
-    """What differs from the defaults, and everything folded."""
+    """The settings that differ from their defaults, and all settings, folded."""
     if record.config.problem:
         return quiet(record.config.problem)
-    settings, defaults = flat(record.config.value), flat(plain(flatten(Config())))
-    changed = [(key, value) for key, value in settings.items() if key not in OWN and value != defaults.get(key, None)]
+    settings, defaults = dotted(record.config.value), dotted(as_yaml(flatten(Config())))
+    changed = [
+        (key, value)
+        for key, value in settings.items()
+        if key not in KEYS_OF_ONE_RUN and value != defaults.get(key, None)
+    ]
     rows = [
         [f"<code>{text(key)}</code>", _value(value), _value(defaults[key]) if key in defaults else UNKNOWN]
         for key, value in changed
     ]
-    shown = table(["setting", "here", "default"], rows, left=3) if rows else quiet("All settings have their defaults.")
+    html = table(["setting", "here", "default"], rows, left=3) if rows else quiet("All settings have their defaults.")
     everything = "\n".join(f"{key}: {_word(value)}" for key, value in settings.items())
-    return shown + folded(f"All {len(settings)} settings", f'<pre class="wrap">{text(everything)}</pre>')
+    return html + folded(f"All {len(settings)} settings", f'<pre class="wrap">{text(everything)}</pre>')
 
 
 def changes(record: Record) -> str:
-    """With what the run was extended."""
+    """The changes of settings with which the run was extended."""
     if record.changes.problem:
         return quiet(
             f"{record.changes.problem} The config never changed."
@@ -50,52 +54,51 @@ def changes(record: Record) -> str:
 
 
 def environment(record: Record) -> str:
-    """Versions, machine, command."""
+    """Versions, machine and command."""
     if record.environment.problem:
         return quiet(record.environment.problem)
-    known = dict(record.environment.value)
-    command, versions = known.pop("command", None), known.pop("versions", None)
-    changed = known.pop("git_changes", None)
-    rows = [(key.replace("_", " "), text(_word(value))) for key, value in known.items() if value is not None]
+    others = dict(record.environment.value)
+    command, versions = others.pop("command", None), others.pop("versions", None)
+    changed = others.pop("git_changes", None)
+    rows = [(key.replace("_", " "), text(_word(value))) for key, value in others.items() if value is not None]
     if isinstance(versions, dict):
         rows.insert(0, ("versions", " · ".join(f"{text(k)} {text(v)}" for k, v in versions.items() if v)))
     if changed:
         rows.append(("git changes", "<br>".join(f"<code>{text(line)}</code>" for line in changed)))
     words = " ".join(shlex.quote(str(word)) for word in command) if isinstance(command, list) else None
-    shown = f'<h3 style="margin-top:16px">Command</h3><pre class="wrap">{text(words)}</pre>' if words else ""
-    return pairs(rows) + shown
+    html = f'<h3 style="margin-top:16px">Command</h3><pre class="wrap">{text(words)}</pre>' if words else ""
+    return pairs(rows) + html
 
 
 def diff(record: Record) -> str:
-    """What was not committed, folded."""
+    """The uncommitted changes, folded."""
     if record.diff.problem:
         return quiet(record.diff.problem)
     content = record.diff.value
     if not content.strip():
         return quiet("There were no uncommitted changes.")
     lines = content[:LONGEST_TEXT].splitlines()
-    shown = "\n".join(map(_diff_line, lines[:MOST_LINES]))
+    html = "\n".join(map(_diff_line, lines[:MOST_LINES]))
     cut = quiet("The rest is in git.diff.") if len(content) > LONGEST_TEXT or len(lines) > MOST_LINES else ""
     added = sum(line.startswith("+") and not line.startswith("+++") for line in lines)
     removed = sum(line.startswith("-") and not line.startswith("---") for line in lines)
     title = f"{len(content.splitlines()):,} lines: {added:,} added, {removed:,} removed"
-    return folded(title, f"<pre>{shown}</pre>{cut}")
+    return folded(title, f"<pre>{html}</pre>{cut}")
 
 
 def checkpoints(record: Record) -> str:
-    """What is saved."""
+    """The table of checkpoints."""
     if not record.checkpoints:
         return quiet("There is no checkpoint.")
     best = (record.run.best or {}).get("step")
     rows = []
     for saved in reversed(record.checkpoints):
-        what = [
-            word for word, fits in (("last", saved is record.checkpoints[-1]), ("best", saved.step == best)) if fits
-        ]
+        roles = ["last"] if saved is record.checkpoints[-1] else []
+        roles += ["best"] if saved.step == best else []
         rows.append(
             [
                 number_html(saved.step),
-                text(", ".join(what) or ""),
+                text(", ".join(roles)),
                 text(_moment(saved.written)),
                 number_html(saved.files),
                 file_size(saved.size),
@@ -106,39 +109,39 @@ def checkpoints(record: Record) -> str:
 
 
 def failures(record: Record) -> str:
-    """Which attempts failed, where, with the traceback folded."""
+    """The attempts that failed: where and why, with the traceback folded."""
     if not record.failures:
         return quiet("No attempt has failed.")
     return "".join(_failure(name, part) for name, part in record.failures)
 
 
-def flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """{"optim": {"lr": 1}} -> {"optim.lr": 1}; arguments too."""
-    found: dict[str, Any] = {}
+def dotted(settings: dict[str, Any]) -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}, of any depth."""
+    values: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict) and value:
-            found.update({f"{key}.{inner}": inner_value for inner, inner_value in flat(value).items()})
+            values.update({f"{key}.{inner}": inner_value for inner, inner_value in dotted(value).items()})
         else:
-            found[str(key)] = value
-    return found
+            values[str(key)] = value
+    return values
 
 
-def plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """As a YAML file has them: tuples are lists."""
+def as_yaml(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as a YAML file holds them: with lists in the place of tuples."""
     return json.loads(json.dumps(settings))
 
 
 def _failure(name: str, part: Part) -> str:
     if part.problem:
         return quiet(part.problem)
-    what = part.value
+    failure = part.value
     attempt = name.removeprefix("attempt_").removesuffix(".json").lstrip("0")
-    place = f"rank {number_html(what.get('rank'))} on {text(what.get('node'))}"
-    where = f"step {number_html(what.get('step'))}, {text(what.get('phase'))}"
-    known = ("rank", "node", "step", "phase", "what", "traceback", "others", "ranks")
-    more = [(key.replace("_", " "), _value(value)) for key, value in what.items() if key not in known]
-    headline = str(what.get("what") or what.get("reason") or "").strip()
-    trace = str(what.get("traceback") or "")[-LONGEST_TEXT:]
+    place = f"rank {number_html(failure.get('rank'))} on {text(failure.get('node'))}"
+    where = f"step {number_html(failure.get('step'))}, {text(failure.get('phase'))}"
+    keys = ("rank", "node", "step", "phase", "what", "traceback", "others", "ranks")  # the others are under "More"
+    more = [(key.replace("_", " "), _value(value)) for key, value in failure.items() if key not in keys]
+    headline = str(failure.get("what") or failure.get("reason") or "").strip()
+    trace = str(failure.get("traceback") or "")[-LONGEST_TEXT:]
     return (
         f"<h3>Attempt {text(attempt)}: {place}, {where}</h3>"
         f'<p class="reason" style="--c:var(--red)">{text(headline)}</p>'

@@ -1,4 +1,4 @@
-"""The sections of what a run took: time of each attempt, throughput, memory."""
+"""The sections about the resources of a run: time of each attempt, throughput, memory. Each returns HTML."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 import numpy as np
 
 from distloop.commands.report.markup import folded, legend, number_html, quiet, table, text
-from distloop.commands.report.plots import Line, draw_shares
+from distloop.commands.report.plots import Trace, draw_shares
 from distloop.commands.report.read import Record, accounts
 from distloop.commands.report.style import ACCOUNT_COLOURS, SERIES
 from distloop.commands.report.training import plot_of, with_mean
 from distloop.run.accounts import goodput
 from distloop.tracking.wording import UNKNOWN, long_duration, percent
 
-MOST_RANKS = 8  # with a curve of memory each; of more the most and the least
-MOST_ATTEMPTS = 12  # rows of a table before the others are folded
+MOST_RANKS = 8  # up to so many ranks have a curve of memory each; else the plot shows the most and the least
+MOST_ATTEMPTS = 12  # with more, the table of attempts is folded
 
 
 def resources(record: Record) -> str:
-    """Throughput, where the time went over the run, memory."""
+    """Throughput, time accounts and memory over the run."""
     metrics, plots, missing = record.metrics, [], []
     if metrics.problem:
         return quiet(metrics.problem)
@@ -46,7 +46,7 @@ def resources(record: Record) -> str:
 
 
 def time_accounts(record: Record) -> str:
-    """What each attempt's wall time went into."""
+    """The wall time of each attempt by account."""
     if record.time.problem:
         return quiet(record.time.problem)
     if not record.time.value:
@@ -86,19 +86,23 @@ def time_accounts(record: Record) -> str:
             ]
         )
     titles = ["attempt", "state", "began", "processes", "steps", *(_account(name) for name in names)]
-    details = table([*titles, "wall time", "goodput"], rows, left=5, kind="full")
-    shown = "".join(bars[-MOST_ATTEMPTS:])
+    details = table([*titles, "wall time", "goodput"], rows, left=5, css_class="full")
+    last_bars = "".join(bars[-MOST_ATTEMPTS:])
     note = f"The last {MOST_ATTEMPTS} of {len(bars)} attempts. " if len(bars) > MOST_ATTEMPTS else ""
     details = folded(f"All {len(bars)} attempts", details) if note else details
     return (
-        legend((colours[name], "area", _account(name)) for name in names) + f'<div class="bars">{shown}</div>{details}'
+        legend((colours[name], "area", _account(name)) for name in names)
+        + f'<div class="bars">{last_bars}</div>{details}'
         f'<p class="note">{note}Goodput: the share of the wall time in compute and data of steps that counted. '
         "Lost: work that was done again after a restart. Seconds where no unit is given.</p>"
     )
 
 
 def bar(name: str, seconds: dict[str, float], colours: dict[str, str], longest: float, dot: str = "") -> str:
-    """A row of stacked time accounts, as long as its share of the longest; `dot`: the colour of a point before it."""
+    """A row with a name, a bar of time accounts and the total.
+
+    `longest`: the seconds of a bar over the whole width. `dot`: the colour of a point before the name, or "".
+    """
     parts = "".join(
         f'<i style="--c:var(--{colours[account]});width:{100 * value / longest:.3f}%" '
         f'title="{text(_account(account))} {long_duration(value)}"></i>'
@@ -114,7 +118,7 @@ def bar(name: str, seconds: dict[str, float], colours: dict[str, str], longest: 
 
 
 def account_colours(names: list[str]) -> dict[str, str]:
-    """Each account's colour; those of another version get what is left."""
+    """account -> colour. Accounts of another version get a colour that is left."""
     others = iter([name for name in SERIES if name not in ACCOUNT_COLOURS.values()] * len(names))
     return {name: ACCOUNT_COLOURS.get(name) or next(others) for name in names}
 
@@ -124,17 +128,18 @@ def _seconds(value: float | None) -> str:
 
 
 def _memory(record: Record) -> str:
+    """The plot of memory. The number of ranks may change between attempts."""
     blocks = record.metrics.memory
     ranks = max(len(block) for block in blocks) - 1
     padded = [np.pad(block, ((0, ranks + 1 - len(block)), (0, 0)), constant_values=np.nan) for block in blocks]
     steps, peaks = np.split(np.concatenate(padded, axis=1), [1])
     if ranks <= MOST_RANKS:
-        each = [(Line(np.vstack([steps, row]), SERIES[rank]), f"rank {rank}") for rank, row in enumerate(peaks)]
+        traces = [(Trace(np.vstack([steps, row]), SERIES[rank]), f"rank {rank}") for rank, row in enumerate(peaks)]
     else:
         most, least = np.fmax.reduce(peaks), np.fmin.reduce(peaks)
-        each = [(Line(np.vstack([steps, most]), "red"), f"the most of {ranks} ranks")]
-        each.append((Line(np.vstack([steps, least]), "blue"), "the least"))
-    return plot_of(record, "Peak memory in GiB", each, logarithmic=False, zero=True)
+        traces = [(Trace(np.vstack([steps, most]), "red"), f"the most of {ranks} ranks")]
+        traces.append((Trace(np.vstack([steps, least]), "blue"), "the least"))
+    return plot_of(record, "Peak memory in GiB", traces, logarithmic=False, zero=True)
 
 
 def _account(name: str) -> str:
