@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distloop.commands.reading import Run, metrics_in, seconds_since, validation_rows
+from distloop.commands.reading import Run, dotted, metrics_in, seconds_since, validation_rows
 from distloop.errors import UsageError
 from distloop.run.best import is_better
 from distloop.run.files import CONFIG
@@ -119,12 +119,7 @@ def _settings(path: Path) -> dict[str, str] | None:
         settings = yaml.load(path.read_bytes(), Loader=loader)
     except (OSError, yaml.YAMLError):
         return None
-    return dict(_dotted(settings)) if isinstance(settings, dict) else None
-
-
-def _dotted(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value if isinstance(value, str) else str(value).replace("'", "")
+    if not isinstance(settings, dict):
+        return None
+    values = {key: value for key, value in dotted(settings).items() if value != {}}
+    return {key: value if isinstance(value, str) else str(value).replace("'", "") for key, value in values.items()}

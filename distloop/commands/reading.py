@@ -132,6 +132,17 @@ def metrics_in(row: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in row.items() if name not in NO_METRICS and _is_number(value)}
 
 
+def dotted(settings: dict[str, Any]) -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}, of any depth; an empty mapping stays one."""
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            values.update({f"{key}.{name}": inner for name, inner in dotted(value).items()})
+        else:
+            values[str(key)] = value
+    return values
+
+
 def checkpoint_steps(path: Path) -> list[int]:
     """The steps of the published checkpoints."""
     names = [entry.name.removeprefix("step_") for entry in (path / CHECKPOINTS).glob("step_*")]

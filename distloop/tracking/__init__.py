@@ -1,1 +1,1 @@
-"""What is shown of a run while it trains: console, live view, W&B."""
+"""What a user sees of a run while it trains: console, live view, W&B."""

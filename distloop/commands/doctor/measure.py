@@ -72,23 +72,14 @@ def share_runs_dir(ranks: Ranks, runs_dir: str, limit_seconds: float) -> list[di
     )[0]
     meeting = folder / f".doctor-{token}"
 
-    def answer_token() -> dict[str, Any]:
+    def answer() -> dict[str, Any]:
         if problem:
-            return {"path": str(folder), "problem": problem if rank == 0 else "", "seconds": 0.0}
-        start = time.monotonic()
-        while not _holds(meeting / "rank_0", token):
-            if time.monotonic() - start > limit_seconds:
-                return {"path": str(folder), "problem": "does not show what rank 0 wrote", "seconds": limit_seconds}
-            time.sleep(0.02)
-        seconds = time.monotonic() - start
-        try:
-            if rank:
-                (meeting / f"rank_{rank}").write_text(token)
-        except OSError as error:
-            return {"path": str(folder), "problem": f"cannot be written: {error.strerror}", "seconds": seconds}
-        return {"path": str(folder), "problem": "", "seconds": seconds}
+            own_problem, seconds = problem if rank == 0 else "", 0.0
+        else:
+            own_problem, seconds = _answer_rank_0(meeting, token, rank, limit_seconds)
+        return {"path": str(folder), "problem": own_problem, "seconds": seconds}
 
-    answers = ranks.gather("run directory, reading what rank 0 wrote", answer_token)
+    answers = ranks.gather("run directory, reading what rank 0 wrote", answer)
 
     def read_answers() -> list[dict[str, Any]]:
         start = time.monotonic()
@@ -110,6 +101,22 @@ def share_runs_dir(ranks: Ranks, runs_dir: str, limit_seconds: float) -> list[di
     return ranks.gather("run directory, reading what the others wrote", lambda: read_answers() if rank == 0 else None)[
         0
     ]
+
+
+def _answer_rank_0(meeting: Path, token: str, rank: int, limit_seconds: float) -> tuple[str, float]:
+    """Wait for rank 0's file in the folder `meeting`, then write this rank's. Returns (problem or "", seconds)."""
+    start = time.monotonic()
+    while not _holds(meeting / "rank_0", token):
+        if time.monotonic() - start > limit_seconds:
+            return "does not show what rank 0 wrote", limit_seconds
+        time.sleep(0.02)
+    seconds = time.monotonic() - start
+    try:
+        if rank:
+            (meeting / f"rank_{rank}").write_text(token)
+    except OSError as error:
+        return f"cannot be written: {error.strerror}", seconds
+    return "", seconds
 
 
 def _holds(path: Path, text: str) -> bool:

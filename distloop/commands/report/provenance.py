@@ -7,6 +7,7 @@ import json
 import shlex
 from typing import Any
 
+from distloop.commands.reading import dotted
 from distloop.commands.report.markup import folded, number_html, pairs, quiet, table, text
 from distloop.commands.report.read import LONGEST_TEXT, Part, Record
 from distloop.config.comparison import flatten
@@ -113,17 +114,6 @@ def failures(record: Record) -> str:
     if not record.failures:
         return quiet("No attempt has failed.")
     return "".join(_failure(name, part) for name, part in record.failures)
-
-
-def dotted(settings: dict[str, Any]) -> dict[str, Any]:
-    """{"optim": {"lr": 1}} -> {"optim.lr": 1}, of any depth."""
-    values: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            values.update({f"{key}.{inner}": inner_value for inner, inner_value in dotted(value).items()})
-        else:
-            values[str(key)] = value
-    return values
 
 
 def as_yaml(settings: dict[str, Any]) -> dict[str, Any]:

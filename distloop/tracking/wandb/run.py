@@ -29,8 +29,7 @@ MOST_RESTARTS = 5  # of wandb's own process
 class WandbRun:
     """The W&B run of one run directory, in this process.
 
-    The caller directs what wandb prints, to standard error, into `output`. `next_row` is how many rows of
-    metrics.jsonl W&B has been given, `state` what wandb.json holds:
+    The caller redirects standard error, to which wandb prints, into `output`. `state` is what wandb.json holds:
 
     - id, url, project, entity: of the W&B run.
     - rows: how many rows W&B has been given.
@@ -50,11 +49,9 @@ class WandbRun:
         self.wandb: Any = None
         self.run: Any = None
         self.reader: RowReader | None = None
-        self.next_row = 0
+        self.next_row = 0  # of metrics.jsonl, to give to W&B
         self.start_of_batch = 0  # the first of the rows that W&B was given last
         self.redone_until = 0  # W&B has rows up to this step twice, because it could not take back the first ones
-
-    # ---- start -----------------------------------------------------------------------------------------------
 
     def start(self, seconds: float, or_offline: bool = True) -> str | None:
         """Begin or continue the W&B run within so many seconds. Returns why it is offline against the wish, or None.
@@ -126,8 +123,6 @@ class WandbRun:
                     break
                 count += 1
         return count
-
-    # ---- rows and end ----------------------------------------------------------------------------------------
 
     def log_new_rows(self) -> None:
         """Log the rows that were written since the last call."""
