@@ -114,7 +114,7 @@ def validation_rows(path: Path) -> Iterator[dict[str, Any]]:
             for line in file:
                 if b'"validate"' not in line:  # most of a million rows: parsing them would take seconds
                     continue
-                row = _parse(line)
+                row = parse_json(line)
                 if isinstance(row, dict) and row.get("kind") == "validate" and _whole(row.get("step")) is not None:
                     yield row
     except OSError:
@@ -158,7 +158,7 @@ def seconds_since(moment: str | None) -> float | None:
 def failure_of(run: Run) -> dict[str, Any] | None:
     """The record of the failure of the run's last attempt: rank, node, step, phase, traceback, …"""
     try:
-        record = _parse((run.path / FAILURES / f"attempt_{run.attempt or 0:04d}.json").read_bytes())
+        record = parse_json((run.path / FAILURES / f"attempt_{run.attempt or 0:04d}.json").read_bytes())
     except OSError:
         return None
     return record if isinstance(record, dict) and run.state in ("failed", "gone") else None
@@ -167,7 +167,7 @@ def failure_of(run: Run) -> dict[str, Any] | None:
 def _read_status(path: Path) -> tuple[dict[str, Any] | None, str | None]:
     """(content of status.json, None), or (None, why it cannot be read). Without the file the state is "starting"."""
     try:
-        status = _parse((path / STATUS).read_bytes())
+        status = parse_json((path / STATUS).read_bytes())
     except FileNotFoundError:
         return {"state": "starting"}, None
     except OSError as error:
@@ -189,7 +189,7 @@ def _read_owner(path: Path) -> tuple[dict[str, Any], str | None]:
 def _read_ranks(path: Path, owner: dict[str, Any]) -> list[dict[str, Any]]:
     """Where the ranks of this attempt are. What an earlier attempt has written is ignored."""
     try:
-        record = _parse((path / RANKS).read_bytes())
+        record = parse_json((path / RANKS).read_bytes())
     except OSError:
         return []
     if not isinstance(record, dict) or not isinstance(record.get("ranks"), list):
@@ -199,7 +199,7 @@ def _read_ranks(path: Path, owner: dict[str, Any]) -> list[dict[str, Any]]:
     return [rank for rank in record["ranks"] if isinstance(rank, dict)]
 
 
-def _parse(text: bytes) -> Any:
+def parse_json(text: bytes | str) -> Any:
     """The JSON value, with None for nan and infinity; None if the text is not JSON."""
     try:
         return json.loads(text, parse_constant=lambda _: None)

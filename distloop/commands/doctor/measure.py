@@ -67,9 +67,8 @@ def share_runs_dir(ranks: Ranks, runs_dir: str, limit_seconds: float) -> list[di
             return f"cannot be written: {error.strerror}"
         return ""
 
-    token, problem = ranks.gather(
-        "run directory, writing", lambda: (token, write_token()) if rank == 0 else (None, None)
-    )[0]
+    phase = "run directory, writing"
+    token, problem = ranks.gather(phase, lambda: (token, write_token()) if rank == 0 else (None, None))[0]
     meeting = folder / f".doctor-{token}"
 
     def answer() -> dict[str, Any]:
@@ -98,9 +97,8 @@ def share_runs_dir(ranks: Ranks, runs_dir: str, limit_seconds: float) -> list[di
                 path.rmdir()
         return answers
 
-    return ranks.gather("run directory, reading what the others wrote", lambda: read_answers() if rank == 0 else None)[
-        0
-    ]
+    phase = "run directory, reading what the others wrote"
+    return ranks.gather(phase, lambda: read_answers() if rank == 0 else None)[0]
 
 
 def _answer_rank_0(meeting: Path, token: str, rank: int, limit_seconds: float) -> tuple[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from distloop.commands.report.markup import legend, number_html, quiet, section,
 from distloop.commands.report.overview import median_rate
 from distloop.commands.report.plots import Trace, draw_curves
 from distloop.commands.report.read import Record, read_record
-from distloop.commands.report.resources import account_colours, bar
+from distloop.commands.report.resources import account_colours, account_title, bar
 from distloop.commands.report.rows import Floats
 from distloop.commands.report.style import SERIES, STATE_COLOURS
 from distloop.run.accounts import goodput
@@ -27,10 +28,7 @@ def comparison(paths: list[Path]) -> str:
     ranking = _rank([read_run(path) for path in paths])
     records = [read_record(run.path) for run in ranking.runs]
     colours = [SERIES[index] if index < len(SERIES) else "mark" for index in range(len(records))]
-    states: dict[str, int] = {}
-    for run in ranking.runs:
-        states[run.state] = states.get(run.state, 0) + 1
-    facts = [f"{count} {state}" for state, count in states.items()]
+    facts = [f"{count} {state}" for state, count in collections.Counter(run.state for run in ranking.runs).items()]
     facts.append(f"the best {ranking.by} first" if ranking.is_metric else f"by {ranking.by}")
     return (
         f'<div class="top"><h1>{len(records)} runs</h1></div>'
@@ -113,12 +111,11 @@ def _plot(
     title: str, points: list[Floats | None], colours: list[str], last_step: int, logarithmic: bool | None = None
 ) -> str:
     """A plot of one curve per run, or "" if no run has any. The best run is drawn last, over the others."""
-    pairs = [
-        (c, colour) for c, colour in zip(points, colours, strict=True) if c is not None and np.isfinite(c[1]).any()
-    ]
-    if not pairs:
+    pairs = zip(points, colours, strict=True)
+    traces = [Trace(curve, colour) for curve, colour in pairs if curve is not None and np.isfinite(curve[1]).any()]
+    if not traces:
         return ""
-    svg = draw_curves([Trace(curve, colour) for curve, colour in reversed(pairs)], {}, last_step, logarithmic)
+    svg = draw_curves(traces[::-1], {}, last_step, logarithmic)
     return f'<div><h3>{text(title)}</h3><p class="legend"></p>{svg}</div>'
 
 
@@ -129,14 +126,12 @@ def _time(records: list[Record], colours: list[str]) -> str:
     names = list(dict.fromkeys(name for record, _ in having for name, value in record.seconds.items() if value > 0))
     accounts = account_colours(names)
     longest = max(sum(record.seconds.values()) for record, _ in having)
-    bars = [
-        bar(record.run.name, record.seconds, accounts, longest, dot=colour) for record, colour in having[:MOST_BARS]
-    ]
+    bars = [bar(record.run.name, record.seconds, accounts, longest, colour) for record, colour in having[:MOST_BARS]]
     without = [record.run.name for record in records if not record.seconds]
     note = f" The first {MOST_BARS} of {len(having)} runs." if len(having) > MOST_BARS else ""
     note += f" Without time.json: {', '.join(without)}." if without else ""
     return (
-        legend((accounts[name], "area", name.replace("_", "-")) for name in names)
+        legend((accounts[name], "area", account_title(name)) for name in names)
         + f'<div class="bars">{"".join(bars)}</div><p class="note">Beside each: its wall time and its goodput, the '
         f"share of it in compute and data of steps that counted.{text(note)}</p>"
     )

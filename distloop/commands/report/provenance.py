@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import shlex
 from typing import Any
@@ -23,14 +22,10 @@ def config(record: Record) -> str:
     if record.config.problem:
         return quiet(record.config.problem)
     settings, defaults = dotted(record.config.value), dotted(as_yaml(flatten(Config())))
-    changed = [
-        (key, value)
-        for key, value in settings.items()
-        if key not in KEYS_OF_ONE_RUN and value != defaults.get(key, None)
-    ]
     rows = [
         [f"<code>{text(key)}</code>", _value(value), _value(defaults[key]) if key in defaults else UNKNOWN]
-        for key, value in changed
+        for key, value in settings.items()
+        if key not in KEYS_OF_ONE_RUN and value != defaults.get(key)
     ]
     html = table(["setting", "here", "default"], rows, left=3) if rows else quiet("All settings have their defaults.")
     everything = "\n".join(f"{key}: {_word(value)}" for key, value in settings.items())
@@ -40,11 +35,8 @@ def config(record: Record) -> str:
 def changes(record: Record) -> str:
     """The changes of settings with which the run was extended."""
     if record.changes.problem:
-        return quiet(
-            f"{record.changes.problem} The config never changed."
-            if _is_missing(record.changes)
-            else record.changes.problem
-        )
+        is_missing = record.changes.problem.startswith("There is no")
+        return quiet(record.changes.problem + (" The config never changed." if is_missing else ""))
     rows = []
     for change in record.changes.value:
         for key, pair in change["changes"].items():
@@ -96,15 +88,9 @@ def checkpoints(record: Record) -> str:
     for saved in reversed(record.checkpoints):
         roles = ["last"] if saved is record.checkpoints[-1] else []
         roles += ["best"] if saved.step == best else []
-        rows.append(
-            [
-                number_html(saved.step),
-                text(", ".join(roles)),
-                text(_moment(saved.written)),
-                number_html(saved.files),
-                file_size(saved.size),
-            ]
-        )
+        written = saved.written.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        cells = [number_html(saved.step), ", ".join(roles), written, number_html(saved.files), file_size(saved.size)]
+        rows.append(cells)
     total = file_size(sum(saved.size for saved in record.checkpoints))
     return table(["step", "", "written", "files", "size"], rows, left=3) + f'<p class="note">{total} in all.</p>'
 
@@ -154,11 +140,3 @@ def _value(value: Any) -> str:
 def _word(value: Any) -> str:
     """A value as a config file has it."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _moment(moment: datetime.datetime) -> str:
-    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _is_missing(part: Part) -> bool:
-    return bool(part.problem and part.problem.startswith("There is no"))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distloop.commands.reading import Run, checkpoint_steps, read_run
+from distloop.commands.reading import Run, checkpoint_steps, parse_json, read_run
 from distloop.commands.report.curves import Metrics, read_metrics
 from distloop.run.files import CHECKPOINTS, CONFIG, ENVIRONMENT, FAILURES, GIT_DIFF, TIME, VALIDATION
 
@@ -110,10 +109,8 @@ def read_part(path: Path) -> Part:
     text = _read_text(path)
     if text.problem:
         return text
-    try:
-        return Part(json.loads(text.value, parse_constant=lambda _: None))
-    except (ValueError, RecursionError):
-        return Part(problem=f"{path.name} is damaged.")
+    value = parse_json(text.value)
+    return Part(value) if value is not None else Part(problem=f"{path.name} is damaged.")
 
 
 def _mapping(path: Path) -> Part:
@@ -155,10 +152,7 @@ def _read_changes(path: Path) -> Part:
         return text
     changes = []
     for line in text.value.splitlines():
-        try:
-            change = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # a line that is being written
+        change = parse_json(line)  # None for a line that is being written
         if isinstance(change, dict) and isinstance(change.get("changes"), dict):
             changes.append(change)
     return Part(changes)

@@ -57,41 +57,22 @@ def time_accounts(record: Record) -> str:
     bars, rows = [], []
     for attempt in record.time.value:
         seconds = accounts(attempt)
-        first, last = number_html(attempt.get("first_step")), number_html(attempt.get("step"))
         bars.append(bar(f"attempt {attempt.get('attempt', '?')}", seconds, colours, longest))
-        rows.append(
-            [
-                number_html(attempt.get("attempt")),
-                text(attempt.get("state")),
-                f'<span class="one">{text(_date(attempt.get("began")))}</span>',
-                f"{number_html(attempt.get('world_size'))} × {text(attempt.get('device'))}",
-                f"<span class='one'>{first} → {last}</span>",
-                *(_seconds(seconds.get(name)) for name in names),
-                long_duration(sum(seconds.values())),
-                percent(goodput(seconds)),
-            ]
-        )
+        began = f'<span class="one">{text(_date(attempt.get("began")))}</span>'
+        processes = f"{number_html(attempt.get('world_size'))} × {text(attempt.get('device'))}"
+        first, last = number_html(attempt.get("first_step")), number_html(attempt.get("step"))
+        steps = f"<span class='one'>{first} → {last}</span>"
+        cells = [number_html(attempt.get("attempt")), text(attempt.get("state")), began, processes, steps]
+        rows.append([*cells, *_cells_of_seconds(seconds, names)])
     if len(rows) > 1:
-        total = record.seconds
-        rows.append(
-            [
-                "all",
-                "",
-                "",
-                "",
-                "",
-                *(f"<b>{_seconds(total.get(name))}</b>" for name in names),
-                f"<b>{long_duration(sum(total.values()))}</b>",
-                f"<b>{percent(goodput(total))}</b>",
-            ]
-        )
-    titles = ["attempt", "state", "began", "processes", "steps", *(_account(name) for name in names)]
+        rows.append(["all", *4 * [""], *(f"<b>{cell}</b>" for cell in _cells_of_seconds(record.seconds, names))])
+    titles = ["attempt", "state", "began", "processes", "steps", *map(account_title, names)]
     details = table([*titles, "wall time", "goodput"], rows, left=5, css_class="full")
     last_bars = "".join(bars[-MOST_ATTEMPTS:])
     note = f"The last {MOST_ATTEMPTS} of {len(bars)} attempts. " if len(bars) > MOST_ATTEMPTS else ""
     details = folded(f"All {len(bars)} attempts", details) if note else details
     return (
-        legend((colours[name], "area", _account(name)) for name in names)
+        legend((colours[name], "area", account_title(name)) for name in names)
         + f'<div class="bars">{last_bars}</div>{details}'
         f'<p class="note">{note}Goodput: the share of the wall time in compute and data of steps that counted. '
         "Lost: work that was done again after a restart. Seconds where no unit is given.</p>"
@@ -105,7 +86,7 @@ def bar(name: str, seconds: dict[str, float], colours: dict[str, str], longest: 
     """
     parts = "".join(
         f'<i style="--c:var(--{colours[account]});width:{100 * value / longest:.3f}%" '
-        f'title="{text(_account(account))} {long_duration(value)}"></i>'
+        f'title="{text(account_title(account))} {long_duration(value)}"></i>'
         for account, value in seconds.items()
         if account in colours and longest > 0
     )
@@ -123,8 +104,15 @@ def account_colours(names: list[str]) -> dict[str, str]:
     return {name: ACCOUNT_COLOURS.get(name) or next(others) for name in names}
 
 
-def _seconds(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{value:,.1f}"
+def account_title(name: str) -> str:
+    """start_up -> start-up."""
+    return name.replace("_", "-")
+
+
+def _cells_of_seconds(seconds: dict[str, float], names: list[str]) -> list[str]:
+    """The seconds of each account, the wall time and the goodput."""
+    accounts_of_names = [f"{seconds[name]:,.1f}" if name in seconds else UNKNOWN for name in names]
+    return [*accounts_of_names, long_duration(sum(seconds.values())), percent(goodput(seconds))]
 
 
 def _memory(record: Record) -> str:
@@ -140,10 +128,6 @@ def _memory(record: Record) -> str:
         traces = [(Trace(np.vstack([steps, most]), "red"), f"the most of {ranks} ranks")]
         traces.append((Trace(np.vstack([steps, least]), "blue"), "the least"))
     return plot_of(record, "Peak memory in GiB", traces, logarithmic=False, zero=True)
-
-
-def _account(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def _date(moment: Any) -> str | None:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from distloop.commands.reading import parse_json
+
 Floats = NDArray[np.float64]
 
 TRAIN = ("loss", "running_loss", "lr", "gradient_norm", "samples_per_second")
@@ -49,9 +51,9 @@ def _parse(lines: list[bytes]) -> list[dict[str, Any]]:
     try:
         values = json.loads(b"[" + b",".join(lines) + b"]") if lines else []  # one call costs less than many
         if len(values) != len(lines):
-            values = list(map(_loads, lines))
+            values = list(map(parse_json, lines))
     except (ValueError, RecursionError):
-        values = list(map(_loads, lines))
+        values = list(map(parse_json, lines))
     return [row for row in values if type(row) is dict and type(row.get("step")) is int and abs(row["step"]) < 2**53]
 
 
@@ -68,13 +70,6 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, Floats]:
             padded = [[*map(_number, each), *[np.nan] * (ranks - len(each))] for each in by_row]
             columns[MEMORY] = np.array(padded, dtype=np.float64).reshape(len(rows), -1)
     return columns
-
-
-def _loads(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _number(value: Any) -> float:
