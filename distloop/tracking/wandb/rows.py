@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from distloop.tracking.wandb.media import media_of
 
@@ -14,21 +14,13 @@ ROWS_AT_ONCE = 10_000
 
 
 class RowReader:
-    """Reads the rows of a file that is still being written."""
+    """Reads the rows of a file that is still being written, from row `first_row` (counted from 0) on."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-
-    @classmethod
-    def open(cls, path: Path, first_row: int) -> RowReader | None:
-        """A reader that begins with row `first_row`, counted from 0; None if there is no file yet."""
-        try:
-            reader = cls(open(path, "rb"))  # noqa: SIM115 - open until the process ends
-        except FileNotFoundError:
-            return None
+    def __init__(self, path: Path, first_row: int) -> None:
+        """Raises FileNotFoundError."""
+        self.file = open(path, "rb")  # noqa: SIM115 - open until the process ends
         for _ in range(first_row):
-            reader.file.readline()
-        return reader
+            self.file.readline()
 
     def read(self) -> list[dict[str, Any]]:
         """The next whole lines, at most ROWS_AT_ONCE. A damaged line is {}, so that row n stays row n."""

@@ -91,14 +91,13 @@ class WandbRun:
         """Continue on the server, after it has taken back the rows whose steps are done again, if it can."""
         self._begin("online", deadline - time.monotonic(), id=self.state["id"], resume="allow")
         right = self._rows_still_right()
-        # W&B can go back to row 1 at least. If nothing was saved, that row comes out the same when it is done again.
+        # W&B must keep one row. If nothing was saved, it is that of the first step, which comes out the same again.
         allowed = max(right + self.state["surplus"], 1)
         if self.run.starting_step > allowed and not self.state["surplus"]:
             self.run.finish(exit_code=1)
             try:
-                self._begin(
-                    "online", deadline - time.monotonic(), resume_from=f"{self.state['id']}?_step={allowed - 1}"
-                )
+                last_row = f"{self.state['id']}?_step={allowed - 1}"
+                self._begin("online", deadline - time.monotonic(), resume_from=last_row)
             except self.wandb.errors.CommError:  # this server cannot take rows back
                 session.tear_down(self.wandb)
                 self._begin("online", deadline - time.monotonic(), id=self.state["id"], resume="allow")
@@ -160,7 +159,9 @@ class WandbRun:
                 self.state["rows"] = self.start_of_batch  # wandb may have lost the last batch
 
     def _log_new_rows(self) -> None:
-        self.reader = self.reader or RowReader.open(self.path / METRICS, self.next_row)
+        if self.reader is None:
+            with contextlib.suppress(FileNotFoundError):
+                self.reader = RowReader(self.path / METRICS, self.next_row)
         while self.reader and (rows := self.reader.read()):
             self.start_of_batch = self.next_row
             self.next_row += len(rows)
