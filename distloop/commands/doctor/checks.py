@@ -102,9 +102,8 @@ def devices(facts: Facts) -> list[Result]:
         if driver and wanted == "auto":
             torch = f"PyTorch {facts[0]['versions']['torch']}"
             finding = f"the CPU: there is a GPU driver ({driver}), but {torch} sees no GPU"
-            return [
-                Result(WARN, "devices", finding, "Install a PyTorch for this driver's CUDA; see CUDA_VISIBLE_DEVICES.")
-            ]
+            advice = "Install a PyTorch for this driver's CUDA; see CUDA_VISIBLE_DEVICES."
+            return [Result(WARN, "devices", finding, advice)]
         return [Result(OK, "devices", "the CPU")]
     results = []
     places: dict[tuple[str, str], list[int]] = {}
@@ -138,15 +137,15 @@ def devices(facts: Facts) -> list[Result]:
 def cpus(facts: Facts) -> list[Result]:
     """Whether the ranks of a node have as many CPUs as they start threads."""
     results = []
-    unbound = [
+    short_of_cpus = [
         rank
         for rank, fact in enumerate(facts)
         if (fact["slurm_cpus_per_task"] or "").isdecimal() and len(fact["cpus"]) < int(fact["slurm_cpus_per_task"])
     ]
-    if unbound:
-        fact = facts[unbound[0]]
+    if short_of_cpus:
+        fact = facts[short_of_cpus[0]]
         finding = (
-            f"SLURM_CPUS_PER_TASK is {fact['slurm_cpus_per_task']}, but {where(facts, unbound)} may use "
+            f"SLURM_CPUS_PER_TASK is {fact['slurm_cpus_per_task']}, but {where(facts, short_of_cpus)} may use "
             f"{len(fact['cpus'])} of the node's CPUs"
         )
         advice = "srun does not take over --cpus-per-task: export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK before it."
@@ -162,7 +161,9 @@ def cpus(facts: Facts) -> list[Result]:
             results.append(Result(WARN, "CPUs", finding, "Ask for at least one CPU per rank (Slurm: --cpus-per-task)."))
         elif threads > cpu_count:
             results.append(Result(WARN, "CPUs", finding, f"{advice}: threads in excess wait for each other."))
-        elif facts[nodes[names[0]][0]]["device"] == "cpu" and 4 * threads <= cpu_count:  # torch takes one per core
+        elif (
+            facts[nodes[names[0]][0]]["device"] == "cpu" and 4 * threads <= cpu_count
+        ):  # torch would start one per core
             results.append(Result(WARN, "CPUs", finding, f"{advice}: launchers set 1 where it is not set."))
     each = ranks_by_value([f"{len(fact['cpus'])} CPUs and {plural(fact['threads'], 'thread')}" for fact in facts])
     finding = "; ".join(f"{text} for {where(facts, ranks)}" for text, ranks in each.items())
@@ -194,9 +195,8 @@ def disks(facts: Facts) -> list[Result]:
         if readable:
             fact = min(readable, key=lambda fact: fact["disks"][name]["free"])
             free, path = fact["disks"][name]["free"], fact["disks"][name]["path"]
-            finding = f"{memory_size(free)} free in {path}" + (
-                f" of {fact['node']}" if len(nodes_of(facts)) > 1 else ""
-            )
+            on_node = f" of {fact['node']}" if len(nodes_of(facts)) > 1 else ""
+            finding = f"{memory_size(free)} free in {path}{on_node}"
             if free < least:
                 results.append(Result(WARN, "disk", finding, f"Make room: {memory_size(least)} is little enough."))
             else:
@@ -230,9 +230,8 @@ def limits(facts: Facts) -> list[Result]:
         low = [rank for rank, fact in enumerate(facts) if (fact["limits"][name] or least) < least]
         if low:
             finding = f"{text(name, facts[low[0]]['limits'][name])} for {where(facts, low)}"
-            results.append(
-                Result(WARN, "limits", finding, f"{advice} before the start, or ask whoever keeps the machine.")
-            )
+            advice += " before the start, or ask whoever keeps the machine."
+            results.append(Result(WARN, "limits", finding, advice))
     locked = [rank for rank, fact in enumerate(facts) if fact["rdma"] and fact["limits"]["locked memory"] is not None]
     if locked:
         finding = f"{text('locked memory', facts[locked[0]]['limits']['locked memory'])} for {where(facts, locked)}"

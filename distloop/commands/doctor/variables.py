@@ -43,9 +43,8 @@ def variables(facts: Facts) -> list[Result]:
         if wrong:
             value = facts[wrong[0]]["unknown_interfaces"][variable]
             finding = f"{variable}={value} names no network interface of {where(facts, wrong)}"
-            results.append(
-                Result(FAIL, "environment", finding, "Unset it, or name one that `ip link` shows on that node.")
-            )
+            advice = "Unset it, or name one that `ip link` shows on that node."
+            results.append(Result(FAIL, "environment", finding, advice))
     names = sorted({name for fact in facts for name in fact["settings"] if name.startswith(("NCCL_", "TORCH_NCCL_"))})
     for name in names:
         values = [fact["settings"].get(name, "unset") for fact in facts]
