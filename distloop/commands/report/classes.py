@@ -96,7 +96,7 @@ def _mistake(mistake: dict[str, Any], names: list[str]) -> str:
     if isinstance(picture, str) and PICTURE.fullmatch(picture):
         html = f'<img alt="sample {text(mistake.get("index"))}" src="{text(picture)}">'
     confidence = mistake.get("confidence")
-    percentage = percent(confidence) if type(confidence) in (int, float) else "–"
+    percentage = percent(confidence) if type(confidence) in (int, float) else UNKNOWN
     return (
         f"<figure>{html}<figcaption>{name('label')} <span>taken for</span> {name('predicted')}"
         f"<br><span>{percentage} · #{text(mistake.get('index'))}</span></figcaption></figure>"
