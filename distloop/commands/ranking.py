@@ -1,4 +1,4 @@
-"""Runs in an order: by a metric for a sweep, and what its runs differ in."""
+"""Rank runs, for example those of a sweep by a metric, and find the settings in which they differ."""
 
 from __future__ import annotations
 
@@ -10,39 +10,41 @@ from typing import Any, NamedTuple
 from distloop.commands.reading import Run, metrics_in, seconds_since, validation_rows
 from distloop.config.comparison import FREE_KEYS, dotted, is_one_of
 from distloop.errors import UsageError
+from distloop.run.best import is_better
 from distloop.run.files import CONFIG
 
-LOWER_IS_BETTER = ("loss", "error")  # in the name of a metric; of others more is better
+LOWER_IS_BETTER = ("loss", "error")  # a metric with such a word in its name; of other metrics higher is better
 
 
 class Ranking(NamedTuple):
-    """Runs in order, and what they were ordered by."""
+    """Runs in order, and the key of the order."""
 
     by: str
+    """A metric, or one of OTHER_ORDERS."""
     direction: str
-    """Of the best value of a run: min or max."""
+    """Which value of a run is its best: min or max."""
     runs: list[Run]
     values: list[tuple[float, int] | None]
-    """Of each run the best value and its step; None for one without the metric, and where `by` is no metric."""
+    """By run (best value, its step); None for a run without the metric, and if `by` is not a metric."""
     settings: list[dict[str, str]]
-    """Of each run what not all have."""
+    """By run the settings that differ between runs: {"optim.lr": "0.1"}."""
 
     @property
     def is_metric(self) -> bool:
         return self.by not in OTHER_ORDERS
 
     def place(self, index: int) -> int | None:
-        """Counted from 1; None for a run without the metric."""
+        """The place of run `index`, counted from 1; None for a run without the metric."""
         return None if self.is_metric and self.values[index] is None else index + 1
 
 
 def natural_order(name: str) -> list[tuple[float, str]]:
-    """A sorting key by which lr-2 comes before lr-10, and lr-0.01 and lr-1e-2 before lr-0.1."""
+    """A sorting key: lr-2 comes before lr-10, and lr-0.01 and lr-1e-2 before lr-0.1."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", name)
     return [(float(part), "") if part[:1].isdecimal() else (-1.0, part) for part in parts]
 
 
-# Orders that are by no metric: the key, and whether the largest comes first.
+# Orders by something other than a metric: name -> (sorting key, whether the largest comes first).
 OTHER_ORDERS: dict[str, tuple[Callable[[Run], Any], bool]] = {
     "step": (lambda run: run.step, True),
     "written": (lambda run: seconds_since(run.written), False),
@@ -53,8 +55,9 @@ OTHER_ORDERS: dict[str, tuple[Callable[[Run], Any], bool]] = {
 def rank(runs: list[Run], by: str, reverse: bool = False) -> Ranking:
     """The runs in order, the best first and those without the metric last. Raises UsageError for an unknown metric.
 
-    The direction is that of the runs' own best metric, if it is this one, else guessed from its name; then `reverse`
-    corrects the guess. Otherwise it shows the worst first, still by the best value of each.
+    The direction comes from the runs if `by` is the metric of their best_rule. Then `reverse` puts the worst run first,
+    still by the best value of each. Otherwise the direction is guessed from the metric's name, and `reverse` corrects
+    the guess.
     """
     if by in OTHER_ORDERS:
         key, largest_first = OTHER_ORDERS[by]
@@ -63,34 +66,35 @@ def rank(runs: list[Run], by: str, reverse: bool = False) -> Ranking:
     rules = {run.best_rule[0]: run.best_rule[1] for run in reversed(runs) if run.best_rule}
     guess = "min" if any(word in by.lower() for word in LOWER_IS_BETTER) != reverse else "max"
     direction = rules.get(by, guess)
-    known = set(rules)
+    metric_names = set(rules)
     values: dict[Path, tuple[float, int]] = {}
     for run in runs:
         for row in validation_rows(run.path):
             metrics = metrics_in(row)
-            known.update(metrics)
+            metric_names.update(metrics)
             if by in metrics:
-                value, best = metrics[by], values.get(run.path)
-                if best is None or (value < best[0] if direction == "min" else value > best[0]):
-                    values[run.path] = (value, row["step"])
-    if by not in known:
-        raise UsageError(f"--sort {by}: no run has such a metric. Known: {', '.join([*sorted(known), *OTHER_ORDERS])}.")
+                best, _ = values.get(run.path, (None, 0))
+                if is_better((by, direction), metrics[by], best):
+                    values[run.path] = (metrics[by], row["step"])
+    if by not in metric_names:
+        known = ", ".join([*sorted(metric_names), *OTHER_ORDERS])
+        raise UsageError(f"--sort {by}: no run has such a metric. Known: {known}.")
     largest_first = (direction == "max") != (reverse and by in rules)
     runs = _ordered(runs, [values[run.path][0] if run.path in values else None for run in runs], largest_first)
     return Ranking(by, direction, runs, [values.get(run.path) for run in runs], settings_that_differ(runs))
 
 
 def settings_that_differ(runs: list[Run]) -> list[dict[str, str]]:
-    """For each run those of its settings that not all of these runs have, as {"optim.lr": "0.1"}.
+    """By run its settings that differ between these runs, as {"optim.lr": "0.1"}.
 
-    Settings that make no difference to what is trained, such as the name, are left out.
+    Settings that do not change what is trained, such as the name, are left out.
     """
     configs = [_settings(run.path / CONFIG) for run in runs]
     readable = [config for config in configs if config is not None]
     keys = [key for key in dict.fromkeys(key for config in readable for key in config) if not is_one_of(key, FREE_KEYS)]
     differing = []
     for key in keys:
-        # Only arguments are absent where they are not given; another setting is one that a version did not know.
+        # An argument may be missing in a config. Any other setting is only missing if the version did not have it.
         having = readable if ".args." in key else [config for config in readable if key in config]
         if len({config.get(key) for config in having}) > 1:
             differing.append(key)
@@ -98,17 +102,17 @@ def settings_that_differ(runs: list[Run]) -> list[dict[str, str]]:
 
 
 def _ordered(runs: list[Run], values: list[Any], largest_first: bool) -> list[Run]:
-    """By value; those without one come last, and equal ones stay in their order."""
+    """The runs sorted by value. Runs with None come last; runs with equal values keep their order."""
     pairs = list(zip(values, runs, strict=True))
     having = sorted((pair for pair in pairs if pair[0] is not None), key=lambda pair: pair[0], reverse=largest_first)
     return [run for _, run in having] + [run for value, run in pairs if value is None]
 
 
 def _settings(path: Path) -> dict[str, str] | None:
-    """A config file as {"optim.lr": "0.1", …}, each value as it is written; None if it cannot be read."""
+    """A config file as {"optim.lr": "0.1", …}, with each value as text; None if the file cannot be read."""
     import yaml
 
-    # Strings are all that is needed, and libyaml reads ten times as fast, where PyYAML has it.
+    # Text is enough here. libyaml, where PyYAML has it, reads ten times as fast.
     loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
     try:
         settings = yaml.load(path.read_bytes(), Loader=loader)
@@ -116,5 +120,5 @@ def _settings(path: Path) -> dict[str, str] | None:
         return None
     if not isinstance(settings, dict):
         return None
-    flat = {key: value for key, value in dotted(settings).items() if value != {}}
-    return {key: value if isinstance(value, str) else str(value).replace("'", "") for key, value in flat.items()}
+    values = {key: value for key, value in dotted(settings).items() if value != {}}
+    return {key: value if isinstance(value, str) else str(value).replace("'", "") for key, value in values.items()}

@@ -1,6 +1,6 @@
-"""What run directories say of themselves, read while they are being written: nothing here imports torch.
+"""Read run directories, also while their runs write them. Nothing here imports torch.
 
-Whatever is missing, of another version or damaged is None, and never an error: other runs are to be shown all the same.
+What is missing, damaged or of another version becomes None and raises no error, so that the other runs are shown.
 """
 
 from __future__ import annotations
@@ -14,71 +14,72 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distloop.run.files import CHECKPOINTS, METRICS, RANKS, STATUS
+from distloop.run.best import Rule
+from distloop.run.files import CHECKPOINTS, FAILURES, METRICS, RANKS, STATUS
 from distloop.run.lock import LOCK, owner_of, why_gone
 from distloop.run.metrics import NO_METRICS
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its directory shows it; None for what is not known."""
+    """A run as its directory shows it; None for what the directory does not tell."""
 
     path: Path
     name: str
     state: str
-    """running, finished, stopped, failed, as in status.json; starting: an attempt has not written it yet; gone: it
-    says running, but its process is not there; damaged: it cannot be read."""
+    """running, finished, stopped or failed: as in status.json. starting: an attempt has not written status.json yet.
+    gone: status.json says running, but the process does not exist. damaged: status.json cannot be read."""
     reason: str | None
     """Why it is stopped, failed, gone or damaged."""
     step: int | None
-    """Where it is if it is running, else what is saved."""
+    """How many steps are done if the run is running, else how many are saved."""
     total_steps: int | None
     saved_step: int | None
     first_step: int | None
-    """Where the attempt began."""
+    """How many steps were done when the attempt began."""
     attempt: int | None
     written: str | None
-    """When status.json was written, that is at the start, the last save or the end: ISO 8601 with its time zone."""
+    """When status.json was written (at the start, the last save or the end): ISO 8601 with a time zone."""
     best: dict[str, Any] | None
-    """The best validation: step, loss, …"""
-    best_rule: tuple[str, str] | None
-    """(metric, min | max) by which it is the best."""
+    """The best validation row: step, loss, …"""
+    best_rule: Rule | None
+    """The rule by which it is the best: (metric, min | max)."""
     slurm_job: str | None
     slurm_restart: int | None
     ranks: list[dict[str, Any]]
-    """Where the ranks of a run that is running or gone were last: rank, node, pid, step, phase."""
+    """Where each rank was last seen, if the run is running or gone: rank, node, pid, step, phase."""
 
 
 def is_run(path: Path) -> bool:
-    """Whether this is a run's own directory."""
+    """Whether `path` is a run directory."""
     return any((path / part).exists() for part in (STATUS, LOCK, CHECKPOINTS))
 
 
 def runs_in(folder: Path) -> list[Run]:
-    """The runs whose directories lie in `folder`. Raises OSError when it is no folder that can be read."""
+    """The runs whose directories lie in `folder`. Raises OSError if it is no folder, or cannot be read."""
     return [read_run(path) for path in folder.iterdir() if not path.name.startswith(".") and is_run(path)]
 
 
 def read_run(path: Path) -> Run:
     """The run in the directory `path`."""
     status, problem = _read_status(path)
-    owner, gone = _look_at_owner(path)
+    owner, gone_reason = _read_owner(path)
     for _ in range(5):
-        if gone is None or not status or status.get("state") != "running":
+        if gone_reason is None or not status or status.get("state") != "running":
             break
-        # No process: it is gone, or has ended (or begun again) between the two looks.
-        before = status
+        # The process does not exist. Either it is gone, or it has ended or started again between the two readings.
+        earlier_status = status
         status, problem = _read_status(path)
-        if status == before:
+        if status == earlier_status:
             break
-        owner, gone = _look_at_owner(path)
+        owner, gone_reason = _read_owner(path)
     status = status or {}
     state, reason = _text(status.get("state")) or "damaged", _text(status.get("reason"))
     if problem:
         state, reason = "damaged", problem
-    elif gone is not None and state in ("running", "starting"):
-        state, reason = "gone", gone
-    elif gone is None and state != "running" and _is_after(owner.get("since"), status.get("written")):
+    elif gone_reason is not None and state in ("running", "starting"):
+        state, reason = "gone", gone_reason
+    elif gone_reason is None and state != "running" and _is_after(owner.get("since"), status.get("written")):
         state, reason = "starting", None
     elif state == "finished":
         reason = None
@@ -86,7 +87,7 @@ def read_run(path: Path) -> Run:
     saved_step = _whole(status.get("step"))
     live_steps = [step for step in (_whole(rank.get("step")) for rank in ranks) if step is not None]
     best = status.get("best")
-    in_slurm = owner if owner.get("slurm_job") else status
+    slurm = owner if owner.get("slurm_job") else status
     return Run(
         path=path,
         name=path.resolve().name,
@@ -100,20 +101,20 @@ def read_run(path: Path) -> Run:
         written=_text(status.get("written")),
         best=best if isinstance(best, dict) else None,
         best_rule=_rule(status.get("best_rule")),
-        slurm_job=_text(in_slurm.get("slurm_job")),
-        slurm_restart=_whole(in_slurm.get("slurm_restart")),
+        slurm_job=_text(slurm.get("slurm_job")),
+        slurm_restart=_whole(slurm.get("slurm_restart")),
         ranks=ranks,
     )
 
 
 def validation_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The validation rows of the run in `path`, one after the other; a line that is being written is left out."""
+    """The validation rows of the run in `path`, in order, without a line that is being written."""
     try:
         with open(path / METRICS, "rb") as file:
             for line in file:
-                if b'"validate"' not in line:  # of a million rows most; parsing them would take seconds
+                if b'"validate"' not in line:  # most of a million rows: parsing them would take seconds
                     continue
-                row = _parse(line)
+                row = parse_json(line)
                 if isinstance(row, dict) and row.get("kind") == "validate" and _whole(row.get("step")) is not None:
                     yield row
     except OSError:
@@ -121,13 +122,13 @@ def validation_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def last_validation(path: Path) -> dict[str, Any] | None:
-    """The last validation row, if there is one."""
+    """The last validation row, or None."""
     rows = collections.deque(validation_rows(path), maxlen=1)
     return rows[0] if rows else None
 
 
 def metrics_in(row: dict[str, Any]) -> dict[str, float]:
-    """The metrics of a validation row that are numbers."""
+    """The metrics of a validation row that are finite numbers."""
     return {name: value for name, value in row.items() if name not in NO_METRICS and _is_number(value)}
 
 
@@ -138,24 +139,24 @@ def checkpoint_steps(path: Path) -> list[int]:
 
 
 def seconds_since(moment: str | None) -> float | None:
-    """The age of an ISO 8601 time; 0 for one that lies ahead, by another machine's clock."""
-    then = _time(moment)
+    """Seconds since an ISO 8601 time; 0 for a time in the future, which another machine's clock may give."""
+    then = _parse_time(moment)
     return None if then is None else max(0.0, (datetime.datetime.now(datetime.UTC) - then).total_seconds())
 
 
 def failure_of(run: Run) -> dict[str, Any] | None:
-    """What the run's attempt has kept of its failure: rank, node, step, phase, traceback, …"""
+    """The record of the failure of the run's last attempt: rank, node, step, phase, traceback, …"""
     try:
-        record = _parse((run.path / "failures" / f"attempt_{run.attempt or 0:04d}.json").read_bytes())
+        record = parse_json((run.path / FAILURES / f"attempt_{run.attempt or 0:04d}.json").read_bytes())
     except OSError:
         return None
     return record if isinstance(record, dict) and run.state in ("failed", "gone") else None
 
 
 def _read_status(path: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """What status.json says, or why it cannot be read; without one the run has not begun."""
+    """(content of status.json, None), or (None, why it cannot be read). Without the file the state is "starting"."""
     try:
-        status = _parse((path / STATUS).read_bytes())
+        status = parse_json((path / STATUS).read_bytes())
     except FileNotFoundError:
         return {"state": "starting"}, None
     except OSError as error:
@@ -165,19 +166,19 @@ def _read_status(path: Path) -> tuple[dict[str, Any] | None, str | None]:
     return status, None
 
 
-def _look_at_owner(path: Path) -> tuple[dict[str, Any], str | None]:
-    """The owner as in the lock, and why it is gone if it is."""
+def _read_owner(path: Path) -> tuple[dict[str, Any], str | None]:
+    """(the owner that the lock names, why its process counts as gone or None)."""
     try:
         owner = owner_of(path)
         return owner or {}, why_gone(path, owner)
-    except OSError:  # not ours to read: nobody knows that it is gone
+    except OSError:  # no permission to read the lock: the process may exist
         return {}, None
 
 
 def _read_ranks(path: Path, owner: dict[str, Any]) -> list[dict[str, Any]]:
-    """Where the ranks of this attempt are; what an earlier one left says nothing."""
+    """Where the ranks of this attempt are. What an earlier attempt has written is ignored."""
     try:
-        record = _parse((path / RANKS).read_bytes())
+        record = parse_json((path / RANKS).read_bytes())
     except OSError:
         return []
     if not isinstance(record, dict) or not isinstance(record.get("ranks"), list):
@@ -187,15 +188,15 @@ def _read_ranks(path: Path, owner: dict[str, Any]) -> list[dict[str, Any]]:
     return [rank for rank in record["ranks"] if isinstance(rank, dict)]
 
 
-def _parse(text: bytes) -> Any:
-    """JSON, with null for the numbers that it does not have; None if it is none."""
+def parse_json(text: bytes | str) -> Any:
+    """The JSON value, with None for nan and infinity; None if the text is not JSON."""
     try:
         return json.loads(text, parse_constant=lambda _: None)
     except (ValueError, RecursionError):
         return None
 
 
-def _time(moment: str | None) -> datetime.datetime | None:
+def _parse_time(moment: str | None) -> datetime.datetime | None:
     try:
         then = datetime.datetime.fromisoformat(moment or "")
     except (ValueError, TypeError):
@@ -203,13 +204,13 @@ def _time(moment: str | None) -> datetime.datetime | None:
     return then if then.tzinfo else then.replace(tzinfo=datetime.UTC)
 
 
-def _is_after(one: Any, other: Any) -> bool:
-    """Whether one time is after another; also if the other is not known."""
-    first, second = _time(_text(one)), _time(_text(other))
+def _is_after(time: Any, other: Any) -> bool:
+    """Whether the first time is later than the second, or the second is missing; False if the first is missing."""
+    first, second = _parse_time(_text(time)), _parse_time(_text(other))
     return first is not None and (second is None or first > second)
 
 
-def _rule(value: Any) -> tuple[str, str] | None:
+def _rule(value: Any) -> Rule | None:
     well_formed = isinstance(value, list) and len(value) == 2 and value[1] in ("min", "max")
     return (str(value[0]), value[1]) if well_formed else None
 

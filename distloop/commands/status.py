@@ -1,6 +1,7 @@
-"""`distloop status`: a table of runs, ranked by a metric if asked for.
+"""`distloop status`: a table of runs, ranked by a metric on request.
 
-A terminal gets colours and what fits its width; a pipe whole lines, with two or more spaces between the columns.
+On a terminal the table has colours and fits the width. In a pipe it has whole lines, with two or more spaces between
+the columns.
 """
 
 from __future__ import annotations
@@ -26,11 +27,10 @@ from distloop.commands.reading import (
     seconds_since,
 )
 from distloop.errors import UsageError
-from distloop.tracking.wording import number
+from distloop.tracking.wording import UNKNOWN, age, number
 
-UNKNOWN = "–"
 STYLES = {"running": "green", "starting": "cyan", "stopped": "yellow", "failed": "red", "gone": "red", "damaged": "red"}
-FOLDED = ("run", "differs")  # into several lines where a terminal is narrow: cut they would be of no use
+FOLDED = ("run", "differs")  # columns that a narrow terminal folds into several lines, where it cuts others
 DIFFERS_WIDTH = 60
 MOST_RANKS, MOST_LINES = 16, 8
 
@@ -40,11 +40,11 @@ class Column(NamedTuple):
 
     title: str
     cells: list[str]
-    to_the_right: bool = False
-    dropped: int = 0
-    """Where the terminal is too narrow the columns with the lowest numbers go first; 0: never."""
-    least: int = 1000
-    """The width that it may be cut or folded to."""
+    align_right: bool = False
+    drop_order: int = 0
+    """A narrow terminal drops columns in the order of this number; 0: the column is never dropped."""
+    least_width: int = 1000
+    """The width to which the column may be cut or folded."""
 
     @property
     def width(self) -> int:
@@ -52,7 +52,7 @@ class Column(NamedTuple):
 
 
 def main(arguments: list[str]) -> int:
-    """Show the table; returns the exit code."""
+    """Print what the command line asks for; returns the exit code: 0 in order, 2 wrong usage."""
     options = _parser().parse_args(arguments)
     folder = Path(options.runs_dir)
     try:
@@ -69,64 +69,64 @@ def main(arguments: list[str]) -> int:
         elif not runs:
             print(f"no runs in {folder.resolve()}")
         else:
-            _show(columns(runs, ranking, with_reasons=not single), runs)
+            _print_table(columns(runs, ranking, with_reasons=not single), runs)
             if single:
                 print("\n" + "\n".join(details(runs[0])))
         sys.stdout.flush()
-    except BrokenPipeError:  # of `distloop status | head`; Python would say so again as it ends
+    except BrokenPipeError:  # as in `distloop status | head`; Python would print the error again when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 def columns(runs: list[Run], ranking: Ranking | None, with_reasons: bool = True) -> list[Column]:
-    """The table; what no run has gets no column."""
+    """The columns of the table. A column in which no run has a value is left out."""
     table = []
     if ranking:
         places = [ranking.place(index) for index in range(len(runs))]
-        table.append(Column("#", [_shown(place) for place in places], to_the_right=True))
-    table.append(Column("run", [run.name for run in runs], least=20))
+        table.append(Column("#", [_text(place) for place in places], align_right=True))
+    table.append(Column("run", [run.name for run in runs], least_width=20))
     table.append(Column("state", [run.state for run in runs]))
     if ranking and ranking.is_metric:
         table.append(Column(ranking.by, [UNKNOWN if not v else f"{number(v[0])} @{v[1]}" for v in ranking.values]))
     if ranking:
-        table.append(Column("differs", list(map(_pairs, ranking.settings)), least=24))
-    table.append(Column("step", list(map(_progress, runs)), to_the_right=True, dropped=6 if ranking else 0))
+        table.append(Column("differs", list(map(_pairs, ranking.settings)), least_width=24))
+    table.append(Column("step", list(map(_progress, runs)), align_right=True, drop_order=6 if ranking else 0))
     if not ranking or any(run.best_rule and run.best_rule[0] != ranking.by for run in runs):
-        table.append(Column("best", list(map(_best, runs)), dropped=4 if ranking else 0))
-    table.append(Column("written", [_age(run.written) for run in runs], to_the_right=True, dropped=5))
-    table.append(Column("attempt", [_shown(run.attempt) for run in runs], to_the_right=True, dropped=3))
-    table.append(Column("Slurm job", list(map(_job, runs)), dropped=2))
+        table.append(Column("best", list(map(_best, runs)), drop_order=4 if ranking else 0))
+    table.append(Column("written", [age(seconds_since(run.written)) for run in runs], align_right=True, drop_order=5))
+    table.append(Column("attempt", [_text(run.attempt) for run in runs], align_right=True, drop_order=3))
+    table.append(Column("Slurm job", list(map(_job, runs)), drop_order=2))
     if with_reasons:
         reasons = [(run.reason or "").strip().partition("\n")[0] or UNKNOWN for run in runs]
-        table.append(Column("reason", reasons, dropped=1, least=30))
-    always = ("run", "state", "step", "written", "attempt")
-    return [column for column in table if column.title in always or set(column.cells) != {UNKNOWN}]
+        table.append(Column("reason", reasons, drop_order=1, least_width=30))
+    required = ("run", "state", "step", "written", "attempt")
+    return [column for column in table if column.title in required or set(column.cells) != {UNKNOWN}]
 
 
 def fit(table: list[Column], width: int) -> dict[str, int]:
-    """The titles of the columns that have room in a terminal of this width, with their widths."""
-    widths = {column.title: min(column.width, column.least) for column in table}
-    for column in sorted(table, key=lambda column: column.dropped):
-        if column.dropped and sum(widths.values()) + 2 * (len(widths) - 1) > width:
+    """title -> width, for the columns that fit into a terminal of this width."""
+    widths = {column.title: min(column.width, column.least_width) for column in table}
+    for column in sorted(table, key=lambda column: column.drop_order):
+        if column.drop_order and sum(widths.values()) + 2 * (len(widths) - 1) > width:
             del widths[column.title]
     spare = width - sum(widths.values()) - 2 * (len(widths) - 1)
     for column in table:
         if column.title in widths and spare > 0:
-            wider = min(spare, column.width - widths[column.title])
-            widths[column.title] += wider
-            spare -= wider
+            growth = min(spare, column.width - widths[column.title])
+            widths[column.title] += growth
+            spare -= growth
     return widths
 
 
 def details(run: Run) -> list[str]:
-    """What is shown of a single run below its row."""
+    """The lines about a single run below its row."""
     lines = [("directory", str(run.path))]
     steps = checkpoint_steps(run.path)
     lines.append(("checkpoints", f"step {', '.join(map(str, steps))}" if steps else "none"))
     last = last_validation(run.path)
     if last:
-        found = " · ".join(f"{name} {number(value)}" for name, value in metrics_in(last).items())
-        lines.append(("last validation", f"step {last['step']} · {found}"))
+        metrics = " · ".join(f"{name} {number(value)}" for name, value in metrics_in(last).items())
+        lines.append(("last validation", f"step {last['step']} · {metrics}"))
     if run.first_step:
         lines.append(("this attempt", f"began after step {run.first_step}"))
     for index, each in enumerate(run.ranks[:MOST_RANKS]):
@@ -174,7 +174,7 @@ def _runs_in(folder: Path) -> list[Run]:
         raise UsageError(f"{folder} cannot be read: {error.strerror}.") from None
 
 
-def _show(table: list[Column], runs: list[Run]) -> None:
+def _print_table(table: list[Column], runs: list[Run]) -> None:
     if not sys.stdout.isatty():
         print("\n".join(plain_lines(table)))
         return
@@ -184,22 +184,24 @@ def _show(table: list[Column], runs: list[Run]) -> None:
 
     console = Console(highlight=False)
     widths = fit(table, console.width)
-    shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    rich_table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for column in table:
         if column.title in widths:
-            shown.add_column(
+            rich_table.add_column(
                 Text(column.title),
-                justify="right" if column.to_the_right else "left",
+                justify="right" if column.align_right else "left",
                 width=widths[column.title],
                 no_wrap=column.title not in FOLDED,
                 overflow="fold" if column.title in FOLDED else "ellipsis",
             )
     for index, run in enumerate(runs):
         cells = [(column.title, column.cells[index]) for column in table if column.title in widths]
-        shown.add_row(*(Text(cell, STYLES.get(run.state, "") if title == "state" else "") for title, cell in cells))
-    console.print(shown)
+        rich_table.add_row(
+            *(Text(cell, STYLES.get(run.state, "") if title == "state" else "") for title, cell in cells)
+        )
+    console.print(rich_table)
     for column in table:
-        if column.title == "reason" and "reason" not in widths:  # no room for it beside the others
+        if column.title == "reason" and "reason" not in widths:  # it has no room beside the other columns
             console.print()
             for run, reason in zip(runs, column.cells, strict=True):
                 if reason != UNKNOWN:
@@ -208,11 +210,11 @@ def _show(table: list[Column], runs: list[Run]) -> None:
 
 
 def plain_lines(table: list[Column]) -> list[str]:
-    """The table as lines without trailing spaces."""
+    """The table as lines, without trailing spaces."""
     lines = []
     for cells in zip(*([column.title, *column.cells] for column in table), strict=True):
         padded = [
-            cell.rjust(column.width) if column.to_the_right else cell.ljust(column.width)
+            cell.rjust(column.width) if column.align_right else cell.ljust(column.width)
             for cell, column in zip(cells, table, strict=True)
         ]
         lines.append("  ".join(padded).rstrip())
@@ -220,16 +222,16 @@ def plain_lines(table: list[Column]) -> list[str]:
 
 
 def _as_json(run: Run, index: int, ranking: Ranking | None, detailed: bool) -> dict[str, Any]:
-    shown = {**dataclasses.asdict(run), "path": str(run.path), "seconds_since_written": seconds_since(run.written)}
+    content = {**dataclasses.asdict(run), "path": str(run.path), "seconds_since_written": seconds_since(run.written)}
     if ranking:
         value, step = ranking.values[index] or (None, None)
-        shown |= {"place": ranking.place(index), "differs": ranking.settings[index]}
+        content |= {"place": ranking.place(index), "differs": ranking.settings[index]}
         if ranking.is_metric:
-            shown |= {"sorted_by": ranking.by, "direction": ranking.direction, "value": value, "value_step": step}
+            content |= {"sorted_by": ranking.by, "direction": ranking.direction, "value": value, "value_step": step}
     if detailed:
-        shown |= {"checkpoints": checkpoint_steps(run.path), "last_validation": last_validation(run.path)}
-        shown |= {"failure": failure_of(run)}
-    return shown
+        content |= {"checkpoints": checkpoint_steps(run.path), "last_validation": last_validation(run.path)}
+        content |= {"failure": failure_of(run)}
+    return content
 
 
 def _place(rank: dict[str, Any]) -> str:
@@ -238,7 +240,7 @@ def _place(rank: dict[str, Any]) -> str:
 
 def _progress(run: Run) -> str:
     if run.step is None or not run.total_steps:
-        return f"{_shown(run.step)}/{_shown(run.total_steps)}"
+        return f"{_text(run.step)}/{_text(run.total_steps)}"
     return f"{run.step}/{run.total_steps} {100 * run.step // run.total_steps}%"
 
 
@@ -246,26 +248,16 @@ def _best(run: Run) -> str:
     if not (run.best and run.best_rule and run.best_rule[0] in run.best):
         return UNKNOWN
     metric = run.best_rule[0]
-    return f"{metric} {number(run.best[metric])} @{_shown(run.best.get('step'))}"
-
-
-def _age(written: str | None) -> str:
-    seconds = seconds_since(written)
-    if seconds is None:
-        return UNKNOWN
-    for unit, length, limit in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 48 * 3600)):
-        if seconds < limit:
-            return f"{seconds // length:.0f} {unit} ago"
-    return f"{seconds // 86400:.0f} d ago"
+    return f"{metric} {number(run.best[metric])} @{_text(run.best.get('step'))}"
 
 
 def _job(run: Run) -> str:
     restarts = f" restart {run.slurm_restart}" if run.slurm_job and run.slurm_restart else ""
-    return f"{_shown(run.slurm_job)}{restarts}"
+    return f"{_text(run.slurm_job)}{restarts}"
 
 
 def _pairs(settings: dict[str, str]) -> str:
-    """ "optim.lr=0.1 seed=2", as many of them as have room."""
+    """ "optim.lr=0.1 seed=2", cut to DIFFERS_WIDTH with an ellipsis."""
     text = ""
     for key, value in settings.items():
         pair = f"{' ' if text else ''}{key}={value}"
@@ -275,7 +267,7 @@ def _pairs(settings: dict[str, str]) -> str:
     return text or UNKNOWN
 
 
-def _shown(value: int | str | None) -> str:
+def _text(value: int | str | None) -> str:
     return UNKNOWN if value is None else str(value)
 
 

@@ -20,46 +20,47 @@ from distloop.config.yaml_text import parse_yaml
 from distloop.errors import UsageError
 from distloop.ranks.stopping import STOP
 from distloop.run.files import CONFIG
-from distloop.tracking.wandb.mirror import alone
-from distloop.tracking.wandb.run import WandbError, WandbRun
+from distloop.tracking.wandb.mirror import only_mirror
+from distloop.tracking.wandb.run import WandbRun
+from distloop.tracking.wandb.session import WandbError
 
 USAGE = "usage: distloop sync RUN [RUN …]     RUN: a run's directory, such as runs/digits"
 STARTING_SECONDS = 60.0
 
 
 def sync(path: Path) -> str:
-    """Upload what W&B misses of the run in `path`; returns what to say. Raises UsageError, WandbError."""
+    """Upload the rows of the run in `path` that W&B lacks; returns a line about it. Raises UsageError, WandbError."""
     if not is_run(path) or not (path / CONFIG).exists():
         raise UsageError(f"{path} is no run's directory: name one that holds {CONFIG}.")
     state = read_run(path).state
     if state in ("starting", "running"):
         raise UsageError(f"{path} is going on: wait for its end, or stop it (touch {path / STOP}).")
-    with alone(path, 0.0) as is_alone:
-        if not is_alone:
+    with only_mirror(path, 0.0) as is_only:
+        if not is_only:
             raise UsageError(f"{path} is being uploaded already, by its own run or another sync; wait for its end.")
         wandb_run = WandbRun(path, _settings(path), "online")
-        with contextlib.redirect_stderr(wandb_run.said), _own_process_silent():
+        with contextlib.redirect_stderr(wandb_run.output), _no_output_of_children():
             wandb_run.start(STARTING_SECONDS, or_offline=False)
-            before = wandb_run.next_row
+            rows_before = wandb_run.next_row
             wandb_run.log_new_rows()
             problem = wandb_run.finish(state if state in ("finished", "stopped") else "failed")
     if problem:
         raise WandbError(problem)
     rows = wandb_run.next_row
-    return f"{path}: {rows - before} rows uploaded, {rows} in all: {wandb_run.state.get('url')}"
+    return f"{path}: {rows - rows_before} rows uploaded, {rows} in all: {wandb_run.state.get('url')}"
 
 
 @contextlib.contextmanager
-def _own_process_silent() -> Iterator[None]:
-    """What wandb starts meanwhile writes no log to this terminal."""
-    terminal, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
+def _no_output_of_children() -> Iterator[None]:
+    """Processes that wandb starts inside print nothing to this terminal."""
+    terminal, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
-        os.close(nothing)
+        os.close(devnull)
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -100,4 +101,4 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    os._exit(code)  # wandb's own exit hooks may wait for a server
+    os._exit(code)  # wandb's exit hooks may wait for a server

@@ -8,17 +8,24 @@ from typing import Any
 
 from distloop.errors import UsageError
 
-Rule = tuple[str, str]
-"""(metric, min | max)"""
+Rule = tuple[str, str]  # (name of a metric, min | max)
 
 
-def is_better(direction: str, new: Any, old: Any) -> bool:
-    """Whether the metric `new` is better than `old`; nothing that is no finite number is, and equal is not."""
-    if not isinstance(new, Real) or not math.isfinite(new):
+def is_better(rule: Rule, new: Any, old: Any) -> bool:
+    """Whether `new` is better than `old`, two values of the rule's metric.
+
+    Any number is better than None, nan, infinity and what is not a number; these are never better. Of two equal
+    values the old one stays the best.
+    """
+    if not _is_number(new):
         return False
-    if not isinstance(old, Real):
+    if not _is_number(old):
         return True
-    return new > old if direction == "max" else new < old
+    return new > old if rule[1] == "max" else new < old
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 class Best:
@@ -39,9 +46,9 @@ class Best:
 
     def update(self, step: int, metrics: dict[str, Any]) -> None:
         """Take up the validation after `step`. Raises UsageError when it has no such metric."""
-        metric, direction = self.rule
+        metric, _ = self.rule
         if metric not in metrics:
             known = ", ".join(name for name in metrics if name != "samples")
             raise UsageError(f"checkpoint.best: validation gives no {metric!r}, but {known}.")
-        if is_better(direction, metrics[metric], (self.row or {}).get(metric)):
+        if is_better(self.rule, metrics[metric], (self.row or {}).get(metric)):
             self.row = {"step": step, **metrics}

@@ -12,14 +12,33 @@ from typing import Any
 from distloop.ranks.talking import say
 from distloop.run.files import write_text
 
-NO_METRICS = (
-    "kind",
-    "step",
-    "epoch",
-    "attempt",
-    "samples",
-    "time",
-)  # numbers in a validation row, but not what it found
+# The keys of a row, with what stands under each. null stands for a number that JSON lacks (nan, infinity).
+KEYS_OF_EVERY_ROW = {
+    "kind": "train, epoch or validate",
+    "step": "how many steps are done; the row belongs to the last of them",
+    "epoch": "the epoch of that step, counted from 1",
+    "attempt": "the attempt that wrote the row, counted from 1",
+    "time": "when the row was written, in seconds since 1970 (Unix time)",
+}
+KEYS_OF_KIND = {
+    "train": {
+        "loss": "mean loss of the step's samples (or tokens, pixels: what the task weighs by)",
+        "running_loss": "mean loss of the epoch up to this step",
+        "gradient_norm": "2-norm of the step's gradient, before it is clipped",
+        "lr": "learning rate of the step",
+        "skipped_steps": "how many steps of the run were left out because their gradient was not finite",
+        "memory_gib": "list by rank: the most memory on its device so far, in GiB (on the CPU: of the process)",
+        "samples_per_second": "samples of all ranks per second of data and compute since the last row of this kind",
+        "data_seconds": "seconds since the last row of this kind in which rank 0 waited for batches",
+        "compute_seconds": "seconds since then in which rank 0 computed",
+        "validation_seconds": "seconds since then in validation",
+        "checkpoint_seconds": "seconds since then in which a checkpoint held up training",
+    },
+    "epoch": {"loss": "mean training loss of the epoch"},
+    "validate": {"samples": "how many samples were validated"},  # and the task's own metrics
+}
+# What a row of validation has beside the task's metrics.
+NO_METRICS = (*KEYS_OF_EVERY_ROW, *KEYS_OF_KIND["validate"])
 
 SET_ASIDE = "metrics.set_aside.jsonl"
 

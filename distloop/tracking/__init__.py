@@ -1,4 +1,4 @@
-"""What is shown of a run while it trains: console, live view, W&B."""
+"""What a user sees of a run while it trains: console, live view, W&B."""
 
 from typing import TYPE_CHECKING
 

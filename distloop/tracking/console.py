@@ -1,4 +1,4 @@
-"""The console of rank 0: a live view on a terminal (live_view.py), plain lines in a file."""
+"""The console of rank 0: a live view on a terminal (live_view.py), plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -7,69 +7,66 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from distloop.ranks.talking import say
-from distloop.tracking.progress import Known, metrics_of, number_in
-from distloop.tracking.wording import duration, number, sayable
+from distloop.tracking.progress import Progress, metrics_of, number_in
+from distloop.tracking.wording import duration, encodable, number
 
 if TYPE_CHECKING:
     from distloop.tracking.live_view import LiveView
 
 
 class Console:
-    """Shows lines and rows of metrics. Use it from rank 0 only.
+    """Prints lines and rows of metrics. Use it on rank 0 only.
 
-    saved: the step of the newest checkpoint, or None. On a terminal, what is known stands in a live view from the
-    first line on until close(), above which the lines scroll.
+    On a terminal the progress stands in a live view from the first line until close(); lines scroll above it.
     """
 
-    def __init__(self, known: Known) -> None:
-        self.known = known
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
         self.view: LiveView | None = None
-        self.plain = not sys.stdout.isatty() or os.environ.get("TERM", "") in ("", "dumb", "unknown")
+        self.is_plain = not sys.stdout.isatty() or os.environ.get("TERM", "") in ("", "dumb", "unknown")
 
     def line(self, text: str) -> None:
-        """One line that stays."""
-        say(sayable(text, sys.stdout.encoding))
-        self._open()
+        """Print a line."""
+        say(encodable(text, sys.stdout.encoding))
+        self._open_view()
 
     def log(self, row: dict[str, Any]) -> None:
-        """Show one row of metrics, of kind train, epoch or validate."""
-        self.known.add(row)
+        """Print a row of metrics, of kind train, epoch or validate. The live view shows train rows by itself."""
+        self.progress.add(row)
         if row["kind"] != "train":
-            what = "trained" if row["kind"] == "epoch" else "validated"
-            values = [f"{name} {number(value)}" for name, value in metrics_of(row).items()]
-            self.line(" · ".join([f"epoch {row['epoch']}/{self.known.epochs}", what, f"step {row['step']}", *values]))
-        elif self.plain:
-            self.line(" · ".join(self._training(row)))
+            verb = "trained" if row["kind"] == "epoch" else "validated"
+            metrics = [f"{name} {number(value)}" for name, value in metrics_of(row).items()]
+            epoch = f"epoch {row['epoch']}/{self.progress.epochs}"
+            self.line(" · ".join([epoch, verb, f"step {row['step']}", *metrics]))
+        elif self.is_plain:
+            self.line(" · ".join(self._train_parts(row)))
         else:
-            self._open()
+            self._open_view()
 
     def link(self, url: str) -> None:
-        """Where else the run can be seen."""
-        self.known.url = url
+        """Show this address in the live view."""
+        self.progress.url = url
 
     def close(self) -> None:
-        """Take the live view away; lines may follow."""
-        view, self.view, self.plain = self.view, None, True
+        """Remove the live view. Lines can still be printed."""
+        view, self.view, self.is_plain = self.view, None, True
         if view:
             view.close()
 
-    def _open(self) -> None:
-        if not (self.view or self.plain):
-            from distloop.tracking.live_view import LiveView
+    def _open_view(self) -> None:
+        if not (self.view or self.is_plain):
+            from distloop.tracking.live_view import LiveView  # it imports rich, which a log file does not need
 
-            self.view = LiveView(self.known)
+            self.view = LiveView(self.progress)
 
-    def _training(self, row: dict[str, Any]) -> list[str]:
-        known, left = self.known, self.known.seconds_left()
-        loss, lr, rate = (
-            number_in(row, "running_loss"),
-            number_in(row, "lr", ".3g"),
-            number_in(row, "samples_per_second"),
-        )
-        wait = known.data_wait()
+    def _train_parts(self, row: dict[str, Any]) -> list[str]:
+        """The parts of a train row's line; what the row lacks is left out."""
+        progress = self.progress
+        loss, lr = number_in(row, "running_loss"), number_in(row, "lr", ".3g")
+        rate, wait, left = number_in(row, "samples_per_second"), progress.data_wait(), progress.seconds_left()
         return [
-            f"epoch {row['epoch']}/{known.epochs}",
-            f"step {row['step']}/{known.total_steps}",
+            f"epoch {row['epoch']}/{progress.epochs}",
+            f"step {row['step']}/{progress.total_steps}",
             *([f"running loss {loss}"] if loss else []),
             *([f"lr {lr}"] if lr else []),
             *([f"{rate} samples/s"] if rate else []),

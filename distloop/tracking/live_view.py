@@ -1,8 +1,9 @@
-"""The live view: some lines at the bottom of a terminal, drawn anew twice a second.
+"""The live view: a few lines at the bottom of a terminal, drawn twice a second.
 
-The terminal is told to scroll only what is above them, as package managers do. So whoever else writes to it (libraries,
-other ranks, loader workers, launchers, a debugger, the terminal its ^C) needs to know nothing of the view, and no line
-of theirs is torn. rich.Live, which draws where the cursor is, takes over this process's sys.stdout and no other.
+The terminal is told to scroll only the lines above the view, as package managers do. So everything else that writes to
+the terminal (libraries, other ranks, loader workers, launchers, a debugger, the echo of ^C) needs to know nothing of
+the view, and tears no line. rich.Live draws at the cursor instead, and catches only what goes through this process's
+sys.stdout.
 """
 
 from __future__ import annotations
@@ -19,156 +20,147 @@ from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
 
-from distloop.tracking.progress import Known, metrics_of
-from distloop.tracking.wording import duration, number, sayable
+from distloop.tracking.progress import Progress, metrics_of
+from distloop.tracking.wording import UNKNOWN, duration, encodable, number_with_zeros
 
 REDRAW_SECONDS = 0.5
-LINES_ABOVE = 4  # are left for what scrolls, however low the terminal
-UNKNOWN = "–"
-# Columns. What changes from one drawing to the next has a width of its own, so that nothing beside it moves.
+LINES_ABOVE = 4  # left for the lines that scroll, however low the terminal is
+# Widths. A text that changes between two drawings has a fixed width, so that its neighbours do not move.
 LABEL, VALUE, PERCENT, LEFT, SHORTEST_BAR, LONGEST_BAR, GAP = 8, 9, 5, 13, 8, 80, 3
 
-# Words of the VT100, which all terminals understand.
+# Commands of the VT100, which all terminals understand.
 KEEP_CURSOR, BACK_TO_CURSOR, DOWN = "\x1b7", "\x1b8", "\x1bD"  # DOWN scrolls at the bottom, and keeps the column
 ERASE_BELOW, ERASE_REST_OF_LINE, PLAIN = "\x1b[J", "\x1b[K", "\x1b[0m"
 CUT_LONG_LINES, WRAP_LONG_LINES = "\x1b[?7l", "\x1b[?7h"
 SCROLL_ALL = f"{KEEP_CURSOR}\x1b[r{BACK_TO_CURSOR}"
 GIVE_BACK = SCROLL_ALL + ERASE_BELOW  # the view is below the cursor
 
-Piece = tuple[str, str]  # text, rich's style
-Line = list[Piece]
+Pieces = list[tuple[str, str]]  # a line of the view: texts, each with its style in rich's words
+Fields = list[tuple[str, str]]  # names, each with its value
 
 
-# ---- what is shown -------------------------------------------------------------------------------------------
+# ---- layout --------------------------------------------------------------------------------------------------
 
 
-def layout(known: Known, columns: int) -> list[Line]:
-    """What is known, in lines that are not longer than so many columns, the most important ones first."""
-    memory = known.memory()
+def layout(progress: Progress, columns: int) -> list[Pieces]:
+    """The lines of the view, the most important first, each at most `columns` wide."""
+    memory, train = progress.memory(), progress.train
     training = [
-        ("running loss", steady(known.train.get("running_loss"))),
-        ("lr", steady(known.train.get("lr"))),
-        ("gradient norm", steady(known.train.get("gradient_norm"))),
-        ("samples/s", steady(known.train.get("samples_per_second"))),
-        ("data wait", (known.data_wait() or UNKNOWN).ljust(PERCENT)),
+        ("running loss", _value(train.get("running_loss"))),
+        ("lr", _value(train.get("lr"))),
+        ("gradient norm", _value(train.get("gradient_norm"))),
+        ("samples/s", _value(train.get("samples_per_second"))),
+        ("data wait", (progress.data_wait() or UNKNOWN).ljust(PERCENT)),
         ("memory", (UNKNOWN if memory is None else f"{memory:.3g} GiB").ljust(VALUE)),
     ]
-    skipped = known.train.get("skipped_steps")
-    saved = known.saved()
-    about = [
-        ("", str(known.attempt)),
-        ("saved", (f"step {saved}" if saved else UNKNOWN).ljust(len(f"step {known.total_steps}"))),
-        *([("", known.url)] if known.url else []),
+    skipped, saved_step = train.get("skipped_steps"), progress.saved_step()
+    attempt = [
+        ("", str(progress.attempt)),
+        ("saved", _step(saved_step or None, progress)),
+        *([("", progress.url)] if progress.url else []),
         *([("skipped steps", str(skipped))] if skipped else []),
-        ("", known.name),
+        ("", progress.name),
     ]
-    first, rest = _fields("train", training, columns)
+    first_line, rest = _line_of_fields("train", training, columns)
     return [
-        *_bars(known, columns),
-        first,
-        *([_fields("", rest, columns)[0]] if rest else []),
-        *_validations(known, columns),
-        _fields("attempt", about, columns)[0],
+        *_bars(progress, columns),
+        first_line,
+        *([_line_of_fields("", rest, columns)[0]] if rest else []),
+        *_validations(progress, columns),
+        _line_of_fields("attempt", attempt, columns)[0],
     ]
 
 
-def _bars(known: Known, columns: int) -> list[Line]:
-    """The progress of the run and of the epoch in hand."""
-    step, total, left = known.step, known.total_steps, known.seconds_left()
-    epoch = max(0, step - 1) // known.steps_per_epoch
-    before = epoch * known.steps_per_epoch
-    counts = f"step {step}/{total}", f"epoch {epoch + 1}/{known.epochs}"
-    width = max(len(f"step {total}/{total}"), len(f"epoch {known.epochs}/{known.epochs}"))
+def _bars(progress: Progress, columns: int) -> list[Pieces]:
+    """The progress of the run, and of the current epoch."""
+    step, total, left = progress.step, progress.total_steps, progress.seconds_left()
+    epoch = max(0, step - 1) // progress.steps_per_epoch
+    steps_before = epoch * progress.steps_per_epoch
+    steps_of_epoch = max(1, min(progress.steps_per_epoch, total - steps_before))
+    counts = f"step {step}/{total}", f"epoch {epoch + 1}/{progress.epochs}"
+    count_width = max(len(f"step {total}/{total}"), len(f"epoch {progress.epochs}/{progress.epochs}"))
     room = columns - LABEL - PERCENT - GAP - LEFT
-    if with_counts := room >= GAP + width:
-        room -= GAP + width
+    if has_counts := room >= GAP + count_width:
+        room -= GAP + count_width
     bar = min(room - 1, LONGEST_BAR) if room > SHORTEST_BAR else 0
-    found: list[Line] = []
+    lines: list[Pieces] = []
     for label, share, count, time_left in (
         ("run", step / total, counts[0], UNKNOWN if left is None else f"{duration(left)} left"),
-        ("epoch", (step - before) / max(1, min(known.steps_per_epoch, total - before)), counts[1], ""),
+        ("epoch", (step - steps_before) / steps_of_epoch, counts[1], ""),
     ):
-        done = int(share * bar)
-        line = [(label.ljust(LABEL), "dim"), ("━" * done, "cyan"), ("─" * (bar - done), "dim"), (" " * bool(bar), "")]
+        full = int(share * bar)
+        line = [(label.ljust(LABEL), "dim"), ("━" * full, "cyan"), ("─" * (bar - full), "dim"), (" " * bool(bar), "")]
         line.append((f"{int(100 * share)} %".rjust(PERCENT), "bold"))
-        line += [(" " * GAP + count.ljust(width), "")] if with_counts else []
-        found.append([*line, (" " * GAP + time_left, "")])
-    return found
+        line += [(" " * GAP + count.ljust(count_width), "")] if has_counts else []
+        lines.append([*line, (" " * GAP + time_left, "")])
+    return lines
 
 
-def _validations(known: Known, columns: int) -> list[Line]:
-    """The latest validation and the best one, the same metric below the other."""
-    rows = {"latest": known.latest or {}, "best": known.best or {}}
-    values = {label: metrics_of(row) for label, row in rows.items()}
-    best_metric = known.best_rule[0]
-    names = [best_metric, *(name for name in values["latest"] or values["best"] if name != best_metric)]
-    found = []
+def _validations(progress: Progress, columns: int) -> list[Pieces]:
+    """The latest validation and, below it, the best one, with the same metrics in the same order."""
+    rows = {"latest": progress.latest or {}, "best": progress.best or {}}
+    metrics = {label: metrics_of(row) for label, row in rows.items()}
+    best_metric = progress.best_rule[0]
+    names = [best_metric, *(name for name in metrics["latest"] or metrics["best"] if name != best_metric)]
+    lines = []
     for label, row in rows.items():
-        step = f"step {row['step']}" if row else UNKNOWN
-        fields = [
-            ("", step.ljust(len(f"step {known.total_steps}"))),
-            *((n, steady(values[label].get(n))) for n in names),
-        ]
-        found.append(_fields(label, fields if row else fields[:1], columns, best_metric if label == "best" else "")[0])
-    return found
+        fields = [("", _step(row.get("step"), progress))]
+        if row:
+            fields += [(name, _value(metrics[label].get(name))) for name in names]
+        lines.append(_line_of_fields(label, fields, columns, best_metric if label == "best" else "")[0])
+    return lines
 
 
-def _fields(
-    label: str, fields: list[tuple[str, str]], columns: int, marked: str = ""
-) -> tuple[Line, list[tuple[str, str]]]:
-    """A line of those fields (name, value) for which there is room, and the others."""
-    line, used, others = [(label.ljust(LABEL), "dim")], LABEL, []
+def _line_of_fields(label: str, fields: Fields, columns: int, highlight: str = "") -> tuple[Pieces, Fields]:
+    """A line of the fields for which it has room, and the other fields. `highlight`: the field to show in colour."""
+    line, width, others = [(label.ljust(LABEL), "dim")], LABEL, []
     for name, value in fields:
-        gap = GAP if used > LABEL else 0
-        width = gap + cell_len(f"{name} {value}" if name else value)
-        if used + width > columns:
+        gap = GAP if width > LABEL else 0
+        width_of_field = gap + cell_len(f"{name} {value}" if name else value)
+        if width + width_of_field > columns:
             others.append((name, value))
             continue
-        line += [
-            (" " * gap + (f"{name} " if name else ""), "dim"),
-            (value, "bold green" if name and name == marked else ""),
-        ]
-        used += width
+        line.append((" " * gap + (f"{name} " if name else ""), "dim"))
+        line.append((value, "bold green" if name and name == highlight else ""))
+        width += width_of_field
     return line, others
 
 
-def steady(value: Any) -> str:
-    """A number with as many digits as others, however many of them are 0."""
-    if value is None:
-        text = UNKNOWN
-    elif isinstance(value, float) and 1e-4 <= abs(value) < 1000:
-        text = f"{value:#.4g}"
-    else:
-        text = number(value)
-    return text.ljust(VALUE)
+def _value(value: Any) -> str:
+    return number_with_zeros(value).ljust(VALUE)
 
 
-# ---- how it is drawn -----------------------------------------------------------------------------------------
+def _step(step: int | None, progress: Progress) -> str:
+    """The step, as wide as the last step will be."""
+    return (UNKNOWN if step is None else f"step {step}").ljust(len(f"step {progress.total_steps}"))
+
+
+# ---- drawing -------------------------------------------------------------------------------------------------
 
 
 class LiveView:
-    """Draws what is known at the bottom of standard output, which is a terminal, until it is closed."""
+    """Draws the progress at the bottom of standard output, which must be a terminal, until close()."""
 
-    def __init__(self, known: Known) -> None:
-        self.known = known
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
         self.terminal, self.encoding = sys.stdout.fileno(), sys.stdout.encoding
         console = Console(file=sys.stdout)
         self.colors = ColorSystem.STANDARD if console.color_system and not console.no_color else None
         self.place: tuple[int, int, int] | None = None  # columns and lines of the terminal, lines of the view
         self.lock = threading.Lock()
         self.closing = threading.Event()
-        self.heir = _heir()
+        self.terminal_guard = _start_terminal_guard()
         threading.Thread(target=self._run, name="distloop-live-view", daemon=True).start()
 
     def close(self) -> None:
-        """Take the view away. The cursor stays where it is."""
+        """Remove the view. The cursor stays where it is."""
         self.closing.set()
         with self.lock:
             self._give_back()
-            if self.heir:
-                self.heir.kill()
-                self.heir.communicate()
-                self.heir = None
+            if self.terminal_guard:
+                self.terminal_guard.kill()
+                self.terminal_guard.communicate()
+                self.terminal_guard = None
 
     def _run(self) -> None:
         try:
@@ -182,59 +174,60 @@ class LiveView:
             raise
 
     def _draw(self) -> None:
-        if _in_background(self.terminal):
+        if _is_in_background(self.terminal):
             self._give_back()
             return
         columns, height = 80, 24
         with contextlib.suppress(OSError):
             size = os.get_terminal_size(self.terminal)
             columns, height = size.columns or columns, size.lines or height
-        # The last column stays empty: a terminal may go to the next line behind it.
-        lines = layout(self.known, columns - 1)[: max(0, height - LINES_ABOVE)]
-        place, first = (columns, height, len(lines)), height - len(lines) + 1
-        # A terminal that changes its size moves what it shows, but the cursor with it: the view is still below that.
+        # The last column stays empty: some terminals wrap to the next line after a character in it.
+        lines = layout(self.progress, columns - 1)[: max(0, height - LINES_ABOVE)]
+        place, first_row = (columns, height, len(lines)), height - len(lines) + 1
+        # A terminal that changes its size moves its cursor with its text: the view is still below the cursor.
         text = GIVE_BACK if self.place and self.place != place else SCROLL_ALL
         self.place = place
-        text += DOWN * len(lines) + f"\x1b[{len(lines)}A" * bool(lines)  # room, where the cursor is too far down
-        text += f"{KEEP_CURSOR}\x1b[1;{first - 1}r{BACK_TO_CURSOR}"
+        text += DOWN * len(lines) + f"\x1b[{len(lines)}A" * bool(lines)  # make room if the cursor is near the bottom
+        text += f"{KEEP_CURSOR}\x1b[1;{first_row - 1}r{BACK_TO_CURSOR}"
         text += KEEP_CURSOR + PLAIN + CUT_LONG_LINES
-        for number_of_line, line in enumerate(lines, start=first):
-            text += f"\x1b[{number_of_line}H{self._line(line, columns - 1)}{ERASE_REST_OF_LINE}"
-        self._send(text + WRAP_LONG_LINES + BACK_TO_CURSOR)
+        for row, line in enumerate(lines, start=first_row):
+            text += f"\x1b[{row}H{self._render(line, columns - 1)}{ERASE_REST_OF_LINE}"
+        self._write(text + WRAP_LONG_LINES + BACK_TO_CURSOR)
 
     def _give_back(self) -> None:
         if self.place:
-            self._send(GIVE_BACK)
+            self._write(GIVE_BACK)
             self.place = None
 
-    def _line(self, line: Line, columns: int) -> str:
-        drawn = []
+    def _render(self, line: Pieces, columns: int) -> str:
+        """The line with its colours, cut to so many columns."""
+        rendered = []
         for text, style in line:
-            text = sayable(text, self.encoding)
+            text = encodable(text, self.encoding)
             text = set_cell_size(text, min(columns, cell_len(text)))
             columns -= cell_len(text)
-            drawn.append(Style.parse(style).render(text, color_system=self.colors) if style else text)
-        return "".join(drawn)
+            rendered.append(Style.parse(style).render(text, color_system=self.colors) if style else text)
+        return "".join(rendered)
 
-    def _send(self, text: str) -> None:
-        # At once, so that nothing of others gets in between, and not through sys.stdout, which others may record.
+    def _write(self, text: str) -> None:
+        # In one call, so that no other output comes in between. Not to sys.stdout, which others may replace.
         data = text.encode(self.encoding, "replace")
         with contextlib.suppress(OSError):  # the terminal is gone
             while data:
                 data = data[os.write(self.terminal, data) :]
 
 
-def _heir() -> subprocess.Popen[bytes] | None:
-    """A process that gives the terminal back when this one is killed, or crashes: its standard input ends then."""
+def _start_terminal_guard() -> subprocess.Popen[bytes] | None:
+    """Start a process that gives the terminal back if this one is killed or crashes: its standard input ends then."""
     with contextlib.suppress(OSError):
         command = ["sh", "-c", 'read -r _; printf %s "$1"', "sh", GIVE_BACK]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
     return None
 
 
-def _in_background(terminal: int) -> bool:
-    """Whether the shell has the terminal, and this process runs beside it."""
+def _is_in_background(terminal: int) -> bool:
+    """Whether the shell has put this process into the background of the terminal."""
     try:
         return os.tcgetpgrp(terminal) != os.getpgrp()
-    except OSError:  # not the terminal of its session, as under an elastic launcher
+    except OSError:  # not the terminal of this process's session, as under an elastic launcher
         return False

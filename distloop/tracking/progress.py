@@ -1,4 +1,4 @@
-"""What is known of a run while it trains, for all that shows it."""
+"""The progress of a run while it trains: what the console and the live view show."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from distloop.run.best import Rule, is_better
 from distloop.run.metrics import NO_METRICS
 from distloop.tracking.wording import number
 
 
 def metrics_of(row: dict[str, Any]) -> dict[str, Any]:
-    """The metrics of a row of validation, or the mean loss of one of an epoch; None (nan in a file) is nan."""
+    """The metrics of a validation row, or the mean loss of an epoch row; nan in the place of None."""
     return {name: math.nan if value is None else value for name, value in row.items() if name not in NO_METRICS}
 
 
 def number_in(row: dict[str, Any], key: str, form: str = "") -> str | None:
-    """The row's number as people read it, or as `form` says; None: the row has none. A None in it is nan."""
+    """The number under `key` as text, formatted as `form` if given; None if the row lacks the key, nan for a None."""
     if key not in row:
         return None
     value = math.nan if row[key] is None else row[key]
@@ -26,59 +27,65 @@ def number_in(row: dict[str, Any], key: str, form: str = "") -> str | None:
 
 
 @dataclass
-class Known:
-    """All that is known of the run and may be shown of it."""
+class Progress:
+    """How far the run is. Made by the caller, then kept up to date by a call of add() for each row."""
 
     name: str
     attempt: int
     first_step: int
+    """How many steps were done when the attempt began."""
     total_steps: int
     steps_per_epoch: int
-    best_rule: tuple[str, str]  # (metric, min | max)
-    best: dict[str, Any] | None  # rows of validation
-    saved: Callable[[], int | None]
+    best_rule: Rule
+    best: dict[str, Any] | None
+    """The best validation row of all attempts."""
+    saved_step: Callable[[], int | None]
+    """Returns the step of the newest checkpoint, or None."""
     latest: dict[str, Any] | None = None
-    train: dict[str, Any] = field(default_factory=dict)  # the latest row
+    """The latest validation row of this attempt."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """The latest row of kind train."""
     url: str = ""
-    # (step, time) of the first train row, before which workers start and things are compiled, and of the latest row.
-    since: tuple[int, float] | None = None
-    until: tuple[int, float] = (0, 0.0)
+    """Where else the run can be seen."""
+    first_train: tuple[int, float] | None = None
+    """(step, time) of the attempt's first train row. Workers start and models compile before it."""
+    last_row: tuple[int, float] = (0, 0.0)
+    """(step, time) of the latest row of any kind."""
 
     @property
     def step(self) -> int:
-        return max(self.first_step, self.until[0])
+        return max(self.first_step, self.last_row[0])
 
     @property
     def epochs(self) -> int:
         return -(-self.total_steps // self.steps_per_epoch)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take up a row of any kind."""
-        self.until = now = (int(row["step"]), time.monotonic())
+        """Take a new row of metrics into account, of any kind."""
+        self.last_row = (int(row["step"]), time.monotonic())
         if row["kind"] == "train":
             self.train = row
-            self.since = self.since or now
+            self.first_train = self.first_train or self.last_row
         elif row["kind"] == "validate":
-            metric, direction = self.best_rule
+            metric = self.best_rule[0]
             self.latest = row
-            new, old = ((r or {}).get(metric) for r in (row, self.best))
-            if isinstance(new, (int, float)) and math.isfinite(new):
-                better = old is None or (new > old if direction == "max" else new < old)
-                self.best = row if better else self.best
+            if is_better(self.best_rule, row.get(metric), (self.best or {}).get(metric)):
+                self.best = row
 
     def seconds_left(self) -> float | None:
-        """From the steps since the first row of this attempt, and from the validations and saves between them."""
-        if self.since is None or self.until[0] <= self.since[0]:
+        """An estimate: the steps left at the mean pace since the first train row, validations and saves included."""
+        if self.first_train is None or self.last_row[0] <= self.first_train[0]:
             return None
-        a_step = (self.until[1] - self.since[1]) / (self.until[0] - self.since[0])
-        since_then = time.monotonic() - self.until[1]
-        return max(0.0, a_step * (self.total_steps - self.until[0]) - since_then)
+        (first_step, first_time), (last_step, last_time) = self.first_train, self.last_row
+        seconds_per_step = (last_time - first_time) / (last_step - first_step)
+        seconds_since_row = time.monotonic() - last_time
+        return max(0.0, seconds_per_step * (self.total_steps - last_step) - seconds_since_row)
 
     def data_wait(self) -> str | None:
-        """The share of the latest row's training time in which this rank waited for data."""
+        """The share of the training time that rank 0 waited for data, in the latest train row, such as "2 %"."""
         data, compute = self.train.get("data_seconds"), self.train.get("compute_seconds")
         return None if data is None or not compute else f"{100 * data / (data + compute):.0f} %"
 
     def memory(self) -> float | None:
-        """GiB, of the rank that has used most."""
+        """The memory in GiB of the rank that uses most."""
         return max((value for value in self.train.get("memory_gib") or [] if value is not None), default=None)

@@ -18,7 +18,7 @@ from distloop.run.attempt import Attempt
 from distloop.run.files import METRICS
 from distloop.run.metrics import MetricsFile
 from distloop.tracking.console import Console
-from distloop.tracking.progress import Known
+from distloop.tracking.progress import Progress
 from distloop.tracking.summary import describe, ending
 from distloop.tracking.wandb.process import WandbProcess, own_python, wandb_mode
 
@@ -47,7 +47,7 @@ class Trackers:
         self.ranks.position.enter("starting W&B")
         if self.ranks.is_main:
             about = (start.path.name, start.attempt, start.step, plan.total_steps, plan.steps_per_epoch)
-            self.console = Console(Known(*about, best.rule, best.row, lambda: self.run.status.step))
+            self.console = Console(Progress(*about, best.rule, best.row, lambda: self.run.status.step))
             self.file = MetricsFile(start.path / METRICS)
         wandb = self.ranks.from_main(self._wandb_started)
         lines = describe(self.config, start, plan, model, device)

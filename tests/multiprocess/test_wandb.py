@@ -22,7 +22,7 @@ from PIL import Image
 
 from distloop.config.settings import Tracking
 from distloop.config.yaml_text import dump_yaml
-from distloop.tracking.wandb.mirror import alone
+from distloop.tracking.wandb.mirror import only_mirror
 from tests.crash_code import fill, make_read_only, mount, mount_is_allowed
 from tests.ranks import REPOSITORY, Outcome, Ranks, clean_environment, command, free_port, train, wait_until
 from tests.records import status, weights
@@ -648,7 +648,7 @@ def test_a_sync_that_cannot_be_says_why_in_a_line_and_asks_nothing(
 def test_while_a_sync_is_at_it_an_attempt_goes_without_wandb(tmp_path: Path, server: Server) -> None:
     variables = environment(server, tmp_path)
     run_of(tmp_path).mkdir(parents=True)
-    with alone(run_of(tmp_path), 0.0):
+    with only_mirror(run_of(tmp_path), 0.0):
         outcome = train(tmp_path, arguments(tmp_path), 1, variables).check()
         (line,) = said(outcome)
         assert line.startswith("W&B is off: a sync, or the W&B process of an earlier attempt, is still at it. Later ")

@@ -22,8 +22,8 @@ from rich.cells import cell_len
 
 from distloop.tracking.console import Console
 from distloop.tracking.live_view import GIVE_BACK, layout
-from distloop.tracking.progress import Known, number_in
-from distloop.tracking.wording import sayable
+from distloop.tracking.progress import Progress, number_in
+from distloop.tracking.wording import encodable
 from tests.ranks import wait_until
 
 TRAIN = {
@@ -54,9 +54,9 @@ def console(**changes: Any) -> Console:
         "steps_per_epoch": 22,
         "best_rule": ("accuracy", "max"),
         "best": None,
-        "saved": lambda: None,
+        "saved_step": lambda: None,
     }
-    return Console(**{**values, **changes})
+    return Console(Progress(**{**values, **changes}))
 
 
 @pytest.fixture
@@ -112,27 +112,28 @@ def test_a_log_file_that_is_not_unicode_gets_what_it_can_hold(
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
     console().line("a · b × 2 … – ü")
     assert written.getvalue().decode(encoding) == said + "\n"
-    assert sayable("a · b × 2 … – ü", encoding) == said
+    assert encodable("a · b × 2 … – ü", encoding) == said
 
 
 def test_a_log_file_needs_no_rich() -> None:
     program = (
-        "import sys; from distloop.tracking.console import Console;"
-        "Console('run', 1, 0, 9, 3, ('loss', 'min'), None, lambda: None).line('said'); assert 'rich' not in sys.modules"
+        "import sys; from distloop.tracking.console import Console; from distloop.tracking.progress import Progress\n"
+        "Console(Progress('run', 1, 0, 9, 3, ('loss', 'min'), None, lambda: None)).line('a line')\n"
+        "assert 'rich' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("said\n", "")
+    assert (done.stdout, done.stderr) == ("a line\n", "")
 
 
-# ---- what is known -------------------------------------------------------------------------------------------
+# ---- the progress ---------------------------------------------------------------------------------------------
 
 
-def known(**changes: Any) -> Known:
-    return console(**changes).known
+def progress(**changes: Any) -> Progress:
+    return console(**changes).progress
 
 
 def test_the_time_left_counts_the_steps_since_the_first_row_and_goes_down(clock: list[float]) -> None:
-    now = known(first_step=100)  # an attempt that continues, whose start-up took long
+    now = progress(first_step=100)  # an attempt that continues, whose start-up took long
     clock[0] += 60
     now.add({**TRAIN, "step": 110})
     assert now.seconds_left() is None
@@ -150,7 +151,7 @@ def test_the_time_left_counts_the_steps_since_the_first_row_and_goes_down(clock:
 
 @pytest.mark.parametrize(("rule", "best"), [(("accuracy", "max"), 3), (("loss", "min"), 2), (("f1", "max"), 9)])
 def test_the_best_validation_is_that_of_the_rule_of_all_attempts(rule: tuple[str, str], best: int) -> None:
-    now = known(best_rule=rule, best={"step": 9, "loss": 0.5, "accuracy": 0.5, "f1": 0.5})
+    now = progress(best_rule=rule, best={"step": 9, "loss": 0.5, "accuracy": 0.5, "f1": 0.5})
     for step, loss, accuracy in ((1, 0.6, 0.4), (2, 0.1, math.nan), (3, 0.2, 0.9), (4, 0.1, 0.9), (5, None, math.inf)):
         now.add({"kind": "validate", "step": step, "loss": loss, "accuracy": accuracy})
     assert now.best is not None
@@ -160,7 +161,7 @@ def test_the_best_validation_is_that_of_the_rule_of_all_attempts(rule: tuple[str
 
 
 def test_memory_is_that_of_the_rank_that_uses_most() -> None:
-    now = known()
+    now = progress()
     for ranks, most in (([0.41, 0.42], 0.42), ([None, 0.1], 0.1), ([None], None), (None, None)):
         now.add({**TRAIN, "memory_gib": ranks})
         assert now.memory() == most
@@ -169,14 +170,14 @@ def test_memory_is_that_of_the_rank_that_uses_most() -> None:
 # ---- the live view -------------------------------------------------------------------------------------------
 
 
-def texts(now: Known, columns: int) -> list[str]:
+def texts(now: Progress, columns: int) -> list[str]:
     return ["".join(text for text, _ in line) for line in layout(now, columns)]
 
 
-def stages() -> Iterator[Known]:
-    """What is known from the beginning of a run on."""
-    yield known()
-    now = known(saved=lambda: 220)
+def stages() -> Iterator[Progress]:
+    """The progress from the beginning of a run on."""
+    yield progress()
+    now = progress(saved_step=lambda: 220)
     now.add(TRAIN)
     yield now
     now.add({**TRAIN, "step": 40, "running_loss": 1.2e-05, "lr": 3e-7, "gradient_norm": math.inf})
@@ -224,7 +225,7 @@ def test_wide_terminals_show_all_and_narrow_ones_what_matters_most() -> None:
 
 
 def test_the_latest_and_the_best_validation_stand_below_each_other_with_the_rules_metric_first() -> None:
-    now = known()
+    now = progress()
     many = {f"metric_{index}": 0.5 for index in range(18)}
     now.add({**VALIDATE, **many})
     now.add({**VALIDATE, **many, "step": 44, "accuracy": 0.8, "confusion": [[1, 2], [3, 4]]})
@@ -234,7 +235,7 @@ def test_the_latest_and_the_best_validation_stand_below_each_other_with_the_rule
 
 
 def test_the_bar_of_an_epoch_that_is_cut_short_gets_to_its_end() -> None:
-    now = known(total_steps=30)
+    now = progress(total_steps=30)
     now.add({**TRAIN, "step": 22})
     assert "100 %   epoch 1/2" in texts(now, 79)[1]
     now.add({**TRAIN, "step": 26})

@@ -12,8 +12,9 @@ from distloop.commands.doctor import checks
 from distloop.commands.doctor import measure as together
 from distloop.commands.doctor.checks import GIB
 from distloop.commands.doctor.facts import find_facts, unknown_interfaces
-from distloop.commands.doctor.lines import FAIL, OK, WARN, Line, ranks_text, size_text, where
 from distloop.commands.doctor.main import Report, advice_on_address
+from distloop.commands.doctor.results import FAIL, OK, WARN, Result, ranks_text, where
+from distloop.tracking.wording import memory_size
 
 HEALTHY: dict[str, Any] = {
     "rank": 0,
@@ -58,7 +59,7 @@ def on_gpus(count: int) -> list[dict[str, Any]]:
     return found
 
 
-def line_of(lines: list[Line], verdict: str) -> Line:
+def line_of(lines: list[Result], verdict: str) -> Result:
     (line,) = [line for line in lines if line.verdict == verdict]
     assert line.verdict == OK or line.advice
     return line
@@ -90,7 +91,7 @@ def test_ranks_are_named_in_spans_and_with_their_nodes() -> None:
     ("size", "text"), [(512, "512 bytes"), (4096, "4 KiB"), (1.5 * GIB, "1.5 GiB"), (2**42, "4.0 TiB")]
 )
 def test_sizes_are_shown_as_people_read_them(size: float, text: str) -> None:
-    assert size_text(size) == text
+    assert memory_size(size) == text
 
 
 def test_a_driver_that_differs_is_a_warning_a_version_that_differs_a_fail() -> None:
@@ -222,10 +223,10 @@ def test_a_file_that_rank_0_does_not_see_is_a_fail() -> None:
 
 def test_the_table_is_shown_once_and_ends_with_the_sum(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report(as_json=False)
-    report.lines = [
-        Line(OK, "a", "fine"),
-        Line(WARN, "longer", "so so", "do this\nor that"),
-        Line(FAIL, "b", "bad", "x"),
+    report.results = [
+        Result(OK, "a", "fine"),
+        Result(WARN, "longer", "so so", "do this\nor that"),
+        Result(FAIL, "b", "bad", "x"),
     ]
     report.show()
     report.show()

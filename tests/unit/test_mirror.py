@@ -16,7 +16,7 @@ import pytest
 from distloop.config.settings import Tracking
 from distloop.tracking.wandb import process as wandb_process
 from distloop.tracking.wandb import rows as wandb_rows
-from distloop.tracking.wandb.mirror import alone
+from distloop.tracking.wandb.mirror import only_mirror
 from distloop.tracking.wandb.process import WandbProcess, wandb_mode
 from distloop.tracking.wandb.rows import as_logged, parse_row
 from distloop.tracking.wandb.run import WandbRun
@@ -114,9 +114,9 @@ def test_rows_that_a_later_attempt_wrote_are_not_the_uploaded_ones(
 
 
 def test_only_one_mirrors_a_run(tmp_path: Path) -> None:
-    with alone(tmp_path, 0.0) as first, alone(tmp_path, 0.2) as second:
+    with only_mirror(tmp_path, 0.0) as first, only_mirror(tmp_path, 0.2) as second:
         assert (first, second) == (True, False)
-    with alone(tmp_path, 0.0) as again:
+    with only_mirror(tmp_path, 0.0) as again:
         assert again
 
 

@@ -16,7 +16,8 @@ import pytest
 from distloop.commands.report import page
 from distloop.commands.report.curves import read_metrics
 from distloop.commands.report.page import SECTIONS, main, write_report
-from distloop.commands.report.plots import Line, draw_lines, short
+from distloop.commands.report.plots import Trace, draw_curves
+from distloop.tracking.wording import number_on_axis
 from tests.ranks import REPOSITORY
 from tests.report_in_browser import open_page
 from tests.report_runs import (
@@ -274,7 +275,7 @@ def test_more_runs_than_colours_are_grey_with_a_note(tmp_path: Path) -> None:
 def test_odd_values_are_drawn_without_a_warning(value: float, recwarn: pytest.WarningsRecorder) -> None:
     for values in ([value], [value, value], [value, 1.0, float("nan")], [1e-300, value]):
         curve = np.array([np.arange(len(values)), values], dtype=np.float64)
-        svg = draw_lines([Line(curve, "blue", "thin"), Line(curve, "red")], {1: 0, 2: 0, 3: 1}, last_step=1)
+        svg = draw_curves([Trace(curve, "blue", "thin"), Trace(curve, "red")], {1: 0, 2: 0, 3: 1}, last_step=1)
         assert svg.startswith("<svg")
         assert "nan" not in svg
         assert "var(--blue)" in svg
@@ -286,17 +287,17 @@ def test_a_spike_far_above_the_rest_makes_the_axis_logarithmic() -> None:
     flat = np.array([np.arange(100), np.linspace(2.0, 1.0, 100)])
     spike = flat.copy()
     spike[1, 50] = 1000.0
-    assert ">1000<" not in draw_lines([Line(flat, "blue")], {}, 100)
-    assert all(label in draw_lines([Line(spike, "blue")], {}, 100) for label in (">1<", ">10<", ">1000<"))
+    assert ">1000<" not in draw_curves([Trace(flat, "blue")], {}, 100)
+    assert all(label in draw_curves([Trace(spike, "blue")], {}, 100) for label in (">1<", ">10<", ">1000<"))
 
 
 @pytest.mark.parametrize(
     ("value", "label"), [(0, "0"), (0.0005, "0.0005"), (0.05, "0.05"), (1500, "1500"), (20_000, "20k"), (1.5e6, "1.5M")]
 )
 def test_axes_have_short_labels(value: float, label: str) -> None:
-    assert short(value) == label
+    assert number_on_axis(value) == label
     if value:
-        svg = draw_lines([Line(np.array([[0.0, 1.0], [0.0, value]]), "blue")], {}, 1)
+        svg = draw_curves([Trace(np.array([[0.0, 1.0], [0.0, value]]), "blue")], {}, 1)
         assert f">{label}<" in svg
 
 

@@ -1,7 +1,6 @@
-"""What a rank finds out for `distloop doctor` about itself and its machine, without the others.
+"""The facts about a rank and its machine that `distloop doctor` gathers. checks.py judges them.
 
-Nothing is judged here: see doctor_checks.py. torch is imported where it is needed: the environment has to be in
-order before that.
+torch is imported inside functions, since the environment must be set before that.
 """
 
 from __future__ import annotations
@@ -29,10 +28,9 @@ LIMITS = {"open files": "RLIMIT_NOFILE", "processes": "RLIMIT_NPROC", "locked me
 
 
 def find_facts(given: Mapping[str, str], runs_dir: str, device: str, expected: int | None) -> dict[str, Any]:
-    """What this rank knows without the others, as plain JSON.
+    """The facts that this rank gathers on its own, as plain JSON. Sizes are in bytes.
 
-    `given` is the environment before anything was set in it, `device` and `expected` are what --device and
-    --expect-world ask for.
+    `given`: the environment as this process received it. `device`, `expected`: --device and --expect-world.
     """
     import torch
 
@@ -69,7 +67,7 @@ def find_facts(given: Mapping[str, str], runs_dir: str, device: str, expected: i
 
 
 def _launch(given: Mapping[str, str], device: str, use_cpu: bool, expected: int | None) -> tuple[str, list[str]]:
-    """What is wrong with how this process was started, and warnings, as a run would say them."""
+    """What is wrong with the launch of this process ("" if nothing), and warnings, in the words of a run."""
     launch = launch_guards.launched_by()
     try:
         warnings = launch_guards.override_launcher(dict(given), "no")
@@ -81,7 +79,7 @@ def _launch(given: Mapping[str, str], device: str, use_cpu: bool, expected: int 
 
 
 def _gpu() -> dict[str, Any]:
-    """The GPU of this rank, which from here on is torch's current one: chosen as train.py does."""
+    """The GPU of this rank, chosen as train.py chooses it. It becomes torch's current device."""
     import torch
 
     visible = torch.cuda.device_count()
@@ -128,7 +126,7 @@ def _driver() -> str | None:
 
 
 def _code() -> dict[str, Any]:
-    """Which distloop this is: a digest of its files, and the git commit if it lies in a repository."""
+    """Which copy of distloop this is: a digest of its files, and the commit if git tracks it."""
     folder = Path(distloop.__file__).resolve().parent
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
@@ -147,63 +145,67 @@ def _code() -> dict[str, Any]:
 
 
 def _memory() -> int | None:
-    """Bytes that the machine has left, or the control group may have if that is less."""
-    found = []
+    """Bytes of memory available on the machine, or the limit of this process's control group if that is less."""
+    sizes = []
     with contextlib.suppress(OSError):
         match = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-        found += [1024 * int(match[1])] if match else []
+        sizes += [1024 * int(match[1])] if match else []
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers in ("", "memory"):  # "": version 2, where a limit of any group above counts
+            if controllers in ("", "memory"):  # "": version 2, in which the limits of all parent groups count
                 root = Path("/sys/fs/cgroup", controllers)
                 groups = [root / path.strip("/"), *(root / path.strip("/")).parents]
                 names = [group / name for group in groups for name in ("memory.max", "memory.limit_in_bytes")]
                 texts = [name.read_text().strip() for name in names if name.is_file()]
-                found += [int(text) for text in texts if text.isdecimal()]
-    return min(found, default=None)
+                sizes += [int(text) for text in texts if text.isdecimal()]
+    return min(sizes, default=None)
 
 
 def _free(path: Path) -> dict[str, Any]:
-    """Bytes free for files in this folder, which need not exist yet."""
-    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    """Bytes free on the disk of this folder, which need not exist yet."""
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     try:
-        return {"path": str(path.absolute()), "free": shutil.disk_usage(there).free}
+        return {"path": str(path.absolute()), "free": shutil.disk_usage(existing).free}
     except OSError:
         return {"path": str(path.absolute()), "free": None}
 
 
 def _limits() -> dict[str, int | None]:
-    """The soft limits of this process; None: unlimited."""
+    """The soft limits of this process; None for unlimited."""
     import resource
 
     soft = {name: resource.getrlimit(getattr(resource, limit))[0] for name, limit in LIMITS.items()}
     return {name: None if value == resource.RLIM_INFINITY else value for name, value in soft.items()}
 
 
-def unknown_interfaces(environ: Mapping[str, str], there: list[str]) -> dict[str, str]:
-    """Variables that name network interfaces of which this machine has none: variable -> value.
+def unknown_interfaces(environ: Mapping[str, str], interfaces: list[str]) -> dict[str, str]:
+    """variable -> value, for each variable that names only network interfaces that this machine lacks.
 
-    Gloo takes names, NCCL beginnings of names, =names, and ^names that are not to be used.
+    Gloo accepts names; NCCL accepts beginnings of names, `=` before exact names, and `^` before names to avoid.
     """
     unknown = {}
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         value = environ.get(variable, "")
         exact = variable.startswith("GLOO") or value.startswith("=")
         names = value.removeprefix("=").split(",")
-        known = any(other == name or (not exact and other.startswith(name)) for name in names for other in there)
-        if value and not value.startswith("^") and not known:
+        exists = any(
+            interface == name or (not exact and interface.startswith(name))
+            for name in names
+            for interface in interfaces
+        )
+        if value and not value.startswith("^") and not exists:
             unknown[variable] = value
     return unknown
 
 
 def _accelerate_config() -> str | None:
-    """The user's own default file, where a bare `accelerate launch` takes what it is not told."""
+    """Accelerate's default file of this user, if it exists and the launcher was started without --config_file."""
     with contextlib.suppress(OSError):
         if "--config_file" in Path(f"/proc/{os.getppid()}/cmdline").read_text():
             return None
     try:
         from accelerate.commands.config.config_args import default_config_file
-    except Exception:  # another Accelerate: no opinion
+    except Exception:  # another version of Accelerate
         return None
     return str(default_config_file) if os.path.isfile(default_config_file) else None

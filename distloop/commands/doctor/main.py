@@ -18,123 +18,120 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from distloop.commands.doctor.lines import FAIL, OK, WARN, Line, nodes_of
+from distloop.commands.doctor.results import FAIL, OK, WARN, Result, nodes_of
 from distloop.errors import RunFailed, UsageError
 from distloop.ranks import stopping, talking
 from distloop.ranks.attempt_base import AttemptBase
-from distloop.ranks.environment import prepare_environment
 from distloop.ranks.roll_call import RollCall
 
 COLOURS = {OK: "32", WARN: "33", FAIL: "31"}
 
 
 class Report(AttemptBase):
-    """The lines so far, shown once: when all is done, or when the process has to end before that."""
+    """The results so far. They are printed once: at the end, or when the process must end before that."""
 
     def __init__(self, as_json: bool) -> None:
-        self.as_json, self.is_shown = as_json, os.environ.get("RANK", "0") == "0"
-        self.lines: list[Line] = []
-        self.about: dict[str, Any] = {}  # for scripts, beside the lines
-        self._showing = threading.Lock()
+        self.as_json, self.is_due = as_json, os.environ.get("RANK", "0") == "0"
+        self.results: list[Result] = []
+        self.facts: dict[str, Any] = {}  # the JSON has them beside the results
+        self._printing = threading.Lock()
 
     @property
     def verdict(self) -> str:
-        return max((line.verdict for line in self.lines), key=(OK, WARN, FAIL).index, default=OK)
+        return max((result.verdict for result in self.results), key=(OK, WARN, FAIL).index, default=OK)
 
     def cut_off(self, state: str, reason: str) -> None:
-        """The process ends at once, without its main thread."""
-        self.lines.append(Line(FAIL, "ranks", reason))
+        """Print the results now: the process ends without its main thread."""
+        self.results.append(Result(FAIL, "ranks", reason))
         self.show()
 
     def show(self) -> None:
-        """Print the table, unless it has been or is another rank's."""
-        with self._showing:
-            if self.is_shown:
+        """Print the results, on rank 0 and only once."""
+        with self._printing:
+            if self.is_due:
                 talking.say(self._json() if self.as_json else self._table(sys.stdout.isatty()))
-            self.is_shown = False
+            self.is_due = False
 
     def _json(self) -> str:
-        lines = [line._asdict() for line in self.lines]
-        return json.dumps({"verdict": self.verdict, **self.about, "lines": lines}, indent=1)
+        results = [result._asdict() for result in self.results]
+        return json.dumps({"verdict": self.verdict, **self.facts, "lines": results}, indent=1)
 
     def _table(self, colours: bool) -> str:
-        shown = []
-        width = max(len(line.check) for line in self.lines)
+        lines = []
+        width = max(len(result.check) for result in self.results)
         indent = " " * (8 + width + 2)
-        for line in self.lines:
-            verdict = f"{line.verdict:<4}"
+        for result in self.results:
+            verdict = f"{result.verdict:<4}"
             if colours and "NO_COLOR" not in os.environ:
-                verdict = f"\033[{COLOURS[line.verdict]}m{verdict}\033[0m"
-            found = line.found.replace("\n", f"\n{indent}")
-            shown.append(f"  {verdict}  {line.check:<{width}}  {found}")
-            shown += [
-                f"{indent}-> {text}" if not at else f"{indent}   {text}"
-                for at, text in enumerate(line.advice.splitlines())
+                verdict = f"\033[{COLOURS[result.verdict]}m{verdict}\033[0m"
+            finding = result.found.replace("\n", f"\n{indent}")
+            lines.append(f"  {verdict}  {result.check:<{width}}  {finding}")
+            lines += [
+                f"{indent}{'  ' if index else '->'} {text}" for index, text in enumerate(result.advice.splitlines())
             ]
-        counts = {verdict: sum(line.verdict == verdict for line in self.lines) for verdict in (FAIL, WARN, OK)}
-        count = ", ".join(f"{number} {verdict}" for verdict, number in counts.items() if number)
-        return "\n".join([*shown, f"distloop doctor: {self.verdict} ({count})"])
+        counts = {verdict: sum(result.verdict == verdict for result in self.results) for verdict in (FAIL, WARN, OK)}
+        summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+        return "\n".join([*lines, f"distloop doctor: {self.verdict} ({summary})"])
 
 
 def examine(options: argparse.Namespace, given: dict[str, str], roll_call: RollCall, report: Report) -> int:
-    """Do all checks, and show them on rank 0; returns the exit code, the same on all ranks. Collective."""
+    """Run all checks and print the results on rank 0. Returns the exit code, the same on all ranks. Collective."""
     here = roll_call.position
     here.enter("importing torch")
     import torch.distributed as dist
 
-    from distloop.commands.doctor import measure as together
+    from distloop.commands.doctor import measure
     from distloop.commands.doctor.checks import check_facts
     from distloop.commands.doctor.facts import find_facts
     from distloop.config.settings import Ddp
-    from distloop.ranks import launch_guards
-    from distloop.ranks import meeting as rendezvous
+    from distloop.ranks import launch_guards, meeting
 
     here.enter("looking around")
     facts = find_facts(given, options.runs_dir, options.device, options.expect_world)
     for variable in facts["unknown_interfaces"]:
-        os.environ.pop(variable)  # ranks would not find each other; it is said below
+        os.environ.pop(variable)  # ranks would not find each other; a check reports it
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if any(name not in os.environ for name in launch_guards.RANK_VARIABLES):
-        rank, world_size = 0, 1  # what is missing is said below
-    report.is_shown = rank == 0
+        rank, world_size = 0, 1  # a check reports what is missing
+    report.is_due = rank == 0
     limits = Ddp(join_seconds=options.join_seconds, timeout_seconds=options.check_seconds)
-    apart = ""
+    not_measured = ""
     if world_size > 1:
         here.enter("meeting the other ranks")
         try:
-            rendezvous.start_group(os.environ, limits, None, roll_call)
+            meeting.start_group(os.environ, limits, None, roll_call)
         except (UsageError, RunFailed) as error:
             if rank:
                 raise
-            report.lines.append(Line(FAIL, "ranks", str(error), advice_on_address(os.environ)))
-            rank, world_size, apart = 0, 1, "no group: not measured"
+            report.results.append(Result(FAIL, "ranks", str(error), advice_on_address(os.environ)))
+            rank, world_size, not_measured = 0, 1, "no group: not measured"
 
-    ranks = together.Ranks(here, rank, world_size)
-    everyone = ranks.gather("looking around", lambda: facts)
-    report.about = {"world_size": world_size, "nodes": list(nodes_of(everyone)), "ranks": everyone}
-    report.lines += check_facts(everyone)
-    answers = together.share_runs_dir(ranks, options.runs_dir, options.check_seconds / 2)
-    report.lines += together.runs_dir(everyone, answers)
+    ranks = measure.Ranks(here, rank, world_size)
+    facts_of_ranks = ranks.gather("looking around", lambda: facts)
+    report.facts = {"world_size": world_size, "nodes": list(nodes_of(facts_of_ranks)), "ranks": facts_of_ranks}
+    report.results += check_facts(facts_of_ranks)
+    answers = measure.share_runs_dir(ranks, options.runs_dir, options.check_seconds / 2)
+    report.results += measure.runs_dir(facts_of_ranks, answers)
 
-    # All ranks decide alike. Two ranks on one GPU would end in an error of NCCL's.
-    gpus = {(fact["host"], fact["gpu"]["uuid"]) for fact in everyone if fact["gpu"]}
+    # All ranks choose the same device. Two ranks on one GPU would end in an error of NCCL.
+    gpus = {(fact["host"], fact["gpu"]["uuid"]) for fact in facts_of_ranks if fact["gpu"]}
     device = "cuda" if len(gpus) == world_size else "cpu"
-    seconds = ranks.gather("matrix product", lambda: together.matrix_product_seconds(device))
-    report.lines += together.slowest_rank(everyone, seconds, device)
+    seconds = ranks.gather("matrix product", lambda: measure.matrix_product_seconds(device))
+    report.results += measure.slowest_rank(facts_of_ranks, seconds, device)
     if world_size > 1:
-        group = dist.new_group(backend="nccl" if device == "cuda" else "gloo", timeout=rendezvous.group_timeout(limits))
-        times = ranks.gather("all-reduce", lambda: together.all_reduce_seconds(device, group))
-        report.lines += together.all_reduce(everyone, times, device)
+        group = dist.new_group(backend="nccl" if device == "cuda" else "gloo", timeout=meeting.group_timeout(limits))
+        times = ranks.gather("all-reduce", lambda: measure.all_reduce_seconds(device, group))
+        report.results += measure.all_reduce(facts_of_ranks, times, device)
     else:
-        report.lines.append(Line(OK, "all-reduce", apart or "one process: nothing to reduce"))
+        report.results.append(Result(OK, "all-reduce", not_measured or "one process: nothing to reduce"))
 
     report.show()
-    # Only now: a launcher ends all ranks when the first one fails.
+    # The exit code comes last: a launcher ends all ranks when the first one fails.
     return ranks.gather("finishing", lambda: int(report.verdict == FAIL))[0]
 
 
 def advice_on_address(environ: Mapping[str, str]) -> str:
-    """What to do when ranks do not find each other."""
+    """Advice for ranks that do not find each other."""
     address = environ.get("MASTER_ADDR", "")
     several = environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"]) != environ["WORLD_SIZE"]
     if several and (address == "localhost" or address.startswith("127.")):
@@ -143,7 +140,7 @@ def advice_on_address(environ: Mapping[str, str]) -> str:
 
 
 def parse(arguments: list[str], quiet: bool) -> argparse.Namespace:
-    """The options. Leaves with SystemExit: 0 for --help, 2 for a mistake, said unless `quiet`."""
+    """The options. Raises SystemExit: 0 for --help, 2 for a mistake; with `quiet` nothing is printed."""
     parser = argparse.ArgumentParser(prog="distloop doctor", description=(__doc__ or "").partition("\n")[0])
 
     def positive(text: str) -> int:
@@ -189,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
         report.cut_off("failed", "interrupted from the keyboard")
         return 130
     except BaseException as error:
-        report.lines.append(Line(FAIL, "ranks", roll_call.report_failure(error).reason))
+        report.results.append(Result(FAIL, "ranks", roll_call.report_failure(error).reason))
         report.show()
         return 1
     finally:

@@ -1,6 +1,6 @@
-"""What the ranks find out together for `distloop doctor`, and what it thinks of that.
+"""What the ranks measure together for `distloop doctor`, and the verdicts on it.
 
-torch is imported where it is needed: the environment has to be in order before that.
+torch is imported inside functions, since the environment must be set before that.
 """
 
 from __future__ import annotations
@@ -14,48 +14,49 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distloop.commands.doctor.lines import FAIL, OK, WARN, Facts, Line, size_text, spread, time_text, where
+from distloop.commands.doctor.results import FAIL, OK, WARN, Facts, Result, ranks_by_value, where
 from distloop.ranks.places import Position
+from distloop.tracking.wording import memory_size, short_duration
 
-REDUCED = {4 * 2**10: 20, 2**20: 10, 32 * 2**20: 5}  # bytes of an all-reduce -> how often it is timed
-MATRIX_SIZES = {"cpu": 1024, "cuda": 8192}  # some 30 ms on a core and on a large GPU
+REDUCED_BYTES = {4 * 2**10: 20, 2**20: 10, 32 * 2**20: 5}  # bytes of an all-reduce -> how often it is timed
+MATRIX_SIZES = {"cpu": 1024, "cuda": 8192}  # a product takes about 30 ms on a core and on a large GPU
 PRODUCTS = 10
-SLOW_RATIO = 1.3  # the slowest rank over the median: in a synchronous run all wait for it
-LEAST_GPU_BANDWIDTH = 1e9  # bytes a second between GPUs: less is what plain Ethernet gives
+SLOW_RATIO = 1.3  # of the slowest rank's time to the median: all ranks of a run wait for the slowest
+LEAST_GPU_BANDWIDTH = 1e9  # bytes a second between GPUs; plain Ethernet gives less
 
 
 class Ranks:
-    """Does the same piece of work on all ranks, and tells each what all have found. Without a group: on this one."""
+    """Runs a function on all ranks and gives each rank all results. With a world size of 1 it needs no group."""
 
     def __init__(self, position: Position, rank: int, world_size: int) -> None:
         self.position, self.rank, self.world_size = position, rank, world_size
 
     def gather(self, phase: str, work: Callable[[], Any]) -> list[Any]:
-        """The results of `work` on all ranks, by rank. Collective."""
+        """The results of `work` on all ranks, by rank. Collective. `phase`: the name of this rank's position."""
         import torch.distributed as dist
 
         self.position.enter(phase)
         own = work()
-        # A phase of its own, so that a rank that hangs at work is seen to be behind those that wait for it.
+        # A phase of its own, so that a rank that hangs in `work` is behind the ranks that wait for it.
         self.position.enter(f"{phase}, waiting for the others")
         if self.world_size == 1:
             return [own]
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, own)
-        return found
+        results: list[Any] = [None] * self.world_size
+        dist.all_gather_object(results, own)
+        return results
 
 
 def share_runs_dir(ranks: Ranks, runs_dir: str, limit_seconds: float) -> list[dict[str, Any]]:
-    """Let rank 0 and each other rank leave files for each other in the run directory's parent. Collective.
+    """Check that rank 0 and each other rank see each other's files in `runs_dir`. Collective.
 
-    By rank: the path meant, `problem` in words or "", and `seconds` until the other side's file was seen.
-    Every rank, not one of each node, since ranks of one node may differ in working directory or container.
+    Returns by rank: `path` (the absolute folder), `problem` (a text, or "") and `seconds` until rank 0's file was seen.
+    Every rank takes part, since ranks of one node may differ in working directory or container.
     """
     folder, rank = Path(runs_dir).absolute(), ranks.rank
     token = secrets.token_hex(8)
     created: list[Path] = []
 
-    def start() -> str:
+    def write_token() -> str:
         try:
             created.extend(path for path in (folder, *folder.parents) if not path.exists())
             meeting = folder / f".doctor-{token}"
@@ -66,45 +67,54 @@ def share_runs_dir(ranks: Ranks, runs_dir: str, limit_seconds: float) -> list[di
             return f"cannot be written: {error.strerror}"
         return ""
 
-    token, problem = ranks.gather("run directory, writing", lambda: (token, start()) if rank == 0 else (None, None))[0]
+    phase = "run directory, writing"
+    token, problem = ranks.gather(phase, lambda: (token, write_token()) if rank == 0 else (None, None))[0]
     meeting = folder / f".doctor-{token}"
 
     def answer() -> dict[str, Any]:
         if problem:
-            return {"path": str(folder), "problem": problem if rank == 0 else "", "seconds": 0.0}
-        begun = time.monotonic()
-        while not _holds(meeting / "rank_0", token):
-            if time.monotonic() - begun > limit_seconds:
-                return {"path": str(folder), "problem": "does not show what rank 0 wrote", "seconds": limit_seconds}
-            time.sleep(0.02)
-        seconds = time.monotonic() - begun
-        try:
-            if rank:
-                (meeting / f"rank_{rank}").write_text(token)
-        except OSError as error:
-            return {"path": str(folder), "problem": f"cannot be written: {error.strerror}", "seconds": seconds}
-        return {"path": str(folder), "problem": "", "seconds": seconds}
+            own_problem, seconds = problem if rank == 0 else "", 0.0
+        else:
+            own_problem, seconds = _answer_rank_0(meeting, token, rank, limit_seconds)
+        return {"path": str(folder), "problem": own_problem, "seconds": seconds}
 
     answers = ranks.gather("run directory, reading what rank 0 wrote", answer)
 
-    def finish() -> list[dict[str, Any]]:
-        begun = time.monotonic()
-        wanted = [other for other, found in enumerate(answers) if other and not problem and not found["problem"]]
-        while wanted and time.monotonic() - begun <= limit_seconds:
-            wanted = [other for other in wanted if not _holds(meeting / f"rank_{other}", token)]
-            if wanted:
+    def read_answers() -> list[dict[str, Any]]:
+        start = time.monotonic()
+        missing = [other for other, each in enumerate(answers) if other and not problem and not each["problem"]]
+        while missing and time.monotonic() - start <= limit_seconds:
+            missing = [other for other in missing if not _holds(meeting / f"rank_{other}", token)]
+            if missing:
                 time.sleep(0.02)
-        for other in wanted:
+        for other in missing:
             answers[other] |= {"problem": "is written to, but rank 0 does not see it", "seconds": limit_seconds}
         for other in range(len(answers)):
             with contextlib.suppress(OSError):
                 (meeting / f"rank_{other}").unlink(missing_ok=True)
         for path in created:
-            with contextlib.suppress(OSError):  # in use by somebody else by now
+            with contextlib.suppress(OSError):  # another process has put a file into it
                 path.rmdir()
         return answers
 
-    return ranks.gather("run directory, reading what the others wrote", lambda: finish() if rank == 0 else None)[0]
+    phase = "run directory, reading what the others wrote"
+    return ranks.gather(phase, lambda: read_answers() if rank == 0 else None)[0]
+
+
+def _answer_rank_0(meeting: Path, token: str, rank: int, limit_seconds: float) -> tuple[str, float]:
+    """Wait for rank 0's file in the folder `meeting`, then write this rank's. Returns (problem or "", seconds)."""
+    start = time.monotonic()
+    while not _holds(meeting / "rank_0", token):
+        if time.monotonic() - start > limit_seconds:
+            return "does not show what rank 0 wrote", limit_seconds
+        time.sleep(0.02)
+    seconds = time.monotonic() - start
+    try:
+        if rank:
+            (meeting / f"rank_{rank}").write_text(token)
+    except OSError as error:
+        return f"cannot be written: {error.strerror}", seconds
+    return "", seconds
 
 
 def _holds(path: Path, text: str) -> bool:
@@ -115,7 +125,7 @@ def _holds(path: Path, text: str) -> bool:
 
 
 def matrix_product_seconds(device: str) -> float:
-    """The median time of a product of two float32 matrices of MATRIX_SIZES[device]."""
+    """Median seconds of the product of two float32 matrices, [MATRIX_SIZES[device], MATRIX_SIZES[device]]."""
     import torch
 
     size = MATRIX_SIZES[device]
@@ -124,92 +134,92 @@ def matrix_product_seconds(device: str) -> float:
 
 
 def all_reduce_seconds(device: str, group: Any) -> tuple[dict[int, float], bool]:
-    """By bytes, the median time of an all-reduce; and whether the sums were right. Collective."""
+    """(bytes -> median seconds of an all-reduce, whether all sums were right). Collective."""
     import torch
     import torch.distributed as dist
 
-    seconds, right = {}, True
-    for size, times in REDUCED.items():
+    seconds, is_right = {}, True
+    for size, times in REDUCED_BYTES.items():
         tensor = torch.ones(size // 4, device=device)
         dist.all_reduce(tensor, group=group)
-        right &= bool((tensor == dist.get_world_size(group)).all())
+        is_right &= bool((tensor == dist.get_world_size(group)).all())
         tensor.zero_()
         reduce = functools.partial(dist.all_reduce, tensor, group=group)
         seconds[size] = _median_seconds(reduce, times, device)
-    return seconds, right
+    return seconds, is_right
 
 
 def _median_seconds(work: Callable[[], Any], times: int, device: str) -> float:
     import torch
 
-    taken = []
+    seconds = []
     for _ in range(times + 1):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
-        taken.append(time.perf_counter() - begun)
-    return statistics.median(taken[1:])  # without the first, which sets things up
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])  # the first call also sets things up
 
 
-def runs_dir(facts: Facts, answers: Sequence[Mapping[str, Any]]) -> list[Line]:
-    """The answers are those of share_runs_dir."""
-    lines = []
-    for problem, ranks in spread([answer["problem"] for answer in answers]).items():
+def runs_dir(facts: Facts, answers: Sequence[Mapping[str, Any]]) -> list[Result]:
+    """The verdict on what share_runs_dir returns."""
+    results = []
+    for problem, ranks in ranks_by_value([answer["problem"] for answer in answers]).items():
         if problem:
             path, seconds = answers[ranks[0]]["path"], answers[ranks[0]]["seconds"]
-            found = f"{path} {problem}: {where(facts, ranks)}" + (f", after {seconds:.0f} s" if seconds >= 1 else "")
+            finding = f"{path} {problem}: {where(facts, ranks)}" + (f", after {seconds:.0f} s" if seconds >= 1 else "")
             if path != answers[0]["path"]:
-                found += f" (rank 0 on {facts[0]['node']} has {answers[0]['path']})"
+                finding += f" (rank 0 on {facts[0]['node']} has {answers[0]['path']})"
             advice = "Give --runs-dir an absolute path on a disk that all nodes share and you may write to."
-            lines.append(Line(FAIL, "run directory", found, advice))
-    if lines:
-        return lines
+            results.append(Result(FAIL, "run directory", finding, advice))
+    if results:
+        return results
     path = answers[0]["path"]
     if len(facts) == 1:
-        return [Line(OK, "run directory", f"{path} can be written")]
+        return [Result(OK, "run directory", f"{path} can be written")]
     seconds = max(answer["seconds"] for answer in answers)
-    found = f"{path} is shared by all ranks and can be written; a file is seen within {time_text(seconds)}"
-    return [Line(OK, "run directory", found)]
+    finding = f"{path} is shared by all ranks and can be written; a file is seen within {short_duration(seconds)}"
+    return [Result(OK, "run directory", finding)]
 
 
-def slowest_rank(facts: Facts, seconds: Sequence[float], device: str) -> list[Line]:
-    """`seconds`: of the same matrix product, by rank."""
+def slowest_rank(facts: Facts, seconds: Sequence[float], device: str) -> list[Result]:
+    """The verdict on the seconds of the same matrix product, by rank."""
     operations = 2 * MATRIX_SIZES[device] ** 3
     median = statistics.median_low(seconds)  # of two ranks the faster one
-    found = f"{operations / median / 1e9:,.0f} GFLOP/s in float32"
+    finding = f"{operations / median / 1e9:,.0f} GFLOP/s in float32"
     if len(facts) == 1:
-        return [Line(OK, "speed", found)]
+        return [Result(OK, "speed", finding)]
     slowest = max(range(len(seconds)), key=lambda rank: seconds[rank])
     ratio = seconds[slowest] / median
-    found += f" at the median; slowest is {where(facts, [slowest])}, {ratio:.2f} times the median"
+    finding += f" at the median; slowest is {where(facts, [slowest])}, {ratio:.2f} times the median"
     if ratio > SLOW_RATIO:
         advice = (
             "All wait for it: see what else runs there, its clock and temperature, its CPU binding; run doctor again, "
             "and leave the node out if it stays so (Slurm: --exclude)."
         )
-        return [Line(WARN, "speed", found, advice)]
-    return [Line(OK, "speed", found)]
+        return [Result(WARN, "speed", finding, advice)]
+    return [Result(OK, "speed", finding)]
 
 
-def all_reduce(facts: Facts, answers: Sequence[tuple[Mapping[int, float], bool]], device: str) -> list[Line]:
-    """The answers are those of all_reduce_seconds."""
+def all_reduce(facts: Facts, answers: Sequence[tuple[Mapping[int, float], bool]], device: str) -> list[Result]:
+    """The verdict on what all_reduce_seconds returns, by rank."""
     wrong = [rank for rank, (_, right) in enumerate(answers) if not right]
     if wrong:
         advice = "Do not train on these nodes before this is understood (NCCL_DEBUG=INFO says which way data goes)."
-        return [Line(FAIL, "all-reduce", f"the sum is wrong on {where(facts, wrong)}", advice)]
+        return [Result(FAIL, "all-reduce", f"the sum is wrong on {where(facts, wrong)}", advice)]
     world_size = len(facts)
     parts, bandwidth = [], 0.0
     for size in answers[0][0]:
         seconds = max(taken[size] for taken, _ in answers)
-        # What each rank has to send and receive at least, whatever the algorithm.
+        # Each rank must send and receive at least so many bytes, with any algorithm.
         bandwidth = 2 * (world_size - 1) / world_size * size / seconds
-        shown = f", {bandwidth / 1e9:.2g} GB/s" if size >= 2**20 else ""
-        parts.append(f"{size_text(size)} in {time_text(seconds)}{shown}")
-    found = f"{'NCCL' if device == 'cuda' else 'gloo'}, {world_size} ranks: {'; '.join(parts)}"
+        rate = f", {bandwidth / 1e9:.2g} GB/s" if size >= 2**20 else ""
+        parts.append(f"{memory_size(size)} in {short_duration(seconds)}{rate}")
+    finding = f"{'NCCL' if device == 'cuda' else 'gloo'}, {world_size} ranks: {'; '.join(parts)}"
     if device == "cuda" and bandwidth < LEAST_GPU_BANDWIDTH:
         advice = (
             "Less than a fast network gives: NCCL_DEBUG=INFO says which one is used (NCCL_SOCKET_IFNAME, NCCL_IB_HCA)."
         )
-        return [Line(WARN, "all-reduce", found, advice)]
-    return [Line(OK, "all-reduce", found)]
+        return [Result(WARN, "all-reduce", finding, advice)]
+    return [Result(OK, "all-reduce", finding)]

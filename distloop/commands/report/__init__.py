@@ -1,1 +1,1 @@
-"""`distloop report`: a run, or several beside each other, as one HTML file that needs no network and no server."""
+"""`distloop report`: a run, or several side by side, as one HTML file that needs no network and no server."""

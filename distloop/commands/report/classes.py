@@ -1,4 +1,4 @@
-"""The sections of a classification: confusion matrix, classes, mistakes."""
+"""The sections of a classification: confusion matrix, classes, mistakes. Each function returns its section as HTML."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from distloop.commands.report.markup import figure, folded, percent, quiet, table, text
+from distloop.commands.report.markup import folded, number_html, quiet, table, text
 from distloop.commands.report.plots import cell_of, draw_matrix
 from distloop.commands.report.read import Record
 from distloop.commands.report.rows import Floats
+from distloop.tracking.wording import UNKNOWN, percent
 
-MOST_COUNTED = 20  # classes of a matrix that shows its counts
-MOST_ROWS = 30  # classes in the table before the others are folded
+MOST_COUNTED = 20  # up to so many classes, the matrix shows counts
+MOST_ROWS = 30  # of the table of classes; the others are folded
 MOST_CONFUSIONS = 14
 PICTURE = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/=\s]+")
 
 
 def confusion(record: Record) -> str:
-    """Which class was taken for which."""
+    """The confusion matrix, and the most frequent confusions."""
     if record.validation.problem:
         return quiet(_why_missing(record))
     detail = record.validation.value
@@ -28,20 +29,20 @@ def confusion(record: Record) -> str:
     matrix = _matrix(detail["confusion"])
     names = _names(detail, len(matrix))
     if len(matrix) <= MOST_COUNTED:
-        shown, kind = _counted(matrix, names), "counts"
+        picture, unit = _matrix_of_counts(matrix, names), "counts"
     else:
-        shown, kind = draw_matrix(matrix), "shares of each label, as roots so that rare mistakes are seen"
+        picture, unit = draw_matrix(matrix), "shares of each label, as roots so that rare mistakes are seen"
         cell = cell_of(len(matrix))
-        kind += f"; a point is the largest of {cell} × {cell} classes" if cell > 1 else ""
+        unit += f"; a point is the largest of {cell} × {cell} classes" if cell > 1 else ""
     return (
-        f'<div class="beside"><div class="alone">{shown}</div><div><h3>Most frequent confusions</h3>'
+        f'<div class="beside"><div class="alone">{picture}</div><div><h3>Most frequent confusions</h3>'
         f"{_frequent(matrix, names)}</div></div>"
-        f'<p class="note">Rows: labels; columns: predictions; {kind}. {_of_what(detail)}</p>'
+        f'<p class="note">Rows: labels; columns: predictions; {unit}. {_source(detail)}</p>'
     )
 
 
 def per_class(record: Record) -> str:
-    """How each class did, the worst first."""
+    """The accuracy of each class, the worst first."""
     if record.validation.problem:
         return quiet(_why_missing(record))
     detail = record.validation.value
@@ -53,27 +54,28 @@ def per_class(record: Record) -> str:
     rows = []
     for index, each in enumerate(classes):
         samples, correct = each["samples"], each["correct"]
-        wrong = "–"
+        wrong_answer = UNKNOWN
         if matrix is not None and index < len(matrix):
-            others = matrix[index].copy()
-            others[index] = 0
-            if others.max() > 0:
-                wrong = f"{text(names[int(others.argmax())])} <span class=quiet>{figure(int(others.max()))}×</span>"
+            mistakes_of_class = matrix[index].copy()
+            mistakes_of_class[index] = 0
+            times = int(mistakes_of_class.max())
+            if times > 0:
+                name_of_answer = text(names[int(mistakes_of_class.argmax())])
+                wrong_answer = f"{name_of_answer} <span class=quiet>{number_html(times)}×</span>"
         name = each["name"] if each.get("name") is not None else names[index]
-        share = correct / samples if samples else None
-        rows.append(
-            (share if share is not None else 2.0, [text(name), wrong, figure(samples), figure(correct), percent(share)])
-        )
+        accuracy = correct / samples if samples else None
+        cells = [text(name), wrong_answer, number_html(samples), number_html(correct), percent(accuracy)]
+        rows.append((accuracy if accuracy is not None else 2.0, cells))
     rows.sort(key=lambda row: row[0])
-    cells = [row for _, row in rows]
+    cells_of_rows = [cells for _, cells in rows]
     titles = ["class", "most frequent wrong answer", "samples", "correct", "accuracy"]
-    first = table(titles, cells[:MOST_ROWS], left=2)
-    rest = cells[MOST_ROWS:]
+    first = table(titles, cells_of_rows[:MOST_ROWS], left=2)
+    rest = cells_of_rows[MOST_ROWS:]
     return first + (folded(f"{len(rest):,} more classes", table(titles, rest, left=2)) if rest else "")
 
 
 def mistakes(record: Record) -> str:
-    """The mistakes that the model was surest of, as pictures."""
+    """The mistakes of which the model was most confident, with their pictures."""
     if record.validation.problem:
         return quiet(_why_missing(record))
     detail = record.validation.value
@@ -90,19 +92,19 @@ def _mistake(mistake: dict[str, Any], names: list[str]) -> str:
         return text(names[value] if type(value) is int and 0 <= value < len(names) else value)
 
     picture = mistake.get("picture")
-    shown = '<div class="none">no picture</div>'
+    html = '<div class="none">no picture</div>'
     if isinstance(picture, str) and PICTURE.fullmatch(picture):
-        shown = f'<img alt="sample {text(mistake.get("index"))}" src="{text(picture)}">'
+        html = f'<img alt="sample {text(mistake.get("index"))}" src="{text(picture)}">'
     confidence = mistake.get("confidence")
-    sure = percent(confidence) if type(confidence) in (int, float) else "–"
+    percentage = percent(confidence) if type(confidence) in (int, float) else UNKNOWN
     return (
-        f"<figure>{shown}<figcaption>{name('label')} <span>taken for</span> {name('predicted')}"
-        f"<br><span>{sure} · #{text(mistake.get('index'))}</span></figcaption></figure>"
+        f"<figure>{html}<figcaption>{name('label')} <span>taken for</span> {name('predicted')}"
+        f"<br><span>{percentage} · #{text(mistake.get('index'))}</span></figcaption></figure>"
     )
 
 
-def _counted(matrix: Floats, names: list[str]) -> str:
-    """A small matrix with its counts."""
+def _matrix_of_counts(matrix: Floats, names: list[str]) -> str:
+    """A small confusion matrix as a table of counts."""
     totals = matrix.sum(axis=1)
     head = "".join(f"<th class=c><span>{text(name)}</span></th>" for name in names[: len(matrix)])
     rows = []
@@ -124,7 +126,7 @@ def _counted(matrix: Floats, names: list[str]) -> str:
 
 
 def _frequent(matrix: Floats, names: list[str]) -> str:
-    """The mistakes that were made most often."""
+    """The table of the most frequent mistakes."""
     wrong = matrix.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_CONFUSIONS]
@@ -144,6 +146,7 @@ def _frequent(matrix: Floats, names: list[str]) -> str:
 
 
 def _matrix(rows: Any) -> Floats:
+    """The matrix, of shape [classes, classes]. Raises ValueError if it is not square, or has negative counts."""
     matrix = np.nan_to_num(np.array(rows, dtype=np.float64))
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size or matrix.min() < 0:
         raise ValueError("the confusion matrix is not square")
@@ -151,17 +154,20 @@ def _matrix(rows: Any) -> Floats:
 
 
 def _names(detail: dict[str, Any], classes: int) -> list[str]:
-    """The classes' names, numbers where they have none."""
+    """The names of the classes; a number for a class without a name."""
     given = detail.get("classes")
     names = [str(name) for name in given] if isinstance(given, list) else []
     return [*names, *(str(index) for index in range(len(names), classes))]
 
 
-def _of_what(detail: dict[str, Any]) -> str:
-    return f"The last validation, at step {figure(detail.get('step'))}, of {figure(detail.get('samples'))} samples."
+def _source(detail: dict[str, Any]) -> str:
+    """A sentence that says which validation this is."""
+    step, samples = number_html(detail.get("step")), number_html(detail.get("samples"))
+    return f"The last validation, at step {step}, of {samples} samples."
 
 
 def _why_missing(record: Record) -> str:
+    """A sentence that says why there are no details of the validation."""
     if not record.metrics.validation and "no validation.json" in (record.validation.problem or ""):
         return "No validation yet."
     return f"{record.validation.problem} It is written for classification."

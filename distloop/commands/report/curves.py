@@ -1,7 +1,7 @@
-"""metrics.jsonl as curves of at most a few thousand points, however long it is: read in blocks, never held whole.
+"""Read metrics.jsonl as curves of at most a few thousand points. The file is read in blocks, and never held whole.
 
-Of each stretch of rows the smallest and the largest value stay where they were, so that a spike of one step in a
-million is seen; beside them stands the mean of each stretch.
+Rows are thinned by stretches. Of each stretch the smallest and the largest value are kept, so that a spike of one step
+in a million stays visible; the mean of each stretch makes a second curve.
 """
 
 from __future__ import annotations
@@ -18,32 +18,33 @@ from distloop.commands.report.rows import MEMORY, SECONDS, TRAIN, Block, Floats,
 from distloop.run.files import METRICS
 from distloop.run.metrics import NO_METRICS
 
-STRETCHES = 600  # of a whole file: twice as many points a curve, about what a plot has pixels
+STRETCHES = 600  # per file; a curve has twice as many points, about as many as a plot has pixels
 BLOCK_BYTES = 1 << 20
 
 
 @dataclass
 class Curve:
-    """A value against the step."""
+    """The values under a key of metrics.jsonl against the step, thinned."""
 
     points: list[Floats] = field(default_factory=list)
-    """Blocks of (steps, values), ordered by step; nan where the value was not a number."""
+    """Blocks of (steps, values), of shape [2, points], in the order of steps; nan for a value that is no number."""
     means: list[Floats] = field(default_factory=list)
-    """Blocks of (steps, means)."""
+    """Blocks of (steps, means), each of shape [2, stretches]."""
     not_numbers: int = 0
-    """Of how many rows the value was null, nan or infinite."""
+    """In how many rows the value was null, nan or infinite."""
     first_not_number: int | None = None
+    """The step of the first such row."""
 
     def all(self) -> Floats:
-        """(steps, values) of all points: an array of shape [2, points]."""
+        """(steps, values) of all points: shape [2, points]."""
         return np.concatenate(self.points, axis=1) if self.points else np.zeros((2, 0))
 
     def mean(self) -> Floats:
-        """(steps, means) of all stretches: an array of shape [2, stretches]."""
+        """(steps, means) of all stretches, of shape [2, stretches]."""
         return np.concatenate(self.means, axis=1) if self.means else np.zeros((2, 0))
 
     def add(self, steps: Floats, values: Floats, stretches: int) -> None:
-        """The next rows; both of shape [rows]."""
+        """Add the next rows, thinned to so many stretches. `steps` and `values` have shape [rows]."""
         finite = np.isfinite(values)
         values = np.where(finite, values, np.nan)
         missing = int((~finite).sum())
@@ -54,52 +55,54 @@ class Curve:
             self.points.append(np.stack([steps, values]))
             self.means.append(np.stack([steps, values]))
             return
-        kept, means = {0, len(steps) - 1}, []
+        chosen, means = {0, len(steps) - 1}, []  # indices of the points
         for part in np.array_split(np.arange(len(steps)), stretches):
             usable = part[finite[part]]
             if len(usable) < len(part):
-                kept.add(int(part[~finite[part]][0]))  # a gap stays a gap
+                chosen.add(int(part[~finite[part]][0]))  # so that a gap stays a gap
             if len(usable):
-                here = values[usable]
-                kept.update((int(usable[here.argmin()]), int(usable[here.argmax()])))
-                means.append((steps[usable].mean(), here.mean()))
-        order = sorted(kept)
+                usable_values = values[usable]
+                chosen.update((int(usable[usable_values.argmin()]), int(usable[usable_values.argmax()])))
+                means.append((steps[usable].mean(), usable_values.mean()))
+        order = sorted(chosen)
         self.points.append(np.stack([steps[order], values[order]]))
         self.means.append(np.array(means).reshape(-1, 2).T)
 
 
 @dataclass
 class Metrics:
-    """What metrics.jsonl says, thinned."""
+    """The content of metrics.jsonl, thinned."""
 
     train: dict[str, Curve] = field(default_factory=dict)
+    """Curves of the train rows, by key."""
     epochs: Curve = field(default_factory=Curve)
     """The mean training loss of each epoch."""
     validation: dict[str, Curve] = field(default_factory=dict)
+    """Curves of the validation metrics, by metric."""
     seconds: list[Floats] = field(default_factory=list)
-    """Blocks of shape [5, stretches]: the last step of each, then the sums of SECONDS."""
+    """Blocks of shape [5, stretches]: the last step of each stretch, then its sums of SECONDS."""
     memory: list[Floats] = field(default_factory=list)
-    """Blocks of shape [1 + ranks, stretches]: the last step of each, then the peak of each rank in GiB."""
+    """Blocks of shape [1 + ranks, stretches]: the last step of each stretch, then the peak of each rank in GiB."""
     attempts: dict[int, int] = field(default_factory=dict)
-    """The first step that each attempt has logged."""
+    """attempt -> the first step that it has logged."""
     last_train: dict[str, float] = field(default_factory=dict)
-    """The last row of training."""
+    """The numbers of the last train row."""
     last_validation: dict[str, Any] = field(default_factory=dict)
-    """The last row of validation."""
+    """The last validation row."""
     last_step: int = 0
     rows: int = 0
     damaged: int = 0
-    """Lines that are no rows."""
+    """How many lines are no rows."""
     problem: str | None = None
-    """Why there is nothing, if there is nothing."""
+    """Why there are no rows, if there are none."""
 
 
 def read_metrics(run: Path, stretches: int = STRETCHES) -> Metrics:
-    """The curves of the run in the directory `run`; what cannot be read is counted or said in `problem`."""
+    """The curves of the run in the directory `run`. Raises nothing: see Metrics.damaged and Metrics.problem."""
     metrics = Metrics()
     path = run / METRICS
-    collecting = gc.isenabled()
-    gc.disable()  # it would look for cycles among millions of short-lived rows, which takes a fifth of the time
+    is_collecting = gc.isenabled()
+    gc.disable()  # searching millions of short-lived rows for cycles would take a fifth of the time
     try:
         size = max(1, path.stat().st_size)
         with open(path, "rb") as file:
@@ -111,7 +114,7 @@ def read_metrics(run: Path, stretches: int = STRETCHES) -> Metrics:
     except OSError as error:
         metrics.problem = f"{METRICS} cannot be read: {error.strerror}."
     finally:
-        if collecting:
+        if is_collecting:
             gc.enable()
     if not metrics.problem and not metrics.rows:
         metrics.problem = f"{METRICS} has no rows yet." if not metrics.damaged else f"{METRICS} is damaged."
@@ -164,9 +167,10 @@ def _add_memory(metrics: Metrics, train: dict[str, Floats], stretches: int) -> N
 
 
 def _firsts(rows: int, stretches: int) -> NDArray[np.int64]:
-    """Where each stretch begins."""
+    """The index of the first row of each stretch."""
     return np.unique(np.linspace(0, rows, min(rows, stretches), endpoint=False).astype(np.int64))
 
 
 def _lasts(steps: Floats, firsts: NDArray[np.int64]) -> Floats:
+    """The last step of each stretch."""
     return steps[np.append(firsts[1:], len(steps)) - 1]

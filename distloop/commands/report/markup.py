@@ -1,78 +1,43 @@
-"""Small pieces of HTML. Whatever comes from a run goes through `text`, which escapes it."""
+"""Small pieces of HTML. `text` escapes; every text that comes from a run must pass through it."""
 
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from distloop.tracking.wording import duration, number
-
-UNKNOWN = "–"
+from distloop.tracking.wording import UNKNOWN, number_with_commas
 
 
 def text(value: Any) -> str:
-    """`value` as it is shown, escaped; a dash for None."""
+    """The value as escaped text; a dash for None."""
     return UNKNOWN if value is None else html.escape(str(value))
 
 
-def figure(value: Any) -> str:
-    """A number as people read it, escaped; a dash for what is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return text(value)
-    if not math.isfinite(value):
-        return UNKNOWN
-    return f"{value:,}" if isinstance(value, int) else html.escape(number(value))
-
-
-def percent(share: float | None) -> str:
-    """0.987 -> 98.7 %."""
-    if share is None or not math.isfinite(share):
-        return UNKNOWN
-    return f"{100 * share:.1f} %" if share < 0.9995 else f"{100 * share:.0f} %"
-
-
-def span_of(seconds: float | None) -> str:
-    """A duration: 4.2 s, 1:05, 1:01:40, 3 d 4 h."""
-    if seconds is None or not math.isfinite(seconds):
-        return UNKNOWN
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds >= 0.05 or not seconds else "< 0.1 s"
-    if seconds >= 72 * 3600:
-        return f"{seconds // 86400:.0f} d {seconds % 86400 // 3600:.0f} h"
-    return duration(seconds)
-
-
-def size_of(size: int) -> str:
-    """Bytes: 812 kB, 1.2 GB."""
-    amount = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 999.5:
-            return f"{amount:.3g} {unit}"
-        amount /= 1000
-    return f"{amount:.3g} TB"
+def number_html(value: Any) -> str:
+    """The number with commas, escaped; a dash for None, nan and infinity."""
+    return text(number_with_commas(value))
 
 
 def quiet(sentence: str) -> str:
-    """One line for what is not there."""
+    """A sentence in pale letters, for what a run does not have."""
     return f'<p class="quiet">{text(sentence)}</p>'
 
 
 def folded(title: str, content: str, opened: bool = False) -> str:
-    """Content that a click shows; `title` is plain text."""
+    """Content that is hidden until a click on the title. `title` is plain text, `content` HTML."""
     return f"<details{' open' if opened else ''}><summary>{text(title)}</summary>{content}</details>"
 
 
 def section(title: str, content: str) -> str:
-    """A section of the page; `title` is plain text."""
+    """A section of the page. `title` is plain text, `content` HTML."""
     name = "".join(letter if letter.isalnum() else "-" for letter in title.lower())
     empty = content.startswith('<p class="quiet">') and content.endswith("</p>") and content.count("<p") == 1
     return f'<section id="{text(name)}"{" class=empty" if empty else ""}><h2>{text(title)}</h2>{content}</section>'
 
 
 def legend(entries: Iterable[tuple[str, str, str]]) -> str:
-    """(colour, style, label) of each curve; style: line, thin, area, dash or dot."""
+    """A legend. `entries`: (colour, style, label) of each curve; the style is line, thin, area, dash or dot."""
     keys = "".join(
         f'<span><i class="key {style}" style="--c:var(--{colour})"></i>{text(label)}</span>'
         for colour, style, label in entries
@@ -80,16 +45,18 @@ def legend(entries: Iterable[tuple[str, str, str]]) -> str:
     return f'<p class="legend">{keys}</p>'
 
 
-def table(titles: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, kind: str = "") -> str:
-    """A table of cells that are HTML already; the first `left` columns are words, the others numbers."""
-    head = "".join(f"<th{' class=n' if index >= left else ''}>{text(title)}</th>" for index, title in enumerate(titles))
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, css_class: str = "") -> str:
+    """A table. Cells are HTML. The first `left` columns hold words, the others numbers, which are aligned right."""
+    alignments = ["" if index < left else " class=n" for index in range(len(titles))]
+    head = "".join(f"<th{alignment}>{text(title)}</th>" for alignment, title in zip(alignments, titles, strict=True))
     body = "".join(
-        "<tr>" + "".join(f"<td{' class=n' if i >= left else ''}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>"
+        f"<tr>{''.join(f'<td{alignment}>{cell}</td>' for alignment, cell in zip(alignments, row, strict=True))}</tr>"
         for row in rows
     )
-    return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="wide"><table class="{css_class}">{body}</table></div>'
 
 
 def pairs(entries: Iterable[tuple[str, str]]) -> str:
-    """Names, and beside them what they are: HTML already."""
+    """A list of names with their values. Names are plain text, values HTML."""
     return '<dl class="pairs">' + "".join(f"<dt>{text(name)}</dt><dd>{value}</dd>" for name, value in entries) + "</dl>"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from distloop.commands.reading import metrics_in
-from distloop.commands.report.markup import UNKNOWN, figure, percent, span_of, text
+from distloop.commands.report.markup import number_html, text
 from distloop.commands.report.read import Record
 from distloop.commands.report.style import STATE_COLOURS
 from distloop.run.accounts import goodput
+from distloop.tracking.wording import UNKNOWN, long_duration, percent
 
 
 def overview(record: Record) -> str:
-    """Name, state and the few numbers that matter most."""
+    """The top of the page as HTML."""
     run, environment = record.run, record.environment.value or {}
     colour = STATE_COLOURS.get(run.state, "red")
     head = (
@@ -22,7 +23,7 @@ def overview(record: Record) -> str:
     commit = environment.get("git_commit")
     changed = environment.get("git_changes")
     facts = [
-        _settings_in_short(record),
+        _model_and_data(record),
         f"world size {environment['world_size']}" if environment.get("world_size") else "",
         _devices(record),
         f"attempt {run.attempt}" if (run.attempt or 0) > 1 else "",
@@ -35,7 +36,7 @@ def overview(record: Record) -> str:
 
 
 def median_rate(record: Record) -> float | None:
-    """The middle of the run's samples per second."""
+    """The median of the run's samples per second."""
     curve = record.metrics.train.get("samples_per_second")
     means = curve.mean()[1] if curve else np.zeros(0)
     means = means[np.isfinite(means)]
@@ -47,28 +48,29 @@ def _tile(value: str, label: str) -> str:
 
 
 def _tiles(record: Record) -> list[tuple[str, str]]:
-    """(value as HTML, label) of the big numbers."""
+    """(value as HTML, label) of each big number."""
     run, last = record.run, metrics_in(record.metrics.last_validation)
     step = max(run.step or 0, record.metrics.last_step) if run.state in ("running", "gone") else run.step
-    tiles = [(figure(step), f"step of {figure(run.total_steps)}")]
+    tiles = [(number_html(step), f"step of {number_html(run.total_steps)}")]
     rule = run.best_rule
     if rule and run.best and rule[0] in run.best:
-        tiles.append((figure(run.best[rule[0]]), f"best {rule[0]}, step {figure(run.best.get('step'))}"))
-    chosen = [name for name in dict.fromkeys([rule[0] if rule else "", "loss", *last]) if name in last]
-    for name in chosen[:2]:
-        tiles.append((figure(last[name]), "last validation loss" if name == "loss" else f"last {name}"))
+        tiles.append((number_html(run.best[rule[0]]), f"best {rule[0]}, step {number_html(run.best.get('step'))}"))
+    names = [name for name in dict.fromkeys([rule[0] if rule else "", "loss", *last]) if name in last]
+    for name in names[:2]:
+        tiles.append((number_html(last[name]), "last validation loss" if name == "loss" else f"last {name}"))
     if not last:
-        trained = record.metrics.last_train.get("running_loss")
-        tiles.append((figure(trained), "running training loss; no validation yet"))
+        running_loss = record.metrics.last_train.get("running_loss")
+        tiles.append((number_html(running_loss), "running training loss; no validation yet"))
     tiles.append((percent(goodput(record.seconds)), "goodput"))
     attempts = max(len(record.time.value or []), run.attempt or 0)
     wall = sum(record.seconds.values()) or None
-    tiles.append((span_of(wall), f"wall time, {attempts} attempt{'s' if attempts != 1 else ''}"))
-    tiles.append((figure(median_rate(record)), "samples per second"))
+    tiles.append((long_duration(wall), f"wall time, {attempts} attempt{'s' if attempts != 1 else ''}"))
+    tiles.append((number_html(median_rate(record)), "samples per second"))
     return [tile for tile in tiles if tile[0] != UNKNOWN]
 
 
-def _settings_in_short(record: Record) -> str:
+def _model_and_data(record: Record) -> str:
+    """ "mlp on digits"; "" if the config does not name both."""
     config = record.config.value or {}
 
     def name(section: str) -> str:

@@ -19,8 +19,8 @@ from distloop.errors import UsageError
 from distloop.run.files import write_text
 
 REPORT = "report.html"
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # nothing from anywhere else
-# What damaged files lead to; a section that meets it says so, and the others are shown.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the page may load nothing
+# What a damaged file may raise. The section then says so; the other sections are not affected.
 DAMAGED = (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError)
 SECTIONS: tuple[tuple[str, Callable[[Record], str]], ...] = (
     ("Curves", training.curves),
@@ -39,7 +39,7 @@ SECTIONS: tuple[tuple[str, Callable[[Record], str]], ...] = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write a report; returns the exit code."""
+    """Write the report that the command line asks for; returns the exit code: 0 in order, 2 wrong usage."""
     parser = argparse.ArgumentParser(
         prog="distloop.commands.report",
         description="A run, or several beside each other, as one HTML file that needs no network. "
@@ -64,11 +64,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write_report(runs: list[Path], output: Path) -> None:
-    """Write one run's report, or the comparison of several, to `output`: aside, then renamed. Raises UsageError
-    where it cannot be written."""
+    """Write the report of one run, or the comparison of several, to `output`: whole or not at all.
+
+    Raises UsageError if the file cannot be written.
+    """
     page = _page(runs)
     try:
-        # As ASCII the file is the same in every encoding, and what is no text at all (a broken name) does no harm.
+        # ASCII is the same in every encoding, and characters that UTF-8 cannot encode (a broken name) do no harm.
         write_text(output, page.encode("ascii", "xmlcharrefreplace").decode())
     except OSError as error:
         raise UsageError(
@@ -96,7 +98,7 @@ def _page(runs: list[Path]) -> str:
 
 
 def _guarded(show: Callable[[Record], str], record: Record, before: str = "") -> str:
-    """A section, or in one line that its files are damaged."""
+    """What `show` returns; if a damaged file makes it fail, `before` and a sentence about that."""
     try:
         return show(record)
     except DAMAGED as error:
@@ -104,7 +106,7 @@ def _guarded(show: Callable[[Record], str], record: Record, before: str = "") ->
 
 
 def _runs(names: list[str]) -> list[Path]:
-    """The runs' directories, each once. Raises UsageError for what is none."""
+    """The run directories, each once. Raises UsageError for a path that is none."""
     runs: dict[Path, Path] = {}
     for name in names:
         path = Path(name)
@@ -119,7 +121,7 @@ def _runs(names: list[str]) -> list[Path]:
 
 
 def _check_output(output: Path) -> None:
-    """Said before the work rather than after it."""
+    """Raise UsageError before the work if `output` cannot be a file."""
     if output.is_dir():
         raise UsageError(f"--output {output} is a directory: give a file, such as {output / REPORT}.")
     if not output.parent.is_dir():

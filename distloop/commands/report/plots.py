@@ -1,4 +1,4 @@
-"""Curves drawn by matplotlib as SVG inside the page: no pyplot, no display, text as text, colours as CSS variables."""
+"""Plots as SVG, drawn by matplotlib without pyplot and display. Text stays text; colours become CSS variables."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import numpy as np
 
 from distloop.commands.report.rows import Floats
 from distloop.commands.report.style import PALETTE
+from distloop.tracking.wording import number_on_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH, HEIGHT = 560, 232  # of the drawing; the page scales it to its column
-MOST_CELLS = 250  # on a side of a confusion matrix
-SPREAD = 30.0  # where the largest value is so many times the middle one, the axis becomes logarithmic
+WIDTH, HEIGHT = 560, 232  # of a plot; the page scales it to its column
+MOST_CELLS = 250  # per side of a confusion matrix
+SPREAD = 30.0  # the axis becomes logarithmic if the largest value is more than so many times the median
 
 
-class Line(NamedTuple):
-    """One curve."""
+class Trace(NamedTuple):
+    """A curve in a plot."""
 
-    curve: Floats
+    points: Floats
     """(steps, values): shape [2, points]."""
     colour: str
     """A name in PALETTE."""
@@ -33,20 +34,24 @@ class Line(NamedTuple):
 
 
 def light(name: str) -> str:
+    """The colour of this name on a light page, such as "#0072b2"."""
     return PALETTE[name][0]
 
 
-def draw_lines(
-    lines: list[Line], attempts: dict[int, int], last_step: int, logarithmic: bool | None = None, zero: bool = False
+def draw_curves(
+    traces: list[Trace], attempts: dict[int, int], last_step: int, logarithmic: bool | None = None, zero: bool = False
 ) -> str:
-    """Curves against the step as SVG. `attempts`: after which step each began. `logarithmic`: None: as the values ask
-    for it; `zero`: the axis begins there."""
-    values = np.concatenate([line.curve[1] for line in lines])
+    """Curves against the step, as SVG.
+
+    `attempts`: attempt -> the step after which it began. `logarithmic`: of the value axis; None: decided by the values.
+    `zero`: the value axis begins at 0.
+    """
+    values = np.concatenate([trace.points[1] for trace in traces])
     values = values[np.isfinite(values)]
 
     def fill(axes: Axes) -> None:
-        for line in lines:
-            _draw(axes, line)
+        for trace in traces:
+            _draw(axes, trace)
         if not len(values):
             return
         if logarithmic if logarithmic is not None else _needs_logarithm(values):
@@ -59,8 +64,10 @@ def draw_lines(
 
 
 def draw_shares(seconds: Floats, colours: list[str], attempts: dict[int, int], last_step: int, bars: int = 60) -> str:
-    """Shares of the time as stacked bars over the run. `seconds`: shape [1 + accounts, n], the last step of each
-    interval, then its seconds."""
+    """The shares of time accounts over the run as stacked bars, as SVG.
+
+    `seconds`: shape [1 + accounts, intervals]; the last step of each interval, then the seconds of each account.
+    """
     edges = np.linspace(0, last_step, min(bars, seconds.shape[1]) + 1)
     place = np.clip(np.searchsorted(edges, seconds[0], side="left") - 1, 0, len(edges) - 2)
     sums = np.stack([np.bincount(place, weights=row, minlength=len(edges) - 1) for row in seconds[1:]])
@@ -80,13 +87,16 @@ def draw_shares(seconds: Floats, colours: list[str], attempts: dict[int, int], l
 
 
 def cell_of(classes: int) -> int:
-    """How many classes a cell of a large matrix stands for: it has more of them than there are pixels to be seen."""
+    """How many classes, per side, one cell of a large matrix stands for: a page has too few pixels for each class."""
     return -(-classes // MOST_CELLS)
 
 
 def draw_matrix(confusion: Floats) -> str:
-    """A large confusion matrix as a picture; shape [classes, classes], rows: labels. Right answers are blue, mistakes
-    red; the deeper, the larger their share of the label's samples. A cell of several classes shows its largest."""
+    """A large confusion matrix, shape [classes, classes] with a row per label, as SVG.
+
+    Right answers are blue, mistakes red, the deeper the larger their share of the label's samples. A cell that stands
+    for several classes shows the largest share.
+    """
     import matplotlib
     from matplotlib.colors import to_rgb
 
@@ -99,7 +109,7 @@ def draw_matrix(confusion: Floats) -> str:
     colours = np.zeros((cells, cells, 4))
     colours[..., :3] = to_rgb(light("red"))
     colours[np.arange(cells), np.arange(cells), :3] = to_rgb(light("blue"))
-    colours[..., 3] = np.sqrt(largest)  # a root: rare mistakes are to be seen
+    colours[..., 3] = np.sqrt(largest)  # a root, so that rare mistakes stay visible
     with matplotlib.rc_context(rc=_settings()):
         from matplotlib.figure import Figure
 
@@ -117,23 +127,23 @@ def draw_matrix(confusion: Floats) -> str:
         return _svg(drawing)
 
 
-def _draw(axes: Axes, line: Line) -> None:
-    steps, values = line.curve
-    looks: dict[str, dict[str, Any]] = {
+def _draw(axes: Axes, trace: Trace) -> None:
+    steps, values = trace.points
+    options_of_style: dict[str, dict[str, Any]] = {
         "line": {"linewidth": 1.7},
         "thin": {"linewidth": 0.9, "alpha": 0.45},
         "dash": {"linewidth": 1.7, "linestyle": (0, (4, 2))},
         "dot": {"linestyle": "none", "marker": "o", "markersize": 4, "markeredgewidth": 0},
     }
-    look = looks[line.style]
-    if len(steps) == 1 or (line.style == "line" and len(steps) <= 25):
-        look = {**look, "marker": "o", "markersize": 3.6, "markeredgewidth": 0}
-    axes.plot(steps, values, color=light(line.colour), **look)
+    options = options_of_style[trace.style]
+    if len(steps) == 1 or (trace.style == "line" and len(steps) <= 25):
+        options = {**options, "marker": "o", "markersize": 3.6, "markeredgewidth": 0}
+    axes.plot(steps, values, color=light(trace.colour), **options)
 
 
 def _against_step(fill: Callable[[Axes], None], attempts: dict[int, int], last_step: int) -> str:
-    """A plot against the step whose curves `fill` draws."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its font cache is nobody's concern here
+    """A plot against the step, as SVG; `fill` draws the curves into its axes."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without its message about building a font cache
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -143,23 +153,23 @@ def _against_step(fill: Callable[[Axes], None], attempts: dict[int, int], last_s
         axes = drawing.add_axes((54 / WIDTH, 26 / HEIGHT, 1 - 64 / WIDTH, 1 - 44 / HEIGHT))
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda value, _: short(value))
+            axis.set_major_formatter(lambda value, _: number_on_axis(value))
         fill(axes)
-        axes.set_xlim(0, max(1, last_step) * 1.008)  # a point at the end is seen whole
+        axes.set_xlim(0, max(1, last_step) * 1.008)  # room to show a point at the end whole
         _mark_attempts(axes, attempts, max(1, last_step))
         return _svg(drawing)
 
 
 def _mark_attempts(axes: Axes, attempts: dict[int, int], last_step: int) -> None:
-    """A thin line where each attempt but the first began; labels where there is room."""
-    free = 0.0
-    faint = 1.0 if len(attempts) < 12 else 0.4
+    """Draw a thin line where each attempt but the first began, with a label if there is room."""
+    free_from = 0.0  # share of the axis from which no label is in the way
+    opacity = 1.0 if len(attempts) < 12 else 0.4
     for number, step in sorted(attempts.items()):
         if number == min(attempts) or step <= 0:
             continue
-        axes.axvline(step, color=light("mark"), linewidth=0.9, linestyle=(0, (2, 2)), zorder=0.5, alpha=faint)
-        label, place = (f"attempt {number}" if not free else str(number)), step / last_step
-        if place >= free:
+        axes.axvline(step, color=light("mark"), linewidth=0.9, linestyle=(0, (2, 2)), zorder=0.5, alpha=opacity)
+        label, place = (f"attempt {number}" if not free_from else str(number)), step / last_step
+        if place >= free_from:
             axes.annotate(
                 label,
                 (place, 1),
@@ -171,37 +181,27 @@ def _mark_attempts(axes: Axes, attempts: dict[int, int], last_step: int) -> None
                 ha="left" if place < 0.03 else "right" if place > 0.96 else "center",
                 annotation_clip=False,
             )
-            free = place + (0.14 if not free else 0.05)
+            free_from = place + (0.14 if not free_from else 0.05)
 
 
 def _needs_logarithm(values: Floats) -> bool:
-    """Whether most of a curve would lie flat on the ground."""
+    """Whether a linear axis would show most of the values as a flat line at the bottom."""
     return bool(len(values) and values.min() > 0 and values.max() > SPREAD * np.median(values))
 
 
 def _label_logarithm(axes: Axes) -> None:
-    """Labels at 1, 2 and 5 where the range is short, so that there are always some."""
+    """Label powers of ten; in a short range also 2 and 5 times these, so that some labels are always visible."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     low, high = axes.get_ylim()
     decades = np.log10(high / low)
     axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=8))
-    axes.yaxis.set_major_formatter(lambda value, _: short(value))
+    axes.yaxis.set_major_formatter(lambda value, _: number_on_axis(value))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def short(value: float) -> str:
-    """A number on an axis: 0.05, 1500, 20k, 1.5M, 1e-05."""
-    if abs(value) >= 1e15 or (value and abs(value) < 1e-3):
-        return f"{value:.3g}"
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if unit == 'k' else size):.6g}{unit}"
-    return f"{value:.6g}"
-
-
 def _settings() -> Any:
-    """matplotlib's own settings for our plots."""
+    """The settings of matplotlib for the report."""
     return {
         "svg.fonttype": "none",
         "svg.hashsalt": "distloop",
@@ -232,12 +232,12 @@ def _settings() -> Any:
 
 
 def _rounded(match: re.Match[str]) -> str:
-    """A hundredth of a pixel is enough."""
+    """The number with two decimals: a hundredth of a pixel is enough."""
     return f"{float(match[0]):.2f}".rstrip("0").rstrip(".")
 
 
 def _svg(drawing: Any) -> str:
-    """The figure as an <svg> element for HTML, which needs neither name spaces nor its own style."""
+    """The figure as an <svg> element for HTML, without name spaces and style sheet, which HTML does not need."""
     stream = io.StringIO()
     drawing.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = stream.getvalue()

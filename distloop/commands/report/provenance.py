@@ -1,132 +1,122 @@
-"""The sections of one run that say what was run, with what, and what is left of it."""
+"""The sections about what a run was, and what it left: config, environment, checkpoints, failures. Each is HTML."""
 
 from __future__ import annotations
 
-import datetime
 import json
 import shlex
 from typing import Any
 
-from distloop.commands.report.markup import UNKNOWN, figure, folded, pairs, quiet, size_of, table, text
+from distloop.commands.report.markup import folded, number_html, pairs, quiet, table, text
 from distloop.commands.report.read import LONGEST_TEXT, Part, Record
 from distloop.config.comparison import dotted, flatten
 from distloop.config.settings import Config
+from distloop.tracking.wording import UNKNOWN, file_size
 
-OWN = ("config", "name", "runs_dir")  # of every run its own
+KEYS_OF_ONE_RUN = ("config", "name", "runs_dir")  # each run has its own; they are no change
 MOST_LINES = 6000  # of a diff
 
 
 def config(record: Record) -> str:
-    """What differs from the defaults, and everything folded."""
+    """The settings that differ from their defaults, and all settings, folded."""
     if record.config.problem:
         return quiet(record.config.problem)
-    settings, defaults = dotted(record.config.value), dotted(plain(flatten(Config())))
-    changed = [(key, value) for key, value in settings.items() if key not in OWN and value != defaults.get(key, None)]
+    settings, defaults = dotted(record.config.value), dotted(as_yaml(flatten(Config())))
     rows = [
         [f"<code>{text(key)}</code>", _value(value), _value(defaults[key]) if key in defaults else UNKNOWN]
-        for key, value in changed
+        for key, value in settings.items()
+        if key not in KEYS_OF_ONE_RUN and value != defaults.get(key)
     ]
-    shown = table(["setting", "here", "default"], rows, left=3) if rows else quiet("All settings have their defaults.")
+    html = table(["setting", "here", "default"], rows, left=3) if rows else quiet("All settings have their defaults.")
     everything = "\n".join(f"{key}: {_word(value)}" for key, value in settings.items())
-    return shown + folded(f"All {len(settings)} settings", f'<pre class="wrap">{text(everything)}</pre>')
+    return html + folded(f"All {len(settings)} settings", f'<pre class="wrap">{text(everything)}</pre>')
 
 
 def changes(record: Record) -> str:
-    """With what the run was extended."""
+    """The changes of settings with which the run was extended."""
     if record.changes.problem:
-        return quiet(
-            f"{record.changes.problem} The config never changed."
-            if _is_missing(record.changes)
-            else record.changes.problem
-        )
+        is_missing = record.changes.problem.startswith("There is no")
+        return quiet(record.changes.problem + (" The config never changed." if is_missing else ""))
     rows = []
     for change in record.changes.value:
         for key, pair in change["changes"].items():
             old, new = pair if isinstance(pair, list) and len(pair) == 2 else (None, pair)
-            when = f"attempt {figure(change.get('after_attempt'))}, step {figure(change.get('after_step'))}"
+            when = f"attempt {number_html(change.get('after_attempt'))}, step {number_html(change.get('after_step'))}"
             rows.append([when, f"<code>{text(key)}</code>", _value(old), _value(new)])
     return table(["after", "setting", "old", "new"], rows, left=4) if rows else quiet("The config never changed.")
 
 
 def environment(record: Record) -> str:
-    """Versions, machine, command."""
+    """Versions, machine and command."""
     if record.environment.problem:
         return quiet(record.environment.problem)
-    known = dict(record.environment.value)
-    command, versions = known.pop("command", None), known.pop("versions", None)
-    changed = known.pop("git_changes", None)
-    rows = [(key.replace("_", " "), text(_word(value))) for key, value in known.items() if value is not None]
+    others = dict(record.environment.value)
+    command, versions = others.pop("command", None), others.pop("versions", None)
+    changed = others.pop("git_changes", None)
+    rows = [(key.replace("_", " "), text(_word(value))) for key, value in others.items() if value is not None]
     if isinstance(versions, dict):
         rows.insert(0, ("versions", " · ".join(f"{text(k)} {text(v)}" for k, v in versions.items() if v)))
     if changed:
         rows.append(("git changes", "<br>".join(f"<code>{text(line)}</code>" for line in changed)))
     words = " ".join(shlex.quote(str(word)) for word in command) if isinstance(command, list) else None
-    shown = f'<h3 style="margin-top:16px">Command</h3><pre class="wrap">{text(words)}</pre>' if words else ""
-    return pairs(rows) + shown
+    html = f'<h3 style="margin-top:16px">Command</h3><pre class="wrap">{text(words)}</pre>' if words else ""
+    return pairs(rows) + html
 
 
 def diff(record: Record) -> str:
-    """What was not committed, folded."""
+    """The uncommitted changes, folded."""
     if record.diff.problem:
         return quiet(record.diff.problem)
     content = record.diff.value
     if not content.strip():
         return quiet("There were no uncommitted changes.")
     lines = content[:LONGEST_TEXT].splitlines()
-    shown = "\n".join(map(_diff_line, lines[:MOST_LINES]))
+    html = "\n".join(map(_diff_line, lines[:MOST_LINES]))
     cut = quiet("The rest is in git.diff.") if len(content) > LONGEST_TEXT or len(lines) > MOST_LINES else ""
     added = sum(line.startswith("+") and not line.startswith("+++") for line in lines)
     removed = sum(line.startswith("-") and not line.startswith("---") for line in lines)
     title = f"{len(content.splitlines()):,} lines: {added:,} added, {removed:,} removed"
-    return folded(title, f"<pre>{shown}</pre>{cut}")
+    return folded(title, f"<pre>{html}</pre>{cut}")
 
 
 def checkpoints(record: Record) -> str:
-    """What is saved."""
+    """The table of checkpoints."""
     if not record.checkpoints:
         return quiet("There is no checkpoint.")
     best = (record.run.best or {}).get("step")
     rows = []
     for saved in reversed(record.checkpoints):
-        what = [
-            word for word, fits in (("last", saved is record.checkpoints[-1]), ("best", saved.step == best)) if fits
-        ]
-        rows.append(
-            [
-                figure(saved.step),
-                text(", ".join(what) or ""),
-                text(_moment(saved.written)),
-                figure(saved.files),
-                size_of(saved.size),
-            ]
-        )
-    total = size_of(sum(saved.size for saved in record.checkpoints))
+        roles = ["last"] if saved is record.checkpoints[-1] else []
+        roles += ["best"] if saved.step == best else []
+        written = saved.written.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        cells = [number_html(saved.step), ", ".join(roles), written, number_html(saved.files), file_size(saved.size)]
+        rows.append(cells)
+    total = file_size(sum(saved.size for saved in record.checkpoints))
     return table(["step", "", "written", "files", "size"], rows, left=3) + f'<p class="note">{total} in all.</p>'
 
 
 def failures(record: Record) -> str:
-    """Which attempts failed, where, with the traceback folded."""
+    """The attempts that failed: where and why, with the traceback folded."""
     if not record.failures:
         return quiet("No attempt has failed.")
     return "".join(_failure(name, part) for name, part in record.failures)
 
 
-def plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """As a YAML file has them: tuples are lists."""
+def as_yaml(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as a YAML file holds them: with lists in the place of tuples."""
     return json.loads(json.dumps(settings))
 
 
 def _failure(name: str, part: Part) -> str:
     if part.problem:
         return quiet(part.problem)
-    what = part.value
+    failure = part.value
     attempt = name.removeprefix("attempt_").removesuffix(".json").lstrip("0")
-    place = f"rank {figure(what.get('rank'))} on {text(what.get('node'))}"
-    where = f"step {figure(what.get('step'))}, {text(what.get('phase'))}"
-    known = ("rank", "node", "step", "phase", "what", "traceback", "others", "ranks")
-    more = [(key.replace("_", " "), _value(value)) for key, value in what.items() if key not in known]
-    headline = str(what.get("what") or what.get("reason") or "").strip()
-    trace = str(what.get("traceback") or "")[-LONGEST_TEXT:]
+    place = f"rank {number_html(failure.get('rank'))} on {text(failure.get('node'))}"
+    where = f"step {number_html(failure.get('step'))}, {text(failure.get('phase'))}"
+    keys = ("rank", "node", "step", "phase", "what", "traceback", "others", "ranks")  # the others are under "More"
+    more = [(key.replace("_", " "), _value(value)) for key, value in failure.items() if key not in keys]
+    headline = str(failure.get("what") or failure.get("reason") or "").strip()
+    trace = str(failure.get("traceback") or "")[-LONGEST_TEXT:]
     return (
         f"<h3>Attempt {text(attempt)}: {place}, {where}</h3>"
         f'<p class="reason" style="--c:var(--red)">{text(headline)}</p>'
@@ -149,11 +139,3 @@ def _value(value: Any) -> str:
 def _word(value: Any) -> str:
     """A value as a config file has it."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _moment(moment: datetime.datetime) -> str:
-    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _is_missing(part: Part) -> bool:
-    return bool(part.problem and part.problem.startswith("There is no"))

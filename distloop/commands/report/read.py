@@ -1,28 +1,28 @@
-"""All that a run directory holds for its report, read while it may be written, missing or damaged."""
+"""Read all that a report needs from a run directory. Files may be missing, damaged or being written."""
 
 from __future__ import annotations
 
 import datetime
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distloop.commands.reading import Run, checkpoint_steps, read_run
+from distloop.commands.reading import Run, checkpoint_steps, parse_json, read_run
 from distloop.commands.report.curves import Metrics, read_metrics
 from distloop.run.files import CHECKPOINTS, CONFIG, ENVIRONMENT, FAILURES, GIT_DIFF, TIME, VALIDATION
 
 CHANGES = "config_changes.jsonl"
 ACCOUNTS = ("compute", "data", "validation", "checkpoint", "start_up", "lost")
-LONGEST_TEXT = 400_000  # characters of a diff or a traceback that are shown
+LONGEST_TEXT = 400_000  # characters of a diff or a traceback; the rest is cut
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a file says, or why it says nothing."""
+    """The content of a file, or why it has none."""
 
     value: Any = None
     problem: str | None = None
+    """A sentence; None if the file was read."""
 
 
 @dataclass(frozen=True)
@@ -31,32 +31,32 @@ class Saved:
 
     step: int
     size: int
-    """In bytes, all files together."""
+    """Bytes of all files together."""
     files: int
     written: datetime.datetime
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run, with everything that its report shows."""
+    """A run with everything that its report shows."""
 
     run: Run
     metrics: Metrics
     config: Part
     environment: Part
     time: Part
-    """The list of the attempts' accounts."""
+    """The list of the attempts' entries in time.json."""
     validation: Part
     diff: Part
     checkpoints: list[Saved]
     failures: list[tuple[str, Part]]
-    """(file name, record) of each attempt that failed."""
+    """(file name, content) of each attempt that failed."""
     changes: Part
-    """The list of the changes of the config."""
+    """The list of changes of the config."""
 
     @property
     def attempts(self) -> dict[int, int]:
-        """After which step each attempt began, in their order."""
+        """attempt -> the step after which it began, in the order of attempts."""
         first_steps = dict(self.metrics.attempts)
         for attempt in self.time.value or []:
             if type(attempt.get("attempt")) is int and type(attempt.get("first_step")) is int:
@@ -65,7 +65,7 @@ class Record:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """The seconds of each account over all attempts; empty if they are not known."""
+        """account -> its seconds over all attempts; empty without time.json."""
         totals: dict[str, float] = {}
         for attempt in self.time.value or []:
             for name, value in accounts(attempt).items():
@@ -74,7 +74,7 @@ class Record:
 
 
 def read_record(path: Path) -> Record:
-    """Everything in the run directory `path`."""
+    """The record of the run in the directory `path`."""
     time = read_part(path / TIME)
     attempts = time.value.get("attempts") if isinstance(time.value, dict) else None
     if time.problem is None:
@@ -95,7 +95,7 @@ def read_record(path: Path) -> Record:
 
 
 def accounts(attempt: dict[str, Any]) -> dict[str, float]:
-    """The seconds of an attempt's accounts that are numbers, the known ones first."""
+    """account -> seconds of an attempt, for those that are numbers; the accounts of ACCOUNTS come first."""
     seconds = attempt.get("seconds")
     if not isinstance(seconds, dict):
         return {}
@@ -105,17 +105,16 @@ def accounts(attempt: dict[str, Any]) -> dict[str, float]:
 
 
 def read_part(path: Path) -> Part:
-    """A JSON file."""
+    """The content of a JSON file."""
     text = _read_text(path)
     if text.problem:
         return text
-    try:
-        return Part(json.loads(text.value, parse_constant=lambda _: None))
-    except (ValueError, RecursionError):
-        return Part(problem=f"{path.name} is damaged.")
+    value = parse_json(text.value)
+    return Part(value) if value is not None else Part(problem=f"{path.name} is damaged.")
 
 
 def _mapping(path: Path) -> Part:
+    """The content of a JSON file that must hold an object."""
     part = read_part(path)
     if part.problem is None and not isinstance(part.value, dict):
         return Part(problem=f"{path.name} is damaged.")
@@ -153,17 +152,14 @@ def _read_changes(path: Path) -> Part:
         return text
     changes = []
     for line in text.value.splitlines():
-        try:
-            change = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # torn
+        change = parse_json(line)  # None for a line that is being written
         if isinstance(change, dict) and isinstance(change.get("changes"), dict):
             changes.append(change)
     return Part(changes)
 
 
 def _checkpoints(path: Path) -> list[Saved]:
-    """The published checkpoints; one that is removed as we look is left out."""
+    """The published checkpoints, without one that is removed meanwhile."""
     saved = []
     for step in checkpoint_steps(path):
         folder = path / CHECKPOINTS / f"step_{step:08d}"

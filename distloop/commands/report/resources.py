@@ -1,4 +1,4 @@
-"""The sections of what a run took: time of each attempt, throughput, memory."""
+"""The sections about the resources of a run: time of each attempt, throughput, memory. Each returns HTML."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from distloop.commands.report.markup import UNKNOWN, figure, folded, legend, percent, quiet, span_of, table, text
-from distloop.commands.report.plots import Line, draw_shares
+from distloop.commands.report.markup import folded, legend, number_html, quiet, table, text
+from distloop.commands.report.plots import Trace, draw_shares
 from distloop.commands.report.read import Record, accounts
 from distloop.commands.report.style import ACCOUNT_COLOURS, SERIES
 from distloop.commands.report.training import plot_of, with_mean
 from distloop.run.accounts import goodput
+from distloop.tracking.wording import UNKNOWN, long_duration, percent
 
-MOST_RANKS = 8  # with a curve of memory each; of more the most and the least
-MOST_ATTEMPTS = 12  # rows of a table before the others are folded
+MOST_RANKS = 8  # up to so many ranks have a curve of memory each; else the plot shows the most and the least
+MOST_ATTEMPTS = 12  # with more, the table of attempts is folded
 
 
 def resources(record: Record) -> str:
-    """Throughput, where the time went over the run, memory."""
+    """Throughput, time accounts and memory over the run."""
     metrics, plots, missing = record.metrics, [], []
     if metrics.problem:
         return quiet(metrics.problem)
@@ -45,7 +46,7 @@ def resources(record: Record) -> str:
 
 
 def time_accounts(record: Record) -> str:
-    """What each attempt's wall time went into."""
+    """The wall time of each attempt by account."""
     if record.time.problem:
         return quiet(record.time.problem)
     if not record.time.value:
@@ -57,53 +58,39 @@ def time_accounts(record: Record) -> str:
     for attempt in record.time.value:
         seconds = accounts(attempt)
         bars.append(bar(f"attempt {attempt.get('attempt', '?')}", seconds, colours, longest))
-        rows.append(
-            [
-                figure(attempt.get("attempt")),
-                text(attempt.get("state")),
-                f'<span class="one">{text(_date(attempt.get("began")))}</span>',
-                f"{figure(attempt.get('world_size'))} × {text(attempt.get('device'))}",
-                f"<span class='one'>{figure(attempt.get('first_step'))} → {figure(attempt.get('step'))}</span>",
-                *(_seconds(seconds.get(name)) for name in names),
-                span_of(sum(seconds.values())),
-                percent(goodput(seconds)),
-            ]
-        )
+        began = f'<span class="one">{text(_date(attempt.get("began")))}</span>'
+        processes = f"{number_html(attempt.get('world_size'))} × {text(attempt.get('device'))}"
+        first, last = number_html(attempt.get("first_step")), number_html(attempt.get("step"))
+        steps = f"<span class='one'>{first} → {last}</span>"
+        cells = [number_html(attempt.get("attempt")), text(attempt.get("state")), began, processes, steps]
+        rows.append([*cells, *_cells_of_seconds(seconds, names)])
     if len(rows) > 1:
-        total = record.seconds
-        rows.append(
-            [
-                "all",
-                "",
-                "",
-                "",
-                "",
-                *(f"<b>{_seconds(total.get(name))}</b>" for name in names),
-                f"<b>{span_of(sum(total.values()))}</b>",
-                f"<b>{percent(goodput(total))}</b>",
-            ]
-        )
-    titles = ["attempt", "state", "began", "processes", "steps", *(_account(name) for name in names)]
-    details = table([*titles, "wall time", "goodput"], rows, left=5, kind="full")
-    shown = "".join(bars[-MOST_ATTEMPTS:])
+        rows.append(["all", *4 * [""], *(f"<b>{cell}</b>" for cell in _cells_of_seconds(record.seconds, names))])
+    titles = ["attempt", "state", "began", "processes", "steps", *map(account_title, names)]
+    details = table([*titles, "wall time", "goodput"], rows, left=5, css_class="full")
+    last_bars = "".join(bars[-MOST_ATTEMPTS:])
     note = f"The last {MOST_ATTEMPTS} of {len(bars)} attempts. " if len(bars) > MOST_ATTEMPTS else ""
     details = folded(f"All {len(bars)} attempts", details) if note else details
     return (
-        legend((colours[name], "area", _account(name)) for name in names) + f'<div class="bars">{shown}</div>{details}'
+        legend((colours[name], "area", account_title(name)) for name in names)
+        + f'<div class="bars">{last_bars}</div>{details}'
         f'<p class="note">{note}Goodput: the share of the wall time in compute and data of steps that counted. '
         "Lost: work that was done again after a restart. Seconds where no unit is given.</p>"
     )
 
 
 def bar(name: str, seconds: dict[str, float], colours: dict[str, str], longest: float, dot: str = "") -> str:
-    """A row of stacked time accounts, as long as its share of the longest; `dot`: the colour of a point before it."""
+    """A row with a name, a bar of time accounts and the total.
+
+    `longest`: the seconds of a bar over the whole width. `dot`: the colour of a point before the name, or "".
+    """
     parts = "".join(
         f'<i style="--c:var(--{colours[account]});width:{100 * value / longest:.3f}%" '
-        f'title="{text(_account(account))} {span_of(value)}"></i>'
+        f'title="{text(account_title(account))} {long_duration(value)}"></i>'
         for account, value in seconds.items()
         if account in colours and longest > 0
     )
-    total = f"{span_of(sum(seconds.values()))} · {percent(goodput(seconds))}" if seconds else UNKNOWN
+    total = f"{long_duration(sum(seconds.values()))} · {percent(goodput(seconds))}" if seconds else UNKNOWN
     point = f'<i style="--c:var(--{dot})"></i>' if dot else ""
     return (
         f'<span class="name">{point}{text(name)}</span><span class="bar">{parts}</span>'
@@ -112,31 +99,35 @@ def bar(name: str, seconds: dict[str, float], colours: dict[str, str], longest: 
 
 
 def account_colours(names: list[str]) -> dict[str, str]:
-    """Each account's colour; those of another version get what is left."""
+    """account -> colour. Accounts of another version get a colour that is left."""
     others = iter([name for name in SERIES if name not in ACCOUNT_COLOURS.values()] * len(names))
     return {name: ACCOUNT_COLOURS.get(name) or next(others) for name in names}
 
 
-def _seconds(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{value:,.1f}"
+def account_title(name: str) -> str:
+    """start_up -> start-up."""
+    return name.replace("_", "-")
+
+
+def _cells_of_seconds(seconds: dict[str, float], names: list[str]) -> list[str]:
+    """The seconds of each account, the wall time and the goodput."""
+    accounts_of_names = [f"{seconds[name]:,.1f}" if name in seconds else UNKNOWN for name in names]
+    return [*accounts_of_names, long_duration(sum(seconds.values())), percent(goodput(seconds))]
 
 
 def _memory(record: Record) -> str:
+    """The plot of memory. The number of ranks may change between attempts."""
     blocks = record.metrics.memory
     ranks = max(len(block) for block in blocks) - 1
     padded = [np.pad(block, ((0, ranks + 1 - len(block)), (0, 0)), constant_values=np.nan) for block in blocks]
     steps, peaks = np.split(np.concatenate(padded, axis=1), [1])
     if ranks <= MOST_RANKS:
-        each = [(Line(np.vstack([steps, row]), SERIES[rank]), f"rank {rank}") for rank, row in enumerate(peaks)]
+        traces = [(Trace(np.vstack([steps, row]), SERIES[rank]), f"rank {rank}") for rank, row in enumerate(peaks)]
     else:
         most, least = np.fmax.reduce(peaks), np.fmin.reduce(peaks)
-        each = [(Line(np.vstack([steps, most]), "red"), f"the most of {ranks} ranks")]
-        each.append((Line(np.vstack([steps, least]), "blue"), "the least"))
-    return plot_of(record, "Peak memory in GiB", each, logarithmic=False, zero=True)
-
-
-def _account(name: str) -> str:
-    return name.replace("_", "-")
+        traces = [(Trace(np.vstack([steps, most]), "red"), f"the most of {ranks} ranks")]
+        traces.append((Trace(np.vstack([steps, least]), "blue"), "the least"))
+    return plot_of(record, "Peak memory in GiB", traces, logarithmic=False, zero=True)
 
 
 def _date(moment: Any) -> str | None:

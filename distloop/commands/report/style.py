@@ -1,6 +1,6 @@
-"""Colours, light and dark, and the style sheet.
+"""The colours, light and dark, and the style sheet.
 
-Plots are drawn in the light colours; in the page each stands as a variable, so that they follow the reader's scheme.
+Plots are drawn in the light colours. In the page each colour becomes a CSS variable, so that plots turn dark as well.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ PALETTE = {  # name: (light, dark)
     "soft": ("#667085", "#98a2b3"),
     "line": ("#e4e7ec", "#313842"),
     "mark": ("#b4bcc9", "#566070"),
-    # After Okabe and Ito, told apart by colour-blind eyes too, each with a lighter form for a dark page.
+    # After Okabe and Ito: colour-blind readers can tell them apart. Each has a lighter form for a dark page.
     "blue": ("#0072b2", "#4ba3dc"),
     "red": ("#d55e00", "#f0803a"),
     "green": ("#009e73", "#2fc298"),
@@ -42,7 +42,7 @@ def variables(dark: bool) -> str:
 
 
 def style_sheet() -> str:
-    """The page's whole style."""
+    """The style sheet of the page."""
     return (
         f":root{{color-scheme:light dark;{variables(False)}}}"
         f"@media (prefers-color-scheme:dark){{:root{{{variables(True)}}}}}{RULES}"

@@ -1,4 +1,4 @@
-"""What W&B shows of a validation beside its numbers: the accuracy of each class, confusions and mistakes."""
+"""What W&B shows of a validation besides its metrics: accuracy per class, confusion matrix, pictures of mistakes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from distloop.run.files import VALIDATION, read_json
 
-MOST_CLASSES = 50  # with a curve each
-MOST_NAMES = 20  # beside the confusion matrix, with a count in each cell
+MOST_CLASSES = 50  # that get a curve each
+MOST_NAMES = 20  # up to so many classes, the confusion matrix has names and counts
 
 
 def media_of(run: Path, step: int) -> dict[str, Any]:
-    """Of the validation at `step`, if validation.json still holds that one, by the names they are logged under."""
+    """What to log for the validation at `step`, by W&B's names; {} if validation.json holds another validation."""
     details = read_json(run / VALIDATION)
     if details.get("step") != step:
         return {}
@@ -42,7 +42,7 @@ def media_of(run: Path, step: int) -> dict[str, Any]:
 
 
 def confusion_picture(details: dict[str, Any]) -> Any:
-    """The confusion matrix as pixels, [height, width, 4]: each row's shares as shades, with counts if there is room."""
+    """The confusion matrix as RGBA pixels, [height, width, 4]. A cell's shade is its share of its row."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,10 +1,10 @@
-"""W&B as a mirror of the run directory, kept by a process of its own: `python -m distloop.tracking.mirror RUN MODE`.
+"""The process that mirrors a run to W&B: `python -m distloop.tracking.wandb.mirror RUN MODE`.
 
-It reads metrics.jsonl as it grows and logs each row, so that training neither imports wandb nor waits for it, and
-whatever wandb or its server do cannot reach training.
+It reads metrics.jsonl as the file grows and logs each row. So training neither imports wandb nor waits for it, and
+no failure of wandb or of its server reaches training.
 
-On standard input it is told how the attempt ended; if its input ends without that, training was killed. On standard
-output it says, a JSON object a line, how it started and how it ended.
+Training writes on standard input how the attempt has ended; an input that ends without that means that training was
+killed. The mirror answers on standard output, with one JSON object a line: how it has started, and how it has ended.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ from typing import Any
 from distloop.config.yaml_text import parse_yaml
 from distloop.run.files import CONFIG, STATUS, WANDB, read_json
 from distloop.tracking.wandb.rows import parse_row
-from distloop.tracking.wandb.run import WandbError, WandbRun, in_short
+from distloop.tracking.wandb.run import WandbRun
+from distloop.tracking.wandb.session import WandbError, one_line
 
 POLL_SECONDS = 0.5
-AFTER_KILL_SECONDS = 5.0  # when training was killed: another attempt may follow at once
-OTHER_SECONDS = 8.0  # for the mirror of an earlier attempt to end
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+KILLED_SECONDS = 5.0  # to end in after training was killed: the next attempt may follow at once
+OTHER_SECONDS = 8.0  # to wait for the mirror of an earlier attempt
+SIGNALS_OF_TRAINING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 @contextlib.contextmanager
-def alone(run: Path, seconds: float) -> Iterator[bool]:
-    """Whether no other mirror of the run is, after waiting so many seconds for it to end."""
+def only_mirror(run: Path, seconds: float) -> Iterator[bool]:
+    """True while this process is the only one that uploads the run; False if another still does so after `seconds`."""
     with contextlib.ExitStack() as stack:
-        until = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         file = stack.enter_context(open(run / f".{WANDB}.lock", "w"))
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if time.monotonic() < until:
+                if time.monotonic() < deadline:
                     time.sleep(0.1)
                     continue
                 yield False
@@ -54,55 +55,56 @@ def alone(run: Path, seconds: float) -> Iterator[bool]:
             return
 
 
-def mirror_training(path: Path, mode: str, say: Callable[..., None]) -> None:
-    """Mirror the run until the parent process, which trains, has told how it ends, or has ended; `say` tells it."""
+def mirror_training(path: Path, mode: str, answer: Callable[..., None]) -> None:
+    """Mirror the run until training, the parent process, has sent how it ends or is gone. `answer` informs training."""
     training = os.getppid()
     wandb_run = WandbRun(path, parse_yaml((path / CONFIG).read_text())["tracking"], mode)
-    sys.stderr = wandb_run.said
+    sys.stderr = wandb_run.output
     try:
         problem = wandb_run.start(wandb_run.settings["start_seconds"])
     except WandbError as error:
-        say(started=False, problem=str(error))
+        answer(started=False, problem=str(error))
         return
-    say(started=True, problem=problem, url=wandb_run.run.url)
-    told: dict[str, Any] = {}
-    while not told:
+    answer(started=True, problem=problem, url=wandb_run.run.url)
+    end: dict[str, Any] = {}
+    while not end:
         if select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
-            told = parse_row(sys.stdin.readline().encode()) or _end_of_killed(path)
-        elif os.getppid() != training:  # loader workers may keep the other end of our input open for a while
-            told = _end_of_killed(path)
+            end = parse_row(sys.stdin.readline().encode()) or _end_of_killed(path)
+        elif os.getppid() != training:  # loader workers may hold the other end of standard input open for a while
+            end = _end_of_killed(path)
         wandb_run.log_new_rows()
-    threading.Timer(told["seconds"], os._exit, (1,)).start()
-    say(problem=wandb_run.finish(told["state"]))
+    threading.Timer(end["seconds"], os._exit, (1,)).start()
+    answer(problem=wandb_run.finish(end["state"]))
 
 
 def _end_of_killed(path: Path) -> dict[str, Any]:
-    state = read_json(path / STATUS).get("state")  # it may have ended in order before
-    return {"state": state if state in ("finished", "stopped") else "failed", "seconds": AFTER_KILL_SECONDS}
+    """What training would have sent, which was killed. It may have finished or stopped in order before."""
+    state = read_json(path / STATUS).get("state")
+    return {"state": state if state in ("finished", "stopped") else "failed", "seconds": KILLED_SECONDS}
 
 
 def main(arguments: list[str]) -> None:
-    """Mirror a run beside its training. Arguments: the run's directory, online | offline."""
-    for number in STOPPING:  # meant for training, which tells how it ends
+    """Mirror a run while it trains. Arguments: the run's directory, and online | offline."""
+    for number in SIGNALS_OF_TRAINING:  # training answers them, and then sends how it ends
         signal.signal(number, signal.SIG_IGN)
     answers = os.dup(1)
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # so that what libraries print is not taken for an answer
 
-    def say(**message: Any) -> None:
+    def answer(**message: Any) -> None:
         with contextlib.suppress(OSError):
             os.write(answers, json.dumps(message).encode() + b"\n")
 
     path = Path(arguments[0])
     try:
-        with alone(path, OTHER_SECONDS) as is_alone:
-            if not is_alone:
-                say(started=False, problem="a sync, or the W&B process of an earlier attempt, is still at it")
+        with only_mirror(path, OTHER_SECONDS) as is_only:
+            if not is_only:
+                answer(started=False, problem="a sync, or the W&B process of an earlier attempt, is still at it")
                 return
-            mirror_training(path, arguments[1], say)
+            mirror_training(path, arguments[1], answer)
     except Exception as error:
-        say(problem=in_short(error))
+        answer(problem=one_line(error))
 
 
 if __name__ == "__main__":
     main(sys.argv[1:])
-    os._exit(0)  # wandb's own exit hooks may wait for a server
+    os._exit(0)  # wandb's exit hooks may wait for a server

@@ -1,4 +1,4 @@
-"""Training's side of the W&B mirror: starts its process, tells it how training ends, never waits without a limit."""
+"""Training's side of the W&B mirror: starts its process, tells it how training ends, and waits with a limit."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from typing import Any
 from distloop.config.settings import Tracking
 from distloop.tracking.wandb.rows import parse_row
 
-LEAST_SECONDS = 3.0  # for the process to end in, also where nobody waits for it
+LEAST_SECONDS = 3.0  # for the process to end in, even if nobody waits for it
 
 
 def wandb_mode(settings: Tracking, environ: Mapping[str, str]) -> str | None:
-    """online, offline or None: as set, and as W&B's own variable restricts it."""
+    """online, offline or None (off): what `tracking.wandb` says; the variable WANDB_MODE may only restrict it."""
     if settings.wandb == "off" or environ.get("WANDB_MODE") == "disabled":
         return None
     return "offline" if environ.get("WANDB_MODE") in ("offline", "dryrun") else settings.wandb
 
 
 def own_python(module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
-    """Command and environment that run a module of this package, installed or not, whatever lies in the folder here."""
+    """Command and environment to run a module of this package: installed or not, and safe from files in this folder."""
     package = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     return [sys.executable, "-P", "-m", module, *arguments], {**os.environ, "PYTHONPATH": path}
 
 
 class WandbProcess:
-    """The process that mirrors the run to W&B. Its session is its own, so that no Ctrl-C reaches it."""
+    """The process that mirrors the run to W&B. It has a session of its own, so that no Ctrl-C reaches it."""
 
     def __init__(self, run: Path, settings: Tracking, mode: str) -> None:
         self.run, self.settings = run, settings
-        self.begun = time.monotonic()
+        self.start_time = time.monotonic()
         self.url: str | None = None
-        self.rest = b""
+        self.unread = b""  # the beginning of an answer that has not arrived whole
         self.process: subprocess.Popen[bytes] | None = None
         self.problem = "its process has ended"
         command, environment = own_python("distloop.tracking.wandb.mirror", str(run), mode)
@@ -58,11 +58,11 @@ class WandbProcess:
             self.problem = f"no process can be started ({error.strerror})"
 
     def started(self, waiting: Callable[[], Any]) -> str:
-        """Wait until W&B has started, at most start_seconds since the beginning; the line to say about it.
+        """Wait until W&B has started, at most start_seconds since __init__; returns a line about it for people.
 
-        `waiting` is called now and then; a true answer ends it.
+        `waiting` is called several times a second; the wait ends when it returns something true.
         """
-        answer = self._answer(self.begun + self.settings.start_seconds - time.monotonic(), waiting)
+        answer = self._answer(self.start_time + self.settings.start_seconds - time.monotonic(), waiting)
         sync = f"`distloop sync {shlex.quote(str(self.run))}` uploads it"
         if answer is None:
             waited = "yet" if waiting() else f"within {self.settings.start_seconds:g} s"
@@ -76,21 +76,21 @@ class WandbProcess:
         return f"W&B: {self.url}" if self.url else f"W&B: offline, in {self.run / 'wandb'}; {sync}"
 
     def finish(self, state: str, seconds: float, waiting: Callable[[], Any]) -> str | None:
-        """Tell it that training has ended (finished | stopped | failed) and wait so many seconds at most.
+        """Tell the process that training has ended (finished | stopped | failed) and wait at most `seconds`.
 
-        Returns the line to say if not everything has arrived.
+        `waiting` is called several times a second. Returns a line for people if not all data has arrived, else None.
         """
         if self.process is None:
             return None
-        told = {"state": state, "seconds": max(seconds, LEAST_SECONDS)}
+        end = {"state": state, "seconds": max(seconds, LEAST_SECONDS)}
         with contextlib.suppress(OSError):
             assert self.process.stdin is not None
-            self.process.stdin.write(json.dumps(told).encode() + b"\n")
+            self.process.stdin.write(json.dumps(end).encode() + b"\n")
             self.process.stdin.flush()
-        until = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         answer = self._answer(seconds, lambda: waiting() and False)
-        if answer is not None and "started" in answer:  # it came after we had stopped waiting for it
-            left = until - time.monotonic()
+        if answer is not None and "started" in answer:  # it came after started() had stopped waiting for it
+            left = deadline - time.monotonic()
             answer = self._answer(left, lambda: waiting() and False) if answer["started"] else answer
         problem = f"no answer within {seconds:.0f} s" if answer is None else answer.get("problem")
         if seconds:
@@ -98,7 +98,7 @@ class WandbProcess:
         return f"W&B: {problem}; `distloop sync {shlex.quote(str(self.run))}` uploads the rest" if problem else None
 
     def _end(self, seconds: float) -> None:
-        """See that the process ends, killed if it has not done so after so many seconds."""
+        """Wait for the end of the process, and kill it after so many seconds."""
         process, self.process = self.process, None
         if process is not None:
             try:
@@ -107,25 +107,25 @@ class WandbProcess:
                 process.kill()
                 process.wait()
 
-    def _answer(self, seconds: float, ended: Callable[[], Any]) -> dict[str, Any] | None:
-        """What the process says next; only a problem if it has ended, None if it says nothing in time."""
+    def _answer(self, seconds: float, gives_up: Callable[[], Any]) -> dict[str, Any] | None:
+        """The next answer of the process: a problem if the process has ended, None if no answer comes in time."""
         if self.process is None:
             return {"problem": self.problem}
         assert self.process.stdout is not None
         pipe = self.process.stdout.fileno()
-        poll = select.poll()  # select() cannot wait for numbers above 1023, and data sets open many files
+        poll = select.poll()  # select() fails for descriptors above 1023, and a data set may hold many files open
         poll.register(pipe, select.POLLIN)
-        until = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         while True:
-            while b"\n" in self.rest:
-                line, self.rest = self.rest.split(b"\n", 1)
-                if answer := parse_row(line):  # whatever else a library prints is none
+            while b"\n" in self.unread:
+                line, self.unread = self.unread.split(b"\n", 1)
+                if answer := parse_row(line):  # {} for what a library has printed
                     return answer
-            left = until - time.monotonic()
-            if left <= 0 or ended():
+            left = deadline - time.monotonic()
+            if left <= 0 or gives_up():
                 return None
             if poll.poll(1000 * min(left, 0.2)):
                 text = os.read(pipe, 65536)
                 if not text:
                     return {"problem": self.problem}
-                self.rest += text
+                self.unread += text

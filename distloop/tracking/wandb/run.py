@@ -1,7 +1,7 @@
 """The W&B run of a run directory: row n of metrics.jsonl is row n of the W&B run, whichever attempt wrote it.
 
-A start looks how many rows the server has, takes back those that are done again and gives it those that it missed.
-wandb.json in the run directory keeps the W&B run's id.
+Each start asks the server how many rows it has, takes back those whose steps are done again, and uploads those that
+are missing. wandb.json in the run directory keeps the W&B run's id.
 """
 
 from __future__ import annotations
@@ -10,121 +10,111 @@ import contextlib
 import io
 import itertools
 import json
-import os
 import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from distloop.config.yaml_text import parse_yaml
-from distloop.run.accounts import goodput, totals
-from distloop.run.files import CONFIG, ENVIRONMENT, GIT_DIFF, METRICS, STATUS, WANDB, read_json, write_text
+from distloop.run.files import METRICS, WANDB, read_json, write_text
 from distloop.run.metrics import count_rows, set_aside_until
-from distloop.tracking.wandb.rows import as_logged, parse_row
+from distloop.tracking.wandb import session
+from distloop.tracking.wandb.rows import RowReader, as_logged, parse_row
+from distloop.tracking.wandb.session import WandbError, one_line
 
-OFFLINE_SECONDS = 3.0  # to begin a run offline, out of the time for the start
-ROWS_AT_ONCE = 10_000
-MOST_DEATHS = 5  # of wandb's own process
-# What the environment of a job or of a W&B agent may say: of another run, of how it is logged, of what wandb prints.
-NOT_OURS = (
-    *("RUN_ID", "RESUME", "RESUME_FROM", "FORK_FROM", "SWEEP_ID", "SWEEP_PARAM_PATH", "SERVICE", "MODE", "DIR"),
-    *("SILENT", "QUIET", "SHOW_INFO", "SHOW_WARNINGS", "SHOW_ERRORS"),
-)
-
-
-class WandbError(Exception):
-    """W&B cannot be used; the message says why, in one line."""
+OFFLINE_SECONDS = 3.0  # of the start's time, kept for beginning a run offline
+MOST_RESTARTS = 5  # of wandb's own process
 
 
 class WandbRun:
-    """The W&B run of one run directory, in this process. What wandb prints belongs into `said`, as standard error."""
+    """The W&B run of one run directory, in this process.
+
+    The caller redirects standard error, to which wandb prints, into `output`. `state` is what wandb.json holds:
+
+    - id, url, project, entity: of the W&B run.
+    - rows: how many rows W&B has been given.
+    - uploaded, attempt: how many of them while it was online, and the attempt that wrote the last of these.
+    - surplus: how many more rows the server has, of steps that were done again, because it could not take them back.
+    """
 
     def __init__(self, run: Path, settings: dict[str, Any], mode: str) -> None:
         """`settings`: the section `tracking` of the run's config. `mode`: online | offline."""
         self.path, self.settings, self.mode = run, settings, mode
-        self.said = io.StringIO()
-        # rows: how many of the file's W&B was given. uploaded, attempt: how many when it was online, and which attempt
-        # had written the last of them. surplus: what the server has beside them, since it could not take it back.
-        numbers = {"rows": 0, "uploaded": 0, "attempt": 0, "surplus": 0}
-        kept = read_json(run / WANDB)
-        if not isinstance(kept, dict) or not isinstance(kept.get("id"), str):
-            kept = {"id": secrets.token_hex(4)}
-        self.state = kept | {name: kept[name] if isinstance(kept.get(name), int) else 0 for name in numbers}
-        self._keep()
+        self.output = io.StringIO()
+        self.state = _read_state(run)
+        self._write_state()
         self.online = False
-        self.deaths = 0
-        self.offline_since: str | None = None  # although it was online before: why
+        self.restarts = 0
+        self.offline_reason: str | None = None  # why it is offline after a restart, although it was online before
         self.wandb: Any = None
         self.run: Any = None
-        self.file: IO[bytes] | None = None
-        self.next_row = self.sure = 0
-        self.redone_until = 0  # steps that W&B has twice, since it could not take back the first ones
+        self.reader: RowReader | None = None
+        self.next_row = 0  # of metrics.jsonl, to give to W&B
+        self.start_of_batch = 0  # the first of the rows that W&B was given last
+        self.redone_until = 0  # W&B has rows up to this step twice, because it could not take back the first ones
 
     def start(self, seconds: float, or_offline: bool = True) -> str | None:
-        """Begin or continue the W&B run within so many seconds; returns why it is offline although it was to be online.
+        """Begin or continue the W&B run within so many seconds. Returns why it is offline against the wish, or None.
 
-        Raises WandbError if it cannot be logged at all; without `or_offline`, also if it cannot be online.
+        Raises WandbError if nothing can be logged; without `or_offline` also if W&B cannot be reached.
         """
-        until = time.monotonic() + seconds
-        for name in NOT_OURS:
-            os.environ.pop(f"WANDB_{name}", None)
-        os.environ["WANDB_ERROR_REPORTING"] = "false"  # no telemetry, which waits at the end
-        # What is written reaches the disk within a second, not fifteen.
-        os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")
-        try:
-            import wandb
-        except Exception as error:  # it is not there, or broken
-            raise WandbError(f"wandb cannot be imported ({in_short(error)})") from None
-        self.wandb = wandb
-        kept = count_rows(self.path / METRICS)
+        deadline = time.monotonic() + seconds
+        self.wandb = session.import_wandb()
+        rows_of_file = count_rows(self.path / METRICS)
         problem = None
         if self.mode == "online":
             try:
-                self._start_online(until - OFFLINE_SECONDS)
+                self._start_online(deadline - OFFLINE_SECONDS)
                 self.online = True
-            except Exception as error:  # wandb has many
-                problem = in_short(error)
+            except Exception as error:  # of many types
+                problem = one_line(error)
                 self.run = None
-                self._forget()
+                session.tear_down(self.wandb)
                 if not or_offline:
                     raise WandbError(problem) from None
         if self.run is None:
             try:
-                self._init("offline", OFFLINE_SECONDS + 30, resume="allow")
+                self._begin("offline", OFFLINE_SECONDS + 30, id=self.state["id"], resume="allow")
             except Exception as error:
-                raise WandbError(in_short(error)) from None
-            self.next_row = min(kept, self.state["rows"])
-            if self.state["rows"] > kept:
+                raise WandbError(one_line(error)) from None
+            self.next_row = min(rows_of_file, self.state["rows"])
+            if self.state["rows"] > rows_of_file:
                 self.redone_until = set_aside_until(self.path / METRICS)
-        self.state["rows"] = min(kept, self.state["rows"])
-        self._describe()
+        self.state["rows"] = min(rows_of_file, self.state["rows"])
+        session.describe(self.run, self.path)
+        if self.run.url:
+            self.state |= {"url": self.run.url, "project": self.run.project, "entity": self.run.entity}
+        self._write_state()
         return problem
 
-    def _start_online(self, until: float) -> None:
-        """Continue on the server, where it has exactly the rows that count, if it can take back others."""
-        self._init("online", until - time.monotonic(), resume="allow")
+    def _start_online(self, deadline: float) -> None:
+        """Continue on the server, after it has taken back the rows whose steps are done again, if it can."""
+        self._begin("online", deadline - time.monotonic(), id=self.state["id"], resume="allow")
         right = self._rows_still_right()
-        # One row has to stay: if nothing was saved, that of the first logged step, which comes out the same.
-        most = max(right + self.state["surplus"], 1)
-        if self.run.starting_step > most and not self.state["surplus"]:
+        # W&B must keep one row. If nothing was saved, it is that of the first step, which comes out the same again.
+        allowed = max(right + self.state["surplus"], 1)
+        if self.run.starting_step > allowed and not self.state["surplus"]:
             self.run.finish(exit_code=1)
             try:
-                self._init("online", until - time.monotonic(), resume_from=f"{self.state['id']}?_step={most - 1}")
-            except self.wandb.errors.CommError:
-                self._forget()
-                self._init("online", until - time.monotonic(), resume="allow")
-        there = self.run.starting_step
-        if there > most:
-            self.state["surplus"] = there - right
-        elif there < self.state["surplus"]:  # it was deleted there, or this is another server
+                last_row = f"{self.state['id']}?_step={allowed - 1}"
+                self._begin("online", deadline - time.monotonic(), resume_from=last_row)
+            except self.wandb.errors.CommError:  # this server cannot take rows back
+                session.tear_down(self.wandb)
+                self._begin("online", deadline - time.monotonic(), id=self.state["id"], resume="allow")
+        rows_of_server = self.run.starting_step
+        if rows_of_server > allowed:
+            self.state["surplus"] = rows_of_server - right
+        elif rows_of_server < self.state["surplus"]:  # the run was deleted there, or this is another server
             self.state["surplus"] = 0
         if self.state["surplus"]:
             self.redone_until = set_aside_until(self.path / METRICS)
-        self.next_row = self.state["uploaded"] = there - self.state["surplus"]
+        self.next_row = self.state["uploaded"] = rows_of_server - self.state["surplus"]
+
+    def _begin(self, mode: str, seconds: float, **resume: Any) -> None:
+        self.run = session.begin(self.wandb, self.path, self.settings, mode, seconds, **resume)
 
     def _rows_still_right(self) -> int:
-        """How many of the rows that were uploaded are still in the file: those that no later attempt did again."""
+        """How many of the uploaded rows are still in the file: those whose steps no later attempt did again."""
         count = 0
         with contextlib.suppress(FileNotFoundError), open(self.path / METRICS, "rb") as file:
             for line in itertools.islice(file, self.state["uploaded"]):
@@ -133,137 +123,64 @@ class WandbRun:
                 count += 1
         return count
 
-    def _forget(self) -> None:
-        """End wandb's own process, which knows the run's id as in use."""
-        with contextlib.suppress(Exception):
-            self.wandb.teardown()
-
-    def _init(self, mode: str, seconds: float, **resuming: Any) -> None:
-        if "resume" in resuming:
-            resuming["id"] = self.state["id"]
-        settings = self.wandb.Settings(
-            init_timeout=max(1.0, seconds),
-            finish_timeout=self.settings["end_seconds"],
-            finish_timeout_raises=True,
-            # What it would find out by itself holds secrets: argv, environment, git remote, output. We log our own.
-            x_disable_meta=True,
-            disable_git=True,
-            disable_code=True,
-            save_code=False,
-            console="off",
-            quiet=True,
-            x_stats_pid=os.getppid(),
-        )
-        self.run = self.wandb.init(
-            mode=mode,
-            dir=str(self.path),
-            project=self.settings["project"],
-            entity=self.settings["entity"],
-            group=self.settings["group"],
-            tags=self.settings["tags"] or None,
-            notes=self.settings["notes"],
-            name=self.path.resolve().name,
-            settings=settings,
-            **resuming,
-        )
-
-    def _describe(self) -> None:
-        """What the run is: its config, versions, commit and uncommitted changes, as the run directory has them."""
-        self.run.define_metric("global_step")
-        self.run.define_metric("*", step_metric="global_step")
-        config = parse_yaml((self.path / CONFIG).read_text())
-        config["environment"] = read_json(self.path / ENVIRONMENT)
-        self.run.config.update(config, allow_val_change=True)
-        if (self.path / GIT_DIFF).exists():
-            self.run.save(str(self.path / GIT_DIFF), base_path=str(self.path), policy="now")
-        if self.run.url:
-            self.state |= {"url": self.run.url, "project": self.run.project, "entity": self.run.entity}
-        self._keep()
-
     def log_new_rows(self) -> None:
         """Log the rows that were written since the last call."""
-        self._in_spite_of_deaths(lambda: None)
+        self._log_new_rows_and(lambda: None)
 
     def finish(self, state: str) -> str | None:
-        """Log what is left and end the W&B run: finished, stopped (to be continued) or failed.
+        """Log the last rows and end the W&B run: finished, stopped (to be continued) or failed.
 
-        Returns why not everything arrived.
+        Returns why not all data arrived, or None.
         """
-        return self._in_spite_of_deaths(lambda: self._finish(state)) or self.offline_since
+        limit = self.settings["end_seconds"]
+        problem = self._log_new_rows_and(lambda: session.end(self.run, self.path, state, limit, self.output))
+        return problem or self.offline_reason
 
-    def _in_spite_of_deaths(self, function: Callable[[], str | None]) -> str | None:
-        """Log new rows, then do this; if wandb's own process dies, begin again and do it then.
+    def _log_new_rows_and(self, function: Callable[[], str | None]) -> str | None:
+        """Log new rows, then return what `function` returns. If wandb's own process dies, start again and repeat.
 
-        A scheduler that stops a job may send a signal to all of its processes, and that one ends by it.
+        It dies when a scheduler stops a job and sends the signal to all of its processes.
         """
         while True:
             try:
                 if self.run is None:
-                    self.offline_since = self.start(self.settings["start_seconds"])
+                    self.offline_reason = self.start(self.settings["start_seconds"])
                 self._log_new_rows()
                 return function()
             except WandbError:
                 raise
-            except Exception:  # of several kinds
-                self.deaths += 1
-                if self.deaths > MOST_DEATHS:
+            except Exception:  # of several types
+                self.restarts += 1
+                if self.restarts > MOST_RESTARTS:
                     raise
-                self._forget()
-                self.run = self.file = None
+                session.tear_down(self.wandb)
+                self.run = self.reader = None
                 self.online = False
-                self.state["rows"] = self.sure  # what it was given last may have gone nowhere
+                self.state["rows"] = self.start_of_batch  # wandb may have lost the last batch
 
     def _log_new_rows(self) -> None:
-        if self.file is None:
+        if self.reader is None:
             with contextlib.suppress(FileNotFoundError):
-                self.file = open(self.path / METRICS, "rb")  # noqa: SIM115 - as long as the process
-                for _ in range(self.next_row):
-                    self.file.readline()
-        while rows := self._new_rows():
-            self.sure = self.next_row
+                self.reader = RowReader(self.path / METRICS, self.next_row)
+        while self.reader and (rows := self.reader.read()):
+            self.start_of_batch = self.next_row
             self.next_row += len(rows)
-            self.state["rows"] = self.next_row  # before they are logged: they may arrive, whatever happens to us
+            self.state["rows"] = self.next_row  # before they are logged: they may arrive even if this process dies
             if self.online:
                 self.state |= {"uploaded": self.next_row, "attempt": rows[-1].get("attempt") or 0}
-            self._keep()
+            self._write_state()
             for row in rows:
                 self.run.log(as_logged(row, self.path, self.redone_until))
 
-    def _new_rows(self) -> list[dict[str, Any]]:
-        """The next whole lines of the file; {} for one that is damaged, so that row n stays row n."""
-        rows: list[dict[str, Any]] = []
-        while self.file is not None and len(rows) < ROWS_AT_ONCE:
-            before = self.file.tell()
-            line = self.file.readline()
-            if not line.endswith(b"\n"):  # none, or one that is being written
-                self.file.seek(before)
-                break
-            rows.append(parse_row(line))
-        return rows
-
-    def _finish(self, state: str) -> str | None:
-        seconds, status = totals(self.path), read_json(self.path / STATUS)
-        summary = {"state": state, "goodput": goodput(seconds)}
-        summary |= {f"time/{account}_seconds": value for account, value in seconds.items()}
-        best = status.get("best") or {}
-        summary |= {f"best/{name}": value for name, value in best.items() if isinstance(value, (int, float))}
-        self.run.summary.update(summary)
-        if state == "stopped":
-            self.run.mark_preempting()  # with an exit code that is not 0, W&B shows it as preempted
-        try:
-            self.run.finish(exit_code=0 if state == "finished" else 1)
-        except TimeoutError:
-            return f"the server did not take everything within {self.settings['end_seconds']:g} s"
-        said = self.said.getvalue().splitlines()
-        if any("not be synced" in line for line in said):  # finish() returns as if nothing were
-            reason = [line.removeprefix("wandb: ")[:200] for line in said if "encountered" in line]
-            return "the server did not take everything" + (f" ({reason[-1]})" if reason else "")
-        return None
-
-    def _keep(self) -> None:
-        with contextlib.suppress(OSError):
+    def _write_state(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not end the upload
             write_text(self.path / WANDB, json.dumps(self.state, indent=1) + "\n")
 
 
-def in_short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+def _read_state(run: Path) -> dict[str, Any]:
+    """What wandb.json holds; a new id if it is damaged or missing, and 0 for each number that is."""
+    state = read_json(run / WANDB)
+    if not isinstance(state, dict) or not isinstance(state.get("id"), str):
+        state = {"id": secrets.token_hex(4)}
+    numbers = ("rows", "uploaded", "attempt", "surplus")
+    return state | {name: state[name] if isinstance(state.get(name), int) else 0 for name in numbers}

@@ -1,4 +1,4 @@
-"""The lines of `distloop doctor`, and how they name ranks, nodes, sizes and times."""
+"""The result of a check of `distloop doctor`, and how results name ranks and nodes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from typing import Any, NamedTuple
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 
-Facts = Sequence[Mapping[str, Any]]  # those of doctor_facts.py, by rank
+Facts = Sequence[Mapping[str, Any]]  # what find_facts of facts.py returns on each rank, by rank
 
 
-class Line(NamedTuple):
-    """One line of the table; `advice` says what to do where the verdict is not ok."""
+class Result(NamedTuple):
+    """The result of one check: a line of the table, an object in the JSON."""
 
     verdict: str
     check: str
     found: str
+    """A sentence for people."""
     advice: str = ""
+    """What to do; empty if the verdict is ok."""
 
 
 def ranks_text(ranks: Iterable[int]) -> str:
@@ -39,11 +41,12 @@ def where(facts: Facts, ranks: Iterable[int]) -> str:
 
 
 def names_text(names: Sequence[str]) -> str:
+    """ "n1, n2, n3, n4 and 2 more"."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def spread(values: Sequence[Any]) -> dict[str, list[int]]:
-    """The ranks that have each value, given by rank; the commonest value first."""
+def ranks_by_value(values: Sequence[Any]) -> dict[str, list[int]]:
+    """value -> the ranks that have it, the commonest value first. `values` are given by rank."""
     groups: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         groups.setdefault(str(value), []).append(rank)
@@ -52,40 +55,19 @@ def spread(values: Sequence[Any]) -> dict[str, list[int]]:
 
 def spread_text(facts: Facts, values: Sequence[Any]) -> str:
     """ "2.14 on ranks 0-2 on n1, n2; 2.13 on rank 3 on n2"."""
-    return "; ".join(f"{value} on {where(facts, ranks)}" for value, ranks in spread(values).items())
-
-
-def count_text(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def size_text(size: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}" if size < 100 else f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"
-
-
-def time_text(seconds: float) -> str:
-    """Seconds as people read them."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
+    return "; ".join(f"{value} on {where(facts, ranks)}" for value, ranks in ranks_by_value(values).items())
 
 
 def nodes_of(facts: Facts) -> dict[str, list[int]]:
-    """The ranks of each node."""
+    """node -> its ranks."""
     nodes: dict[str, list[int]] = {}
     for rank, fact in enumerate(facts):
         nodes.setdefault(fact["node"], []).append(rank)
     return nodes
 
 
-def group(nodes: Mapping[str, list[int]], value: Callable[[list[int]], Any]) -> dict[Any, list[str]]:
-    """The nodes that are alike in a value of their ranks."""
+def nodes_by(value: Callable[[list[int]], Any], nodes: Mapping[str, list[int]]) -> dict[Any, list[str]]:
+    """value -> the nodes whose ranks have it."""
     groups: dict[Any, list[str]] = {}
     for node, ranks in nodes.items():
         groups.setdefault(value(ranks), []).append(node)

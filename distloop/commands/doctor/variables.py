@@ -1,0 +1,59 @@
+"""The check of environment variables and of Accelerate's default file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from distloop.commands.doctor.results import FAIL, OK, WARN, Facts, Result, spread_text, where
+
+
+def _is_on(value: str) -> bool:
+    return value.lower() not in ("", "0", "false", "no")
+
+
+# variable -> (function of its value: whether it is bad, advice)
+BAD_SETTINGS: dict[str, tuple[Callable[[str], bool], str]] = {
+    "CUDA_LAUNCH_BLOCKING": (_is_on, "The CPU waits for each kernel: unset it unless you look for an error."),
+    "NCCL_DEBUG": (lambda value: value.upper() == "TRACE", "It writes without end: use WARN or INFO."),
+    "NCCL_P2P_DISABLE": (_is_on, "GPUs talk through the host's memory: unset it."),
+    "NCCL_SHM_DISABLE": (_is_on, "GPUs of a node may talk through the network: unset it."),
+    "NCCL_IB_DISABLE": (_is_on, "Nodes talk through plain sockets: unset it where there is InfiniBand or RoCE."),
+    "TORCH_DISTRIBUTED_DEBUG": (lambda value: value.upper() == "DETAIL", "It checks each collective: unset it."),
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": (lambda value: value == "0", "A failed collective hangs: unset it."),
+    "TORCH_NCCL_BLOCKING_WAIT": (_is_on, "The CPU waits for each collective: unset it."),
+    "PYTORCH_NO_CUDA_MEMORY_CACHING": (_is_on, "Each tensor asks the driver for memory: unset it."),
+}
+
+
+def variables(facts: Facts) -> list[Result]:
+    """Variables and files that change how PyTorch, NCCL or Accelerate work."""
+    results = []
+    for variable, (is_bad, advice) in BAD_SETTINGS.items():
+        values = [fact["settings"].get(variable) for fact in facts]
+        bad = [rank for rank, value in enumerate(values) if value is not None and is_bad(value)]
+        if bad:
+            finding = f"{variable}={values[bad[0]]} for {where(facts, bad)}"
+            results.append(Result(WARN, "environment", finding, advice))
+    hidden = [rank for rank, fact in enumerate(facts) if fact["settings"].get("CUDA_VISIBLE_DEVICES") == ""]
+    if hidden and facts[0]["wants_device"] != "cpu":
+        finding = f"CUDA_VISIBLE_DEVICES is set and empty for {where(facts, hidden)}: all GPUs are hidden"
+        results.append(Result(WARN, "environment", finding, "Unset it, or say --device cpu if that is meant."))
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        wrong = [rank for rank, fact in enumerate(facts) if variable in fact["unknown_interfaces"]]
+        if wrong:
+            value = facts[wrong[0]]["unknown_interfaces"][variable]
+            finding = f"{variable}={value} names no network interface of {where(facts, wrong)}"
+            advice = "Unset it, or name one that `ip link` shows on that node."
+            results.append(Result(FAIL, "environment", finding, advice))
+    names = sorted({name for fact in facts for name in fact["settings"] if name.startswith(("NCCL_", "TORCH_NCCL_"))})
+    for name in names:
+        values = [fact["settings"].get(name, "unset") for fact in facts]
+        if len(set(values)) > 1:
+            finding = f"{name} differs: {spread_text(facts, values)}"
+            results.append(Result(WARN, "environment", finding, "Export it alike on all nodes, or nowhere."))
+    file = next((fact["accelerate_config"] for fact in facts if fact["accelerate_config"]), None)
+    if file:
+        finding = f"{file} decides what a bare `accelerate launch` is not told"
+        advice = "Give `accelerate launch --config_file launch/accelerate/….yaml`, as the scripts in launch/ do."
+        results.append(Result(WARN, "environment", finding, advice))
+    return results or [Result(OK, "environment", "no setting that is known to be bad")]
