@@ -101,13 +101,13 @@ class Judge:
         place, kind, what, trace = end
         record: dict[str, Any] = {"written": utc_now(), "kind": kind, "what": what, "traceback": trace}
         record |= {"rank": place.rank, "node": place.node, "step": place.step, "phase": place.phase, "line": place.line}
-        said = [{"rank": one.place.rank, "kind": one.kind, "what": one.what} for one in self.ends]
-        attempt.keep_failure({**record, "ranks": table_of(places), "said": said})
+        heard = [{"rank": one.place.rank, "kind": one.kind, "what": one.what} for one in self.ends]
+        attempt.keep_failure({**record, "ranks": table_of(places), "said": heard})
         if is_rank_0_lost:
             attempt.rank_0_is_lost(reason)
 
-    def leave(self, several: bool) -> Verdict:
-        """The verdict, for the main thread, which ends the process now; it gets LEAVE_SECONDS for that."""
+    def final_verdict(self, several: bool) -> Verdict:
+        """The verdict, for the main thread: from now on it has LEAVE_SECONDS to end the process."""
         with self._deciding:  # another thread may still be showing it
             assert self.verdict is not None
             if several:
