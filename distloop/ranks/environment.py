@@ -1,6 +1,6 @@
-"""Who this process is: its rank from the environment, its machine's name, its share of the CPUs.
+"""What the environment says of this process: its rank under Slurm, its machine's name, its share of the CPUs.
 
-torch and Accelerate are imported where they are needed: the environment has to be in order before that.
+Nothing here imports torch, which reads some of these variables when it is imported.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def prepare_environment() -> None:
 
 
 def adopt_slurm(environ: MutableMapping[str, str]) -> bool:
-    """Under `srun` with several tasks, set the variables that torch reads; whether that was so.
+    """Under `srun` with several tasks, set the variables that torch reads; returns whether they were set.
 
-    SLURM_NTASKS alone means nothing: an interactive shell in an allocation has it and is one process.
+    SLURM_NTASKS does not show it: an interactive shell in an allocation has it as well, and is one process.
     """
     tasks = int(environ.get("SLURM_STEP_NUM_TASKS", 1))
     if "RANK" in environ or tasks <= 1 or "SLURM_PROCID" not in environ:
@@ -45,13 +45,13 @@ def adopt_slurm(environ: MutableMapping[str, str]) -> bool:
     environ["LOCAL_RANK"] = environ.get("SLURM_LOCALID", "0")
     environ["LOCAL_WORLD_SIZE"] = str(_tasks_on_node(environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)), node))
     environ.setdefault("MASTER_ADDR", address_of(first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))))
-    # The same on all ranks, different for jobs and steps that share a node, below the ephemeral ports.
+    # The same on all ranks; different for jobs and steps that share a node; below the ports the kernel gives away.
     environ.setdefault("MASTER_PORT", str(10000 + (job * 16 + step) % 20000))
     return True
 
 
 def first_host(nodelist: str) -> str:
-    """The first name of a Slurm node list such as "gpu[03-07,11],cpu1"."""
+    """The first name of a Slurm node list: "gpu03" of "gpu[03-07,11],cpu1". Raises UsageError for anything else."""
     match = re.match(r"[^,\[](?:[^,\[]|\[[^\]]*\])*", nodelist)  # up to a comma outside of brackets
     if match is None:
         raise UsageError(f"SLURM_STEP_NODELIST = {nodelist!r} is not a list of nodes; set MASTER_ADDR.")
@@ -59,39 +59,39 @@ def first_host(nodelist: str) -> str:
 
 
 def address_of(node: str) -> str:
-    """The node's name, or the address that Slurm has for it where the name means nothing here."""
+    """The node's name, or, where this machine cannot resolve it, the address that Slurm knows."""
     try:
         socket.getaddrinfo(node, None)
         return node
     except OSError:
         command = ("scontrol", "show", "node", node)
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            shown = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-            match = re.search(r"\bNodeAddr=(\S+)", shown)
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+            match = re.search(r"\bNodeAddr=(\S+)", answer)
             if match:
                 return match[1]
     return node
 
 
 def _tasks_on_node(counts: str, node: int) -> int:
-    """Slurm's "2(x3),1" is 2, 2, 2, 1."""
-    expanded: list[int] = []
+    """The tasks of one node, numbered from 0; Slurm's `counts` "2(x3),1" is 2, 2, 2, 1."""
+    by_node: list[int] = []
     for part in counts.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if match:
-            expanded += [int(match[1])] * int(match[2] or 1)
-    return expanded[node] if node < len(expanded) else 1
+            by_node += [int(match[1])] * int(match[2] or 1)
+    return by_node[node] if node < len(by_node) else 1
 
 
 def node_name() -> str:
-    """What this machine is called: by Slurm, where it has a name of its own for it."""
+    """This machine's name: Slurm's, where there is one, else the kernel's."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 def cpus_per_rank(environ: Mapping[str, str]) -> int:
-    """The CPUs that this rank may use: Slurm's share of the task, else its part of what the process is bound to.
+    """How many CPUs this rank may use: those of its Slurm task, else an equal share of those it is bound to.
 
-    Not os.cpu_count(): a job on a shared node may use a few of its CPUs only.
+    os.cpu_count() would be wrong for a job that may use only some CPUs of a shared node.
     """
     if "SLURM_CPUS_PER_TASK" in environ:
         return int(environ["SLURM_CPUS_PER_TASK"])
@@ -100,6 +100,6 @@ def cpus_per_rank(environ: Mapping[str, str]) -> int:
 
 
 def share_cpus(environ: MutableMapping[str, str]) -> None:
-    """Where several ranks share a machine and nobody set a thread count, give each its share of the CPUs."""
+    """Give each of several ranks on a machine as many threads as it has CPUs, unless OMP_NUM_THREADS is set."""
     if int(environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
         environ.setdefault("OMP_NUM_THREADS", str(cpus_per_rank(environ)))

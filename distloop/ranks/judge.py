@@ -64,7 +64,8 @@ class Judge:
         """Take over rank 0's verdict, unless there is one already."""
         with self._deciding:
             if self.verdict is None:
-                self._give(verdict, several=True)
+                self.verdict = verdict
+                self._hand_on(verdict, several=True)
 
     def decide(self, end: End, places: Sequence[Place], rank: int) -> None:
         """Give the verdict on the first failure, unless there is one already; show and record it.
@@ -78,17 +79,17 @@ class Judge:
             verdict = left_on_purpose(end, places[0]) or verdict_on(end, own, len(places), time.monotonic())
             if not several and int(os.environ.get("RANK", 0)):  # a rank on another machine may show the same
                 verdict = verdict._replace(text=f"{verdict.text} (rank {os.environ['RANK']} on {own.node})")
+            self.verdict = verdict
             # Before the ranks are gathered, or when rank 0 is gone, one rank of each machine speaks.
             is_own_failure = end.place is own and end.kind == "failed"
             speaks_for_all = (several and rank <= 1) or self.speaks_for_rank_0
             if verdict.text and (is_own_failure or speaks_for_all or speaks(os.environ)):
                 say(verdict.text, sys.stderr)
                 self._record(end, places, is_rank_0_lost=rank > 0 and end.place is places[0], reason=verdict.reason)
-            self._give(verdict, several)
+            self._hand_on(verdict, several)
 
-    def _give(self, verdict: Verdict, several: bool) -> None:
-        """Hand the verdict on, also to rank 0, which hears it late if it was suspended; then end this rank."""
-        self.verdict = verdict
+    def _hand_on(self, verdict: Verdict, several: bool) -> None:
+        """Tell the other ranks, also rank 0, which hears it late if it was suspended; then end this rank."""
         self.connections.send(verdict=verdict)
         if several and not self._is_leaving:
             self.watch.leave_within(STUCK_SECONDS, verdict.code, verdict.reason)
@@ -98,13 +99,13 @@ class Judge:
         place, kind, what, trace = end
         record: dict[str, Any] = {"kind": kind, "what": what, "traceback": trace}
         record |= {"rank": place.rank, "node": place.node, "step": place.step, "phase": place.phase, "line": place.line}
-        said = [{"rank": one.place.rank, "kind": one.kind, "what": one.what} for one in self.ends]
-        self.watch.attempt.keep_failure({**record, "ranks": table_of(places), "said": said})
+        heard = [{"rank": one.place.rank, "kind": one.kind, "what": one.what} for one in self.ends]
+        self.watch.attempt.keep_failure({**record, "ranks": table_of(places), "said": heard})
         if is_rank_0_lost:
             self.watch.attempt.rank_0_is_lost(reason)
 
-    def leave(self, several: bool) -> Verdict:
-        """The verdict, for the main thread, which ends the process now; it gets LEAVE_SECONDS for that."""
+    def final_verdict(self, several: bool) -> Verdict:
+        """The verdict, for the main thread: from now on it has LEAVE_SECONDS to end the process."""
         with self._deciding:  # another thread may still be showing it
             assert self.verdict is not None
             if several:

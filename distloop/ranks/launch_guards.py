@@ -1,6 +1,6 @@
-"""Guards against runs that are not what was started, and what an Accelerate launcher says that the config decides.
+"""Launch guards: refuse a launch whose processes do not form the run that was asked for.
 
-torch and Accelerate are imported where they are needed: the environment has to be in order before that.
+torch and Accelerate read the environment when they are imported, which therefore happens inside the functions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_POR
 
 
 class Launch(NamedTuple):
-    """What an `accelerate launch` parent was asked for."""
+    """What the command line of an `accelerate launch` asks for."""
 
     processes: int
     multi_gpu: bool
@@ -25,15 +25,14 @@ class Launch(NamedTuple):
 
 
 def launcher_uses_cpu(environ: Mapping[str, str]) -> bool:
-    """Whether an Accelerate launcher, or its user, asks for the CPU."""
+    """Whether an Accelerate launcher, or its user, has asked for the CPU."""
     return environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
 
 
 def override_launcher(environ: MutableMapping[str, str], precision: str) -> list[str]:
-    """Take what belongs to the config out of an Accelerate launcher's environment; one warning where
-    they differ.
+    """Remove from `environ` what an Accelerate launcher set but the config decides; returns a warning if they differ.
 
-    Raises UsageError for what this program does not do.
+    Raises UsageError for a kind of training that distloop does not do.
     """
     for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
@@ -41,47 +40,50 @@ def override_launcher(environ: MutableMapping[str, str], precision: str) -> list
                 f"The launcher asks for {name} (ACCELERATE_USE_{name}); distloop trains with DDP only: "
                 "launch without it."
             )
-    ours = {
+    decided = {
         "ACCELERATE_MIXED_PRECISION": ("precision", precision),
         "ACCELERATE_DYNAMO_BACKEND": ("compile", "no"),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("batch.micro_size", "1"),
     }
-    refused = []
-    for variable, (key, value) in ours.items():
+    ignored = []
+    for variable, (key, value) in decided.items():
         asked = environ.pop(variable, value).lower()
-        # "no" and "1" are what a launcher exports when nobody asked for anything.
+        # A launcher exports "no" and "1" when its user asked for nothing.
         if asked not in ("no", "1", value):
-            refused.append(f"{variable}={asked} ({key})")
-    environ.pop("ACCELERATE_USE_CPU", None)  # the device has been chosen; Accelerate is told by an argument
+            ignored.append(f"{variable}={asked} ({key})")
+    environ.pop("ACCELERATE_USE_CPU", None)  # the device has been chosen; Accelerate gets it as an argument
     for variable in [name for name in environ if name.startswith("ACCELERATE_DYNAMO_")]:
         environ.pop(variable)
-    if not refused:
+    if not ignored:
         return []
-    return [f"the launcher's {', '.join(refused)} has no effect: the config decides, with the setting in brackets"]
+    return [f"the launcher's {', '.join(ignored)} has no effect: the config decides, with the setting in brackets"]
 
 
 def launched_by() -> Launch | None:
-    """The `accelerate launch` that is this process's parent, read by Accelerate's own parser; else None."""
+    """The launch that this process's parent was asked for; None if it is no `accelerate launch`.
+
+    Accelerate's own parser reads the parent's command line.
+    """
     try:
         with open(f"/proc/{os.getppid()}/cmdline") as file:
             words = file.read().split("\0")[:-1]
-        position = _launcher_end(words)
-        if position is None:
+        first_argument = _first_argument(words)
+        if first_argument is None:
             return None
         from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
         parser = launch_command_parser()
-        silence = io.StringIO()
-        with contextlib.redirect_stderr(silence), contextlib.redirect_stdout(silence):
-            arguments = parser.parse_args(words[position:])
+        output = io.StringIO()  # not for the user
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+            arguments = parser.parse_args(words[first_argument:])
             arguments, _, _ = _validate_launch_command(arguments)
         return Launch(int(arguments.num_processes), bool(arguments.multi_gpu), str(arguments.training_script))
-    except (Exception, SystemExit):  # another operating system, another launcher, another Accelerate: no opinion
+    except (Exception, SystemExit):  # another operating system, launcher or version of Accelerate: nothing is known
         return None
 
 
-def _launcher_end(words: Sequence[str]) -> int | None:
-    """Where the launcher's own arguments start in a command line, None if it is not `accelerate launch`."""
+def _first_argument(words: Sequence[str]) -> int | None:
+    """The index of the launcher's first argument in a command line; None if it is no `accelerate launch`."""
     for position, word in enumerate(words[:4]):
         name = os.path.basename(word)
         if name == "accelerate" and words[position + 1 : position + 2] == ["launch"]:
@@ -94,9 +96,9 @@ def _launcher_end(words: Sequence[str]) -> int | None:
 
 
 def check_launch(environ: Mapping[str, str], launch: Launch | None, device: str, use_cpu: bool) -> None:
-    """Before the process group exists: refuse launches that cannot become the world they ask for.
+    """Before the process group exists: raise UsageError if this process is not one of those that were asked for.
 
-    `device` is the config's; `use_cpu`: whether the run will compute on the CPU.
+    `device`: the config's. `use_cpu`: whether the run will compute on the CPU.
     """
     world = int(environ.get("WORLD_SIZE", 1))
     missing = [name for name in RANK_VARIABLES if name not in environ]
@@ -105,7 +107,7 @@ def check_launch(environ: Mapping[str, str], launch: Launch | None, device: str,
             f"The environment says that this is one of several processes, but {', '.join(missing)} is not set.\n"
             f"{right_commands(None, world)}"
         )
-    explicit = device == "cpu" or launcher_uses_cpu(environ)
+    asked_for_cpu = device == "cpu" or launcher_uses_cpu(environ)
     if launch and launch.processes != world and int(environ.get("LOCAL_WORLD_SIZE", world)) < world:
         raise UsageError(
             f"accelerate launch was asked here for {launch.processes} processes on all machines, which have started "
@@ -116,7 +118,8 @@ def check_launch(environ: Mapping[str, str], launch: Launch | None, device: str,
             f"accelerate launch was asked for {launch.processes} processes, but this is one process of "
             f"{world}: the run would silently not be distributed.\n{right_commands(launch)}"
         )
-    if world > 1 and use_cpu and not explicit and (launch is not None or "ACCELERATE_MIXED_PRECISION" in environ):
+    by_accelerate = launch is not None or "ACCELERATE_MIXED_PRECISION" in environ
+    if world > 1 and use_cpu and not asked_for_cpu and by_accelerate:
         raise UsageError(
             f"accelerate launch started {world} processes for GPUs, but no GPU is visible here.\n"
             f"{right_commands(launch, world)}"
@@ -124,7 +127,10 @@ def check_launch(environ: Mapping[str, str], launch: Launch | None, device: str,
 
 
 def check_world(world_size: int, environ: Mapping[str, str], expected: int | None, launch: Launch | None) -> None:
-    """Once Accelerate says how many processes there are: refuse a world that is not what was started."""
+    """Raise UsageError if the run does not have as many processes as were started.
+
+    `expected`: --expect-world.
+    """
     claims = {"--expect-world": expected, "WORLD_SIZE": int(environ["WORLD_SIZE"]) if "WORLD_SIZE" in environ else None}
     for source, claim in claims.items():
         if claim is not None and claim != world_size:
@@ -140,7 +146,7 @@ def check_world(world_size: int, environ: Mapping[str, str], expected: int | Non
 
 
 def right_commands(launch: Launch | None, processes: int | None = None) -> str:
-    """The forms that do start `processes` ranks."""
+    """The command lines that start `processes` ranks, for a message; by default as many as were asked for."""
     count = processes or (launch.processes if launch else 1)
     script = launch.script if launch else "distloop/train.py"
     if count == 1:
@@ -154,19 +160,19 @@ def right_commands(launch: Launch | None, processes: int | None = None) -> str:
 
 
 def check_devices(device: Any, world_size: int) -> None:
-    """Refuse two ranks on one physical GPU. One visible device per task is fine."""
+    """Raise UsageError if two ranks use one physical GPU. Each may see it as device 0 of its own. Collective."""
     import torch
     import torch.distributed as dist
 
     if device.type != "cuda" or world_size == 1:
         return
-    here = (os.uname().nodename, str(torch.cuda.get_device_properties(device).uuid))
-    places: list[Any] = [None] * world_size
-    dist.all_gather_object(places, here)
-    for place in set(places):
-        ranks = [rank for rank, other in enumerate(places) if other == place]
+    own = (os.uname().nodename, str(torch.cuda.get_device_properties(device).uuid))
+    gpus: list[Any] = [None] * world_size  # (node, UUID) by rank
+    dist.all_gather_object(gpus, own)
+    for gpu in set(gpus):
+        ranks = [rank for rank, other in enumerate(gpus) if other == gpu]
         if len(ranks) > 1:
             raise UsageError(
-                f"Ranks {', '.join(map(str, ranks))} are on one GPU ({place[1]} of {place[0]}): start at most one "
+                f"Ranks {', '.join(map(str, ranks))} are on one GPU ({gpu[1]} of {gpu[0]}): start at most one "
                 "process per GPU, and see that CUDA_VISIBLE_DEVICES differs between tasks that see one each."
             )

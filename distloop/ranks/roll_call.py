@@ -101,7 +101,7 @@ class RollCall:
             self._judge.decide(end, self.places, self.rank)  # without an answer, this rank decides by itself
             if self.world_size == 1 and end.kind == "mistake":
                 let_others_speak(self.watch)
-        return self._judge.leave(self.world_size > 1)
+        return self._judge.final_verdict(self.world_size > 1)
 
     def _ask_rank_0(self, end: End) -> None:
         """Tell rank 0 how this rank ends, and wait for its verdict."""

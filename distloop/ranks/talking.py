@@ -1,4 +1,4 @@
-"""What ranks say: who says it, once, and what rank 0 alone finds out for all."""
+"""What ranks print, once for all of them, and what rank 0 finds out for all."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ if TYPE_CHECKING:
     from distloop.ranks.places import Position
     from distloop.ranks.stopping import Watch
 
+SPEAKING_SECONDS = 20  # the longest that another rank takes to import torch; the launcher's signal ends it earlier
 
 Result = TypeVar("Result")
 
 
-SPEAKING_SECONDS = 20  # enough to import torch on a busy machine; the launcher cuts it short
-
-
 def from_main(function: Callable[[], Result], here: Position | None = None) -> Result:
-    """The result of `function`, called on rank 0 alone; a UsageError or RunFailed of it is raised on all ranks.
+    """Call `function` on rank 0 and return its result on all ranks. Collective.
 
-    `here`: this rank's position, by which it is known who waits for whom.
+    If it raises UsageError or RunFailed, all ranks raise it. `here`: this rank's position, in which the others note
+    that they wait for rank 0.
     """
     import torch.distributed as dist
 
@@ -48,16 +47,16 @@ def from_main(function: Callable[[], Result], here: Position | None = None) -> R
 
 
 def say(text: str, file: Any = None) -> None:
-    """Print a line. Where it cannot be written (a full disk, a terminal that is gone) it is lost, and no more."""
+    """Print a line. A line that cannot be written (the disk is full, the terminal is gone) is lost without an error."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=file or sys.stdout, flush=True)
 
 
 def speak_clearly() -> None:
-    """Show each warning once, on rank 0 and its first loader worker, and a ? for what the output's encoding lacks.
+    """Show each warning once, on rank 0 and its first loader worker; print ? for characters the output cannot encode.
 
-    Each rank and each worker meets the same warnings, and Python's own "once for each place" forgets at every
-    warnings.catch_warnings, which libraries use in each step.
+    All ranks and workers meet the same warnings. Python's own filter, which shows each once, forgets what it has
+    shown at every warnings.catch_warnings, and libraries use that in each step.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -77,9 +76,10 @@ def speak_clearly() -> None:
 
 
 def let_others_speak(watch: Watch | None = None) -> None:
-    """Before leaving in silence: an elastic launcher ends all ranks when the first one leaves, said or not.
+    """Wait, before this rank ends without a message, until the rank that prints it has ended.
 
-    Its signal, once one that did speak has left, ends the waiting; `watch` hears it, where there is one.
+    An elastic launcher ends all ranks when the first one ends, also one that has yet to print. Its signal then ends
+    the wait: by default, or through `watch` where that receives signals.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and not speaks(os.environ):
         until = time.monotonic() + SPEAKING_SECONDS
@@ -88,5 +88,5 @@ def let_others_speak(watch: Watch | None = None) -> None:
 
 
 def speaks(environ: Mapping[str, str]) -> bool:
-    """Whether this process says what it meets before ranks can talk: one on each machine, which may differ."""
+    """Whether this rank prints what all ranks meet before they are connected: the first of each machine does."""
     return int(environ.get("LOCAL_RANK", 0)) == 0

@@ -75,7 +75,7 @@ def test_what_is_not_ddp_is_refused_by_name(name: str, value: str) -> None:
     ],
 )
 def test_the_launchers_own_arguments_are_found_in_a_command_line(words: list[str], position: int | None) -> None:
-    assert launch_guards._launcher_end(words) == position
+    assert launch_guards._first_argument(words) == position
 
 
 @pytest.mark.parametrize(

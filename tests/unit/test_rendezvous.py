@@ -16,7 +16,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from distloop.config.settings import Ddp
 from distloop.errors import RunFailed, UsageError
-from distloop.ranks import meeting as rendezvous
+from distloop.ranks import meeting
 from tests.ranks import clean_environment, free_port, train
 
 SECONDS = 2  # how long they wait for each other
@@ -77,13 +77,13 @@ def test_a_name_that_nobody_knows_is_the_users_mistake(number: int) -> None:
 def test_a_port_that_is_none_is_the_users_mistake(port: str) -> None:
     # In this process: no wait, and no import of torch for each.
     with pytest.raises(UsageError, match=re.escape(f"MASTER_PORT = {port!r} is not a port")):
-        rendezvous.open_store("127.0.0.1", port, True, SECONDS, "rank")
+        meeting.open_store("127.0.0.1", port, True, SECONDS, "rank")
 
 
 def test_numbers_that_are_none_are_the_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:
-    assert rendezvous.main(["127.0.0.1", "29500", "one", "2", "5"]) == 2
+    assert meeting.main(["127.0.0.1", "29500", "one", "2", "5"]) == 2
     assert "MACHINE_RANK, MACHINES and JOIN_SECONDS are numbers" in capsys.readouterr().err
-    assert rendezvous.main(["127.0.0.1", "29500", "2", "2", "5"]) == 2
+    assert meeting.main(["127.0.0.1", "29500", "2", "2", "5"]) == 2
     assert "MACHINE_RANK = 2 is not one of 0 to 1 (MACHINES = 2)" in capsys.readouterr().err
 
 
@@ -191,7 +191,7 @@ def test_another_program_at_the_port_is_said_by_rank_0_and_by_the_others(tmp_pat
 def meet(store: HashStore, number: int, expected: int, limit: float, said: dict[int, str]) -> threading.Thread:
     def come() -> None:
         try:
-            rendezvous.meet(store, number, expected, limit, "rank")
+            meeting.wait_for_all(store, number, expected, limit, "rank")
             said[number] = ""
         except RunFailed as error:
             said[number] = str(error)
@@ -218,7 +218,7 @@ def test_each_that_came_hears_the_same_of_those_that_did_not() -> None:
 
 
 def test_rank_0_that_ends_while_the_others_wait_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "TELLING_SECONDS", 0.2)
+    monkeypatch.setattr(meeting, "RESULT_SECONDS", 0.2)
     said: dict[int, str] = {}
     meet(HashStore(), 1, 2, 0.2, said).join()
     assert said == {1: "Rank 0, for which the others waited, is gone or hangs."}
@@ -226,4 +226,4 @@ def test_rank_0_that_ends_while_the_others_wait_is_named(monkeypatch: pytest.Mon
 
 def test_the_backend_waits_longer_than_the_roll_call_which_can_say_for_whom() -> None:
     settings = Ddp(timeout_seconds=5)
-    assert rendezvous.group_timeout(settings).total_seconds() > 5
+    assert meeting.group_timeout(settings).total_seconds() > 5

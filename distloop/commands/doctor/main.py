@@ -22,6 +22,7 @@ from distloop.commands.doctor.results import FAIL, OK, WARN, Result, nodes_of
 from distloop.errors import RunFailed, UsageError
 from distloop.ranks import stopping, talking
 from distloop.ranks.attempt_base import AttemptBase
+from distloop.ranks.environment import prepare_environment
 from distloop.ranks.roll_call import RollCall
 
 COLOURS = {OK: "32", WARN: "33", FAIL: "31"}
