@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from distloop.config.settings import Config
+from distloop.config.settings import Config, path_of
 from distloop.data.datasets import DataSource, fingerprint
 from distloop.data.order import Plan
 from distloop.errors import RunFailed
@@ -28,48 +27,27 @@ from distloop.run.checkpoint import LoopState
 from distloop.run.clock import Clock
 from distloop.run.directory import open_directory
 from distloop.run.failures import FailureRecords
-from distloop.run.files import CHECKPOINTS, FAILURES, METRICS, Start
+from distloop.run.files import CHECKPOINTS, FAILURES, METRICS
 from distloop.run.lock import RunLock
 from distloop.run.saving import Saver
 from distloop.run.status import RunStatus
 
 
-def open_run(config: Config, ranks: Ranks, plan: Plan, source: DataSource, device: torch.device, best: Best) -> Attempt:
-    """An attempt at the config's run, for a `with` statement that opens its directory. A collective call there.
-
-    Entering raises UsageError for a run that may not be continued like this.
-    """
-    return Attempt(config, ranks, plan, source, device, best)
-
-
 class Attempt(AttemptBase):
     """One start of a run on this rank. On rank 0 it owns the run directory; elsewhere it keeps time only.
 
-    The watch's thread calls tick() and cut_off(), the roll call's keep_failure(), rank_0_is_lost() and crash_report().
+    A context that opens the directory and closes it: a collective call. Entering raises UsageError for a run that may
+    not be continued like this.
     """
-
-    start: Start
-    path: Path
-    records: FailureRecords
-    accounts: TimeAccounts
-    saver: Saver
-    agreement: Agreement
 
     def __init__(
         self, config: Config, ranks: Ranks, plan: Plan, source: DataSource, device: torch.device, best: Best
     ) -> None:
         self.config, self.ranks, self.plan, self.source, self.best = config, ranks, plan, source, best
-        self.clock = Clock(device)
+        self.path, self.clock = path_of(config), Clock(device)
         self.lock = RunLock()
         self.status = RunStatus(ranks.is_main, plan.total_steps, best.rule, self.check_ownership)
         self.is_open = self.is_closed = False
-
-    # ---- in the loop -----------------------------------------------------------------------------------------
-
-    @property
-    def is_finished(self) -> bool:
-        """All steps were done before this attempt."""
-        return self.start.finished
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -79,7 +57,7 @@ class Attempt(AttemptBase):
             yield
 
     def end_step(self, step: int) -> StopReason | None:
-        """`step` steps are done. Returns why all ranks stop now, once they have agreed. No step waits for that."""
+        """`step` steps are done. Returns why all ranks stop now, once they have agreed; no step waits for that."""
         self.clock.add(self.plan.samples_of(step - 1))
         return self.agreement.reached()
 
@@ -88,15 +66,13 @@ class Attempt(AttemptBase):
 
         That is the newest good checkpoint of the run, else the weights of --init-from, else what they are.
         """
-        state = LoopState()
-        if self.start.checkpoint:
-            state, scaler = checkpoint.load(
-                self.start.checkpoint, parts["model"], parts["optimizer"], parts["averaged"]
-            )
+        state, start = LoopState(), self.start
+        if start.checkpoint:
+            state, scaler = checkpoint.load(start.checkpoint, parts["model"], parts["optimizer"], parts["averaged"])
             if parts["scaler"] is not None and scaler:
                 parts["scaler"].load_state_dict(scaler)
-        elif self.start.weights:
-            checkpoint.load_weights(self.start.weights, parts["model"])
+        elif start.weights:
+            checkpoint.load_weights(start.weights, parts["model"])
         self.best.row = self.status.best = state.best
         return state
 
@@ -125,55 +101,42 @@ class Attempt(AttemptBase):
         self.agreement.close()
         self.ranks.stopped_by = stopped_by
 
-    # ---- opened and closed -----------------------------------------------------------------------------------
-
     def __enter__(self) -> Attempt:
         self.ranks.position.enter("opening the run directory")
         self.ranks.watch.attempt = self
         try:
             self._open()
         except BaseException as error:
-            self._close(error)
+            self.__exit__(type(error), error, None)
             raise
         return self
 
     def _open(self) -> None:
-        config, ranks = self.config, self.ranks
-        self.start = start = ranks.from_main(
-            lambda: open_directory(config, self.lock, self.status, ranks.world_size, fingerprint(self.source.train))
-        )
-        self.path = start.path
-        if start.finished:
+        config, ranks, data = self.config, self.ranks, self.source.train
+        about = (config, self.lock, self.status, ranks.world_size)
+        self.start = start = ranks.from_main(lambda: open_directory(*about, fingerprint(data)))
+        self.is_finished = start.finished  # all steps were done before this attempt
+        if self.is_finished:
             if ranks.is_main:
                 say(
-                    f"{start.path} is finished; its metrics are in {start.path / METRICS}. "
+                    f"{self.path} is finished; its metrics are in {self.path / METRICS}. "
                     "--name NAME trains another run, --resume extend goes on with this one."
                 )
             return
         self.status.start = start
-        self.records = FailureRecords(start.path / FAILURES, start.attempt, ranks.rank)
+        self.records = FailureRecords(self.path / FAILURES, start.attempt, ranks.rank)
         if ranks.world_size > 1:
             self.records.open()
         self.accounts = TimeAccounts(start, self.clock, ranks.world_size, ranks.is_main, self.check_ownership)
-        self.saver = Saver(
-            start.path / CHECKPOINTS,
-            config.checkpoint,
-            start.identity,
-            ranks.watch,
-            self.status.update,
-            ranks.is_main,
-            self.check_ownership,
-        )
+        saved = (self.path / CHECKPOINTS, config.checkpoint, start.identity)
+        self.saver = Saver(*saved, ranks.watch, self.status.update, ranks.is_main, self.check_ownership)
         self.is_open = True
         self.accounts.write()  # the end may come before it is written now and then
         if ranks.is_main:
-            ranks.watch.look_for(start.path, config.stop, os.environ)
+            ranks.watch.look_for(self.path, config.stop, os.environ)
         self.agreement = Agreement(ranks.watch, ranks.world_size, group_timeout(config.ddp))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._close(error)
-
-    def _close(self, error: BaseException | None) -> None:
         interrupted = isinstance(error, KeyboardInterrupt)  # Ctrl-C again: end at once
         if self.is_open and not interrupted:
             self.saver.wait()
@@ -185,8 +148,6 @@ class Attempt(AttemptBase):
             self.is_closed = True
             self.records.close()
         self.lock.release()
-
-    # ---- for other threads -----------------------------------------------------------------------------------
 
     def tick(self) -> None:
         self.check_ownership()
@@ -215,6 +176,9 @@ class Attempt(AttemptBase):
         """Show that this process lives. Ends it if another one has taken over the run directory: see RunLock.beat."""
         taken_over_by = self.lock.beat()
         if taken_over_by is not None:
-            say(f"distloop: {self.lock.folder} was taken over by {taken_over_by}; ending here.")
+            say(f"distloop: {self.path} was taken over by {taken_over_by}; ending here.")
             self.ranks.roll_call.leave("its run directory was taken over")
             end_at_once(1)
+
+
+open_run = Attempt  # reads as what happens: with open_run(…) as run

@@ -111,11 +111,6 @@ class RunLock:
             with contextlib.suppress(OSError):
                 os.utime(path)
 
-    @property
-    def folder(self) -> Path | None:
-        """The folder that is owned."""
-        return self.path.parent if self.path else None
-
     def move(self, folder: Path, to: Path) -> None:
         """Rename the folder that is owned, and give it free."""
         with self.busy:

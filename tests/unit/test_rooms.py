@@ -440,7 +440,6 @@ def _with(words: tuple[str, ...], faults: list[str]) -> list[str]:
     return [fault for fault in faults if all(word in fault for word in words)]
 
 
-@pytest.mark.xfail(reason="data/loader.py takes Task and checks_targets_only from training/tasks.py", strict=True)
 def test_imports_run_one_way() -> None:
     assert backward_imports(PACKAGE) == []
 
@@ -453,49 +452,27 @@ def test_state_of_a_module_is_defended_by_a_comment() -> None:
     assert undefended_state(PACKAGE) == []
 
 
-@pytest.mark.xfail(reason="commands/cli.py takes main() from train.py until train.py ends in start(train)", strict=True)
 def test_commands_do_not_reach_into_train() -> None:
     assert reaches_into_train(PACKAGE) == []
 
 
-@pytest.mark.parametrize(
-    "effect",
-    [
-        pytest.param(
-            "atexit hook",
-            marks=pytest.mark.xfail(reason="ranks/leaving.py registers kill_workers by mere import", strict=True),
-        ),
-        pytest.param(
-            "environment",
-            marks=pytest.mark.xfail(
-                reason="train.py and commands/evaluate.py set Slurm's and OpenMP's variables when imported", strict=True
-            ),
-        ),
-        "signal handler",
-        "warnings",
-        "thread",
-    ],
-)
+@pytest.mark.parametrize("effect", ["atexit hook", "environment", "signal handler", "warnings", "thread"])
 def test_an_import_changes_nothing_in_its_process(effect: str) -> None:
     assert _with((effect,), import_effects(PACKAGE)) == []
 
 
-@pytest.mark.xfail(reason="; ".join(long_train(PACKAGE)), strict=True)
 def test_the_loop_fits_on_a_screen() -> None:
     assert long_train(PACKAGE) == []
 
 
-@pytest.mark.xfail(reason="; ".join(long_files(PACKAGE)), strict=True)
 def test_files_are_short() -> None:
     assert long_files(PACKAGE) == []
 
 
-@pytest.mark.xfail(reason="; ".join(long_functions(PACKAGE)), strict=True)
 def test_functions_are_short() -> None:
     assert long_functions(PACKAGE) == []
 
 
-@pytest.mark.xfail(reason="; ".join(long_classes(PACKAGE)), strict=True)
 def test_classes_are_short() -> None:
     assert long_classes(PACKAGE) == []
 
