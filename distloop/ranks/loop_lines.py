@@ -52,7 +52,7 @@ class LoopLines:
             source = "".join(linecache.getlines(self.code.co_filename))
             self._comparable = comparable_lines(source, self.code.co_firstlineno)
         if number not in self._lines:  # a thread asks four times a second, and clean_text takes its time
-            source_line = linecache.getline(self.code.co_filename, number).strip()
+            source_line = linecache.getline(self.code.co_filename, number).partition("  # ")[0].strip()
             text = f"{os.path.basename(self.code.co_filename)}:{number} {clean_text(source_line)}".strip()
             self._lines[number] = LoopLine(text, self._comparable.get(number, 0))
         return self._lines[number]

@@ -45,8 +45,8 @@ class Expected(NamedTuple):
 
 
 PLACES = {  # where a rank says that it is; a batch is loaded ahead
-    "model": "before the first step, building the model",
-    "forward": f"{IN_STEP}, forward pass",
+    "model": r"before the first step, starting \(train\.py:\d+ bare_model = build_model\(",
+    "forward": rf"{IN_STEP}, forward and backward pass \(train\.py:\d+ outputs = task\.forward\(",
     "data": r"in step \d+, loading a batch",
     "worker": r"in step \d+, loading a batch",
     "validation": r"in step \d+, validation",
@@ -277,7 +277,7 @@ def test_an_error_of_the_users_own_connections_is_no_consequence(tmp_path: Path,
     reason = status(run_of(tmp_path))["reason"]
     line = r"\(train\.py:\d+ outputs = task\.forward\(.*\)\)"
     assert re.fullmatch(
-        rf"rank 1 on {NODE}, {IN_STEP}, forward pass {line}, failed first: {re.escape(error)}", reason
+        rf"rank 1 on {NODE}, {IN_STEP}, forward and backward pass {line}, failed first: {re.escape(error)}", reason
     ), reason
     assert outcome.output.count(f"distloop: {reason}") == 1, outcome.output
     assert outcome.output.count("Traceback (most recent call last)") == 1
