@@ -17,7 +17,7 @@ if not __package__:  # run as a script: Python put this folder first on the path
 from distloop.ranks.start import prepare_process, start
 
 if __name__ == "__main__":
-    prepare_process()  # before torch is imported: ranks from Slurm, CPU threads, signals as wishes to stop
+    prepare_process()  # before torch is imported: ranks from Slurm, CPU threads, signals that only ask for a stop
 
 from distloop.config import Config
 from distloop.data import Plan, TrainBatches, load_data
@@ -38,7 +38,7 @@ from distloop.training import (
     due_after,
     norm_and_clip,
     set_lr,
-    warm_up,
+    settle_buckets,
 )
 
 
@@ -51,13 +51,13 @@ def train(config: Config, ranks: Ranks) -> None:
     task = build_task(config.task)
     bare_model = build_model(config, data, task, device)  # the same initial weights on all ranks
     optimizer = build_optimizer(bare_model, config.optim, device, config.precision)
-    average = Average(bare_model, config.optim.ema_decay)  # of the weights; without a decay there is none
+    average = Average(bare_model, config.optim.ema_decay)  # of the weights; empty without a decay
     plan = Plan.of(config, len(data.train), ranks)  # which samples make up each step, and which of them are this rank's
     learning_rate = LearningRate(config, plan.total_steps)
-    best = Best(config.checkpoint.best, task.best)
+    best = Best(config.checkpoint.best, task.best)  # the best validation so far, and by which metric it is
 
-    # The run directory is opened and locked here. Closed in the reverse order: the rank that failed first is named,
-    # then W&B is told, then the last save is awaited, status.json written and the lock released.
+    # run opens and locks the run directory; trackers: console, metrics.jsonl, W&B. They are closed in the reverse order:
+    # ranks names the rank that failed first, trackers tell W&B, run waits for the last save and gives up the lock.
     with open_run(config, ranks, plan, data, device, best) as run, Trackers(run, config, ranks) as trackers, ranks:
         if run.is_finished:
             return
@@ -67,16 +67,19 @@ def train(config: Config, ranks: Ranks) -> None:
         scaler = accelerator.scaler  # of fp16; else None
         if scaler is None:
             optimizer = optimizer.optimizer  # Accelerate's wrapper serves the scaler only, and costs 0.15 ms a step
-        warm_up(config, data, plan, task, model, bare_model, accelerator)
+        # Two trial passes, of which nothing stays: DDP adds gradients up in its final order from the first step on.
+        settle_buckets(config, data, plan, task, model, bare_model, accelerator)
 
         # ---- what a checkpoint holds; after this, nothing knows whether the run was interrupted ----------------
-        # The newest good checkpoint of the run, else --init-from, else the initial weights.
+        # Loaded are the run's newest whole checkpoint, else --init-from, else the initial weights.
         parts = {"model": bare_model, "averaged": average.averaged, "optimizer": optimizer, "scaler": scaler}
         state = run.load(parts)
-        step, stop, metrics = state.step, None, {}
+        step, stop_reason, metrics = state.step, None, {}
         batches = TrainBatches(config, data, task, plan, device, step, ranks.position, run.clock.waiting)
-        validated = accelerator.prepare_model(average.module, evaluation_mode=True) if average.module else bare_model
-        validate = Validation(config, validated, task, data, run, ranks)
+        validated_model = bare_model
+        if average.module is not None:
+            validated_model = accelerator.prepare_model(average.module, evaluation_mode=True)
+        validate = Validation(config, validated_model, task, data, run, ranks)
         parameters = [parameter for parameter in bare_model.parameters() if parameter.requires_grad]
         losses = LossSums(device, state.epoch_sums)
         finite = FiniteCheck(config.train.on_nonfinite, bare_model, optimizer, scaler, plan, state.skipped_steps)
@@ -84,61 +87,61 @@ def train(config: Config, ranks: Ranks) -> None:
 
         # ==== THE LOOP ==========================================================================================
         model.train()
-        while step < plan.total_steps and not stop:
+        while step < plan.total_steps and stop_reason is None:
             lr = learning_rate(step)
             set_lr(optimizer, lr)
             losses.begin_step()
             finite.begin_step()
-            for micro in batches.of_step(step):  # this rank's share of the step; dropout is seeded for each
+            for micro in batches.of_step(step):  # this rank's share of the step; torch's generators are seeded for each
                 # Ranks exchange gradients once a step, in the backward pass of its last micro-batch.
                 with nullcontext() if micro.is_last else accelerator.no_sync(model):
                     outputs = task.forward(model, micro.batch)  # forward pass
                     loss, weight = task.loss(outputs, micro.batch)  # loss computation: sums over the micro-batch
-                    accelerator.backward(loss * micro.scale)  # backward pass
+                    accelerator.backward(loss * micro.scale)  # backward pass; scale: processes / samples of the step
                 losses.add(loss, weight, micro.is_empty)
 
             if scaler is not None:
                 accelerator.unscale_gradients(optimizer)
             if task.weight != "samples":  # tokens, pixels: how many they were is known only now
-                divide_by_weight(bare_model, losses.step_weight, plan.samples_of(step))
-            gradient_norm = norm_and_clip(parameters, config.optim.clip_norm)
-            left_out = finite.before_update(step, gradient_norm, losses.step_losses)
+                divide_by_weight(bare_model, losses.step_weight, plan.sample_count(step))
+            gradient_norm = norm_and_clip(parameters, config.optim.clip_norm)  # the norm before clipping
+            left_out = finite.before_update(step, gradient_norm, losses.step_losses)  # a flag, on the device
             losses.end_step(left_out)
-            optimizer.step()  # parameter update
+            optimizer.step()  # parameter update, but for what the flag leaves out
             optimizer.zero_grad()
             average.update(bare_model)
             finite.after_update(optimizer)
             step += 1
 
             # ---- when due: stop, log, validate, checkpoint -----------------------------------------------------
-            stop = run.end_step(step)  # why all ranks stop now, once they have agreed; no step waits for the answer
-            due = due_after(step, plan, config, stop)
+            stop_reason = run.end_step(step)  # None until all ranks have agreed to stop; no step waits for that
+            due = due_after(step, plan, config, stop_reason)
             if not (due.anything or finite.is_full):
-                continue  # most steps end here, and do not wait for the device
-            trackers.say(*finite.check())  # names the steps that were left out; RunFailed on all ranks for a bad one
-            mean = losses.read(peak_memory(device))  # over all ranks
+                continue  # most steps end here, on all ranks alike, and do not wait for the device
+            left_out_steps = finite.check()  # in words; RunFailed on all ranks if on_nonfinite says so
+            trackers.say(*left_out_steps)
+            means = losses.read(memory_gib=peak_memory(device))  # over all ranks
             if due.log:
-                means = {"loss": mean.loss, "running_loss": mean.running_loss, "gradient_norm": float(gradient_norm)}
-                others = {"lr": lr, "skipped_steps": finite.skipped_steps, "memory_gib": mean.by_rank}
-                trackers.log("train", step, **means, **others, **run.clock.read())
+                gradient = {"gradient_norm": float(gradient_norm), "lr": lr, "skipped_steps": finite.skipped_steps}
+                trackers.log("train", step, **means, **gradient, **run.clock.read())
             if due.end_of_epoch:
-                trackers.log("epoch", step, loss=mean.running_loss)
+                trackers.log("epoch", step, loss=means["running_loss"])
                 losses.begin_epoch()
             if due.validation:
                 with run.phase("validation"):
-                    metrics = validate(step)
+                    metrics = validate(step)  # all ranks share the work, with rank 0's buffers
                 trackers.log("validate", step, **metrics)
                 best.update(step, metrics)
             if due.save or best.step == step:
                 with run.phase("checkpoint"):
                     finite.check_parameters(step, parameters)
-                    broadcast_buffers(bare_model, average.module)  # a rank that continues has rank 0's
+                    broadcast_buffers(bare_model, average.module)  # all go on with what is saved: rank 0's
                     run.save(parts, LoopState(step, losses.epoch_sums, best.row, finite.skipped_steps))
 
         if step < plan.total_steps:
             trackers.say(f"stopping after step {step}: its checkpoint is being written")
-        run.end(step, stop)  # waits for the last checkpoint
-        trackers.end(step, stop, metrics)  # says what came out, and ends report and W&B
+        run.end(step, stop_reason)  # waits for the last checkpoint
+        trackers.end(step, stop_reason, metrics)  # says what came out, and ends report and W&B
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ class TrainBatches:
         Take all of them: the loader goes on with the next step then.
         """
         self.position.start_step(step + 1)
-        scale = self.plan.world_size / self.plan.samples_of(step)
+        scale = self.plan.world_size / self.plan.sample_count(step)
         is_last = False
         while not is_last:
             self.position.enter("loading a batch")

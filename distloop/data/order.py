@@ -163,7 +163,7 @@ class Plan:
         start = step_of_epoch * self.global_batch_size
         return epoch, start, min(start + self.global_batch_size, self.samples)
 
-    def samples_of(self, step: int) -> int:
+    def sample_count(self, step: int) -> int:
         """How many samples `step` trains on, over all ranks."""
         _, start, stop = self.span(step)
         return stop - start

@@ -58,7 +58,7 @@ class Attempt(AttemptBase):
 
     def end_step(self, step: int) -> StopReason | None:
         """`step` steps are done. Returns why all ranks stop now, once they have agreed; no step waits for that."""
-        self.clock.add(self.plan.samples_of(step - 1))
+        self.clock.add(self.plan.sample_count(step - 1))
         return self.agreement.reached()
 
     def load(self, parts: Mapping[str, Any]) -> LoopState:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from distloop.training.due import due_after as due_after
     from distloop.training.gradients import divide_by_weight as divide_by_weight
     from distloop.training.gradients import norm_and_clip as norm_and_clip
-    from distloop.training.gradients import warm_up as warm_up
+    from distloop.training.gradients import settle_buckets as settle_buckets
     from distloop.training.losses import LossSums as LossSums
     from distloop.training.models import build_model as build_model
     from distloop.training.nonfinite import FiniteCheck as FiniteCheck

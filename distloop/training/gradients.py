@@ -34,7 +34,7 @@ def divide_by_weight(model: nn.Module, weight: Tensor | int, samples: int) -> No
     torch._foreach_mul_(gradients, factor)
 
 
-def warm_up(
+def settle_buckets(
     config: Config,
     source: DataSource,
     plan: Plan,
@@ -43,15 +43,15 @@ def warm_up(
     bare_model: nn.Module,
     accelerator: Accelerator,
 ) -> None:
-    """With several ranks, bring DDP's buckets into the order that they keep: see settle_buckets. Collective."""
+    """With several ranks, bring DDP's buckets into the order that they keep: see trial_passes. Collective."""
     if plan.world_size == 1:
         return
     samples = min(plan.micro_batch_size, plan.samples)
     example = example_batch(source, config.data, config.seed, getattr(torch, config.dtype), samples)
-    settle_buckets(model, bare_model, task, send_to_device(example, accelerator.device), accelerator.backward)
+    trial_passes(model, bare_model, task, send_to_device(example, accelerator.device), accelerator.backward)
 
 
-def settle_buckets(
+def trial_passes(
     model: nn.Module, bare_model: nn.Module, task: Task, batch: Any, backward: Callable[[Tensor], None]
 ) -> None:
     """Two forward and backward passes, after which DDP adds gradients up as it will do from then on.

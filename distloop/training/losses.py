@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-
-class Reading(NamedTuple):
-    """Losses over all ranks."""
-
-    loss: float
-    """Mean of the step: Σ loss / Σ weight."""
-    running_loss: float
-    """Mean of the epoch so far."""
-    by_rank: list[float]
-    """The number that each rank gave to read()."""
 
 
 class LossSums:
@@ -58,13 +47,12 @@ class LossSums:
         self.epoch_loss += loss if loss is not None else 0
         self.epoch_weight = self.epoch_weight + weight
 
-    def read(self, own: float = 0.0) -> Reading:
-        """The means of the step and of the epoch so far, over all ranks, and each rank's `own` number.
-
-        A collective call. It waits for the device.
+    def read(self, memory_gib: float = 0.0) -> dict[str, Any]:
+        """Over all ranks, for a row: loss, the mean of the step; running_loss, that of the epoch so far; memory_gib,
+        what each rank has given, which travels in the same exchange. Collective; waits for the device.
         """
         step_loss = self.step_loss if self.step_loss is not None else 0.0
-        sums = (step_loss, self.step_weight, self.epoch_loss, self.epoch_weight, own)
+        sums = (step_loss, self.step_weight, self.epoch_loss, self.epoch_weight, memory_gib)
         values = torch.stack([torch.as_tensor(value, dtype=self.dtype, device=self.device) for value in sums])
         ranks = [values]
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -73,5 +61,8 @@ class LossSums:
         by_rank = torch.stack(ranks).tolist()
         loss, weight, epoch_loss, epoch_weight, _ = (sum(column) for column in zip(*by_rank, strict=True))
         self.epoch_sums = (self.earlier[0] + epoch_loss, self.earlier[1] + epoch_weight)
-        running_loss = self.epoch_sums[0] / (self.epoch_sums[1] or 1)
-        return Reading(loss / (weight or 1), running_loss, [row[-1] for row in by_rank])
+        return {
+            "loss": loss / (weight or 1),
+            "running_loss": self.epoch_sums[0] / (self.epoch_sums[1] or 1),
+            "memory_gib": [row[-1] for row in by_rank],
+        }

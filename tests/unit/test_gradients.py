@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distloop.training.gradients import settle_buckets
+from distloop.training.gradients import trial_passes
 from distloop.training.tasks import Regression
 
 
@@ -35,7 +35,7 @@ def test_the_warm_up_changes_neither_parameters_nor_buffers_and_leaves_no_gradie
         gradients.append(float(sum(p.grad.abs().sum() for p in model.parameters() if p.grad is not None)))
 
     batch: Any = (torch.randn(8, 3), torch.randn(8, 1))
-    settle_buckets(model, model, Regression(), batch, backward)
+    trial_passes(model, model, Regression(), batch, backward)
     assert len(gradients) == 2, "DDP sorts its buckets after the first backward pass: a second one has to see them"
     assert min(gradients) > 0
     assert model.training
