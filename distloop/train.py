@@ -56,7 +56,7 @@ def train(config: Config, ranks: Ranks) -> None:
     learning_rate = LearningRate(config, plan.total_steps)
     best = Best(config.checkpoint.best, task.best)  # the best validation so far, and by which metric it is
 
-    # run opens and locks the run directory; trackers: console, metrics.jsonl, W&B. They are closed in the reverse order:
+    # run opens and locks the run directory; trackers: console, metrics.jsonl, W&B. They close in the reverse order:
     # ranks names the rank that failed first, trackers tell W&B, run waits for the last save and gives up the lock.
     with open_run(config, ranks, plan, data, device, best) as run, Trackers(run, config, ranks) as trackers, ranks:
         if run.is_finished:

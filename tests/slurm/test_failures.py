@@ -25,13 +25,14 @@ SETTINGS = {
 SECONDS = 30  # within which all is over
 WITHOUT_A_WORD = "rank 1 on n2 was the first to end, without a word: "
 # how -> what is said of it
+RANK_1 = "rank 1 on n2, in step 5, forward and backward pass"
 SAID = {
-    "raises": "rank 1 on n2, in step 5, forward and backward pass, failed first: ValueError: the fifth step is too much",
+    "raises": f"{RANK_1}, failed first: ValueError: the fifth step is too much",
     "is killed": WITHOUT_A_WORD + "killed (out of memory, kill -9), or left by os._exit",
     "exits with 0": WITHOUT_A_WORD + "killed (out of memory, kill -9), or left by os._exit",
     "crashes": WITHOUT_A_WORD + "it crashed in native code",
     # And then how it was noticed, which is the same to the user: not heard of, or waited for, for 5 s.
-    "is suspended": "rank 1 on n2, in step 5, forward and backward pass, has ",
+    "is suspended": f"{RANK_1}, has ",
 }
 IN_CI = ("is killed", "exits with 0")
 

@@ -137,7 +137,7 @@ def test_no_lines_are_compared_without_a_source(source: str) -> None:
 # ---- where the main thread is --------------------------------------------------------------------------------
 
 
-def from_a_thread(lines: LoopLines | Position) -> LoopLine:
+def from_a_thread(lines: LoopLines | Position, password: str = "") -> LoopLine:
     """What another thread sees, while the main thread waits here."""
     seen: list[LoopLine] = []
     ask = lines.line if isinstance(lines, Position) else lines.of_main_thread
@@ -148,7 +148,7 @@ def from_a_thread(lines: LoopLines | Position) -> LoopLine:
 
 
 def loop(position: Any, seen: list[LoopLine]) -> None:
-    seen.append(from_a_thread(position))  # password = "planted-code-77f0"
+    seen.append(from_a_thread(position, password="planted-code-77f0"))  # comments are left out
     for micro in of_step(position, seen):
         seen.append(micro)
 
@@ -166,7 +166,7 @@ def test_another_thread_sees_the_line_of_the_function_without_secrets(made: Any)
         made.code = loop.__code__
     seen: list[LoopLine] = []
     loop(made, seen)
-    text = 'seen.append(from_a_thread(position))  # password = "***"'
+    text = 'seen.append(from_a_thread(position, password="***"))'
     assert seen[0] == LoopLine(f"test_loop_lines.py:{FIRST + 1} {text}", FIRST + 1)
     assert seen[1] == LoopLine(f"test_loop_lines.py:{FIRST + 2} for micro in of_step(position, seen):", 0)
     assert from_a_thread(made) == LoopLine()  # the function has ended
