@@ -425,13 +425,13 @@ def step_that_fails() -> None:
 
 
 def loop() -> None:
-    step_that_fails()  # the line that is shown
+    step_that_fails()  # comments are left out
 
 
 def test_a_failure_is_said_with_the_line_of_the_loop_that_met_it(calls: Calls) -> None:
     gathered(calls, 2)
     calls[1].position.code = loop.__code__
-    line = f"test_roll_call.py:{loop.__code__.co_firstlineno + 1} step_that_fails()  # the line that is shown"
+    line = f"test_roll_call.py:{loop.__code__.co_firstlineno + 1} step_that_fails()"
     go_on(calls, {0: 5, 1: 5})
     with pytest.raises(ValueError, match="no") as raised:
         loop()
