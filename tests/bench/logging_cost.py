@@ -79,11 +79,11 @@ def run(mode: str, steps: int, width: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     from distloop.ranks.start import main
-    from distloop.train import train
     from distloop.run.clock import Clock
     from distloop.run.metrics import MetricsFile
     from distloop.tracking.console import Console
     from distloop.tracking.trackers import Trackers
+    from distloop.train import train
     from distloop.training.losses import LossSums
     from distloop.training.nonfinite import FiniteCheck
     from distloop.training.tasks import Classification
