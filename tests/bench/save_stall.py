@@ -38,6 +38,7 @@ def rank_main(processes: int, rounds: int, folder: Path) -> None:
 
     from distloop.config.settings import Checkpoint
     from distloop.ranks.stopping import listen
+    from distloop.run.checkpoint import LoopState
     from distloop.run.saving import Saver
 
     warnings.simplefilter("ignore")
@@ -59,7 +60,7 @@ def rank_main(processes: int, rounds: int, folder: Path) -> None:
     group: Any = dist.new_group(backend="gloo")  # its thread must not meet our collectives
 
     def ours(number: int) -> None:
-        saver.save(number, bare_model, None, inner, {"best": None})
+        saver.save(LoopState(number), bare_model, None, inner, {})
 
     def save_state(number: int) -> None:
         accelerator.save_state(str(folder / f"accelerate-{number}"))

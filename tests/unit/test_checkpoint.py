@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from distloop.run.checkpoint import (
     OPTIMIZER,
     STATE,
     DamagedCheckpoint,
+    LoopState,
     Snapshot,
     load,
     load_weights,
@@ -43,11 +45,20 @@ from distloop.training.optim import build_optimizer
 FILES = (MODEL, OPTIMIZER, STATE)
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: Any, state: dict[str, Any], keep_last: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Any,
+    keep_last: int,
+    state: LoopState | None = None,
+    scaler: dict[str, Any] | None = None,
+) -> Path:
     """What a Saver does, without its thread."""
+    own = {**dataclasses.asdict(state or LoopState(step)), "scaler": scaler}
     buffers = HostBuffers()
     weights = weights_of(model, buffers.copy)
-    snapshot = Snapshot(weights, None, buffers.copy_tree("optimizer", optimizer.state_dict()), state, {"dataset": {}})
+    snapshot = Snapshot(weights, None, buffers.copy_tree("optimizer", optimizer.state_dict()), own, {"dataset": {}})
     final = publish(folder, step, snapshot)
     prune(folder, final, keep_last, lambda step: False)
     return final
@@ -89,7 +100,7 @@ def saved(folder: Path, *steps: int, keep_last: int = 9) -> Path:
     """Checkpoints of these steps in `folder`; the path of the last."""
     model, optimizer = trained()
     for step in steps:
-        path = save(folder, step, model, optimizer, {"step": step}, keep_last)
+        path = save(folder, step, model, optimizer, keep_last)
     return path
 
 
@@ -126,10 +137,13 @@ def test_a_published_checkpoint_is_whole_and_nothing_else_is_left(tmp_path: Path
 
 def test_model_optimizer_and_state_come_back(tmp_path: Path) -> None:
     model, optimizer = trained(seed=1)
-    state = {"step": 3, "best": {"loss": 0.1 + 0.2, "accuracy": None}, "epoch_sums": [1.5, 2.0], "scaler": None}
-    path = save(tmp_path, 3, model, optimizer, state, 2)
+    state = LoopState(3, (1.5, 0.1 + 0.2), {"step": 2, "loss": 0.1 + 0.2, "accuracy": None}, skipped_steps=4)
+    path = save(tmp_path, 3, model, optimizer, 2, state, {"scale": 128.0})
     other, its_optimizer = trained(seed=2)
-    assert load(path, other, its_optimizer) == state
+    found, scaler = load(path, other, its_optimizer)
+    assert tuple(found.epoch_sums) == state.epoch_sums  # JSON knows lists only
+    assert dataclasses.replace(found, epoch_sums=state.epoch_sums) == state
+    assert scaler == {"scale": 128.0}
     for name, tensor in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name
     for mine, its in zip(model.parameters(), other.parameters(), strict=True):
@@ -147,7 +161,7 @@ def test_a_loaded_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
         return dict(model.state_dict())
 
     model, optimizer = trained(seed=1)
-    path = save(tmp_path, 3, model, optimizer, {}, 2)
+    path = save(tmp_path, 3, model, optimizer, 2)
     other, its_optimizer = trained(seed=2, steps=0)
     load(path, other, its_optimizer)
     expected, found = steps(model, optimizer), steps(other, its_optimizer)
@@ -229,7 +243,7 @@ def test_weights_may_come_from_a_file_without_our_metadata(tmp_path: Path) -> No
 
 def test_the_optimizer_keeps_the_hyperparameters_of_the_config(tmp_path: Path) -> None:
     model, optimizer = trained(optim=Optim(lr=0.01, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-3))
-    path = save(tmp_path, 3, model, optimizer, {}, 2)
+    path = save(tmp_path, 3, model, optimizer, 2)
     other, its_optimizer = trained(seed=2, optim=Optim(lr=0.5, weight_decay=0.7, betas=(0.1, 0.2), eps=1e-6))
     load(path, other, its_optimizer)
     decayed, plain = its_optimizer.param_groups
@@ -245,7 +259,7 @@ def test_the_optimizer_keeps_the_hyperparameters_of_the_config(tmp_path: Path) -
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_every_optimizers_state_is_readable_without_running_code(tmp_path: Path, name: Any) -> None:
     model, optimizer = trained(optim=Optim(name, lr=0.01))
-    path = save(tmp_path, 3, model, optimizer, {}, 2)
+    path = save(tmp_path, 3, model, optimizer, 2)
     other, its_optimizer = trained(seed=2, steps=0, optim=Optim(name, lr=0.01))
     load(path, other, its_optimizer)
     assert len(its_optimizer.state) == len(optimizer.state)
@@ -287,10 +301,10 @@ def test_a_checkpoint_that_cannot_be_written_publishes_and_removes_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         with pytest.raises(OSError, match="no space"):
-            save(tmp_path, 20, model, optimizer, {}, 1)
+            save(tmp_path, 20, model, optimizer, 1)
     assert newest_good(tmp_path) == (tmp_path / "step_00000010", [])
     # What is left of the attempt is not in the way of the next.
-    save(tmp_path, 20, model, optimizer, {}, 1)
+    save(tmp_path, 20, model, optimizer, 1)
     assert names(tmp_path) == ["step_00000020"]
 
 
@@ -486,7 +500,7 @@ def test_the_list_of_what_differs_is_short(tmp_path: Path) -> None:
 
 def test_another_optimizers_state_is_refused(tmp_path: Path) -> None:
     model, optimizer = trained()
-    path = save(tmp_path, 1, model, optimizer, {}, 1)
+    path = save(tmp_path, 1, model, optimizer, 1)
     only_some = torch.optim.AdamW(list(model.parameters())[:2])
     with pytest.raises(UsageError, match=rf"{OPTIMIZER} belongs to other parameters"):
         load(path, model, only_some)

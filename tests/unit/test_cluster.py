@@ -12,10 +12,13 @@ import pytest
 
 from distloop.errors import UsageError
 from distloop.ranks import environment, talking
+from distloop.ranks.attempt_base import AttemptBase
 from distloop.ranks.environment import adopt_slurm, first_host, share_cpus
 from distloop.ranks.roll_call import RollCall
 from distloop.ranks.stopping import Watch
 from tests.ranks import command
+
+NO_WATCH = cast(Watch, SimpleNamespace(attempt=AttemptBase(), wish=None))
 
 # The third of five tasks under srun: two nodes with two tasks each, then one with one.
 STEP = {
@@ -164,7 +167,7 @@ def test_a_mistake_is_said_once_on_a_machine_where_ranks_cannot_talk(
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
-    assert RollCall(cast(Watch, SimpleNamespace(attempt=None))).report_failure(UsageError("do this instead")).code == 2
+    assert RollCall(NO_WATCH).report_failure(UsageError("do this instead")).code == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == ("\ndistloop: do this instead\n" if said else "")
@@ -175,7 +178,7 @@ def test_a_mistake_on_another_machine_is_said_with_its_name(
 ) -> None:
     monkeypatch.setenv("RANK", "4")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    RollCall(cast(Watch, SimpleNamespace(attempt=None))).report_failure(UsageError("do this instead"))
+    RollCall(NO_WATCH).report_failure(UsageError("do this instead"))
     assert capsys.readouterr().err == f"\ndistloop: do this instead (rank 4 on {os.uname().nodename})\n"
 
 

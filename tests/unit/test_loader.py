@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,21 +14,24 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.v2 import functional as reference
 
-from distloop.config.settings import Data
+from distloop.config.settings import Config, Data
+from distloop.data.batches import cast, to_model
 from distloop.data.datasets import DataSource, InMemory, digits
 from distloop.data.loader import (
+    Micro,
     SeededDataset,
-    cast,
+    TrainBatches,
     collate_of,
     example_batch,
     make_loader,
     no_check,
     offers_to_model,
-    to_model,
     worker_count,
 )
-from distloop.data.order import FixedBatchSampler, MicroBatch, MicroBatchSampler, Order, Plan
+from distloop.data.order import FixedBatchSampler, MicroBatch, MicroBatchSampler, Order, Part, Plan
+from distloop.data.seeding import seed_forward
 from distloop.errors import UsageError
+from distloop.ranks.places import Position
 from distloop.training.tasks import Classification, Task
 
 CPU = torch.device("cpu")
@@ -65,8 +69,7 @@ def loaded(dataset: Any, task: Task, workers: int, sampler: Any, dtype: torch.dt
 
 
 def test_batches_come_in_the_samplers_order() -> None:
-    plan = Plan(20, 8, 2, 2, "train")
-    sampler = MicroBatchSampler(Order(20, 0), plan, 1, 0, 5)
+    sampler = MicroBatchSampler(Plan(20, 8, 2, 2, "train", total_steps=5, rank=1), 0)
     expected = [batch.indices.tolist() for batch in sampler]
     assert [batch[0][:, 0].tolist() for batch in loaded(Noisy(), Task(), 0, sampler)] == expected
 
@@ -118,6 +121,99 @@ def stack_in_a_dict(samples: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
     }
 
 
+# ---- the steps of a run ----------------------------------------------------------------------------------------
+
+SEED = 5
+SHORT = Plan(18, 8, 4, 1, "train")  # each third step has two samples: ranks 1 and 3 have none there
+STEPS = 7
+
+
+def batches_of(rank: int, workers: int, first_step: int = 0, **more: Any) -> TrainBatches:
+    """The training data of a rank of the plan SHORT."""
+    plan = Plan(18, 8, 4, 1, "train", total_steps=STEPS, rank=rank, seed=SEED)
+    config = Config(seed=SEED, dtype="float64", data=Data(workers=workers))
+    position = more.pop("position", Position())
+    return TrainBatches(config, DataSource(Noisy(), Noisy()), Task(), plan, CPU, first_step, position, **more)
+
+
+def sample_count(micro: Micro) -> list[int]:
+    return [int(row[0]) for row in micro.batch[0]]
+
+
+def expected_samples(part: Part) -> list[int]:
+    """Those of the part; where it is empty, the first sample of its step."""
+    epoch, first, _ = SHORT.span(part.step)
+    order = Order(SHORT.samples, SEED)
+    return order(epoch, part.start, part.stop).tolist() or order(epoch, first, first + 1).tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("rank", "first_step"), [(0, 0), (1, 0), (3, 2), (2, 5)])
+def test_a_step_has_the_micro_batches_of_its_rank_in_the_plan(rank: int, first_step: int, workers: int) -> None:
+    position = Position()
+    batches = batches_of(rank, workers, first_step, position=position)
+    empty = 0
+    for step in range(first_step, STEPS):
+        window = SHORT.window(step, rank)
+        micros = []
+        for micro, part in zip(batches.of_step(step), window, strict=True):
+            assert (position.step, position.phase) == (step + 1, "forward and backward pass")
+            drawn = torch.rand(3)  # as dropout does
+            seed_forward(SEED, step, part.number, CPU)
+            assert torch.equal(drawn, torch.rand(3))
+            micros.append(micro)
+        assert position.phase == "parameter update"
+        assert [sample_count(micro) for micro in micros] == [expected_samples(part) for part in window]
+        assert [micro.is_last for micro in micros] == [part.is_last for part in window]
+        assert [micro.is_empty for micro in micros] == [part.start == part.stop for part in window]
+        scales = [0.0 if part.start == part.stop else 4 / SHORT.sample_count(step) for part in window]
+        assert [micro.scale for micro in micros] == scales
+        empty += sum(micro.is_empty for micro in micros)
+    short_steps = [step for step in range(first_step, STEPS) if step % 3 == 2]
+    assert empty == (len(short_steps) if rank in (1, 3) else 0)
+
+
+def test_the_mean_over_the_ranks_of_the_scaled_sums_is_the_mean_over_the_step() -> None:
+    ranks = [batches_of(rank, 0) for rank in range(4)]
+    for step in range(STEPS):
+        micros = [micro for batches in ranks for micro in batches.of_step(step)]
+        mean_of_ones = sum(micro.scale * len(micro.batch[0]) for micro in micros) / 4  # DDP divides by the ranks
+        assert mean_of_ones == pytest.approx(1, rel=1e-12)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_step_that_was_not_taken_whole_is_noticed_in_the_next_one(workers: int) -> None:
+    batches = batches_of(0, workers)
+    assert not next(batches.of_step(0)).is_last
+    with pytest.raises(RuntimeError, match=r"of_step\(1\): the next micro-batch belongs to step 0\. .* take all"):
+        list(batches.of_step(1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("first_step", "steps", "wrong", "next_step"), [(0, 1, 2, 1), (0, 1, 0, 1), (3, 0, 0, 3)])
+def test_a_step_out_of_order_is_refused(first_step: int, steps: int, wrong: int, next_step: int, workers: int) -> None:
+    batches = batches_of(1, workers, first_step)
+    for step in range(first_step, first_step + steps):
+        list(batches.of_step(step))
+    with pytest.raises(RuntimeError, match=rf"of_step\({wrong}\): .* belongs to step {next_step}\. Ask for the steps"):
+        list(batches.of_step(wrong))
+
+
+def test_the_wait_for_each_batch_can_be_measured() -> None:
+    waited_for: list[Any] = []
+
+    def waiting(loader: Iterable[Any]) -> Iterator[Any]:
+        for batch in loader:
+            waited_for.append(batch)
+            yield batch
+
+    batches = batches_of(0, 0, waiting=waiting)
+    for step in range(2):
+        for micro in batches.of_step(step):
+            assert micro.batch is waited_for[-1]
+    assert len(waited_for) == sum(len(SHORT.window(step, 0)) for step in range(2))
+
+
 # ---- mistakes --------------------------------------------------------------------------------------------------
 
 
@@ -146,7 +242,7 @@ def test_the_task_sees_each_batch_with_the_indices_of_its_samples(dataset: Any) 
         def check(self, batch: Any, indices: Any) -> None:
             seen.append((batch[0][:, 0].int().tolist(), list(indices)))
 
-    loaded(dataset, Watching(), 0, MicroBatchSampler(Order(20, 1), Plan(20, 5), 0, 0, 4))
+    loaded(dataset, Watching(), 0, MicroBatchSampler(Plan(20, 5, total_steps=4, seed=1), 0))
     assert len(seen) == 4
     assert all(samples == indices for samples, indices in seen)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -31,15 +32,15 @@ def build(
 ) -> FiniteCheck:
     model = model or nn.Linear(2, 1)
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), fused=True)
-    return FiniteCheck(policy, model, optimizer, scaler, Plan(samples, batch, 1, micro), Order(samples, 0), 0)
+    return FiniteCheck(policy, model, optimizer, scaler, Plan(samples, batch, 1, micro))
 
 
 def test_good_steps_are_nothing_to_speak_of() -> None:
     for check in (build("stop"), build("skip")):
         assert check.check() == []
         for step in range(5):
-            check.start_step()
-            check.end_step(step, GOOD, [GOOD])
+            check.begin_step()
+            check.before_update(step, GOOD, [GOOD])
         assert check.check() == []
         assert check.check() == []
 
@@ -47,9 +48,9 @@ def test_good_steps_are_nothing_to_speak_of() -> None:
 @pytest.mark.parametrize("norm", [BAD, INFINITE, -INFINITE])
 def test_the_first_bad_step_stops_the_run_and_is_named_with_the_samples_of_its_micro_batch(norm: Tensor) -> None:
     check = build(batch=8, micro=4)
-    check.end_step(6, GOOD, [GOOD, GOOD])
-    check.end_step(7, norm, [GOOD, INFINITE])
-    check.end_step(8, BAD, [BAD, BAD])
+    check.before_update(6, GOOD, [GOOD, GOOD])
+    check.before_update(7, norm, [GOOD, INFINITE])
+    check.before_update(8, BAD, [BAD, BAD])
     samples = Order(40, 0)(1, 20, 24).tolist()
     with pytest.raises(RunFailed) as raised:
         check.check()
@@ -62,7 +63,7 @@ def test_the_first_bad_step_stops_the_run_and_is_named_with_the_samples_of_its_m
 
 def test_a_bad_gradient_of_good_losses_is_told_with_the_samples_of_the_step() -> None:
     check = build(batch=20)
-    check.end_step(1, BAD, [GOOD])
+    check.before_update(1, BAD, [GOOD])
     shown = ", ".join(map(str, Order(40, 0)(0, 20, 28).tolist()))
     with pytest.raises(RunFailed, match="while the losses of all ranks are") as raised:
         check.check()
@@ -71,7 +72,7 @@ def test_a_bad_gradient_of_good_losses_is_told_with_the_samples_of_the_step() ->
 
 def test_many_samples_are_not_all_listed_and_one_micro_batch_is_not_counted() -> None:
     check = build(batch=20)
-    check.end_step(0, BAD, [BAD])
+    check.before_update(0, BAD, [BAD])
     shown = ", ".join(map(str, Order(40, 0)(0, 0, 8).tolist()))
     with pytest.raises(RunFailed) as raised:
         check.check()
@@ -81,23 +82,36 @@ def test_many_samples_are_not_all_listed_and_one_micro_batch_is_not_counted() ->
 def test_each_step_that_was_left_out_has_a_line_and_is_told_once() -> None:
     check = build("skip")
     for step, norm in enumerate((GOOD, BAD, GOOD, INFINITE)):
-        check.start_step()
-        check.end_step(step, norm, [norm])
+        check.begin_step()
+        check.before_update(step, norm, [norm])
     first, second = check.check()
     assert first.startswith("WARNING: The gradient of step 2 is not finite (nan)")
     assert second.startswith("WARNING: The gradient of step 4 is not finite (inf)")
     assert first.endswith("It was left out.")
     assert check.check() == []
+    assert check.skipped_steps == 2
+
+
+def test_the_steps_that_earlier_attempts_left_out_count_as_well() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    check = FiniteCheck("skip", model, optimizer, None, Plan(40, 4), skipped_steps=3)
+    assert check.skipped_steps == 3
+    check.begin_step()
+    check.before_update(0, BAD, [BAD])
+    check.after_update(optimizer)
+    check.check()
+    assert check.skipped_steps == 4
 
 
 def test_where_logging_is_rare_a_check_becomes_due_by_itself() -> None:
     check = build()
     for step in range(MOST_UNREAD):
-        assert not check.full
-        check.end_step(step % 10, GOOD, [GOOD])
-    assert check.full
+        assert not check.is_full
+        check.before_update(step % 10, GOOD, [GOOD])
+    assert check.is_full
     check.check()
-    assert not check.full
+    assert not check.is_full
 
 
 class WithBuffers(nn.Module):
@@ -118,10 +132,10 @@ def test_buffers_are_put_back_where_a_step_is_left_out_and_there_alone(norm: Ten
     check = build("skip", model)
     for step in range(2):  # the second finds what the first has left
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        check.start_step()
+        check.begin_step()
         for _ in range(2):  # micro-batches
             model(torch.randn(4, 3) if changed else torch.full((4, 3), float("nan")))
-        left_out = check.end_step(step, norm, [norm])
+        left_out = check.before_update(step, norm, [norm])
         assert left_out is not None
         assert bool(left_out) is not changed
         for name in ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked"):
@@ -133,9 +147,9 @@ def test_the_policy_stop_leaves_buffers_and_the_optimizer_alone() -> None:
     model = WithBuffers()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     check = build("stop", model, optimizer)
-    check.start_step()
+    check.begin_step()
     model(torch.full((4, 3), float("nan")))
-    assert check.end_step(0, BAD, [BAD]) is None
+    assert check.before_update(0, BAD, [BAD]) is None
     assert model.norm.running_mean is not None
     assert model.norm.running_mean.isnan().all()
     assert not hasattr(optimizer, "found_inf")
@@ -168,14 +182,14 @@ def test_a_step_that_is_left_out_is_for_the_optimizer_as_if_it_had_not_been(
     for step in range(5):
         inputs = torch.randn(4, 3)
         bad = step in bad_steps
-        check.start_step()
+        check.begin_step()
         for m, o in ((model, optimizer), (other, expected)):
             m(inputs).square().sum().backward()
             if m is model:
                 if bad:
                     assert m.weight.grad is not None
                     m.weight.grad[0, 0] = float("nan")
-                check.end_step(step, BAD if bad else GOOD, [GOOD])
+                check.before_update(step, BAD if bad else GOOD, [GOOD])
             elif bad:
                 o.zero_grad()
                 continue
@@ -196,17 +210,28 @@ class Scaler:
 
 def test_an_overflow_under_a_scaler_is_the_scalers_business_and_a_bad_loss_is_not() -> None:
     check = build("stop", scaler=Scaler(), micro=2)
-    check.end_step(0, INFINITE, [GOOD, GOOD])
+    check.before_update(0, INFINITE, [GOOD, GOOD])
     assert check.check() == []
-    check.end_step(1, BAD, [GOOD, BAD])
+    check.before_update(1, BAD, [GOOD, BAD])
     with pytest.raises(RunFailed, match="The gradient of step 2 is not finite"):
         check.check()
+
+
+@pytest.mark.parametrize(("policy", "loss", "lines"), [("stop", GOOD, 0), ("skip", BAD, 2)])
+def test_a_step_that_a_scaler_skips_counts_once(policy: Literal["stop", "skip"], loss: Tensor, lines: int) -> None:
+    check = build(policy, scaler=Scaler())
+    for step, skipped in enumerate((False, True, True, False)):
+        check.begin_step()
+        check.before_update(step, INFINITE if skipped else GOOD, [loss if skipped else GOOD])
+        check.after_update(SimpleNamespace(step_was_skipped=skipped))
+    assert len(check.check()) == lines
+    assert check.skipped_steps == 2
 
 
 def test_under_a_scaler_the_optimizer_gets_no_flag_of_ours() -> None:
     model = nn.Linear(2, 1)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     check = build("skip", model, optimizer, Scaler())
-    check.start_step()
-    check.end_step(0, INFINITE, [GOOD])
+    check.begin_step()
+    check.before_update(0, INFINITE, [GOOD])
     assert not hasattr(optimizer, "found_inf")

@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler
 
-from distloop.config.settings import Optim, Schedule
+from distloop.config.settings import Config, Optim, Schedule
 from distloop.errors import UsageError
 from distloop.training.optim import (
-    build_average,
+    Average,
+    LearningRate,
     build_optimizer,
     check_schedule,
     lr_at,
     parameter_groups,
     set_lr,
-    update_average,
 )
 
 PEAK = 0.3
@@ -173,6 +173,28 @@ def test_a_warm_up_and_a_descent_that_overlap_are_refused() -> None:
     check_schedule(schedule(40), 100)
 
 
+def test_the_learning_rate_is_that_of_the_config_at_each_step() -> None:
+    schedule = Schedule("cosine", warmup_steps=5, final_ratio=0.1)
+    learning_rate = LearningRate(Config(optim=Optim(lr=PEAK), schedule=schedule), 50)
+    for step in (*range(50), 7, 0):  # of the step alone: asked for in any order
+        assert learning_rate(step) == lr_at(step, 50, PEAK, schedule)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (Schedule("cosine", warmup_steps=100), r"schedule\.warmup_steps = 100 does not fit into a run of 100 steps"),
+        (Schedule("warmup_stable_decay", decay_steps=100), r"schedule\.decay_steps = 100 does not fit"),
+        (Schedule("warmup_stable_decay", warmup_steps=60, decay_steps=41), "of 100 steps together"),
+    ],
+)
+def test_a_learning_rate_refuses_a_schedule_that_does_not_fit_into_the_run(schedule: Schedule, message: str) -> None:
+    config = Config(schedule=schedule)
+    with pytest.raises(UsageError, match=message):
+        LearningRate(config, 100)
+    LearningRate(config, 102)
+
+
 # ---- parameter groups ------------------------------------------------------------------------------------------
 
 
@@ -315,8 +337,7 @@ class Masked(nn.Module):
 def test_the_average_is_that_of_its_formula(decay: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = Masked().to(dtype)
-    average = build_average(model, decay)
-    assert average is not None
+    average = Average(model, decay)
     name, place = "first.weight", (1, 2)
     history: list[tuple[float, float]] = []
     for _ in range(30):
@@ -324,18 +345,20 @@ def test_the_average_is_that_of_its_formula(decay: float, dtype: torch.dtype) ->
             model(torch.randn(8, 3, dtype=dtype))
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
-        update_average(average, model, decay)
+        average.update(model)
         history.append((float(model.state_dict()[name][place]), float(model.norm.running_var[0])))  # type: ignore[index]
     expected = list(history[0])
     for number, values in enumerate(history[1:], start=1):
         kept = min(decay, (1 + number) / (10 + number))
         expected = [kept * old + (1 - kept) * new for old, new in zip(expected, values, strict=True)]
+    assert average.module is not None
+    assert average.averaged is not None
     found = average.module.state_dict()
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     assert float(found[name][place]) == pytest.approx(expected[0], rel=tolerance)
     assert float(found["norm.running_var"][0]) == pytest.approx(expected[1], rel=tolerance)
     assert int(found["norm.num_batches_tracked"]) == 30
-    assert int(average.n_averaged) == 30
+    assert int(average.averaged.n_averaged) == 30
     assert torch.equal(found["mask"], model.mask), "infinite numbers stay what they are"
     assert torch.equal(found["second.weight"], found["first.weight"])
 
@@ -343,13 +366,13 @@ def test_the_average_is_that_of_its_formula(decay: float, dtype: torch.dtype) ->
 def test_the_average_begins_with_the_first_weights_and_is_apart_from_the_model() -> None:
     torch.manual_seed(0)
     model = nn.Linear(2, 2)
-    average = build_average(model, 0.9)
-    assert average is not None
+    average = Average(model, 0.9)
+    assert average.module is not None
     averaged = average.module.get_parameter("weight")
     assert torch.equal(averaged, model.weight)
     with torch.no_grad():
         model.weight.fill_(3)
-    update_average(average, model, 0.9)
+    average.update(model)
     assert torch.equal(averaged, torch.full((2, 2), 3.0))
     with torch.no_grad():
         model.weight.zero_()
@@ -357,4 +380,7 @@ def test_the_average_begins_with_the_first_weights_and_is_apart_from_the_model()
 
 
 def test_without_a_decay_there_is_no_average() -> None:
-    assert build_average(nn.Linear(2, 2), None) is None
+    model = nn.Linear(2, 2)
+    average = Average(model, None)
+    average.update(model)
+    assert (average.averaged, average.module) == (None, None)

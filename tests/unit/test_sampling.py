@@ -6,7 +6,8 @@ import itertools
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from distloop.config.settings import Batch, Config, Train
 from distloop.data import order as sampling
 from distloop.data.order import (
     CHUNK,
@@ -22,13 +24,14 @@ from distloop.data.order import (
     MicroBatch,
     MicroBatchSampler,
     Order,
+    Part,
     Plan,
     accumulation_steps,
-    is_due,
     permuted,
 )
 from distloop.data.seeding import derive
 from distloop.errors import UsageError
+from distloop.ranks.ranks import Ranks
 
 reproducible = settings(derandomize=True, deadline=None)
 seeds = st.integers(0, 2**63 - 1)
@@ -50,13 +53,20 @@ def trains_remainder(plan: Plan) -> bool:
     return plan.steps_per_epoch * plan.global_batch_size > plan.samples
 
 
-def positions(parts: list[tuple[int, int]]) -> list[int]:
-    return [position for start, stop in parts for position in range(start, stop)]
+def positions(parts: list[Part]) -> list[int]:
+    return [position for part in parts for position in range(part.start, part.stop)]
+
+
+def part_of(plan: Plan, rank: int, steps: int, seed: int = 0) -> Plan:
+    """The plan of this rank in a run of so many steps."""
+    remainder: Literal["drop", "train"] = "train" if trains_remainder(plan) else "drop"
+    sizes = (plan.samples, plan.global_batch_size, plan.world_size, plan.micro_batch_size)
+    return Plan(*sizes, remainder, total_steps=steps, rank=rank, seed=seed)
 
 
 def taken(plan: Plan, rank: int, start: int, stop: int, seed: int = 0) -> list[tuple[int, list[int]]]:
     """What one rank's sampler yields, as plain numbers."""
-    sampler = MicroBatchSampler(Order(plan.samples, seed), plan, rank, start, stop)
+    sampler = MicroBatchSampler(part_of(plan, rank, stop, seed), start)
     return [(batch.epoch, batch.indices.tolist()) for batch in sampler]
 
 
@@ -94,8 +104,8 @@ def test_the_samples_of_a_step_do_not_depend_on_the_world_or_the_micro_batch(
         parts = plan.window(step, rank)
         batches = taken(plan, rank, step, step + 1, seed)
         assert [owner for owner, _ in batches] == [epoch] * len(parts)
-        for (first, last), (_, indices) in zip(parts, batches, strict=True):
-            together += indices if last > first else []
+        for part, (_, indices) in zip(parts, batches, strict=True):
+            together += indices if part.stop > part.start else []
     assert sorted(together) == sorted(taken(alone, 0, step, step + 1, seed)[0][1])
     assert sorted(together) == sorted(Order(plan.samples, seed)(epoch, start, stop).tolist())
 
@@ -110,8 +120,8 @@ def test_an_epoch_visits_each_sample_once_but_for_the_dropped_remainder(
     seen: list[int] = []
     for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
         for rank in range(plan.world_size):
-            for start, stop in plan.window(step, rank):
-                seen += order(epoch, start, stop).tolist()
+            for part in plan.window(step, rank):
+                seen += order(epoch, part.start, part.stop).tolist()
     assert len(seen) == len(set(seen))
     dropped = 0 if trains_remainder(plan) else plan.samples % plan.global_batch_size
     assert len(seen) == plan.samples - dropped
@@ -139,6 +149,37 @@ def test_starting_at_a_step_equals_having_iterated_up_to_it(
 
 
 @reproducible
+@given(plans(), st.integers(0, 30), st.integers(0, 5), st.data())
+def test_the_sampler_notes_which_part_each_micro_batch_is(
+    ranks: list[Plan], start: int, more: int, data: st.DataObject
+) -> None:
+    rank = data.draw(st.integers(0, ranks[0].world_size - 1))
+    plan = part_of(ranks[0], rank, start + more)
+    sampler = MicroBatchSampler(plan, start)
+    expected = [part for step in range(start, start + more) for part in plan.window(step, rank)]
+    for number, _ in enumerate(sampler):
+        assert list(sampler.parts) == expected[: number + 1]  # noted when the loader asks for it
+    assert list(sampler.parts) == expected
+
+
+@reproducible
+@given(plans(), st.integers(0, 60))
+def test_a_part_tells_its_step_its_place_in_the_global_batch_and_whether_it_is_the_ranks_last(
+    ranks: list[Plan], step: int
+) -> None:
+    plan = ranks[0]
+    windows = [plan.window(step, rank) for rank in range(plan.world_size)]
+    parts = sorted(itertools.chain(*windows), key=lambda part: part.number)
+    assert [part.number for part in parts] == list(range(len(parts)))
+    assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
+    assert plan.sample_count(step) == parts[-1].stop - parts[0].start
+    for rank, window in enumerate(windows):
+        assert [part.number for part in window] == list(range(rank, len(parts), plan.world_size))
+        assert [part.is_last for part in window] == [False] * (len(window) - 1) + [True]
+        assert {part.step for part in window} == {step}
+
+
+@reproducible
 @given(plans(), st.integers(0, 60))
 def test_all_ranks_have_equally_many_micro_batches_in_a_step(ranks: list[Plan], step: int) -> None:
     assert len({len(plan.window(step, rank)) for rank, plan in enumerate(ranks)}) == 1
@@ -152,11 +193,9 @@ def test_a_rank_without_samples_in_a_short_step_gets_the_first_sample_of_it(
     plan = ranks[0]
     epoch, first, _ = plan.span(step)
     for rank in range(plan.world_size):
-        for (start, stop), (_, indices) in zip(
-            plan.window(step, rank), taken(plan, rank, step, step + 1, seed), strict=True
-        ):
-            assert len(indices) == max(1, stop - start)
-            if start == stop:
+        for part, (_, indices) in zip(plan.window(step, rank), taken(plan, rank, step, step + 1, seed), strict=True):
+            assert len(indices) == max(1, part.stop - part.start)
+            if part.start == part.stop:
                 assert indices == Order(plan.samples, seed)(epoch, first, first + 1).tolist()
 
 
@@ -182,7 +221,7 @@ def test_a_part_of_the_global_batch_has_the_same_samples_on_any_number_of_ranks(
 def test_no_micro_batch_is_larger_than_micro_size(world_size: int, rank_batch: int, micro: int, step: int) -> None:
     plan = Plan(211, world_size * rank_batch, world_size, micro, "train")
     for rank in range(world_size):
-        assert all(stop - start <= micro for start, stop in plan.window(step, rank))
+        assert all(part.stop - part.start <= micro for part in plan.window(step, rank))
 
 
 @reproducible
@@ -198,7 +237,20 @@ def test_the_accumulation_is_the_least_that_divides(rank_batch: int, micro: int 
 def test_the_micro_batches_of_a_whole_step_are_equal() -> None:
     plan = Plan(1000, 60, 2, 7)
     assert (plan.accumulation, plan.micro_batch_size) == (5, 6)
-    assert {stop - start for rank in range(2) for start, stop in plan.window(3, rank)} == {6}
+    assert {part.stop - part.start for rank in range(2) for part in plan.window(3, rank)} == {6}
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"), [(Train(steps=7), 7), (Train(epochs=2), 26), (Train(epochs=None, steps=3), 3)]
+)
+def test_the_plan_of_a_rank_comes_from_the_config(train: Train, expected: int) -> None:
+    batch = Batch(global_size=100, micro_size=25, remainder="train")
+    config = Config(batch=batch, train=train, seed=5)
+    plan = Plan.of(config, 1203, cast(Ranks, SimpleNamespace(rank=1, world_size=2)))
+    assert (plan.samples, plan.global_batch_size, plan.world_size, plan.rank) == (1203, 100, 2, 1)
+    assert (plan.micro_batch_size, plan.accumulation, plan.steps_per_epoch) == (25, 2, 13)
+    assert plan.total_steps == expected
+    assert plan.order(1, 0, 9).tolist() == Order(1203, 5)(1, 0, 9).tolist()
 
 
 @pytest.mark.parametrize(
@@ -227,13 +279,6 @@ def test_too_few_samples_are_refused_unless_the_remainder_is_trained() -> None:
 def test_empty_data_is_refused(remainder: Literal["drop", "train"]) -> None:
     with pytest.raises(UsageError, match="empty"):
         Plan(0, 64, remainder=remainder)
-
-
-def test_due_counts_steps_where_given_and_else_epochs() -> None:
-    plan = Plan(100, 10)
-    assert [step for step in range(1, 41) if is_due(step, 15, None, plan)] == [15, 30]
-    assert [step for step in range(1, 41) if is_due(step, None, 2, plan)] == [20, 40]
-    assert [step for step in range(1, 41) if is_due(step, None, None, plan)] == [10, 20, 30, 40]
 
 
 # ---- validation ------------------------------------------------------------------------------------------------
@@ -362,12 +407,13 @@ def test_a_seek_and_a_batch_cost_the_same_at_any_number_of_samples(
         return original(values, bits, key)
 
     monkeypatch.setattr(sampling, "_feistel", counting)
-    plan = Plan(samples, 1024, 4, 64)
+    plan = Plan(samples, 1024, 4, 64, rank=1)
     steps = 640  # ten chunks
     start = plan.steps_per_epoch * 2 + plan.steps_per_epoch // 2
+    plan.total_steps = start + steps
     tracemalloc.start()
     try:
-        batches = iter(MicroBatchSampler(Order(samples, 0), plan, 1, start, start + steps))
+        batches = iter(MicroBatchSampler(plan, start))
         first = next(batches)
         seek = sum(computed)
         rest = list(batches)
@@ -392,8 +438,8 @@ def test_an_exact_order_is_sorted_once_an_epoch(monkeypatch: pytest.MonkeyPatch)
         return original(values, **options)
 
     monkeypatch.setattr(np, "argsort", counting)
-    plan = Plan(10_000, 100)
-    list(MicroBatchSampler(Order(10_000, 0), plan, 0, 95, 205))  # epochs 0, 1 and 2
+    plan = Plan(10_000, 100, total_steps=205)
+    list(MicroBatchSampler(plan, 95))  # epochs 0, 1 and 2
     assert sorts == [10_000] * 3
 
 
@@ -414,7 +460,7 @@ def test_the_order_is_the_one_that_earlier_versions_trained_on() -> None:
 def test_the_micro_batches_are_those_that_earlier_versions_trained_on() -> None:
     plan = Plan(10, 4, 2, 1, "train")
     assert taken(plan, 1, 1, 4) == [(0, [0]), (0, [4]), (0, [6]), (1, [1]), (1, [9])]
-    batch = next(iter(MicroBatchSampler(Order(10, 0), plan, 0, 0, 1)))
+    batch = next(iter(MicroBatchSampler(part_of(plan, 0, 1), 0)))
     assert isinstance(batch, MicroBatch)
     assert batch.indices.dtype == np.int64
 
@@ -462,4 +508,4 @@ def test_rank_0_never_is_without_a_sample_of_a_short_step(world_size: int) -> No
     # Its BatchNorm statistics are the ones that are kept: the stand-in of an empty part must not enter them.
     for rest in range(1, 3 * world_size):
         plan = Plan(5 * 12 * world_size + rest, 12 * world_size, world_size, 2, "train")
-        assert all(start < stop for start, stop in plan.window(plan.steps_per_epoch - 1, 0)), rest
+        assert all(part.start < part.stop for part in plan.window(plan.steps_per_epoch - 1, 0)), rest
