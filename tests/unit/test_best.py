@@ -61,9 +61,9 @@ def test_the_best_is_the_first_of_the_finite_extremes(found: list[float], direct
 
 def test_what_is_no_number_is_never_better_and_any_number_is_better_than_it() -> None:
     for nothing in (None, "0.5", [0.5], math.nan):
-        assert not is_better("max", nothing, 0.5)
+        assert not is_better(("loss", "max"), nothing, 0.5)
     for nothing in (None, "0.5", [0.5]):
-        assert is_better("max", 0.1, nothing)
+        assert is_better(("loss", "max"), 0.1, nothing)
 
 
 def test_the_best_of_earlier_attempts_counts() -> None:
