@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from distloop import hand_on
 
 if TYPE_CHECKING:
-    from distloop.ranks.accelerator import build_accelerator as build_accelerator
-    from distloop.ranks.ranks import Ranks as Ranks
+    from distloop.ranks.accelerator import build_accelerator
+    from distloop.ranks.ranks import Ranks
 else:
     __getattr__ = hand_on(__name__, __file__)
