@@ -32,7 +32,7 @@ from tests.report_runs import (
     write_rows,
 )
 
-HEADINGS = [title for title, _ in SECTIONS]
+HEADINGS = [section.title for section in SECTIONS]
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
+from distloop.commands.report.palette import PALETTE
 from distloop.commands.report.rows import Floats
-from distloop.commands.report.style import PALETTE
 from distloop.tracking.wording import number_on_axis
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def light(name: str) -> str:
 
 def draw_curves(
     traces: list[Trace], attempts: dict[int, int], last_step: int, logarithmic: bool | None = None, zero: bool = False
-) -> str:
+) -> Markup:
     """Curves against the step, as SVG.
 
     `attempts`: attempt -> the step after which it began. `logarithmic`: of the value axis; None: decided by the values.
@@ -63,7 +64,9 @@ def draw_curves(
     return _against_step(fill, attempts, last_step)
 
 
-def draw_shares(seconds: Floats, colours: list[str], attempts: dict[int, int], last_step: int, bars: int = 60) -> str:
+def draw_shares(
+    seconds: Floats, colours: list[str], attempts: dict[int, int], last_step: int, bars: int = 60
+) -> Markup:
     """The shares of time accounts over the run as stacked bars, as SVG.
 
     `seconds`: shape [1 + accounts, intervals]; the last step of each interval, then the seconds of each account.
@@ -91,7 +94,7 @@ def cell_of(classes: int) -> int:
     return -(-classes // MOST_CELLS)
 
 
-def draw_matrix(confusion: Floats) -> str:
+def draw_matrix(confusion: Floats) -> Markup:
     """A large confusion matrix, shape [classes, classes] with a row per label, as SVG.
 
     Right answers are blue, mistakes red, the deeper the larger their share of the label's samples. A cell that stands
@@ -141,7 +144,7 @@ def _draw(axes: Axes, trace: Trace) -> None:
     axes.plot(steps, values, color=light(trace.colour), **options)
 
 
-def _against_step(fill: Callable[[Axes], None], attempts: dict[int, int], last_step: int) -> str:
+def _against_step(fill: Callable[[Axes], None], attempts: dict[int, int], last_step: int) -> Markup:
     """A plot against the step, as SVG; `fill` draws the curves into its axes."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without its message about building a font cache
     import matplotlib
@@ -236,7 +239,7 @@ def _rounded(match: re.Match[str]) -> str:
     return f"{float(match[0]):.2f}".rstrip("0").rstrip(".")
 
 
-def _svg(drawing: Any) -> str:
+def _svg(drawing: Any) -> Markup:
     """The figure as an <svg> element for HTML, without name spaces and style sheet, which HTML does not need."""
     stream = io.StringIO()
     drawing.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
@@ -250,4 +253,4 @@ def _svg(drawing: Any) -> str:
     text = text.replace("xlink:href", "href")
     for name, (colour, _) in PALETTE.items():
         text = text.replace(colour, f"var(--{name})")
-    return re.sub(r"\s*\n\s*", "\n", text)
+    return Markup(re.sub(r"\s*\n\s*", "\n", text))

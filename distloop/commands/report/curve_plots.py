@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import numpy as np
+from markupsafe import Markup
 
 from distloop.commands.report.curves import Curve
-from distloop.commands.report.markup import legend, number_html, quiet, text
 from distloop.commands.report.plots import Trace, draw_curves
 from distloop.commands.report.read import Record
 from distloop.commands.report.rows import Floats
+from distloop.commands.report.sections import NothingToShowError
+from distloop.tracking.wording import number_with_commas
 
 
-def curves(record: Record) -> str:
-    """The section as HTML."""
+class Plot(NamedTuple):
+    """A plot in the page."""
+
+    title: str
+    svg: Markup | None = None
+    """None if there is nothing to draw."""
+    legend: Sequence[tuple[str, str, str]] = ()
+    """(colour, style of the key: line | thin | area, label) of each curve that has a label."""
+    note: str = ""
+
+
+def curves(record: Record) -> dict[str, Any]:
+    """The variables of plots.html."""
     metrics, plots = record.metrics, []
     if metrics.problem:
-        return quiet(metrics.problem)
+        raise NothingToShowError(metrics.problem)
     train, validation = metrics.train, metrics.validation
-    loss = _step_loss(record)
-    if "loss" in validation:
-        loss.append((Trace(validation["loss"].all(), "red"), "validation"))
+    loss = _losses(record)
     plots.append(plot_of(record, "Loss", loss, _not_numbers(train.get("loss"), "training losses") + _skipped(record)))
     for name, curve in validation.items():
         if name != "loss" and np.isfinite(curve.all()[1]).any():
@@ -29,10 +43,8 @@ def curves(record: Record) -> str:
     if "gradient_norm" in train:
         note = _not_numbers(train["gradient_norm"], "gradient norms")
         plots.append(plot_of(record, "Gradient norm", with_mean(train["gradient_norm"], "blue"), note))
-    notes = quiet("No validation yet.") if not validation else ""
-    if metrics.damaged:
-        notes += f'<p class="note">{metrics.damaged:,} lines of metrics.jsonl are no rows, and are left out.</p>'
-    return f'<div class="plots">{"".join(plots)}</div>{notes}'
+    damaged = f"{metrics.damaged:,} lines of metrics.jsonl are no rows, and are left out." if metrics.damaged else ""
+    return {"plots": plots, "notes": [("quiet", "" if validation else "No validation yet."), ("note", damaged)]}
 
 
 def plot_of(
@@ -42,23 +54,16 @@ def plot_of(
     note: str = "",
     logarithmic: bool | None = None,
     zero: bool = False,
-) -> str:
-    """A plot as HTML, with its title, a legend of its labelled curves and a note.
+) -> Plot:
+    """A plot against the step.
 
     `traces`: curves with their labels; "" for a curve without. See draw_curves for the other arguments.
     """
     usable = [(trace, label) for trace, label in traces if trace.points.shape[1]]
     if not usable:
-        return f'<div><h3>{text(title)}</h3><p class="legend"></p>{quiet("Nothing is known of it.")}</div>'
-    svg = draw_curves(
-        [trace for trace, _ in usable], record.attempts, record.metrics.last_step, logarithmic=logarithmic, zero=zero
-    )
-    keys = legend((trace.colour, trace.style, label) for trace, label in usable if label)
-    if all(not label for _, label in usable):
-        keys, note = f'<p class="legend">{text(note)}</p>', ""
-    if note:
-        svg = f'<div>{svg}<p class="note">{text(note)}</p></div>'
-    return f"<div><h3>{text(title)}</h3>{keys}{svg}</div>"
+        return Plot(title)
+    svg = draw_curves([trace for trace, _ in usable], record.attempts, record.metrics.last_step, logarithmic, zero)
+    return Plot(title, svg, [(trace.colour, trace.style, label) for trace, label in usable if label], note)
 
 
 def with_mean(curve: Curve, colour: str) -> list[tuple[Trace, str]]:
@@ -71,16 +76,18 @@ def with_mean(curve: Curve, colour: str) -> list[tuple[Trace, str]]:
     return [(Trace(points, colour, "thin"), "logged steps"), (Trace(np.array(parts).reshape(-1, 2).T, colour), "mean")]
 
 
-def _step_loss(record: Record) -> list[tuple[Trace, str]]:
-    """The curves of the training loss, with their labels."""
+def _losses(record: Record) -> list[tuple[Trace, str]]:
+    """The curves of the loss, with their labels."""
     metrics, traces = record.metrics, []
+    epochs = metrics.epochs.all()
     if "loss" in metrics.train:
         traces.append((Trace(metrics.train["loss"].all(), "blue", "thin"), "training, single steps"))
     if metrics.epochs.points:
-        epochs = metrics.epochs.all()
         traces.append((Trace(epochs, "blue"), "training, mean of each epoch"))
-    if "running_loss" in metrics.train and metrics.epochs.all().shape[1] < 3:
+    if "running_loss" in metrics.train and epochs.shape[1] < 3:
         traces.append((Trace(metrics.train["running_loss"].mean(), "sky"), "training, running mean of the epoch"))
+    if "loss" in metrics.validation:
+        traces.append((Trace(metrics.validation["loss"].all(), "red"), "validation"))
     return traces
 
 
@@ -103,4 +110,4 @@ def _best(record: Record, name: str) -> str:
     run = record.run
     if not run.best or not run.best_rule or run.best_rule[0] != name or name not in run.best:
         return ""
-    return f"Best: {number_html(run.best[name])} at step {number_html(run.best.get('step'))}."
+    return f"Best: {number_with_commas(run.best[name])} at step {number_with_commas(run.best.get('step'))}."
