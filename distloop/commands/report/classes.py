@@ -42,15 +42,20 @@ def per_class(record: Record) -> dict[str, Any]:
     if not classes:
         raise NothingToShowError("validation.json has no numbers of single classes.")
     names = _names(detail, len(classes))
-    mistakes = _mistakes(_matrix(detail["confusion"])) if detail.get("confusion") is not None else np.zeros((0, 0))
+    wrong = _mistakes(_matrix(detail["confusion"])) if detail.get("confusion") is not None else np.zeros((0, 1))
     rows = []
     for index, each in enumerate(classes):
-        counts = mistakes[index] if index < len(mistakes) else np.zeros(1)
-        times = int(counts.max())
-        row = {"name": each["name"] if each.get("name") is not None else names[index]}
-        row |= {"times": times, "answer": names[int(counts.argmax())] if times else None}
-        row |= {"samples": each["samples"], "correct": each["correct"]}
-        rows.append(row | {"accuracy": each["correct"] / each["samples"] if each["samples"] else None})
+        counts = wrong[index] if index < len(wrong) else np.zeros(1)
+        rows.append(
+            {
+                "name": each["name"] if each.get("name") is not None else names[index],
+                "answer": names[int(counts.argmax())] if counts.any() else None,
+                "times": int(counts.max()),
+                "samples": each["samples"],
+                "correct": each["correct"],
+                "accuracy": each["correct"] / each["samples"] if each["samples"] else None,
+            }
+        )
     rows.sort(key=lambda row: 2.0 if row["accuracy"] is None else row["accuracy"])
     return {"first": rows[:MOST_ROWS], "rest": rows[MOST_ROWS:]}
 
@@ -58,24 +63,10 @@ def per_class(record: Record) -> dict[str, Any]:
 def mistakes(record: Record) -> dict[str, Any]:
     """The mistakes of which the model was most confident, with their pictures."""
     detail = _detail(record)
-    wrong, names = detail.get("mistakes"), _names(detail, 0)
+    wrong = detail.get("mistakes")
     if not wrong:
         raise NothingToShowError("No mistake was made." if wrong == [] else "validation.json keeps no mistakes.")
-
-    def name(label: Any) -> Any:
-        return names[label] if type(label) is int and 0 <= label < len(names) else label
-
-    def shown(mistake: dict[str, Any]) -> dict[str, Any]:
-        picture, confidence = mistake.get("picture"), mistake.get("confidence")
-        return {
-            "index": mistake.get("index"),
-            "label": name(mistake.get("label")),
-            "predicted": name(mistake.get("predicted")),
-            "picture": picture if isinstance(picture, str) and PICTURE.fullmatch(picture) else None,
-            "confidence": confidence if type(confidence) in (int, float) else None,
-        }
-
-    return {"mistakes": list(map(shown, wrong))}
+    return {"mistakes": wrong, "names": _names(detail), "is_picture": PICTURE.fullmatch}
 
 
 def _coloured(matrix: Floats) -> list[list[tuple[float, str, float]]]:
@@ -108,11 +99,11 @@ def _mistakes(matrix: Floats) -> Floats:
     return matrix * (1 - np.eye(len(matrix)))
 
 
-def _names(detail: dict[str, Any], classes: int) -> list[str]:
-    """The names of the classes; a number for a class without a name."""
+def _names(detail: dict[str, Any], classes: int = 0) -> dict[int, str]:
+    """label -> name; its number for a class without a name."""
     given = detail.get("classes")
-    names = [str(name) for name in given] if isinstance(given, list) else []
-    return [*names, *(str(index) for index in range(len(names), classes))]
+    names = map(str, given if isinstance(given, list) else [])
+    return {label: str(label) for label in range(classes)} | dict(enumerate(names))
 
 
 def _detail(record: Record) -> dict[str, Any]:

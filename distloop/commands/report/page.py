@@ -12,8 +12,9 @@ from markupsafe import Markup
 from distloop import __version__
 from distloop.commands.reading import is_run, runs_in
 from distloop.commands.report import classes, compare, curve_plots, overview, provenance, resources
+from distloop.commands.report.palette import STYLE
 from distloop.commands.report.read import read_record
-from distloop.commands.report.sections import TEMPLATES, Section, environment
+from distloop.commands.report.sections import Section, environment
 from distloop.errors import UsageError
 from distloop.run.files import write_text
 
@@ -98,7 +99,7 @@ def _page(runs: list[Path]) -> str:
             top=top,
             sections=sections,
             policy=POLICY,
-            style=Markup((TEMPLATES / "style.css").read_text(encoding="ascii")),
+            style=Markup(STYLE.read_text(encoding="ascii")),
             version=__version__,
             now=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
         )

@@ -1,29 +1,12 @@
-"""The colours of the report, light and dark.
-
-Plots are drawn in the light colours. In the page each colour is a CSS variable, so that plots turn dark as well.
-"""
+"""The colours of curves, accounts and states, by the names that style.css gives them."""
 
 from __future__ import annotations
 
-PALETTE = {  # name: (light, dark)
-    "page": ("#f6f7f9", "#14171b"),
-    "panel": ("#fffffe", "#1c2026"),
-    "ink": ("#1d2530", "#e6e9ee"),
-    "soft": ("#667085", "#98a2b3"),
-    "line": ("#e4e7ec", "#313842"),
-    "mark": ("#b4bcc9", "#566070"),
-    # After Okabe and Ito: colour-blind readers can tell them apart. Each has a lighter form for a dark page.
-    "blue": ("#0072b2", "#4ba3dc"),
-    "red": ("#d55e00", "#f0803a"),
-    "green": ("#009e73", "#2fc298"),
-    "orange": ("#e69f00", "#f0b429"),
-    "pink": ("#cc79a7", "#dd97bd"),
-    "sky": ("#56b4e9", "#8accf3"),
-    "violet": ("#5b4ba8", "#9d8ff0"),
-    "brown": ("#8c564b", "#c08d82"),
-    "olive": ("#8f8f1f", "#c2c25a"),
-    "black": ("#344054", "#cfd6e1"),
-}
+import functools
+import re
+from pathlib import Path
+
+STYLE = Path(__file__).with_name("templates") / "style.css"
 SERIES = ("blue", "red", "green", "orange", "pink", "sky", "violet", "brown", "olive", "black")
 ACCOUNT_COLOURS = {
     "compute": "blue",
@@ -34,3 +17,10 @@ ACCOUNT_COLOURS = {
     "lost": "red",
 }
 STATE_COLOURS = {"finished": "green", "running": "blue", "starting": "sky", "stopped": "orange"}  # others: red
+
+
+@functools.cache
+def light_colours() -> dict[str, str]:
+    """The colours on a light page: "#0072b2" for "blue"."""
+    light, _, _ = STYLE.read_text(encoding="ascii").partition("@media")
+    return dict(re.findall(r"--(\w+): (#\w{6})", light))

@@ -6,7 +6,7 @@ import json
 import shlex
 from typing import Any
 
-from distloop.commands.report.read import LONGEST_TEXT, Part, Record
+from distloop.commands.report.read import LONGEST_TEXT, Record
 from distloop.commands.report.sections import NothingToShowError, content_of
 from distloop.config.comparison import dotted, flatten
 from distloop.config.settings import Config
@@ -14,7 +14,7 @@ from distloop.config.settings import Config
 KEYS_OF_ONE_RUN = ("config", "name", "runs_dir")  # each run has its own; they are no change
 MOST_LINES = 6000  # of a diff
 KINDS_OF_LINES = {"+++": "file", "---": "file", "diff ": "file", "@@": "at", "+": "add", "-": "del"}
-HEAD_OF_FAILURE = ("rank", "node", "step", "phase", "what", "traceback", "others", "ranks")
+HEAD_OF_FAILURE = ("rank", "node", "step", "phase", "what", "traceback", "others", "ranks")  # not under "More"
 
 
 def config(record: Record) -> dict[str, Any]:
@@ -78,16 +78,6 @@ def failures(record: Record) -> dict[str, Any]:
     """The attempts that failed: where and why."""
     if not record.failures:
         raise NothingToShowError("No attempt has failed.")
-    return {"failures": [_failure(name, part) for name, part in record.failures]}
-
-
-def _failure(name: str, part: Part) -> dict[str, Any]:
-    failure = part.value or {}
-    return {
-        "problem": part.problem,
-        "attempt": name.removeprefix("attempt_").removesuffix(".json").lstrip("0"),
-        **{key: failure.get(key) for key in ("rank", "node", "step", "phase")},
-        "what": str(failure.get("what") or failure.get("reason") or "").strip(),
-        "traceback": str(failure.get("traceback") or "")[-LONGEST_TEXT:].strip(),
-        "more": {key.replace("_", " "): value for key, value in failure.items() if key not in HEAD_OF_FAILURE},
-    }
+    attempts = [name.removeprefix("attempt_").removesuffix(".json").lstrip("0") for name, _ in record.failures]
+    parts = [part for _, part in record.failures]
+    return {"failures": list(zip(attempts, parts, strict=True)), "head": HEAD_OF_FAILURE, "longest": LONGEST_TEXT}

@@ -8,18 +8,16 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
-from distloop.commands.report.palette import PALETTE, STATE_COLOURS
+from distloop.commands.report.palette import STATE_COLOURS, STYLE
 from distloop.commands.report.read import Part
 from distloop.run.accounts import goodput
 from distloop.tracking.wording import UNKNOWN, file_size, long_duration, number_with_commas, percent
 
-TEMPLATES = Path(__file__).with_name("templates")
 # What a damaged file may raise. The section then says so; the other sections are not affected.
 DAMAGED = (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError, UndefinedError)
 
@@ -57,7 +55,7 @@ def content_of(part: Part) -> Any:
 def environment() -> Environment:
     """The templates, with wording.py's functions as filters. None becomes a dash."""
     templates = Environment(
-        loader=FileSystemLoader(TEMPLATES),
+        loader=FileSystemLoader(STYLE.parent),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=lambda value: UNKNOWN if value is None else value,
@@ -72,7 +70,7 @@ def environment() -> Environment:
         "goodput": goodput,
         "as_setting": as_setting,
     }
-    templates.globals |= {"PALETTE": PALETTE, "STATE_COLOURS": STATE_COLOURS}
+    templates.globals["STATE_COLOURS"] = STATE_COLOURS
     return templates
 
 
