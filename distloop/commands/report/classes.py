@@ -41,23 +41,16 @@ def per_class(record: Record) -> dict[str, Any]:
     classes = detail.get("per_class")
     if not classes:
         raise NothingToShowError("validation.json has no numbers of single classes.")
-    names = _names(detail, len(classes))
-    wrong = _mistakes(_matrix(detail["confusion"])) if detail.get("confusion") is not None else np.zeros((0, 1))
-    rows = []
-    for index, each in enumerate(classes):
-        counts = wrong[index] if index < len(wrong) else np.zeros(1)
-        rows.append(
-            {
-                "name": each["name"] if each.get("name") is not None else names[index],
-                "answer": names[int(counts.argmax())] if counts.any() else None,
-                "times": int(counts.max()),
-                "samples": each["samples"],
-                "correct": each["correct"],
-                "accuracy": each["correct"] / each["samples"] if each["samples"] else None,
-            }
-        )
-    rows.sort(key=lambda row: 2.0 if row["accuracy"] is None else row["accuracy"])
-    return {"first": rows[:MOST_ROWS], "rest": rows[MOST_ROWS:]}
+    accuracies = [each["correct"] / each["samples"] if each["samples"] else None for each in classes]
+    order = sorted(range(len(classes)), key=lambda label: (accuracies[label] is None, accuracies[label]))
+    return {
+        "classes": classes,
+        "accuracies": accuracies,
+        "first": order[:MOST_ROWS],
+        "rest": order[MOST_ROWS:],
+        "names": _names(detail, len(classes)),
+        "mistakes": _mistakes(_matrix(detail["confusion"])) if detail.get("confusion") is not None else (),
+    }
 
 
 def mistakes(record: Record) -> dict[str, Any]:

@@ -46,31 +46,20 @@ def overview(comparison: Comparison) -> dict[str, Any]:
     ranking = comparison.ranking
     facts = [f"{count} {state}" for state, count in collections.Counter(run.state for run in ranking.runs).items()]
     facts.append(f"the best {ranking.by} first" if ranking.is_metric else f"by {ranking.by}")
-    return {"facts": facts, "reason": "", "tiles": []}
+    return {"facts": facts}
 
 
 def ranking_table(comparison: Comparison) -> dict[str, Any]:
     """The variables of ranking.html."""
-    ranking, records, colours = comparison
-    keys = list(dict.fromkeys(key for settings in ranking.settings for key in settings))
-    lasts = [metrics_in(record.metrics.last_validation) for record in records]
-    rows = [
-        {
-            "place": ranking.place(index),
-            "run": record.run,
-            "colour": colours[index],
-            "settings": [ranking.settings[index].get(key) for key in keys],
-            "best": ranking.values[index] or (None, None),
-            "last": lasts[index],
-            "step": max(record.run.step or 0, record.metrics.last_step),
-            "seconds": record.seconds,
-            "rate": median_rate(record),
-        }
-        for index, record in enumerate(records)
-    ]
-    names = list(dict.fromkeys(name for last in lasts for name in last))
-    few = len(keys) <= FEW_SETTINGS
-    return {"rows": rows, "names": names, "keys": keys, "are_settings_first": few, "ranking": ranking}
+    keys = list(dict.fromkeys(key for settings in comparison.ranking.settings for key in settings))
+    lasts = [metrics_in(record.metrics.last_validation) for record in comparison.records]
+    return comparison._asdict() | {
+        "keys": keys,
+        "are_settings_first": len(keys) <= FEW_SETTINGS,
+        "lasts": lasts,
+        "names": list(dict.fromkeys(name for last in lasts for name in last)),
+        "rates": list(map(median_rate, comparison.records)),
+    }
 
 
 def curves(comparison: Comparison) -> dict[str, Any]:

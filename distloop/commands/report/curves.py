@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from distloop.commands.report.rows import MEMORY, SECONDS, TRAIN, Block, Floats, column, read_block
+from distloop.commands.report.rows import MEMORY, SECONDS, TRAIN, Floats, column, read_block
 from distloop.run.files import METRICS
 from distloop.run.metrics import NO_METRICS
 
@@ -25,17 +25,15 @@ BLOCK_BYTES = 1 << 20
 class Curve:
     """The values under a key of metrics.jsonl against the step, thinned."""
 
-    points: list[Floats] = field(default_factory=list)
-    """Blocks of (steps, values), of shape [2, points], in the order of steps; nan for a value that is no number."""
+    points: list[Floats] = field(default_factory=list)  # blocks of what all() returns
     means: list[Floats] = field(default_factory=list)
-    """Blocks of (steps, means), each of shape [2, stretches]."""
     not_numbers: int = 0
     """In how many rows the value was null, nan or infinite."""
     first_not_number: int | None = None
     """The step of the first such row."""
 
     def all(self) -> Floats:
-        """(steps, values) of all points: shape [2, points]."""
+        """(steps, values) of all points, in the order of steps: shape [2, points]; nan for what is no number."""
         return np.concatenate([np.zeros((2, 0)), *self.points], axis=1)
 
     def mean(self) -> Floats:
@@ -72,11 +70,9 @@ class Metrics:
     """The content of metrics.jsonl, thinned."""
 
     train: dict[str, Curve] = field(default_factory=dict)
-    """Curves of the train rows, by key."""
     epochs: Curve = field(default_factory=Curve)
     """The mean training loss of each epoch."""
     validation: dict[str, Curve] = field(default_factory=dict)
-    """Curves of the validation metrics, by metric."""
     seconds: list[Floats] = field(default_factory=list)
     """Blocks of shape [5, stretches]: the last step of each stretch, then its sums of SECONDS."""
     memory: list[Floats] = field(default_factory=list)
@@ -106,7 +102,7 @@ def read_metrics(run: Path, stretches: int = STRETCHES) -> Metrics:
         with open(path, "rb") as file:
             while lines := file.readlines(BLOCK_BYTES):
                 share = min(1.0, sum(map(len, lines)) / size)
-                _add_block(metrics, read_block(lines), max(1, round(stretches * share)))
+                _add_block(metrics, lines, max(1, round(stretches * share)))
     except FileNotFoundError:
         metrics.problem = f"There is no {METRICS} yet."
     except OSError as error:
@@ -119,13 +115,14 @@ def read_metrics(run: Path, stretches: int = STRETCHES) -> Metrics:
     return metrics
 
 
-def _add_block(metrics: Metrics, block: Block, stretches: int) -> None:
-    metrics.rows += len(block.train.get("step", ())) + len(block.others)
-    metrics.damaged += block.damaged
-    if block.train:
-        _add_train(metrics, block.train, stretches)
-    epochs = [row for row in block.others if row.get("kind") == "epoch"]
-    validation = [row for row in block.others if row.get("kind") == "validate"]
+def _add_block(metrics: Metrics, lines: list[bytes], stretches: int) -> None:
+    train, others, damaged = read_block(lines)
+    metrics.rows += len(lines) - damaged
+    metrics.damaged += damaged
+    if train:
+        _add_train(metrics, train, stretches)
+    epochs = [row for row in others if row.get("kind") == "epoch"]
+    validation = [row for row in others if row.get("kind") == "validate"]
     if epochs:
         metrics.epochs.add(column(epochs, "step"), column(epochs, "loss"), stretches)
     if validation:

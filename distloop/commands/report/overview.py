@@ -8,13 +8,11 @@ import numpy as np
 
 from distloop.commands.reading import metrics_in
 from distloop.commands.report.read import Record
-from distloop.run.accounts import goodput
-from distloop.tracking.wording import UNKNOWN, long_duration, number_with_commas, percent, plural
 
 
 def overview(record: Record) -> dict[str, Any]:
     """The variables of top.html."""
-    run, environment = record.run, record.environment.value or {}
+    run, environment, last = record.run, record.environment.value or {}, metrics_in(record.metrics.last_validation)
     commit = environment.get("git_commit")
     facts = [
         _model_and_data(record),
@@ -23,8 +21,18 @@ def overview(record: Record) -> dict[str, Any]:
         f"attempt {run.attempt}" if (run.attempt or 0) > 1 else "",
         f"commit {str(commit)[:10]}{' with uncommitted changes' * bool(environment.get('git_changes'))}" * bool(commit),
     ]
-    reason = run.reason if run.state not in ("finished", "running") else None
-    return {"facts": filter(None, facts), "state": run.state, "reason": (reason or "").strip(), "tiles": _tiles(record)}
+    metric = run.best_rule[0] if run.best_rule else ""
+    return {
+        "facts": filter(None, facts),
+        "run": run,
+        "step": max(run.step or 0, record.metrics.last_step) if run.state in ("running", "gone") else run.step,
+        "metric": metric,
+        "last": [(name, last[name]) for name in dict.fromkeys([metric, "loss", *last]) if name in last][:2],
+        "running_loss": record.metrics.last_train.get("running_loss"),
+        "seconds": record.seconds,
+        "attempts": max(len(record.time.value or []), run.attempt or 0),
+        "rate": median_rate(record),
+    }
 
 
 def median_rate(record: Record) -> float | None:
@@ -33,27 +41,6 @@ def median_rate(record: Record) -> float | None:
     means = curve.mean()[1] if curve else np.zeros(0)
     means = means[np.isfinite(means)]
     return float(np.median(means)) if len(means) else None
-
-
-def _tiles(record: Record) -> list[tuple[str, str]]:
-    """(value, label) of each big number."""
-    run, last, number = record.run, metrics_in(record.metrics.last_validation), number_with_commas
-    step = max(run.step or 0, record.metrics.last_step) if run.state in ("running", "gone") else run.step
-    tiles = [(number(step), f"step of {number(run.total_steps)}")]
-    metric = run.best_rule[0] if run.best_rule else ""
-    if run.best and metric in run.best:
-        tiles.append((number(run.best[metric]), f"best {metric}, step {number(run.best.get('step'))}"))
-    for name in [name for name in dict.fromkeys([metric, "loss", *last]) if name in last][:2]:
-        tiles.append((number(last[name]), "last validation loss" if name == "loss" else f"last {name}"))
-    if not last:
-        loss = record.metrics.last_train.get("running_loss")
-        tiles.append((number(loss), "running training loss; no validation yet"))
-    tiles.append((percent(goodput(record.seconds)), "goodput"))
-    attempts = max(len(record.time.value or []), run.attempt or 0)
-    wall = sum(record.seconds.values()) or None
-    tiles.append((long_duration(wall), f"wall time, {plural(attempts, 'attempt')}"))
-    tiles.append((number(median_rate(record)), "samples per second"))
-    return [tile for tile in tiles if tile[0] != UNKNOWN]
 
 
 def _model_and_data(record: Record) -> str:

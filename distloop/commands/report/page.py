@@ -6,6 +6,7 @@ import argparse
 import datetime
 import sys
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
@@ -19,7 +20,7 @@ from distloop.errors import UsageError
 from distloop.run.files import write_text
 
 REPORT = "report.html"
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the page may load nothing
+TOP = Section("", "top.html", overview.overview)
 SECTIONS = (
     Section("Curves", "plots.html", curve_plots.curves),
     Section("Time", "time.html", resources.time_accounts),
@@ -34,6 +35,7 @@ SECTIONS = (
     Section("Environment", "environment.html", provenance.environment),
     Section("Uncommitted changes", "diff.html", provenance.diff),
 )
+TOP_OF_SEVERAL = Section("", "top.html", compare.overview)
 SECTIONS_OF_SEVERAL = (
     Section("Ranking", "ranking.html", compare.ranking_table),
     Section("Curves", "plots.html", compare.curves),
@@ -57,7 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         runs = _runs(options.runs)
         output = Path(options.output) if options.output else runs[0] / REPORT if len(runs) == 1 else Path(REPORT)
-        _check_output(output)
+        if output.is_dir():
+            raise UsageError(f"--output {output} is a directory: give a file, such as {output / REPORT}.")
+        if not output.parent.is_dir():
+            raise UsageError(f"--output {output}: there is no directory {output.parent}.")
         write_report(runs, output)
     except UsageError as error:
         print(f"distloop: {error}", file=sys.stderr)
@@ -82,28 +87,19 @@ def write_report(runs: list[Path], output: Path) -> None:
 
 
 def _page(runs: list[Path]) -> str:
+    variables: dict[str, Any]
     if len(runs) == 1:
         record = read_record(runs[0])
-        title, state, top = record.run.name, record.run.state, Section("", "top.html", overview.overview).render(record)
-        sections = [(section.title, *section.render(record)) for section in SECTIONS]
+        variables = {"title": record.run.name, "state": record.run.state, "top": TOP.render(record)}
+        variables["sections"] = [(section.title, *section.render(record)) for section in SECTIONS]
     else:
-        compared = compare.compare(runs)
-        title, state, top = f"{len(runs)} runs", None, Section("", "top.html", compare.overview).render(compared)
-        sections = [(section.title, *section.render(compared)) for section in SECTIONS_OF_SEVERAL]
-    return (
-        environment()
-        .get_template("page.html")
-        .render(
-            title=title,
-            state=state,
-            top=top,
-            sections=sections,
-            policy=POLICY,
-            style=Markup(STYLE.read_text(encoding="ascii")),
-            version=__version__,
-            now=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
-        )
-    )
+        several = compare.compare(runs)
+        variables = {"title": f"{len(runs)} runs", "state": None, "top": TOP_OF_SEVERAL.render(several)}
+        variables["sections"] = [(section.title, *section.render(several)) for section in SECTIONS_OF_SEVERAL]
+    variables["style"] = Markup(STYLE.read_text(encoding="ascii"))
+    variables["version"] = __version__
+    variables["now"] = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+    return environment().get_template("page.html").render(variables)
 
 
 def _runs(names: list[str]) -> list[Path]:
@@ -119,11 +115,3 @@ def _runs(names: list[str]) -> list[Path]:
             raise UsageError(f"{name} is no run's directory.{hint}")
         runs.setdefault(path.resolve(), path)
     return list(runs.values())
-
-
-def _check_output(output: Path) -> None:
-    """Raise UsageError before the work if `output` cannot be a file."""
-    if output.is_dir():
-        raise UsageError(f"--output {output} is a directory: give a file, such as {output / REPORT}.")
-    if not output.parent.is_dir():
-        raise UsageError(f"--output {output}: there is no directory {output.parent}.")

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from distloop.commands.report.palette import STATE_COLOURS, STYLE
 from distloop.commands.report.read import Part
 from distloop.run.accounts import goodput
-from distloop.tracking.wording import UNKNOWN, file_size, long_duration, number_with_commas, percent
+from distloop.tracking.wording import UNKNOWN, file_size, long_duration, number_with_commas, percent, plural
 
 # What a damaged file may raise. The section then says so; the other sections are not affected.
 DAMAGED = (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError, UndefinedError)
@@ -67,10 +67,11 @@ def environment() -> Environment:
         "percent": percent,
         "duration": long_duration,
         "file_size": file_size,
+        "plural": plural,
         "goodput": goodput,
         "as_setting": as_setting,
     }
-    templates.globals["STATE_COLOURS"] = STATE_COLOURS
+    templates.globals |= {"STATE_COLOURS": STATE_COLOURS, "UNKNOWN": UNKNOWN}
     return templates
 
 
