@@ -42,11 +42,9 @@ def compare(paths: list[Path]) -> Comparison:
 
 
 def overview(comparison: Comparison) -> dict[str, Any]:
-    """The variables of top.html."""
-    ranking = comparison.ranking
-    facts = [f"{count} {state}" for state, count in collections.Counter(run.state for run in ranking.runs).items()]
-    facts.append(f"the best {ranking.by} first" if ranking.is_metric else f"by {ranking.by}")
-    return {"facts": facts}
+    """The variables of top_of_several.html."""
+    states = collections.Counter(run.state for run in comparison.ranking.runs)
+    return {"states": states, "ranking": comparison.ranking}
 
 
 def ranking_table(comparison: Comparison) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from markupsafe import Markup
 from distloop.commands.report.curves import Curve
 from distloop.commands.report.plots import Trace, draw_curves
 from distloop.commands.report.read import Record
-from distloop.commands.report.rows import Floats
 from distloop.commands.report.sections import NothingToShowError
 from distloop.tracking.wording import number_with_commas
 
@@ -29,65 +28,56 @@ class Plot(NamedTuple):
 
 def curves(record: Record) -> dict[str, Any]:
     """The variables of plots.html."""
-    metrics, plots = record.metrics, []
+    metrics = record.metrics
     if metrics.problem:
         raise NothingToShowError(metrics.problem)
     train, validation = metrics.train, metrics.validation
-    loss = _losses(record)
-    plots.append(plot_of(record, "Loss", loss, _not_numbers(train.get("loss"), "training losses") + _skipped(record)))
+    note = _not_numbers(train.get("loss"), "training losses") + _skipped(record)
+    plots = [plot_of(record, "Loss", _losses(record), note)]
     for name, curve in validation.items():
         if name != "loss" and np.isfinite(curve.all()[1]).any():
-            plots.append(plot_of(record, f"Validation {name}", [(Trace(curve.all(), "red"), "")], _best(record, name)))
+            plots.append(plot_of(record, f"Validation {name}", [Trace(curve.all(), "red")], _best(record, name)))
     if "lr" in train:
-        plots.append(plot_of(record, "Learning rate", [(Trace(train["lr"].all(), "blue"), "")], logarithmic=False))
+        plots.append(plot_of(record, "Learning rate", [Trace(train["lr"].all(), "blue")], logarithmic=False))
     if "gradient_norm" in train:
         note = _not_numbers(train["gradient_norm"], "gradient norms")
-        plots.append(plot_of(record, "Gradient norm", with_mean(train["gradient_norm"], "blue"), note))
+        plots.append(plot_of(record, "Gradient norm", with_mean(train["gradient_norm"]), note))
     damaged = f"{metrics.damaged:,} lines of metrics.jsonl are no rows, and are left out." if metrics.damaged else ""
     return {"plots": plots, "notes": [("quiet", "" if validation else "No validation yet."), ("note", damaged)]}
 
 
 def plot_of(
-    record: Record,
-    title: str,
-    traces: list[tuple[Trace, str]],
-    note: str = "",
-    logarithmic: bool | None = None,
-    zero: bool = False,
+    record: Record, title: str, traces: list[Trace], note: str = "", logarithmic: bool | None = None, zero: bool = False
 ) -> Plot:
-    """A plot against the step.
-
-    `traces`: curves with their labels; "" for a curve without. See draw_curves for the other arguments.
-    """
-    usable = [(trace, label) for trace, label in traces if trace.points.shape[1]]
+    """A plot against the step, without the curves that have no points. For the arguments see draw_curves."""
+    usable = [trace for trace in traces if trace.points.shape[1]]
     if not usable:
         return Plot(title)
-    svg = draw_curves([trace for trace, _ in usable], record.attempts, record.metrics.last_step, logarithmic, zero)
-    return Plot(title, svg, [(trace.colour, trace.style, label) for trace, label in usable if label], note)
+    svg = draw_curves(usable, record.attempts, record.metrics.last_step, logarithmic, zero)
+    return Plot(title, svg, [(trace.colour, trace.style, trace.label) for trace in usable if trace.label], note)
 
 
-def with_mean(curve: Curve, colour: str) -> list[tuple[Trace, str]]:
+def with_mean(curve: Curve) -> list[Trace]:
     """A noisy curve in a light style, with a curve of its means over it. A curve of few points stays alone."""
     points, means = curve.all(), curve.mean()
     if points.shape[1] < 100:
-        return [(Trace(points, colour), "")]
+        return [Trace(points, "blue")]
     finite = means[:, np.isfinite(means[1])]
-    parts: list[Floats] = [part.mean(axis=1) for part in np.array_split(finite, 100, axis=1) if part.shape[1]]
-    return [(Trace(points, colour, "thin"), "logged steps"), (Trace(np.array(parts).reshape(-1, 2).T, colour), "mean")]
+    parts = [part.mean(axis=1) for part in np.array_split(finite, 100, axis=1) if part.shape[1]]
+    smooth = np.array(parts, dtype=np.float64).reshape(-1, 2).T
+    return [Trace(points, "blue", "thin", "logged steps"), Trace(smooth, "blue", label="mean")]
 
 
-def _losses(record: Record) -> list[tuple[Trace, str]]:
-    """The curves of the loss, with their labels."""
-    metrics, traces = record.metrics, []
-    epochs = metrics.epochs.all()
+def _losses(record: Record) -> list[Trace]:
+    metrics, traces, epochs = record.metrics, [], record.metrics.epochs.all()
     if "loss" in metrics.train:
-        traces.append((Trace(metrics.train["loss"].all(), "blue", "thin"), "training, single steps"))
-    if metrics.epochs.points:
-        traces.append((Trace(epochs, "blue"), "training, mean of each epoch"))
+        traces.append(Trace(metrics.train["loss"].all(), "blue", "thin", "training, single steps"))
+    traces.append(Trace(epochs, "blue", label="training, mean of each epoch"))
     if "running_loss" in metrics.train and epochs.shape[1] < 3:
-        traces.append((Trace(metrics.train["running_loss"].mean(), "sky"), "training, running mean of the epoch"))
+        means = metrics.train["running_loss"].mean()
+        traces.append(Trace(means, "sky", label="training, running mean of the epoch"))
     if "loss" in metrics.validation:
-        traces.append((Trace(metrics.validation["loss"].all(), "red"), "validation"))
+        traces.append(Trace(metrics.validation["loss"].all(), "red", label="validation"))
     return traces
 
 

@@ -12,19 +12,13 @@ from distloop.commands.report.read import Record
 
 def overview(record: Record) -> dict[str, Any]:
     """The variables of top.html."""
-    run, environment, last = record.run, record.environment.value or {}, metrics_in(record.metrics.last_validation)
-    commit = environment.get("git_commit")
-    facts = [
-        _model_and_data(record),
-        f"world size {environment['world_size']}" if environment.get("world_size") else "",
-        ", ".join(dict.fromkeys(str(a["device"]) for a in record.time.value or [] if a.get("device"))),
-        f"attempt {run.attempt}" if (run.attempt or 0) > 1 else "",
-        f"commit {str(commit)[:10]}{' with uncommitted changes' * bool(environment.get('git_changes'))}" * bool(commit),
-    ]
+    run, last = record.run, metrics_in(record.metrics.last_validation)
     metric = run.best_rule[0] if run.best_rule else ""
     return {
-        "facts": filter(None, facts),
         "run": run,
+        "trained": _model_and_data(record),
+        "environment": record.environment.value or {},
+        "devices": dict.fromkeys(str(each["device"]) for each in record.time.value or [] if each.get("device")),
         "step": max(run.step or 0, record.metrics.last_step) if run.state in ("running", "gone") else run.step,
         "metric": metric,
         "last": [(name, last[name]) for name in dict.fromkeys([metric, "loss", *last]) if name in last][:2],

@@ -35,7 +35,7 @@ SECTIONS = (
     Section("Environment", "environment.html", provenance.environment),
     Section("Uncommitted changes", "diff.html", provenance.diff),
 )
-TOP_OF_SEVERAL = Section("", "top.html", compare.overview)
+TOP_OF_SEVERAL = Section("", "top_of_several.html", compare.overview)
 SECTIONS_OF_SEVERAL = (
     Section("Ranking", "ranking.html", compare.ranking_table),
     Section("Curves", "plots.html", compare.curves),

@@ -40,6 +40,8 @@ class Trace(NamedTuple):
     """A name in style.css."""
     style: str = "line"
     """line | thin (light, for single steps)."""
+    label: str = ""
+    """For the legend; "" for a curve without."""
 
 
 def draw_curves(
@@ -54,7 +56,7 @@ def draw_curves(
     values = values[np.isfinite(values)]
 
     def fill(axes: Axes) -> None:
-        for (steps, numbers), colour, style in traces:
+        for (steps, numbers), colour, style, _ in traces:
             options: dict[str, Any] = {"linewidth": 1.7} if style == "line" else {"linewidth": 0.9, "alpha": 0.45}
             if len(steps) == 1 or (style == "line" and len(steps) <= 25):
                 options |= {"marker": "o", "markersize": 3.6, "markeredgewidth": 0}

@@ -23,7 +23,7 @@ def resources(record: Record) -> dict[str, Any]:
         raise NothingToShowError(metrics.problem)
     rate = metrics.train.get("samples_per_second")
     if rate is not None and rate.points:
-        plots.append(plot_of(record, "Samples per second", with_mean(rate, "blue"), logarithmic=False, zero=True))
+        plots.append(plot_of(record, "Samples per second", with_mean(rate), logarithmic=False, zero=True))
     else:
         missing.append("the throughput")
     seconds = np.concatenate(metrics.seconds, axis=1) if metrics.seconds else np.zeros((5, 0))
@@ -84,5 +84,5 @@ def _memory(record: Record) -> Plot:
     else:
         most, least = np.fmax.reduce(peaks), np.fmin.reduce(peaks)
         curves = [(most, "red", f"the most of {ranks} ranks"), (least, "blue", "the least")]
-    traces = [(Trace(np.vstack([steps, values]), colour), label) for values, colour, label in curves]
+    traces = [Trace(np.vstack([steps, values]), colour, label=label) for values, colour, label in curves]
     return plot_of(record, "Peak memory in GiB", traces, logarithmic=False, zero=True)
