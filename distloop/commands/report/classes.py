@@ -26,7 +26,7 @@ def confusion(record: Record) -> dict[str, Any]:
     matrix = _matrix(detail["confusion"])
     is_small = len(matrix) <= MOST_COUNTED
     return {
-        "counts": _coloured(matrix) if is_small else None,
+        "counts": _cells(matrix) if is_small else None,
         "svg": None if is_small else draw_matrix(matrix),
         "cell": cell_of(len(matrix)),
         "names": _names(detail, len(matrix)),
@@ -62,7 +62,7 @@ def mistakes(record: Record) -> dict[str, Any]:
     return {"mistakes": wrong, "names": _names(detail), "is_picture": PICTURE.fullmatch}
 
 
-def _coloured(matrix: Floats) -> list[list[tuple[float, str, float]]]:
+def _cells(matrix: Floats) -> list[list[tuple[float, str, float]]]:
     """(count, colour, its strength in percent) of each cell: stronger for a larger share of the label's samples."""
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     diagonal = np.eye(len(matrix), dtype=bool)

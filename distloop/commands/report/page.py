@@ -93,9 +93,9 @@ def _page(runs: list[Path]) -> str:
         variables = {"title": record.run.name, "state": record.run.state, "top": TOP.render(record)}
         variables["sections"] = [(section.title, *section.render(record)) for section in SECTIONS]
     else:
-        several = compare.compare(runs)
-        variables = {"title": f"{len(runs)} runs", "state": None, "top": TOP_OF_SEVERAL.render(several)}
-        variables["sections"] = [(section.title, *section.render(several)) for section in SECTIONS_OF_SEVERAL]
+        comparison = compare.compare(runs)
+        variables = {"title": f"{len(runs)} runs", "state": None, "top": TOP_OF_SEVERAL.render(comparison)}
+        variables["sections"] = [(section.title, *section.render(comparison)) for section in SECTIONS_OF_SEVERAL]
     variables["style"] = Markup(STYLE.read_text(encoding="ascii"))
     variables["version"] = __version__
     variables["now"] = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")

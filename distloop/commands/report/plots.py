@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 560, 232  # of a plot; the page scales it to its column
 MOST_CELLS = 250  # per side of a confusion matrix
 SPREAD = 30.0  # the axis becomes logarithmic if the largest value is more than so many times the median
-COLOURED = {  # colour -> matplotlib's settings that have it
+SETTINGS_BY_COLOUR = {  # matplotlib's settings
     "ink": ("text.color",),
     "soft": ("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"),
     "mark": ("axes.edgecolor", "xtick.color", "ytick.color"),
@@ -138,7 +138,7 @@ def _figure(height: float) -> Iterator[Figure]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    colours: Any = {key: light_colours()[name] for name, keys in COLOURED.items() for key in keys}
+    colours: Any = {key: light_colours()[name] for name, keys in SETTINGS_BY_COLOUR.items() for key in keys}
     with matplotlib.rc_context(colours, STYLE.with_name("plots.mplstyle")):
         yield Figure(figsize=(WIDTH / 72, height / 72))
 

@@ -61,10 +61,10 @@ def time_accounts(record: Record) -> dict[str, Any]:
 def time_bars(
     bars: list[tuple[str, str, dict[str, float]]], totals: dict[str, float], longest: float
 ) -> dict[str, Any]:
-    """The variables of time.html for bars of time accounts.
+    """The variables of the macro time_bars.
 
-    `bars`: (name, colour of the point before it or "", account -> seconds). `totals`: account -> seconds, of those that
-    have a colour. `longest`: the seconds of a bar over the whole width.
+    `bars`: (name, colour of the point before it or "", account -> seconds). `totals`: account -> seconds of all bars.
+    `longest`: the seconds of a bar over the whole width.
     """
     names = [name for name, value in totals.items() if value > 0]
     # Accounts of another version get a colour that is left.
