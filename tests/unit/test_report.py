@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from html import unescape
 from pathlib import Path
 
@@ -27,12 +28,13 @@ from tests.report_runs import (
     small_run,
     train_row,
     validation_detail,
+    validation_row,
     without,
     write_json,
     write_rows,
 )
 
-HEADINGS = [title for title, _ in SECTIONS]
+HEADINGS = [section.title for section in SECTIONS]
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +143,35 @@ def test_whatever_a_run_says_is_escaped(report: str, comparison: str) -> None:
         assert "&lt;script&gt;" in section_of(report, title), title
     assert "<h1>a &amp; &lt;b&gt;</h1>" in report
     assert "http://127.0.0.1" not in report
+
+
+def test_names_that_a_run_chooses_are_escaped_once(tmp_path: Path) -> None:
+    runs = [full_run(tmp_path / "one", lr=0.1), full_run(tmp_path / "other")]
+    for run in runs:
+        write_rows(run, [train_row(20), validation_row(20, **{EVIL: 0.5})])
+        status = {"state": EVIL, "step": 20, "total_steps": EVIL, "best": {EVIL: 0.5}, "best_rule": [EVIL, "max"]}
+        write_json(run / "status.json", status)
+        attempt = {"attempt": EVIL, "state": EVIL, "began": EVIL, "device": EVIL, "step": EVIL, "seconds": {EVIL: 3.0}}
+        write_json(run / "time.json", {"attempts": [attempt, attempt]})
+        write_json(run / "environment.json", {EVIL: EVIL, "versions": {EVIL: EVIL}, "git_commit": EVIL})
+        write_json(run / "failures" / "attempt_0003.json", {EVIL: EVIL, "rank": EVIL, "node": EVIL, "phase": EVIL})
+    for shown, seconds in ((runs[:1], "3.0 s"), (runs, "6.0 s")):
+        write_report(shown, tmp_path / "r.html")
+        html = (tmp_path / "r.html").read_text()
+        assert f"best {EVIL}" in words(html)
+        assert f'{EVIL} {seconds}"' in unescape(html)  # the title of a bar
+        assert "cannot be shown" not in html
+        assert "<script" not in html
+        assert "&amp;lt;" not in html
+
+
+def test_every_template_is_part_of_the_package() -> None:
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = settings["package-data"]["distloop.commands.report"]
+    package = REPOSITORY / "distloop" / "commands" / "report"
+    packed = {file for pattern in patterns for file in package.glob(pattern)}
+    assert packed >= {file for file in package.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert packed
 
 
 def test_the_page_is_the_same_in_every_encoding(run: Path, report: str) -> None:

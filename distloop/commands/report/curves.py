@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from distloop.commands.report.rows import MEMORY, SECONDS, TRAIN, Block, Floats, column, read_block
+from distloop.commands.report.rows import MEMORY, SECONDS, TRAIN, Floats, column, read_block
 from distloop.run.files import METRICS
 from distloop.run.metrics import NO_METRICS
 
@@ -26,31 +25,28 @@ BLOCK_BYTES = 1 << 20
 class Curve:
     """The values under a key of metrics.jsonl against the step, thinned."""
 
-    points: list[Floats] = field(default_factory=list)
-    """Blocks of (steps, values), of shape [2, points], in the order of steps; nan for a value that is no number."""
+    points: list[Floats] = field(default_factory=list)  # blocks of what all() returns
     means: list[Floats] = field(default_factory=list)
-    """Blocks of (steps, means), each of shape [2, stretches]."""
     not_numbers: int = 0
     """In how many rows the value was null, nan or infinite."""
     first_not_number: int | None = None
     """The step of the first such row."""
 
     def all(self) -> Floats:
-        """(steps, values) of all points: shape [2, points]."""
-        return np.concatenate(self.points, axis=1) if self.points else np.zeros((2, 0))
+        """(steps, values) of all points, in the order of steps: shape [2, points]; nan for what is no number."""
+        return np.concatenate([np.zeros((2, 0)), *self.points], axis=1)
 
     def mean(self) -> Floats:
         """(steps, means) of all stretches, of shape [2, stretches]."""
-        return np.concatenate(self.means, axis=1) if self.means else np.zeros((2, 0))
+        return np.concatenate([np.zeros((2, 0)), *self.means], axis=1)
 
     def add(self, steps: Floats, values: Floats, stretches: int) -> None:
         """Add the next rows, thinned to so many stretches. `steps` and `values` have shape [rows]."""
         finite = np.isfinite(values)
         values = np.where(finite, values, np.nan)
-        missing = int((~finite).sum())
-        if missing and self.first_not_number is None:
+        self.not_numbers += int((~finite).sum())
+        if self.first_not_number is None and not finite.all():
             self.first_not_number = int(steps[~finite][0])
-        self.not_numbers += missing
         if len(steps) <= 2 * stretches:
             self.points.append(np.stack([steps, values]))
             self.means.append(np.stack([steps, values]))
@@ -74,11 +70,9 @@ class Metrics:
     """The content of metrics.jsonl, thinned."""
 
     train: dict[str, Curve] = field(default_factory=dict)
-    """Curves of the train rows, by key."""
     epochs: Curve = field(default_factory=Curve)
     """The mean training loss of each epoch."""
     validation: dict[str, Curve] = field(default_factory=dict)
-    """Curves of the validation metrics, by metric."""
     seconds: list[Floats] = field(default_factory=list)
     """Blocks of shape [5, stretches]: the last step of each stretch, then its sums of SECONDS."""
     memory: list[Floats] = field(default_factory=list)
@@ -108,7 +102,7 @@ def read_metrics(run: Path, stretches: int = STRETCHES) -> Metrics:
         with open(path, "rb") as file:
             while lines := file.readlines(BLOCK_BYTES):
                 share = min(1.0, sum(map(len, lines)) / size)
-                _add_block(metrics, read_block(lines), max(1, round(stretches * share)))
+                _add_block(metrics, lines, max(1, round(stretches * share)))
     except FileNotFoundError:
         metrics.problem = f"There is no {METRICS} yet."
     except OSError as error:
@@ -121,23 +115,14 @@ def read_metrics(run: Path, stretches: int = STRETCHES) -> Metrics:
     return metrics
 
 
-def _add_block(metrics: Metrics, block: Block, stretches: int) -> None:
-    train = block.train
-    metrics.rows += len(train.get("step", ())) + len(block.others)
-    metrics.damaged += block.damaged
+def _add_block(metrics: Metrics, lines: list[bytes], stretches: int) -> None:
+    train, others, damaged = read_block(lines)
+    metrics.rows += len(lines) - damaged
+    metrics.damaged += damaged
     if train:
-        steps = train["step"]
-        for key in TRAIN:
-            if key in train:
-                metrics.train.setdefault(key, Curve()).add(steps, train[key], stretches)
-        _add_seconds(metrics, train, stretches)
-        _add_memory(metrics, train, stretches)
-        metrics.last_train = {key: float(values[-1]) for key, values in train.items() if key != MEMORY}
-        for attempt in np.unique(train["attempt"][np.isfinite(train["attempt"])]) if "attempt" in train else ():
-            metrics.attempts.setdefault(int(attempt), int(steps[train["attempt"] == attempt][0]))
-        metrics.last_step = max(metrics.last_step, int(steps[-1]))
-    epochs = [row for row in block.others if row.get("kind") == "epoch"]
-    validation = [row for row in block.others if row.get("kind") == "validate"]
+        _add_train(metrics, train, stretches)
+    epochs = [row for row in others if row.get("kind") == "epoch"]
+    validation = [row for row in others if row.get("kind") == "validate"]
     if epochs:
         metrics.epochs.add(column(epochs, "step"), column(epochs, "loss"), stretches)
     if validation:
@@ -148,29 +133,20 @@ def _add_block(metrics: Metrics, block: Block, stretches: int) -> None:
         metrics.last_step = max(metrics.last_step, int(steps[-1]))
 
 
-def _add_seconds(metrics: Metrics, train: dict[str, Floats], stretches: int) -> None:
-    if "compute_seconds" not in train:
-        return
-    nothing = np.zeros(len(train["step"]))
-    columns = np.stack([train.get(key, nothing) for key in SECONDS])
-    columns = np.clip(np.nan_to_num(columns, posinf=0.0, neginf=0.0), 0.0, None)
-    firsts = _firsts(len(nothing), stretches)
-    metrics.seconds.append(np.vstack([_lasts(train["step"], firsts), np.add.reduceat(columns, firsts, axis=1)]))
-
-
-def _add_memory(metrics: Metrics, train: dict[str, Floats], stretches: int) -> None:
-    if MEMORY not in train or not train[MEMORY].shape[1]:
-        return
-    firsts = _firsts(len(train["step"]), stretches)
-    peaks = np.fmax.reduceat(train[MEMORY].T, firsts, axis=1)
-    metrics.memory.append(np.vstack([_lasts(train["step"], firsts), peaks]))
-
-
-def _firsts(rows: int, stretches: int) -> NDArray[np.int64]:
-    """The index of the first row of each stretch."""
-    return np.unique(np.linspace(0, rows, min(rows, stretches), endpoint=False).astype(np.int64))
-
-
-def _lasts(steps: Floats, firsts: NDArray[np.int64]) -> Floats:
-    """The last step of each stretch."""
-    return steps[np.append(firsts[1:], len(steps)) - 1]
+def _add_train(metrics: Metrics, train: dict[str, Floats], stretches: int) -> None:
+    steps = train["step"]
+    for key in TRAIN:
+        if key in train:
+            metrics.train.setdefault(key, Curve()).add(steps, train[key], stretches)
+    for attempt in np.unique(train["attempt"][np.isfinite(train["attempt"])]) if "attempt" in train else ():
+        metrics.attempts.setdefault(int(attempt), int(steps[train["attempt"] == attempt][0]))
+    metrics.last_train = {key: float(values[-1]) for key, values in train.items() if key != MEMORY}
+    metrics.last_step = max(metrics.last_step, int(steps[-1]))
+    firsts = np.linspace(0, len(steps), min(len(steps), stretches), endpoint=False).astype(np.int64)  # of each stretch
+    lasts = steps[np.append(firsts[1:], len(steps)) - 1]
+    if "compute_seconds" in train:
+        seconds = np.stack([train.get(key, np.zeros(len(steps))) for key in SECONDS])
+        seconds = np.clip(np.nan_to_num(seconds, posinf=0.0, neginf=0.0), 0.0, None)
+        metrics.seconds.append(np.vstack([lasts, np.add.reduceat(seconds, firsts, axis=1)]))
+    if MEMORY in train and train[MEMORY].shape[1]:
+        metrics.memory.append(np.vstack([lasts, np.fmax.reduceat(train[MEMORY].T, firsts, axis=1)]))

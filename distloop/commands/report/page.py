@@ -4,37 +4,42 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import html
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
 
 from distloop import __version__
 from distloop.commands.reading import is_run, runs_in
-from distloop.commands.report import classes, compare, overview, provenance, resources, training
-from distloop.commands.report.markup import quiet, section, text
-from distloop.commands.report.read import Record, read_record
-from distloop.commands.report.style import style_sheet
+from distloop.commands.report import classes, compare, curve_plots, overview, provenance, resources
+from distloop.commands.report.palette import STYLE
+from distloop.commands.report.read import read_record
+from distloop.commands.report.sections import Section, environment
 from distloop.errors import UsageError
 from distloop.run.files import write_text
 
 REPORT = "report.html"
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the page may load nothing
-# What a damaged file may raise. The section then says so; the other sections are not affected.
-DAMAGED = (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError)
-SECTIONS: tuple[tuple[str, Callable[[Record], str]], ...] = (
-    ("Curves", training.curves),
-    ("Time", resources.time_accounts),
-    ("Throughput and memory", resources.resources),
-    ("Confusion matrix", classes.confusion),
-    ("Classes", classes.per_class),
-    ("Most confident mistakes", classes.mistakes),
-    ("Failures", provenance.failures),
-    ("Config", provenance.config),
-    ("Config changes", provenance.changes),
-    ("Checkpoints", provenance.checkpoints),
-    ("Environment", provenance.environment),
-    ("Uncommitted changes", provenance.diff),
+TOP = Section("", "top.html", overview.overview)
+SECTIONS = (
+    Section("Curves", "plots.html", curve_plots.curves),
+    Section("Time", "time.html", resources.time_accounts),
+    Section("Throughput and memory", "plots.html", resources.resources),
+    Section("Confusion matrix", "confusion.html", classes.confusion),
+    Section("Classes", "classes.html", classes.per_class),
+    Section("Most confident mistakes", "mistakes.html", classes.mistakes),
+    Section("Failures", "failures.html", provenance.failures),
+    Section("Config", "config.html", provenance.config),
+    Section("Config changes", "changes.html", provenance.changes),
+    Section("Checkpoints", "checkpoints.html", provenance.checkpoints),
+    Section("Environment", "environment.html", provenance.environment),
+    Section("Uncommitted changes", "diff.html", provenance.diff),
+)
+TOP_OF_SEVERAL = Section("", "top_of_several.html", compare.overview)
+SECTIONS_OF_SEVERAL = (
+    Section("Ranking", "ranking.html", compare.ranking_table),
+    Section("Curves", "plots.html", compare.curves),
+    Section("Time", "time_of_several.html", compare.time_accounts),
 )
 
 
@@ -54,7 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         runs = _runs(options.runs)
         output = Path(options.output) if options.output else runs[0] / REPORT if len(runs) == 1 else Path(REPORT)
-        _check_output(output)
+        if output.is_dir():
+            raise UsageError(f"--output {output} is a directory: give a file, such as {output / REPORT}.")
+        if not output.parent.is_dir():
+            raise UsageError(f"--output {output}: there is no directory {output.parent}.")
         write_report(runs, output)
     except UsageError as error:
         print(f"distloop: {error}", file=sys.stderr)
@@ -79,30 +87,19 @@ def write_report(runs: list[Path], output: Path) -> None:
 
 
 def _page(runs: list[Path]) -> str:
+    variables: dict[str, Any]
     if len(runs) == 1:
         record = read_record(runs[0])
-        title = record.run.name
-        body = _guarded(overview.overview, record, f"<h1>{text(title)}</h1>")
-        body += "".join(section(name, _guarded(show, record)) for name, show in SECTIONS)
+        variables = {"title": record.run.name, "state": record.run.state, "top": TOP.render(record)}
+        variables["sections"] = [(section.title, *section.render(record)) for section in SECTIONS]
     else:
-        title = f"{len(runs)} runs"
-        body = compare.comparison(runs)
-    now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{html.escape(title)} · distloop</title><style>{style_sheet()}</style></head>"
-        f"<body><main>{body}<footer>distloop {__version__} · as of {text(now)}</footer></main></body></html>\n"
-    )
-
-
-def _guarded(show: Callable[[Record], str], record: Record, before: str = "") -> str:
-    """What `show` returns; if a damaged file makes it fail, `before` and a sentence about that."""
-    try:
-        return show(record)
-    except DAMAGED as error:
-        return before + quiet(f"This cannot be shown: a file is damaged ({type(error).__name__}: {error}).")
+        comparison = compare.compare(runs)
+        variables = {"title": f"{len(runs)} runs", "state": None, "top": TOP_OF_SEVERAL.render(comparison)}
+        variables["sections"] = [(section.title, *section.render(comparison)) for section in SECTIONS_OF_SEVERAL]
+    variables["style"] = Markup(STYLE.read_text(encoding="ascii"))
+    variables["version"] = __version__
+    variables["now"] = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+    return environment().get_template("page.html").render(variables)
 
 
 def _runs(names: list[str]) -> list[Path]:
@@ -118,11 +115,3 @@ def _runs(names: list[str]) -> list[Path]:
             raise UsageError(f"{name} is no run's directory.{hint}")
         runs.setdefault(path.resolve(), path)
     return list(runs.values())
-
-
-def _check_output(output: Path) -> None:
-    """Raise UsageError before the work if `output` cannot be a file."""
-    if output.is_dir():
-        raise UsageError(f"--output {output} is a directory: give a file, such as {output / REPORT}.")
-    if not output.parent.is_dir():
-        raise UsageError(f"--output {output}: there is no directory {output.parent}.")

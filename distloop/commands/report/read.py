@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import yaml
 
 from distloop.commands.reading import Run, checkpoint_steps, parse_json, read_run
 from distloop.commands.report.curves import Metrics, read_metrics
+from distloop.config.yaml_text import parse_yaml
 from distloop.run.files import CHECKPOINTS, CONFIG, ENVIRONMENT, FAILURES, GIT_DIFF, TIME, VALIDATION
 
 CHANGES = "config_changes.jsonl"
@@ -16,8 +19,7 @@ ACCOUNTS = ("compute", "data", "validation", "checkpoint", "start_up", "lost")
 LONGEST_TEXT = 400_000  # characters of a diff or a traceback; the rest is cut
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """The content of a file, or why it has none."""
 
     value: Any = None
@@ -25,8 +27,7 @@ class Part:
     """A sentence; None if the file was read."""
 
 
-@dataclass(frozen=True)
-class Saved:
+class Saved(NamedTuple):
     """A published checkpoint."""
 
     step: int
@@ -36,8 +37,7 @@ class Saved:
     written: datetime.datetime
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """A run with everything that its report shows."""
 
     run: Run
@@ -66,31 +66,22 @@ class Record:
     @property
     def seconds(self) -> dict[str, float]:
         """account -> its seconds over all attempts; empty without time.json."""
-        totals: dict[str, float] = {}
-        for attempt in self.time.value or []:
-            for name, value in accounts(attempt).items():
-                totals[name] = totals.get(name, 0.0) + value
-        return totals
+        return total_seconds(map(accounts, self.time.value or []))
 
 
 def read_record(path: Path) -> Record:
     """The record of the run in the directory `path`."""
-    time = read_part(path / TIME)
-    attempts = time.value.get("attempts") if isinstance(time.value, dict) else None
-    if time.problem is None:
-        well_formed = isinstance(attempts, list) and all(isinstance(attempt, dict) for attempt in attempts)
-        time = Part(attempts) if well_formed else Part(problem=f"{TIME} is damaged.")
     return Record(
         run=read_run(path),
         metrics=read_metrics(path),
-        config=_read_config(path / CONFIG),
-        environment=_mapping(path / ENVIRONMENT),
-        time=time,
-        validation=_mapping(path / VALIDATION),
-        diff=_read_text(path / GIT_DIFF),
+        config=_read(path / CONFIG, parse_yaml),
+        environment=_read(path / ENVIRONMENT),
+        time=_read(path / TIME, _parse_attempts, list),
+        validation=_read(path / VALIDATION),
+        diff=_read(path / GIT_DIFF, str, str),
         checkpoints=_checkpoints(path),
-        failures=[(file.name, _mapping(file)) for file in sorted((path / FAILURES).glob("attempt_*.json"))],
-        changes=_read_changes(path / CHANGES),
+        failures=[(file.name, _read(file)) for file in sorted((path / FAILURES).glob("attempt_*.json"))],
+        changes=_read(path / CHANGES, _parse_changes, list),
     )
 
 
@@ -104,58 +95,40 @@ def accounts(attempt: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in usable.items() if 0 <= value < float("inf")}
 
 
-def read_part(path: Path) -> Part:
-    """The content of a JSON file."""
-    text = _read_text(path)
-    if text.problem:
-        return text
-    value = parse_json(text.value)
-    return Part(value) if value is not None else Part(problem=f"{path.name} is damaged.")
+def total_seconds(several: Iterable[dict[str, float]]) -> dict[str, float]:
+    """The sums of several mappings account -> seconds."""
+    totals: dict[str, float] = {}
+    for seconds in several:
+        for name, value in seconds.items():
+            totals[name] = totals.get(name, 0.0) + value
+    return totals
 
 
-def _mapping(path: Path) -> Part:
-    """The content of a JSON file that must hold an object."""
-    part = read_part(path)
-    if part.problem is None and not isinstance(part.value, dict):
-        return Part(problem=f"{path.name} is damaged.")
-    return part
-
-
-def _read_text(path: Path) -> Part:
+def _read(path: Path, parse: Callable[[str], Any] = parse_json, kind: type = dict) -> Part:
+    """The content of a file, which `parse` must turn into a `kind`."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return Part(file.read())
+        value = parse(path.read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
         return Part(problem=f"There is no {path.name}.")
     except OSError as error:
         return Part(problem=f"{path.name} cannot be read: {error.strerror}.")
-
-
-def _read_config(path: Path) -> Part:
-    import yaml
-
-    from distloop.config.yaml_text import parse_yaml
-
-    text = _read_text(path)
-    if text.problem:
-        return text
-    try:
-        settings = parse_yaml(text.value)
     except (yaml.YAMLError, ValueError, RecursionError):
-        return Part(problem=f"{path.name} is damaged.")
-    return Part(settings) if isinstance(settings, dict) else Part(problem=f"{path.name} is damaged.")
+        value = None
+    return Part(value) if isinstance(value, kind) else Part(problem=f"{path.name} is damaged.")
 
 
-def _read_changes(path: Path) -> Part:
-    text = _read_text(path)
-    if text.problem:
-        return text
-    changes = []
-    for line in text.value.splitlines():
-        change = parse_json(line)  # None for a line that is being written
-        if isinstance(change, dict) and isinstance(change.get("changes"), dict):
-            changes.append(change)
-    return Part(changes)
+def _parse_attempts(text: str) -> list[dict[str, Any]] | None:
+    """The attempts' entries in time.json; None if the file is damaged."""
+    value = parse_json(text)
+    attempts = value.get("attempts") if isinstance(value, dict) else None
+    well_formed = isinstance(attempts, list) and all(isinstance(attempt, dict) for attempt in attempts)
+    return attempts if well_formed else None
+
+
+def _parse_changes(text: str) -> list[dict[str, Any]]:
+    """The lines of config_changes.jsonl, without one that is being written."""
+    lines = map(parse_json, text.splitlines())
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("changes"), dict)]
 
 
 def _checkpoints(path: Path) -> list[Saved]:

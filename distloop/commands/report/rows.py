@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,58 +20,42 @@ KEYS = ("step", "attempt", "skipped_steps", *TRAIN, *SECONDS)
 MEMORY = "memory_gib"
 
 
-class Block(NamedTuple):
-    """The rows of a block of lines."""
+def read_block(lines: list[bytes]) -> tuple[dict[str, Floats], list[dict[str, Any]], int]:
+    """The rows in these lines: (columns of the train rows, rows of the other kinds, number of lines that are no rows).
 
-    train: dict[str, Floats]
-    """The columns of the train rows, of shape [rows], under MEMORY [rows, ranks]; nan for what is no number."""
-    others: list[dict[str, Any]]
-    """The rows of the other kinds."""
-    damaged: int
-    """How many lines are no rows."""
-
-
-def read_block(lines: list[bytes]) -> Block:
-    """The rows in these lines. A torn or foreign line is only counted."""
+    A column has shape [rows], that of MEMORY [rows, ranks]; nan stands for what is no number.
+    """
     rows = _parse(lines)
     train = [row for row in rows if row.get("kind") == "train"]
     others = [row for row in rows if row.get("kind") != "train"]
-    return Block(_columns(train) if train else {}, others, len(lines) - len(rows))
+    columns = {key: column(train, key) for key in KEYS if train and (key in train[0] or key in train[-1])}
+    memory = [row[MEMORY] if isinstance(row.get(MEMORY), list) else [] for row in train]
+    if any(memory):  # a row may have none, or another number of ranks
+        columns[MEMORY] = np.stack([_numbers(values) for values in itertools.zip_longest(*memory)], axis=1)
+    return columns, others, len(lines) - len(rows)
 
 
 def column(rows: list[dict[str, Any]], key: str) -> Floats:
     """The values under a key, of shape [rows]; nan for what is no number."""
-    values = [row.get(key) for row in rows]
+    return _numbers([row.get(key) for row in rows])
+
+
+def _parse(lines: list[bytes]) -> list[dict[str, Any]]:
+    try:
+        values = json.loads(b"[" + b",".join(lines) + b"]")  # one call costs less than many
+    except (ValueError, RecursionError):
+        values = []
+    if len(values) != len(lines):
+        values = list(map(parse_json, lines))
+    return [row for row in values if type(row) is dict and type(row.get("step")) is int and abs(row["step"]) < 2**53]
+
+
+def _numbers(values: Sequence[Any]) -> Floats:
     try:
         numbers = np.array(values, dtype=np.float64)  # null becomes nan
     except (TypeError, ValueError, OverflowError):
         numbers = np.zeros((0, 0))
     return numbers if numbers.ndim == 1 else np.array(list(map(_number, values)), dtype=np.float64)
-
-
-def _parse(lines: list[bytes]) -> list[dict[str, Any]]:
-    try:
-        values = json.loads(b"[" + b",".join(lines) + b"]") if lines else []  # one call costs less than many
-        if len(values) != len(lines):
-            values = list(map(parse_json, lines))
-    except (ValueError, RecursionError):
-        values = list(map(parse_json, lines))
-    return [row for row in values if type(row) is dict and type(row.get("step")) is int and abs(row["step"]) < 2**53]
-
-
-def _columns(rows: list[dict[str, Any]]) -> dict[str, Floats]:
-    """The columns of KEYS and MEMORY that the first or the last of these rows has."""
-    columns = {key: column(rows, key) for key in KEYS if key in rows[0] or key in rows[-1]}
-    lists = [row.get(MEMORY) for row in rows]
-    if any(lists):
-        try:
-            columns[MEMORY] = np.array(lists, dtype=np.float64).reshape(len(rows), -1)
-        except (TypeError, ValueError, OverflowError):  # rows without memory, or with another number of ranks
-            by_row = [each if isinstance(each, list) else [] for each in lists]
-            ranks = max(map(len, by_row))
-            padded = [[*map(_number, each), *[np.nan] * (ranks - len(each))] for each in by_row]
-            columns[MEMORY] = np.array(padded, dtype=np.float64).reshape(len(rows), -1)
-    return columns
 
 
 def _number(value: Any) -> float:
