@@ -77,9 +77,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def config_from_mapping(settings: dict[str, Any], source: str) -> Config:
     """A Config made of nested mappings. Raises UsageError that names each wrong key of `source`, a file, and its value.
-
-    A section that is one word is its name: `model: mlp` for `model: {name: mlp}`.
-    """
+    A section that is one word is its name: `model: mlp` for `model: {name: mlp}`."""
     settings = {
         key: {"name": value} if key in SECTIONS and isinstance(value, str) else value
         for key, value in settings.items()
@@ -145,10 +143,8 @@ def _adapter() -> pydantic.TypeAdapter[Config]:
 
 
 def _dotted_key(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
-    """The setting at pydantic's location, without a union's branch, and all settings of its section.
-
-    ("data", "workers", "int") -> "data.workers", ["name", "root", "workers", …]
-    """
+    """The setting at pydantic's location, without a union's branch, and all settings of its section. ("data",
+    "workers", "int") -> "data.workers", ["name", "root", "workers", …]"""
     names: list[str] = []
     owner: Any = Config
     fields: dict[str, Any] = {}

@@ -58,10 +58,8 @@ INDENT = re.compile(r"[-+ \t]*+")  # also with the + or - of a diff
 
 @functools.lru_cache(4096)
 def secrecy(name: str) -> Literal["strong", "weak"] | None:
-    """How surely this name is a secret's, by its words: MY_API_KEY, data.args.authToken. None: it is not.
-
-    "weak": short numbers under this name are no secrets.
-    """
+    """How surely this name is a secret's, by its words: MY_API_KEY, data.args.authToken. None: it is not. "weak": short
+    numbers under this name are no secrets."""
     words = [word.lower() for word in WORD.findall(name)]
     if not words or words[-1] in NOT_SECRET_LAST:
         return None

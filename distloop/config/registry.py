@@ -53,10 +53,8 @@ def _failing_line(error: Exception) -> str:
 
 
 def call(key: str, function: Callable[..., Any], arguments: dict[str, Any], offered: dict[str, Any]) -> Any:
-    """Call `function` with the config's `arguments`, and with those of `offered` that its signature names.
-
-    Raises UsageError that names `key` if they do not fit the signature, or if a function of distloop refuses them.
-    """
+    """Call `function` with the config's `arguments`, and with those of `offered` that its signature names. Raises
+    UsageError that names `key` if they do not fit the signature, or if a function of distloop refuses them."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # a builtin without a signature

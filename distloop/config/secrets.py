@@ -48,10 +48,8 @@ _remembered: set[str] = set()
 
 
 def remember_secrets(settings: Any, name: str = "") -> None:
-    """Mask the secrets of these settings in all texts from now on. `name`: the dotted key of `settings`.
-
-    Not those of fewer than 8 characters, nor ordinary words (`key: filename`), which other texts contain, too.
-    """
+    """Mask the secrets of these settings in all texts from now on. `name`: the dotted key of `settings`. Not those of
+    fewer than 8 characters, nor ordinary words (`key: filename`), which other texts contain, too."""
     if isinstance(settings, Mapping):
         for key, value in settings.items():
             remember_secrets(value, f"{name}.{key}")
