@@ -1,7 +1,4 @@
-"""Compare two configs: which settings train something else, and a hash of those that decide what is trained.
-
-Imports no library of the config's, so that `distloop status` starts quickly.
-"""
+"""Compare the settings of two configs that decide what is trained. Imports no large library, for `distloop status`."""
 
 from __future__ import annotations
 
@@ -16,9 +13,9 @@ from distloop.config.secrets import clean_mapping
 if TYPE_CHECKING:
     from distloop.config.settings import Config
 
-# Settings that may change between two starts of a run: they say where things are, how they are computed and what is
-# written, but not what is trained. A change of any other is refused (or recorded, with --resume extend).
-FREE_KEYS = (
+# Settings that may change between two starts of a run, since they do not decide what is trained. A change of another
+# one is refused, or recorded with --resume extend.
+FREE_KEYS: tuple[str, ...] = (
     "config",
     "name",
     "runs_dir",
@@ -26,20 +23,12 @@ FREE_KEYS = (
     "compile",
     "resume",
     "expect_world",
-    "data.root",
-    "data.workers",
-    "data.timeout_seconds",
     "batch.micro_size",
-    "train.detect_anomaly",
-    "train.on_nonfinite",  # the steps before the first non-finite one are the same with both values
-    "validate",
-    "checkpoint",
-    "stop",
-    "log",
-    "tracking",
-    "ddp",
 )
-# Not even --resume extend may change these: step 100 of a checkpoint means something else with another value.
+FREE_KEYS += ("data.root", "data.workers", "data.timeout_seconds", "train.detect_anomaly")
+FREE_KEYS += ("train.on_nonfinite",)  # the steps before the first non-finite one are the same with both values
+FREE_KEYS += ("validate", "checkpoint", "stop", "log", "tracking", "ddp")
+# --resume extend may not change these either: step 100 of a checkpoint means something else with another value.
 FIXED_KEYS = ("seed", "dtype", "data.name", "model", "optim.name", "batch.global_size", "batch.remainder", "init_from")
 
 
@@ -61,15 +50,9 @@ def dotted(settings: Mapping[str, Any], levels: int | None = None) -> dict[str, 
 
 
 def training_hash(config: Config) -> str:
-    """The SHA-256, in hexadecimal, of all settings that decide what is trained.
-
-    Secrets are masked before: a token may change, and nobody can find it by trying which one gives the hash.
-    """
-    settings = {
-        key: clean_mapping(value, key, environ={})
-        for key, value in flatten(config).items()
-        if not is_one_of(key, FREE_KEYS)
-    }
+    """The SHA-256, in hexadecimal, of all settings that decide what is trained, with secrets masked."""
+    trained = {key: value for key, value in flatten(config).items() if not is_one_of(key, FREE_KEYS)}
+    settings = {key: clean_mapping(value, key, environ={}) for key, value in trained.items()}
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -81,6 +64,5 @@ def is_one_of(key: str, keys: tuple[str, ...]) -> bool:
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """The (old, new) values of the settings that differ and change what is trained, by dotted key."""
     before, after = flatten(old), flatten(new)
-    return {
-        key: (before[key], after[key]) for key in after if before[key] != after[key] and not is_one_of(key, FREE_KEYS)
-    }
+    changed = [key for key in after if before[key] != after[key] and not is_one_of(key, FREE_KEYS)]
+    return {key: (before[key], after[key]) for key in changed}

@@ -26,7 +26,7 @@ ALTERNATIVES = (("train.epochs", "train.steps"), ("validate.every_epochs", "vali
 
 
 def load_config(arguments: list[str], quiet: bool = False) -> Config:
-    """The config that a command line such as ["--config", "configs/digits.yaml", "--optim.lr", "0.1"] gives.
+    """The config of a command line such as ["--config", "configs/digits.yaml", "--optim.lr", "0.1"].
 
     `quiet`: print neither help nor errors of the command line, since another rank prints them. Raises UsageError for
     a mistake in the file, SystemExit (0 for --help, 2 for an error) for one on the command line.
@@ -35,21 +35,15 @@ def load_config(arguments: list[str], quiet: bool = False) -> Config:
     path = _find_config_path(arguments)
     settings: dict[str, Any] = read_yaml(Path(path)) if path else {}
     arguments = _take_single_arguments(arguments, settings)
-    arguments = ["None" if argument == "null" else argument for argument in arguments]  # YAML's word for it
+    arguments = ["None" if argument == "null" else argument for argument in arguments]  # null is YAML's word
     _choose_alternatives(settings, arguments)
     base = config_from_mapping(settings, path or "command line")
-    discarded = io.StringIO()
+    about = "Train a model. Settings come from --config FILE and, over it, from the command line."
     with contextlib.ExitStack() as redirections:
-        if quiet:  # tyro still prints some messages with its own option for this
-            redirections.enter_context(contextlib.redirect_stdout(discarded))
-            redirections.enter_context(contextlib.redirect_stderr(discarded))
-        config = tyro.cli(
-            Config,
-            default=base,
-            args=arguments,
-            prog="distloop train",
-            description="Train a model. Settings come from --config FILE and, over it, from the command line.",
-        )
+        if quiet:  # tyro's own option for this leaves some messages
+            for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+                redirections.enter_context(redirect(io.StringIO()))
+        config = tyro.cli(Config, default=base, args=arguments, prog="distloop train", description=about)
     config = config_from_mapping(dataclasses.asdict(config), "command line")
     if config.name is None:
         name = Path(config.config).stem if config.config else config.data.name.rpartition(":")[2]
@@ -60,7 +54,7 @@ def load_config(arguments: list[str], quiet: bool = False) -> Config:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UsageError if the file is missing or holds something else."""
+    """The mapping in a YAML file. Raises UsageError if the file is missing or has other contents."""
     try:
         text = path.read_text()
     except FileNotFoundError:
@@ -82,11 +76,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def config_from_mapping(settings: dict[str, Any], source: str) -> Config:
-    """A Config made of nested mappings. Raises UsageError that names each wrong key, its value and what it takes.
-
-    `source`: the file or command line that the settings come from, for the message.
-    """
-    # A section that is one word is its name: `model: mlp` for `model: {name: mlp}`.
+    """A Config made of nested mappings. Raises UsageError that names each wrong key of `source`, a file, and its value.
+    A section that is one word is its name: `model: mlp` for `model: {name: mlp}`."""
     settings = {
         key: {"name": value} if key in SECTIONS and isinstance(value, str) else value
         for key, value in settings.items()
@@ -97,9 +88,8 @@ def config_from_mapping(settings: dict[str, Any], source: str) -> Config:
     except pydantic.ValidationError as error:
         problems: dict[str, tuple[Any, list[str]]] = {}
         for problem in error.errors():
-            key = _dotted_key(problem["loc"])
+            key, names = _dotted_key(problem["loc"])
             if problem["type"] == "unexpected_keyword_argument":
-                names = _names_in_section(problem["loc"][:-1])
                 text = f"there is no such setting.{suggest(str(problem['loc'][-1]), names)}"
             else:
                 text = problem["msg"][0].lower() + problem["msg"][1:]
@@ -109,7 +99,7 @@ def config_from_mapping(settings: dict[str, Any], source: str) -> Config:
 
 
 def dump(config: Config) -> str:
-    """The config as YAML, from which config_from_mapping makes an equal Config."""
+    """The config as YAML, for config_from_mapping()."""
     return dump_yaml(_adapter().dump_python(config, mode="json"))
 
 
@@ -152,24 +142,19 @@ def _adapter() -> pydantic.TypeAdapter[Config]:
     return pydantic.TypeAdapter(Config)
 
 
-def _dotted_key(location: tuple[int | str, ...]) -> str:
-    """The setting at pydantic's location, without a union's branch: ("data", "workers", "int") -> "data.workers"."""
+def _dotted_key(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
+    """The setting at pydantic's location, without a union's branch, and all settings of its section. ("data",
+    "workers", "int") -> "data.workers", ["name", "root", "workers", …]"""
     names: list[str] = []
     owner: Any = Config
+    fields: dict[str, Any] = {}
     for part in location:
         names.append(str(part))
-        field = {field.name: field for field in dataclasses.fields(owner)}.get(str(part))
-        if field is None or not dataclasses.is_dataclass(field.default):
+        fields = {field.name: field.default for field in dataclasses.fields(owner)}
+        if not dataclasses.is_dataclass(fields.get(str(part))):
             break
-        owner = type(field.default)
-    return ".".join(names)
-
-
-def _names_in_section(location: tuple[int | str, ...]) -> list[str]:
-    owner: Any = Config
-    for part in location:
-        owner = type(getattr(owner(), str(part)))
-    return [field.name for field in dataclasses.fields(owner)]
+        owner = fields[str(part)]
+    return ".".join(names), list(fields)
 
 
 def _expand_shorthand(argument: str) -> str:
@@ -192,18 +177,15 @@ def _find_config_path(arguments: list[str]) -> str | None:
 def _take_single_arguments(arguments: list[str], settings: dict[str, Any]) -> list[str]:
     """Move each --SECTION.args.KEY VALUE from the arguments into the settings; return the other arguments."""
     rest: list[str] = []
-    queue = list(arguments)
-    while queue:
-        argument = queue.pop(0)
+    queue = iter(arguments)
+    for argument in queue:
         match = re.fullmatch(r"--(\w+)\.args\.([\w-]+)(?:=(.*))?", argument, re.DOTALL)
         if match is None:
             rest.append(argument)
             continue
         section, key, value = match.groups()
-        if value is None:
-            if not queue:
-                raise UsageError(f"{argument} needs a value.")
-            value = queue.pop(0)
+        if value is None and (value := next(queue, None)) is None:
+            raise UsageError(f"{argument} needs a value.")
         inner = settings.get(section) or {}
         inner = {"name": inner} if isinstance(inner, str) else inner
         earlier = inner.get("args") or {} if isinstance(inner, dict) else None

@@ -58,10 +58,8 @@ INDENT = re.compile(r"[-+ \t]*+")  # also with the + or - of a diff
 
 @functools.lru_cache(4096)
 def secrecy(name: str) -> Literal["strong", "weak"] | None:
-    """How surely this name is a secret's, by its words: MY_API_KEY, data.args.authToken. None: it is not.
-
-    "weak": short numbers under this name are no secrets.
-    """
+    """How surely this name is a secret's, by its words: MY_API_KEY, data.args.authToken. None: it is not. "weak": short
+    numbers under this name are no secrets."""
     words = [word.lower() for word in WORD.findall(name)]
     if not words or words[-1] in NOT_SECRET_LAST:
         return None
@@ -131,18 +129,13 @@ def _clean_line(line: str, indent: int) -> tuple[str, int | str | None]:
 
 def _mask_strings(line: str, opening: re.Match[str]) -> tuple[str, int]:
     """The masked text of the strings that begin with `opening`, and where the last one ends; -1: not on this line."""
-    first = opening
-    empty = True
+    first, empty = opening, True
     while True:
         quote = opening["quote"]
-        if quote in TO_QUOTE:
-            closing = TO_QUOTE[quote].match(line, opening.end())
-            end = closing.end() if closing else -1
-        else:
-            start = line.find(quote, opening.end())
-            end = start + len(quote) if start >= 0 else -1
-        if end < 0:
+        closing = TO_QUOTE.get(quote, re.compile(f".*?{re.escape(quote)}", re.DOTALL)).match(line, opening.end())
+        if closing is None:
             return "", -1
+        end = closing.end()
         empty = empty and end == opening.end() + len(quote)
         gap = NEXT_STRING.match(line, end)
         next_opening = QUOTE.match(line, gap.end()) if gap and quote in TO_QUOTE else None

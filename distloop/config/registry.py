@@ -1,4 +1,4 @@
-"""Find the callable that a name in the config stands for: a built-in one, or the user's own as module:callable."""
+"""Find the callable with a name in the config: a built-in one, or the user's own as module:callable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distloop.errors import UsageError, suggest
 
 
 def resolve(key: str, name: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """The callable that `name` stands for: one of `known`, or module:callable. Raises UsageError that names `key`."""
+    """The callable with this name: one of `known`, or module:callable. Raises UsageError that names `key`."""
     if ":" in name:
         return import_callable(key, name)
     if name in known:
@@ -43,7 +43,7 @@ def import_callable(key: str, name: str) -> Callable[..., Any]:
 
 
 def _failing_line(error: Exception) -> str:
-    """The line of the user's own file, not of a library that it calls, at which importing it failed."""
+    """The line of the user's own file at which importing it failed."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
@@ -53,11 +53,8 @@ def _failing_line(error: Exception) -> str:
 
 
 def call(key: str, function: Callable[..., Any], arguments: dict[str, Any], offered: dict[str, Any]) -> Any:
-    """Call `function` with the config's `arguments`, and with those of `offered` that its signature names.
-
-    `key`: the setting that has the arguments. Raises UsageError if they do not fit the signature, or if one of
-    distloop's own functions refuses them.
-    """
+    """Call `function` with the config's `arguments`, and with those of `offered` that its signature names. Raises
+    UsageError that names `key` if they do not fit the signature, or if a function of distloop refuses them."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # a builtin without a signature

@@ -1,8 +1,8 @@
 """Mask secrets: a key, a token or a password becomes *** before it is written or shown.
 
-A value is a secret if its name says so (`token: …`, MY_API_KEY=…: named_secrets.py) or if it has the shape of one
-(hf_…, a JWT, user:password@host). The values of environment variables and settings with such names are masked wherever
-they appear. In doubt a value is masked: a false mask costs little, a leak much.
+A value is a secret if it has a secret's name (`token: …`, MY_API_KEY=…: named_secrets.py) or shape (hf_…, a JWT,
+user:password@host). The values of environment variables and settings with such names are masked in all texts. In doubt
+a value is masked: a false mask costs little, a leak much.
 """
 
 from __future__ import annotations
@@ -43,16 +43,13 @@ SIGNATURE = re.compile(r"(?<=[?&])((?i:sig|signature|x-amz-signature)=)[^&\s\"']
 BEARER = re.compile(r"\b((?i:bearer)[ \t]{1,9})[\w.~+/=-]{8,}+")
 CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # auth:make_data is a callable, not a value named auth
 
-# The secret values among the settings of this process. Global, since any exception may carry one to any place.
+# The secrets among the settings of this process. Global, since any exception's message may contain one.
 _remembered: set[str] = set()
 
 
 def remember_secrets(settings: Any, name: str = "") -> None:
-    """Mask the secrets of these settings wherever they appear from now on, like those of the environment.
-
-    Secrets of fewer than 8 characters and ordinary words (`key: filename`) are left out: other texts have them, too.
-    `name`: the dotted key of `settings`.
-    """
+    """Mask the secrets of these settings in all texts from now on. `name`: the dotted key of `settings`. Not those of
+    fewer than 8 characters, nor ordinary words (`key: filename`), which other texts contain, too."""
     if isinstance(settings, Mapping):
         for key, value in settings.items():
             remember_secrets(value, f"{name}.{key}")
@@ -131,16 +128,8 @@ def masked_keys(value: Any, name: str = "") -> Iterator[str]:
 
 def _fits(masked: str, text: str) -> bool:
     """True if `masked` is `text` with *** for parts of it."""
-    first, *middle, last = masked.split(MASK)
-    position, end = len(first), len(text) - len(last)
-    if not (text.startswith(first) and text.endswith(last) and position <= end):
-        return False
-    for part in middle:
-        start = text.find(part, position, end)
-        if start < 0:
-            return False
-        position = start + len(part)
-    return True
+    first, *middle, last = map(re.escape, masked.split(MASK))
+    return re.fullmatch(f"{first}{''.join(f'(?>.*?{part})' for part in middle)}.*{last}", text, re.DOTALL) is not None
 
 
 def _clean_word(word: str, flag: str, environ: Mapping[str, str]) -> str:
@@ -158,22 +147,18 @@ def _clean_word(word: str, flag: str, environ: Mapping[str, str]) -> str:
 
 
 def _clean_unnamed(text: str, environ: Mapping[str, str], commits: bool = False) -> str:
-    """`text` with *** for the secrets of this process and for all that has the shape of one, beside whatever name."""
+    """`text` with *** for the secrets of this process and all that has the shape of one."""
     values = set(_remembered)
     for name, value in environ.items():
         if secrecy(name) and name not in NOT_SECRET_VARIABLES:
             values |= {value, *value.splitlines()}
     values = {value.strip() for value in values if len(value.strip()) >= SHORTEST and value.strip(" *")}
-    # A value as it is, and as it looks in a URL, in a repr and in JSON.
-    forms = {
-        form
-        for value in values
-        for form in (value, urllib.parse.quote(value, safe=""), repr(value)[1:-1], json.dumps(value)[1:-1])
-    }
+    forms = set(values)  # a value itself, and its forms in a URL, in a repr and in JSON
+    for value in values:
+        forms |= {urllib.parse.quote(value, safe=""), repr(value)[1:-1], json.dumps(value)[1:-1]}
     for form in sorted(forms, key=len, reverse=True):
         text = text.replace(form, MASK)
-    text = SHAPES.sub(MASK, text)
-    text = IN_URL.sub(f"{MASK}@", text)
-    text = SIGNATURE.sub(rf"\g<1>{MASK}", text)
-    text = BEARER.sub(rf"\g<1>{MASK}", text)
+    text = IN_URL.sub(f"{MASK}@", SHAPES.sub(MASK, text))
+    for pattern in (SIGNATURE, BEARER):
+        text = pattern.sub(rf"\g<1>{MASK}", text)
     return text if commits else HEX_KEY.sub(MASK, text)

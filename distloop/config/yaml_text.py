@@ -10,16 +10,13 @@ from typing import Any
 
 import yaml
 
+NUMBER = r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"
 # Tag, pattern, and the characters with which such a word may start.
 RESOLVERS = (
     ("null", r"^(?:~|null|Null|NULL|)$", "~nN"),
     ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
     ("int", r"^[-+]?(?:0|[1-9][0-9]*)$|^0x[0-9a-fA-F]+$", "-+0123456789"),
-    (
-        "float",
-        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$",
-        "-+.0123456789",
-    ),
+    ("float", rf"{NUMBER}|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$", "-+.0123456789"),
 )
 
 

@@ -13,8 +13,8 @@ DRAWS = 3  # random numbers per sample: vertical shift, horizontal shift, flip
 def shift_and_flip(images: Tensor, random: NDArray, pad: int, flip: bool) -> Tensor:
     """Shift each image by up to `pad` pixels (zeros fill the gap) and, if `flip`, mirror it with probability 1/2.
 
-    images: any type, [batch, channels, height, width]; random: numbers in [0, 1), [batch, DRAWS]. Does the same as
-    torchvision's RandomCrop(size, padding=pad) and RandomHorizontalFlip, for all images at once.
+    images: any type, [batch, channels, height, width]; random: numbers in [0, 1), [batch, DRAWS]. The same as
+    torchvision's RandomCrop(size, padding=pad) and RandomHorizontalFlip.
     """
     batch, _, height, width = images.shape
     if pad:

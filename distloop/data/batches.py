@@ -41,10 +41,8 @@ def _part(batch: Any, position: int, key: str) -> Any:
 
 
 def to_model(batch: Any, source: DataSource, dtype: torch.dtype) -> Any:
-    """The batch as the model takes it: uint8 images normalised, floating tensors in `dtype`; on its device.
-
-    Images travel to the device as bytes: a quarter of the traffic, and normalising there costs nothing.
-    """
+    """The batch in the form that the model takes: uint8 images normalised, floating tensors in `dtype`. Images are
+    normalised on the device: bytes are a quarter of the traffic."""
     if source.mean and source.std:
         images = inputs_of(batch)
         if isinstance(images, torch.Tensor) and images.dtype == torch.uint8:

@@ -30,23 +30,19 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class DataSource:
-    """The two halves of a data set, with its classes and the normalisation of its images."""
+    """The two halves of a data set, the names of its classes, and the normalisation of its images. With mean and std of
+    each channel, uint8 inputs [batch, channels, height, width] are scaled to 0 … 1 and normalised on the device."""
 
     train: Any
     validation: Any
     classes: tuple[str, ...] | None = None
-    """Names of the classes."""
     mean: tuple[float, ...] | None = None
-    """Of each channel. With std, uint8 inputs [batch, channels, h, w] are scaled to 0 … 1 and normalised on the
-    device."""
     std: tuple[float, ...] | None = None
 
 
 class InMemory:
-    """Inputs and targets as two tensors, [samples, …] each, from which whole batches are taken at once.
-
-    Images [samples, channels, height, width] are shifted by up to `pad` pixels and, if `flip`, mirrored.
-    """
+    """Inputs and targets as two tensors, [samples, …] each, from which whole batches are taken at once. Images
+    [samples, channels, height, width] are shifted by up to `pad` pixels and, if `flip`, mirrored."""
 
     def __init__(self, inputs: Tensor, targets: Tensor, pad: int = 0, flip: bool = False) -> None:
         if pad < 0:
@@ -76,13 +72,8 @@ def digits(shift: int = 1) -> DataSource:
     pixels = torch.from_numpy((images * (255 / 16)).round().astype(np.uint8)).reshape(-1, 1, 8, 8)
     train, validation = train_test_split(np.arange(len(targets)), test_size=0.2, stratify=targets, random_state=0)
     labels = torch.from_numpy(targets.astype(np.int64))
-    return DataSource(
-        train=InMemory(pixels[train], labels[train], pad=shift),
-        validation=InMemory(pixels[validation], labels[validation]),
-        classes=tuple("0123456789"),
-        mean=(0.305,),
-        std=(0.376,),
-    )
+    halves = InMemory(pixels[train], labels[train], pad=shift), InMemory(pixels[validation], labels[validation])
+    return DataSource(*halves, classes=tuple("0123456789"), mean=(0.305,), std=(0.376,))
 
 
 def diabetes() -> DataSource:
@@ -95,10 +86,8 @@ def diabetes() -> DataSource:
     columns = np.concatenate([inputs, targets[:, None]], axis=1)
     columns = (columns - columns[train].mean(0)) / columns[train].std(0)  # statistics of the training rows only
     tensor = torch.from_numpy(columns.astype(np.float32))
-    return DataSource(
-        train=InMemory(tensor[train, :10], tensor[train, 10:]),
-        validation=InMemory(tensor[validation, :10], tensor[validation, 10:]),
-    )
+    halves = [InMemory(tensor[half, :10], tensor[half, 10:]) for half in (train, validation)]
+    return DataSource(halves[0], halves[1])
 
 
 def fashion_mnist(root: str, download: bool = True, pad: int = 2, flip: bool = True) -> DataSource:
@@ -106,13 +95,9 @@ def fashion_mnist(root: str, download: bool = True, pad: int = 2, flip: bool = T
     from torchvision.datasets import FashionMNIST
 
     train, validation = load_or_download(FashionMNIST, root, download, Path(root) / "FashionMNIST" / "raw")
-    return DataSource(
-        train=InMemory(train.data.unsqueeze(1), train.targets, pad, flip),
-        validation=InMemory(validation.data.unsqueeze(1), validation.targets),
-        classes=tuple(train.classes),
-        mean=(0.286,),
-        std=(0.353,),
-    )
+    augmented = InMemory(train.data.unsqueeze(1), train.targets, pad, flip)
+    plain = InMemory(validation.data.unsqueeze(1), validation.targets)
+    return DataSource(augmented, plain, classes=tuple(train.classes), mean=(0.286,), std=(0.353,))
 
 
 def cifar10(root: str, download: bool = True, pad: int = 4, flip: bool = True) -> DataSource:
@@ -125,13 +110,8 @@ def cifar10(root: str, download: bool = True, pad: int = 4, flip: bool = True) -
         images = torch.from_numpy(half.data).permute(0, 3, 1, 2).contiguous()
         return InMemory(images, torch.tensor(half.targets), pad, flip)
 
-    return DataSource(
-        train=in_memory(train, pad, flip),
-        validation=in_memory(validation),
-        classes=tuple(train.classes),
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.247, 0.2435, 0.2616),
-    )
+    halves, classes = (in_memory(train, pad, flip), in_memory(validation)), tuple(train.classes)
+    return DataSource(*halves, classes, mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616))
 
 
 def image_folder(root: str, crop: int = 224, resize: int = 256) -> DataSource:
@@ -140,15 +120,11 @@ def image_folder(root: str, crop: int = 224, resize: int = 256) -> DataSource:
     from torchvision.transforms import v2
 
     folders = [Path(root) / half for half in ("train", "val")]
-    train_transform = v2.Compose(
-        [v2.RandomResizedCrop(crop, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]
-    )
-    validation_transform = v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(crop), v2.PILToTensor()])
+    augment = [v2.RandomResizedCrop(crop, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    only_crop = [v2.Resize(resize, antialias=True), v2.CenterCrop(crop), v2.PILToTensor()]
     try:
-        train, validation = (
-            ImageFolder(str(folder), transform)
-            for folder, transform in zip(folders, (train_transform, validation_transform), strict=True)
-        )
+        train = ImageFolder(str(folders[0]), v2.Compose(augment))
+        validation = ImageFolder(str(folders[1]), v2.Compose(only_crop))
     except FileNotFoundError as error:
         raise UsageError(
             f"data.name = 'image_folder': {error} (looked in {folders[0].resolve()} and {folders[1].resolve()}). "
@@ -163,27 +139,18 @@ def image_folder(root: str, crop: int = 224, resize: int = 256) -> DataSource:
 
 
 def fingerprint(dataset: Any) -> dict[str, Any]:
-    """Numbers that change with the data: its length; for tensors in memory a SHA-256 of their contents; for folders of
-    files a SHA-256 of names and labels."""
-    numbers: dict[str, Any] = {"samples": len(dataset)}
+    """Numbers that change with the data: "samples"; "sha256" of tensors in memory, or of names of a folder."""
+    digest = hashlib.sha256()
     if isinstance(dataset, InMemory):
-        digest = hashlib.sha256()
         for tensor in (dataset.inputs, dataset.targets):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        numbers["sha256"] = digest.hexdigest()
-    elif _is_folder(dataset):
-        digest = hashlib.sha256()
+    elif (datasets := sys.modules.get("torchvision.datasets")) and isinstance(dataset, datasets.DatasetFolder):
         for path, label in dataset.samples:
             digest.update(f"{os.path.relpath(path, dataset.root)} {label}\n".encode())
-        numbers["sha256"] = digest.hexdigest()
-    return numbers
-
-
-def _is_folder(dataset: Any) -> bool:
-    """True for a torchvision.datasets.DatasetFolder. Imports no torchvision: without it there is no such folder."""
-    datasets = sys.modules.get("torchvision.datasets")
-    return datasets is not None and isinstance(dataset, datasets.DatasetFolder)
+    else:
+        return {"samples": len(dataset)}
+    return {"samples": len(dataset), "sha256": digest.hexdigest()}
 
 
 DATASETS: dict[str, Callable[..., DataSource]] = {

@@ -13,15 +13,14 @@ from typing import Any
 from distloop.errors import UsageError
 
 WAIT_SECONDS = 1800
-# The errors of torchvision for files that are missing, damaged or incomplete.
-UNREADABLE = (RuntimeError, OSError, ValueError, EOFError)
+UNREADABLE = (RuntimeError, OSError, ValueError, EOFError)  # torchvision's errors for missing or damaged files
 
 
 def load_or_download(dataset: Callable[..., Any], root: str, download: bool, folder: Path) -> tuple[Any, Any]:
-    """(train, validation) of a torchvision data set under `root`; `folder` is the place of its files.
+    """(train, validation) of a torchvision data set under `root`; `folder`: where its files are.
 
-    If files are missing and `download` is set, one process of the machine downloads them while the others wait.
-    Raises UsageError, with the folder and ways to get the files, if they are damaged or still missing.
+    With `download`, one process of the machine downloads missing files while the others wait. Raises UsageError with
+    ways to get the files if they are damaged or still missing.
     """
     name = getattr(dataset, "__name__", str(dataset))
     try:

@@ -1,4 +1,4 @@
-"""From a data set to batches on the device: seeded per sample, in the sampler's order, checked."""
+"""From a data set to checked batches on the device, in the sampler's order."""
 
 from __future__ import annotations
 
@@ -29,29 +29,27 @@ from distloop.ranks.places import Position
 
 
 class ChecksBatches(Protocol):
-    """What the loader needs of a task."""
+    """The part of a task that the loader uses: see distloop.tasks.Task."""
 
     @property
-    def checks_targets_only(self) -> bool:
-        """check() looks at nothing but the targets."""
+    def checks_targets_only(self) -> bool: ...
 
-    def check(self, batch: Any, indices: Any) -> None:
-        """Raises UsageError for a batch that cannot be trained on."""
+    def check(self, batch: Any, indices: Any) -> None: ...
 
 
 class SeededDataset(Dataset):
-    """A map-style data set that is asked for whole micro-batches and seeds each of their samples.
+    """A data set whose items are whole micro-batches.
 
-    A sample's random numbers come from (seed, epoch, index): in whatever process, worker or batch it is
-    loaded, it is augmented alike. Data sets with a batch() of their own (InMemory) are handed the numbers;
-    for any other the global generators of torch, numpy and random are seeded before each sample.
+    A sample's random numbers depend on (seed, epoch, index), not on the process, worker or batch that loads it. Data
+    sets with a batch() of their own (InMemory) get the numbers as an argument. For others the global generators of
+    torch, numpy and random are seeded before each sample.
     """
 
     def __init__(self, dataset: Any, seed: int, collate: Callable[[list], Any], check: Callable[..., None]) -> None:
         self.dataset, self.seed, self.collate, self.check = dataset, seed, collate, check
 
     def __getitems__(self, micro_batch: MicroBatch) -> Any:
-        """The batch that these indices make; a DataLoader calls this with what its batch sampler yields."""
+        """The batch of these indices. A DataLoader calls this with an item of its batch sampler."""
         epoch, indices = micro_batch
         if hasattr(self.dataset, "batch"):
             batch = self.dataset.batch(indices, uniforms(self.seed, epoch, indices, self.dataset.draws))
@@ -78,11 +76,11 @@ def identity(batch: Any) -> Any:
 
 
 def no_check(batch: Any, indices: Any) -> None:
-    """In place of Task.check, where there is nothing to look at."""
+    """In place of Task.check, for batches that need no check."""
 
 
 class Loader:
-    """Iterates over batches on the device; made of a DataLoader that Accelerate prepared."""
+    """Iterates over the batches of a prepared DataLoader and calls `finish` on each."""
 
     def __init__(self, loader: Any, finish: Callable[[Any], Any]) -> None:
         self.loader, self.finish = loader, finish
@@ -100,13 +98,13 @@ def collate_of(config: Data) -> Callable[[list], Any]:
 
 
 def example_batch(source: DataSource, config: Data, seed: int, dtype: torch.dtype, samples: int = 1) -> Any:
-    """The first training samples as a batch, as the model takes it."""
+    """A batch of the first training samples, in the form that the model takes."""
     dataset = SeededDataset(source.train, seed, collate_of(config), no_check)
     return to_model(dataset.__getitems__(MicroBatch(0, np.arange(samples))), source, dtype)
 
 
 def offers_to_model(example: Any, source: DataSource) -> dict[str, Any]:
-    """What a model may want to know of the data: input_shape, num_classes, num_outputs, as far as it is known."""
+    """The data's properties that a model may take as arguments: input_shape, num_classes, num_outputs, if known."""
     offers: dict[str, Any] = {}
     classes = source.classes or getattr(source.train, "classes", None)  # as torchvision's data sets call them
     if classes:
@@ -133,26 +131,21 @@ def make_loader(
     sampler: Iterable[MicroBatch],
     persistent: bool = False,
 ) -> Loader:
-    """Batches of `dataset` in `sampler`'s order, on `device`, in the form that the model takes.
-
-    The sampler yields this rank's indices only: Accelerate places the batches and does not shard them again.
-    `persistent` keeps the workers between iterations.
-    """
+    """Batches of `dataset` in `sampler`'s order, on `device`, in the form that the model takes. The sampler yields this
+    rank's indices only, so that Accelerate does not shard them. `persistent` keeps the workers between iterations."""
     workers = worker_count(config, dataset)
     in_memory = hasattr(dataset, "batch") and getattr(dataset, "targets", None) is not None
-    seen = in_memory and task.checks_targets_only  # try_out() has looked at all of them
-    check = no_check if seen else task.check
+    is_checked = in_memory and task.checks_targets_only  # try_out() has checked all targets
     loader = DataLoader(
-        SeededDataset(dataset, seed, collate_of(config), check),
-        batch_sampler=cast_type(Any, sampler),  # it yields MicroBatch, which __getitems__ takes whole
+        SeededDataset(dataset, seed, collate_of(config), no_check if is_checked else task.check),
+        batch_sampler=cast_type(Any, sampler),  # its items go to __getitems__
         num_workers=workers,
         collate_fn=identity,
         pin_memory=device.type == "cuda",
         persistent_workers=persistent and workers > 0,
         worker_init_fn=leave_signals_to_parent,
         timeout=config.timeout_seconds if workers else 0,
-        # Forking a process that has initialised CUDA is unsafe.
-        multiprocessing_context="forkserver" if workers and device.type == "cuda" else None,
+        multiprocessing_context="forkserver" if workers and device.type == "cuda" else None,  # CUDA forbids a fork
     )
     if workers:
         atexit.register(kill_workers)
@@ -165,29 +158,25 @@ def make_loader(
 
 
 def worker_count(config: Data, dataset: Any) -> int:
-    """Loader processes for this rank: as set, or for "auto" none in memory, else the rank's share of the CPUs."""
+    """Loader processes for this rank. "auto": none for data in memory, else the rank's share of the CPUs."""
     if config.workers != "auto":
         return int(config.workers)
     if hasattr(dataset, "batch"):
-        return 0  # taking rows of a tensor is faster than sending them between processes
+        return 0  # indexing a tensor is faster than sending rows between processes
     return min(16, cpus_per_rank(os.environ))
 
 
 class Micro(NamedTuple):
-    """A micro-batch on its way through the loop."""
+    """A micro-batch for the loop. `is_empty`: a short step has no sample for this rank; the batch holds another one."""
 
-    batch: Any
-    """What the task takes: on the device, in the form that the model takes."""
-    is_last: bool
-    """The last one of this rank's in the step."""
+    batch: Any  # on the device, in the form that the model takes
+    is_last: bool  # of this rank's in the step
     is_empty: bool
-    """A short step has no sample for this rank here: the batch holds another one, which counts nothing."""
-    scale: float
-    """What the sum of its losses is multiplied by, so that DDP's mean over the ranks is the mean over the step."""
+    scale: float  # of the sum of its losses: DDP's mean over the ranks becomes the mean over the step; 0 if empty
 
 
 class TrainBatches:
-    """This rank's training data, step by step: a DataLoader that Accelerate prepared, in the plan's order."""
+    """This rank's micro-batches of the training data, step by step, in the plan's order."""
 
     def __init__(
         self,
@@ -200,7 +189,7 @@ class TrainBatches:
         position: Position,
         waiting: Callable[[Iterable[Any]], Iterator[Any]] = iter,
     ) -> None:
-        """`waiting` wraps the batches, to measure how long the loop waits for each."""
+        """`waiting` wraps the iterator, to measure how long the loop waits for each batch."""
         self.plan, self.seed, self.device, self.position = plan, config.seed, device, position
         self.sampler = MicroBatchSampler(plan, first_step)
         dtype = getattr(torch, config.dtype)
@@ -208,10 +197,8 @@ class TrainBatches:
         self.batches = waiting(loader)  # one iterator through all epochs: loader workers start once
 
     def of_step(self, step: int) -> Iterator[Micro]:
-        """This rank's micro-batches of `step`, in order. The random generators are seeded anew for each.
-
-        Take all of them: the loader goes on with the next step then.
-        """
+        """This rank's micro-batches of `step`, counted from 0. Before each, torch's random generators are seeded. Take
+        all of them. Raises RuntimeError if the loader is at another step."""
         self.position.start_step(step + 1)
         scale = self.plan.world_size / self.plan.sample_count(step)
         is_last = False

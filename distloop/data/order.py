@@ -1,14 +1,14 @@
 """The order of samples and its division into steps and micro-batches: plain functions of integers.
 
-Which samples make up step g depends on the seed, the number of samples and the global batch alone. The world
-size, the accumulation and the step at which an attempt starts only decide who takes which slice of them.
+The samples of a step depend on the seed, the number of samples and the global batch only. The world size and the
+accumulation decide which rank takes which slice of them.
 """
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +20,13 @@ if TYPE_CHECKING:  # plain functions of integers: nothing here knows of torch
     from distloop.config.settings import Config
     from distloop.ranks.ranks import Ranks
 
-EXACT_LIMIT = 2**20  # up to here the whole permutation is kept (8 MiB); above, positions are computed in chunks
-CHUNK = 2**16  # positions computed at a time above the limit: numpy needs long arrays to be fast
+EXACT_LIMIT = 2**20  # up to so many samples the whole permutation is in memory (8 MiB); above, it comes in chunks
+CHUNK = 2**16  # positions: numpy needs long arrays to be fast
 ROUNDS = 8
 
 
 class Order:
-    """The shuffled order of one epoch, asked for slices: order(epoch, start, stop) -> indices."""
+    """The shuffled order of each epoch: order(epoch, start, stop) -> indices."""
 
     def __init__(self, samples: int, seed: int) -> None:
         self.samples, self.seed = samples, seed
@@ -41,9 +41,8 @@ class Order:
         pieces = []
         while start < stop:
             chunk, offset = divmod(start, size)
-            part = self._chunk(epoch, chunk, size)[offset : offset + stop - start]
-            pieces.append(part)
-            start += len(part)
+            pieces.append(self._chunk(epoch, chunk, size)[offset : offset + stop - start])
+            start += len(pieces[-1])
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
     def _chunk(self, epoch: int, chunk: int, size: int) -> NDArray[np.int64]:
@@ -59,10 +58,10 @@ class Order:
 
 
 def permuted(positions: NDArray[np.int64], samples: int, key: int) -> NDArray[np.int64]:
-    """The images of `positions` under a bijection of {0 … samples-1} that `key` chooses; same shape.
+    """The images of `positions` under a bijection of {0 … samples-1} that depends on `key`; same shape.
 
-    A Feistel network over the smallest power of two that holds all samples, applied again to whatever falls
-    outside of them (cycle-walking; Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A Feistel network over a power of two, applied again to results that are not below `samples` (cycle-walking; Black
+    and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     bits = max(2, (samples - 1).bit_length())
     images = _feistel(positions.astype(np.uint64), bits, key)
@@ -86,30 +85,25 @@ def _feistel(values: NDArray[np.uint64], bits: int, key: int) -> NDArray[np.uint
 
 
 class MicroBatch(NamedTuple):
-    """What a sampler hands to the loader: which samples, and of which epoch they are (for augmentation)."""
+    """An item of a sampler: the indices of samples, and the epoch, on which their augmentation depends."""
 
     epoch: int
     indices: NDArray[np.int64]
 
 
 class Part(NamedTuple):
-    """One micro-batch of one rank, as a part of its step."""
+    """One micro-batch of one rank: positions start ≤ p < stop of the epoch's order, none if both are equal."""
 
     step: int
-    number: int
-    """Its place in the global batch."""
+    number: int  # its place in the global batch
     start: int
-    """Positions start ≤ p < stop of the epoch's order; equal where the part is empty."""
     stop: int
-    is_last: bool
-    """The last one of this rank's in the step."""
+    is_last: bool  # of this rank's in the step
 
 
 class Plan:
-    """How an epoch's positions are divided into steps, and a step among ranks and micro-batches.
-
-    Raises UsageError when the world size does not divide the global batch or there are too few samples.
-    """
+    """The division of an epoch's positions into steps, and of a step into micro-batches of the ranks. Raises UsageError
+    if the world size does not divide the global batch, or there are too few samples."""
 
     def __init__(
         self,
@@ -124,11 +118,9 @@ class Plan:
         seed: int = 0,
     ) -> None:
         if global_batch_size % world_size:
-            lower, upper = (
-                global_batch_size // world_size * world_size,
-                -(-global_batch_size // world_size) * world_size,
-            )
-            near = f"{upper}" if lower == 0 or upper - global_batch_size <= global_batch_size - lower else f"{lower}"
+            lower = global_batch_size // world_size * world_size
+            upper = lower + world_size
+            near = upper if lower == 0 or upper - global_batch_size <= global_batch_size - lower else lower
             raise UsageError(
                 f"batch.global_size = {global_batch_size} cannot be divided among {world_size} processes; "
                 f"the nearest that can is {near}: --batch.global-size {near}"
@@ -144,36 +136,35 @@ class Plan:
         self.accumulation = accumulation_steps(global_batch_size // world_size, micro_batch_size)
         self.micro_batch_size = global_batch_size // (world_size * self.accumulation)
         whole, rest = divmod(samples, global_batch_size)
-        self.steps_per_epoch = whole + (1 if rest and remainder == "train" else 0)
+        self.steps_per_epoch = whole + (rest > 0 and remainder == "train")
         self.total_steps, self.rank = total_steps, rank
         self.order = Order(samples, seed)
 
     @classmethod
     def of(cls, config: Config, samples: int, ranks: Ranks) -> Plan:
-        """The plan for this rank of the config's run, on so many training samples."""
-        batch, train = config.batch, config.train
-        place: dict[str, Any] = {"rank": ranks.rank, "seed": config.seed}
+        """The plan of the config's run for this rank, with so many training samples."""
+        batch, place = config.batch, {"rank": ranks.rank, "seed": config.seed}
         plan = cls(samples, batch.global_size, ranks.world_size, batch.micro_size, batch.remainder, **place)
-        plan.total_steps = train.steps or (train.epochs or 0) * plan.steps_per_epoch
+        plan.total_steps = config.train.steps or (config.train.epochs or 0) * plan.steps_per_epoch
         return plan
 
     def span(self, step: int) -> tuple[int, int, int]:
-        """(epoch, start, stop): the positions of that epoch's order that make up `step`'s global batch."""
+        """(epoch, start, stop): the positions of `step`'s global batch in that epoch's order."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         start = step_of_epoch * self.global_batch_size
         return epoch, start, min(start + self.global_batch_size, self.samples)
 
     def sample_count(self, step: int) -> int:
-        """How many samples `step` trains on, over all ranks."""
+        """The number of samples of `step`, over all ranks."""
         _, start, stop = self.span(step)
         return stop - start
 
     def window(self, step: int, rank: int) -> list[Part]:
         """`rank`'s micro-batches in `step`.
 
-        Micro-batch m of rank r is part m·W + r of the global batch, so that micro-batches of one size see the
-        same samples on any number of ranks. The short last step of an epoch is divided as evenly as it goes;
-        where it has fewer samples than ranks, some parts are empty.
+        Micro-batch m of rank r is part m·W + r of the global batch, so that micro-batches of one size hold the same
+        samples for any number of ranks. A short last step of an epoch is divided evenly; if it has fewer samples than
+        ranks, some parts are empty.
         """
         _, start, stop = self.span(step)
         size = stop - start
@@ -187,21 +178,16 @@ class Plan:
 
 def accumulation_steps(rank_batch_size: int, micro_batch_size: int | None) -> int:
     """The least number of equal micro-batches, none larger than `micro_batch_size`, that make a rank's batch."""
-    limit = micro_batch_size or rank_batch_size
-    return next(
-        parts
-        for parts in range(1, rank_batch_size + 1)
-        if rank_batch_size % parts == 0 and rank_batch_size // parts <= limit
-    )
+    size, limit = rank_batch_size, micro_batch_size or rank_batch_size
+    return next(parts for parts in range(1, size + 1) if size % parts == 0 and size // parts <= limit)
 
 
 class MicroBatchSampler:
     """This rank's micro-batches from step `start` to the plan's end, as a DataLoader's batch_sampler.
 
-    One iteration runs through all epochs, so that loader workers start once. Where a rank's part of a short step is
-    empty it gets the step's first sample, to be weighted with zero (DDP needs its backward pass).
-
-    The loader is ahead of the loop: `parts` holds, in the same order, what the micro-batches are that it has asked for.
+    One iteration runs through all epochs, so that loader workers start once. An empty part gets the step's first
+    sample, with weight zero, since DDP needs a backward pass. `parts` holds those of the micro-batches that the loader
+    has taken and the loop has not.
     """
 
     def __init__(self, plan: Plan, start: int) -> None:
@@ -219,14 +205,14 @@ class MicroBatchSampler:
 
 
 class FixedBatchSampler:
-    """Validation: batches of fixed contents in the data's own order; rank r takes batches r, r + W, …"""
+    """Batches for validation, in the data's own order; rank r takes batches r, r + W, …"""
 
     def __init__(self, samples: int, batch_size: int, rank: int, world_size: int) -> None:
         self.samples, self.batch_size, self.rank, self.world_size = samples, batch_size, rank, world_size
 
     @property
     def batches(self) -> int:
-        """Batches over all ranks."""
+        """The number of batches of all ranks."""
         return -(-self.samples // self.batch_size)
 
     def span(self, position: int) -> tuple[int, int]:
@@ -235,7 +221,7 @@ class FixedBatchSampler:
         return start, min(start + self.batch_size, self.samples)
 
     def size(self, position: int) -> int:
-        """Samples of this rank's batch number `position`."""
+        """The number of samples of this rank's batch number `position`."""
         start, stop = self.span(position)
         return stop - start
 

@@ -1,7 +1,7 @@
 """Random numbers as functions of (seed, epoch, index) or (seed, step, position), without any state.
 
-So a checkpoint needs no state of generators, and a run draws the same numbers after a resume and with another number
-of processes. The mixing function is SplitMix64's finaliser (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
+So a checkpoint needs no generator's state, and a run draws the same numbers after a resume and on any number of
+processes. The mixing function is SplitMix64's finaliser (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
 number generators") in exact integer arithmetic: no library's version changes the numbers.
 """
 

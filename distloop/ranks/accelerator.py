@@ -16,10 +16,10 @@ from distloop.ranks.ranks import Ranks
 
 
 def build_accelerator(config: Config, ranks: Ranks) -> Accelerator:
-    """The Accelerator for this config. The ranks meet here: a collective call.
+    """The Accelerator for this config. Collective: all ranks connect here.
 
-    It also makes the config's settings of the whole process (matmul_precision, detect_anomaly). Raises UsageError for
-    a launch that cannot become the run that was asked for.
+    Also applies matmul_precision and detect_anomaly, which hold for the process. Raises UsageError if the launch does
+    not fit the config, RunFailed if ranks are missing.
     """
     device = choose_device(config)
     launch = launch_guards.launched_by()
@@ -29,13 +29,13 @@ def build_accelerator(config: Config, ranks: Ranks) -> Accelerator:
     launch_guards.check_world(world_size, os.environ, config.expect_world, launch)
     gpu = None
     if device == "cuda" and "LOCAL_RANK" in os.environ:
-        # A task that sees one device only has it as number 0, whatever its local rank.
+        # A Slurm task may see one device only, which is then number 0 for each local rank.
         gpu = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
         os.environ["LOCAL_RANK"] = str(gpu)
-        torch.cuda.set_device(gpu)  # before the process group exists, or it guesses
+        torch.cuda.set_device(gpu)  # before the process group exists, which would guess
     if world_size > 1:
         start_group(os.environ, config.ddp, gpu, ranks.roll_call)
-    # torch 2.14 renames the argument below, Accelerate has not followed yet.
+    # torch 2.14 renames the argument below; Accelerate still uses the old name.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
         cpu=device == "cpu",
@@ -43,7 +43,7 @@ def build_accelerator(config: Config, ranks: Ranks) -> Accelerator:
         kwargs_handlers=[
             DistributedDataParallelKwargs(
                 find_unused_parameters=config.ddp.find_unused_parameters,
-                broadcast_buffers=False,  # we do so before validating and saving, not in each forward pass
+                broadcast_buffers=False,  # train() does so before it validates and saves, not in each forward pass
             )
         ],
     )
@@ -55,7 +55,7 @@ def build_accelerator(config: Config, ranks: Ranks) -> Accelerator:
 
 
 def choose_device(config: Config) -> str:
-    """cpu, cuda or mps. Raises UsageError for one that is not here, or that cannot do what the config says."""
+    """cpu, cuda or mps. Raises UsageError if it does not exist here, or cannot do what the config says."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device: str = config.device
     if device == "auto" and launch_guards.launcher_uses_cpu(os.environ):

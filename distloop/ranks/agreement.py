@@ -8,34 +8,31 @@ from typing import Any
 
 from distloop.ranks.stopping import StopReason, Watch
 
-AGREE_SECONDS = 0.02  # ranks ask each other about so often, however short a step is
-
-
+AGREE_SECONDS = 0.02  # between two exchanges, if steps are shorter
 MOST_STEPS_BETWEEN = 16
 
 
 class Agreement:
-    """The ranks' common answer to whether to stop.
+    """Ranks exchange their wishes to stop over gloo, beside the training.
 
-    They exchange one word now and then, over gloo and beside the training: what is asked after one step is
-    read some steps later, when it has long arrived, so that no step waits. How many steps lie between is
-    agreed in the same exchange, from the time that steps take.
+    An exchange that begins after one step is read some steps later, when it is long done, so that no step waits. It
+    also carries how many steps that are, which depends on the time that a step takes.
     """
 
     def __init__(self, watch: Watch, world_size: int, timeout: datetime.timedelta) -> None:
         self.watch = watch
         self.interval = self.steps_left = 1
         self.since: float | None = None
-        self.exchange: Any = None
-        self.words: Any = None
-        self.group: Any = None
+        self.exchange: Any = None  # of torch.distributed
+        self.words: Any = None  # int64 [2]: a StopReason or 0, and the interval
+        self.group: Any = None  # None: a single process
         if world_size > 1:
             import torch.distributed as dist
 
             self.group = dist.new_group(backend="gloo", timeout=timeout)  # not in the queue of a GPU's collectives
 
     def reached(self) -> StopReason | None:
-        """Why all ranks stop after the step that was just done; None: go on. Call it after each step."""
+        """Why all ranks stop now; None: go on. Call it after each step."""
         if self.group is None and self.watch.wish is not None:
             return self.watch.wish
         self.steps_left -= 1
@@ -46,15 +43,15 @@ class Agreement:
         self.watch.took("steps", (2 * self.interval + 1) * step_seconds)
         self.since = now
         interval = max(1, min(MOST_STEPS_BETWEEN, int(AGREE_SECONDS / max(step_seconds, 1e-6))))
-        agreed = 0
         if self.group is None:
-            self.interval = interval
-        else:
-            agreed = self._exchange(interval)
+            self.interval = self.steps_left = interval
+            return None
+        agreed = self._exchange(interval)
         self.steps_left = self.interval
         return StopReason(agreed) if agreed else None
 
     def _exchange(self, interval: int) -> int:
+        """Read the last exchange, which sets the interval, and begin the next; returns a StopReason, or 0."""
         import torch
         import torch.distributed as dist
 
@@ -67,6 +64,6 @@ class Agreement:
         return agreed
 
     def close(self) -> None:
-        """Wait for the last exchange, whose answer nobody needs any more."""
+        """Wait for the last exchange; its answer is not needed any more."""
         if self.exchange is not None:
             self.exchange.wait()

@@ -1,4 +1,4 @@
-"""What the ranks tell the attempt that they are part of."""
+"""The methods of an attempt that the ranks' threads call."""
 
 from __future__ import annotations
 
@@ -6,23 +6,20 @@ from typing import Any
 
 
 class AttemptBase:
-    """The attempt before its run directory is open, and of a command that has none: it keeps nothing.
-
-    The watch's thread calls tick() and cut_off(), the roll call's thread the others.
-    """
+    """An attempt without a run directory: it does nothing. The watch calls tick() and cut_off(), the judge the rest."""
 
     def tick(self) -> None:
-        """Time passes: called about twice a second."""
+        """Called about twice a second."""
 
     def cut_off(self, state: str, reason: str) -> None:
-        """The process ends at once, without its main thread; `state`: stopped | failed."""
+        """Called before the process ends without its main thread. `state`: stopped | failed."""
 
     def keep_failure(self, record: dict[str, Any]) -> None:
-        """Write who failed first to failures/attempt_NNNN.json; `record` has all keys but "attempt" and "written"."""
+        """Write failures/attempt_NNNN.json. `record` has all its keys but "attempt" and "written"."""
 
     def rank_0_is_lost(self, reason: str) -> None:
-        """On the rank that speaks for rank 0, which cannot: the attempt has failed."""
+        """On another rank: write that the attempt has failed, since rank 0 is gone."""
 
     def crash_report(self, rank: int) -> str:
-        """The stack that a crash in native code left on this rank; "" where there is none."""
+        """The stack that a crash in native code left on `rank`; "" if there is none."""
         return ""

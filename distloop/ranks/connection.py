@@ -1,4 +1,4 @@
-"""Connections between ranks: JSON messages, one a line. They notice when the other side is gone."""
+"""Connections between ranks. They carry JSON messages, one a line, and notice when the other side is gone."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from typing import Any
 from distloop.errors import UsageError
 from distloop.ranks.places import Place
 
-LONGEST_GREETING = 4096  # bytes, from somebody who has not yet said who it is
-
+LONGEST_GREETING = 4096  # bytes, before the token
 LOST_SECONDS = 60  # a machine whose kernel does not answer for so long counts as gone
-CLOSE_SECONDS = 1.0  # for the other sides to read what was sent
+CLOSE_SECONDS = 1.0  # for the other ranks to read the last messages
 
 
 class Connection:
@@ -26,18 +25,18 @@ class Connection:
 
     def __init__(self, connected: socket.socket) -> None:
         self.socket = connected
-        self.place: Place | None = None  # of the other rank, once it has said who it is
+        self.place: Place | None = None  # of the other rank; None until its greeting has arrived
         self.unread = b""  # the beginning of a message whose end has not arrived
         self._sending = threading.Lock()
         connected.settimeout(5)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         # A machine that loses its power closes nothing: only its kernel's silence shows that it is gone.
-        for name, value in (("TCP_KEEPIDLE", LOST_SECONDS // 4), ("TCP_KEEPINTVL", LOST_SECONDS // 4)):
-            if hasattr(socket, name):
+        quarter = LOST_SECONDS // 4
+        options = {"TCP_KEEPIDLE": quarter, "TCP_KEEPINTVL": quarter, "TCP_USER_TIMEOUT": 1000 * LOST_SECONDS}
+        for name, value in options.items():
+            if hasattr(socket, name):  # not on every operating system
                 connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * LOST_SECONDS)
 
     def fileno(self) -> int:
         return self.socket.fileno()
@@ -48,7 +47,7 @@ class Connection:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """The messages that have arrived; None if the other side is gone. Raises ValueError for what is no JSON."""
+        """The messages that have arrived; None if the other side is gone. Raises ValueError if one is no JSON."""
         try:
             data = self.socket.recv(65536)
         except TimeoutError:
@@ -62,25 +61,22 @@ class Connection:
 
 
 class Connections:
-    """The connections of one rank: of rank 0 to all others, of another one to rank 0.
-
-    Other programs, such as port scanners, may connect to rank 0 as well: whoever does not send the token first is
-    hung up on.
-    """
+    """The connections of one rank: rank 0 has one to each other rank, the others have one to rank 0. Other programs,
+    such as port scanners, may connect to rank 0 as well. It closes a connection that does not begin with the token."""
 
     def __init__(self) -> None:
         self._connections: list[Connection] = []
         self._places: Sequence[Place] = ()
         self._listener: socket.socket | None = None  # until all ranks have connected
-        self._listening_since = 0.0
+        self.listening_since: float | None = None  # by time.monotonic(); None without a listener
         self._token = ""
         self._wake_read, self._wake_write = socket.socketpair()
 
     def listen(self, places: Sequence[Place]) -> tuple[int, str]:
-        """On rank 0: wait for the ranks at `places`; returns the port and the token that they have to send."""
+        """On rank 0: let the ranks at `places` connect; returns the port and the token that they have to send."""
         self._places, self._token = places, secrets.token_hex(16)
         self._listener = socket.create_server(("", 0), backlog=len(places))
-        self._listening_since = time.monotonic()
+        self.listening_since = time.monotonic()
         return self._listener.getsockname()[1], self._token
 
     def connect(self, host: str, port: int, token: str, rank_0: Place, own: Place) -> None:
@@ -95,11 +91,6 @@ class Connections:
         connection.place = rank_0
         connection.send(token=token, rank=own.rank, node=own.node, pid=own.pid)
         self._connections = [connection]
-
-    @property
-    def listening_since(self) -> float | None:
-        """By time.monotonic(); None where no rank is waited for."""
-        return self._listening_since if self._listener is not None else None
 
     def ranks(self) -> set[int]:
         """The ranks that have connected and are not gone."""
@@ -117,13 +108,13 @@ class Connections:
             self._wake_write.send(b"!")
 
     def read(self, seconds: float) -> list[tuple[Place, dict[str, Any] | None]]:
-        """What arrives first within so many seconds: from whom, and the message; None for a rank that is gone."""
+        """Wait so many seconds at most for messages: (sender, message); the message of a rank that is gone is None."""
         sources: list[Any] = [self._wake_read, *self._connections]
         if self._listener is not None:
             sources.append(self._listener)
         heard: list[tuple[Place, dict[str, Any] | None]] = []
-        ready: list[Any] = wait(sources, max(0.0, seconds))
-        for source in ready:
+        source: Any
+        for source in wait(sources, max(0.0, seconds)):
             try:
                 if source is self._wake_read:
                     self._wake_read.recv(4096)
@@ -131,13 +122,13 @@ class Connections:
                     self._connections.append(Connection(self._listener.accept()[0]))
                 else:
                     heard += self._read(source)
-            except Exception:  # a stranger may send anything, and must not end the thread that reads
+            except Exception:  # another program may send anything, and must not end the thread that reads
                 if source in self._connections and source.place is None:
                     self._remove(source)
         return heard
 
     def _read(self, connection: Connection) -> list[tuple[Place, dict[str, Any] | None]]:
-        """Raises an exception of any kind if the other side is no rank of this run."""
+        """Raises an exception of any kind for another program's connection."""
         messages = connection.receive()
         if messages is None:
             self._remove(connection)
@@ -151,39 +142,36 @@ class Connections:
         return [(connection.place, message) for message in messages]
 
     def _greet(self, connection: Connection, message: dict[str, Any]) -> None:
-        """Learn which rank has connected; stop listening once all have."""
+        """Learn which rank has connected; stop listening once all ranks have."""
         if not secrets.compare_digest(message["token"], self._token):
             raise ValueError("not a rank of this run")
         place = connection.place = self._places[message["rank"]]
         place.node, place.pid = message["node"], message["pid"]
         if self._listener is not None and len(self.ranks()) == len(self._places) - 1:
             self._listener.close()
-            self._listener = None
+            self._listener = self.listening_since = None
 
     def _remove(self, connection: Connection) -> None:
         self._connections.remove(connection)
         connection.socket.close()
 
     def close(self) -> None:
-        """Close all connections once the other sides have read what was sent, or after CLOSE_SECONDS.
-
-        A socket that is closed with unread data resets the connection, and what was sent last would be lost.
-        """
+        """Close all connections once the other ranks have read the last messages, or after CLOSE_SECONDS. A socket that
+        is closed with unread data resets the connection, and its last messages are lost."""
         for connection in self._connections:
             with contextlib.suppress(OSError):
                 connection.socket.settimeout(0.5)
                 connection.socket.shutdown(socket.SHUT_WR)
         until = time.monotonic() + CLOSE_SECONDS
         for connection in self._connections:
-            with contextlib.suppress(ValueError, RecursionError):  # a stranger's
+            with contextlib.suppress(ValueError, RecursionError):  # from another program
                 while time.monotonic() < until and connection.receive():
                     pass
         self.drop()
-        for other in (self._listener, self._wake_read, self._wake_write):
-            if other is not None:
-                other.close()
+        for other in filter(None, (self._listener, self._wake_read, self._wake_write)):
+            other.close()
 
     def drop(self) -> None:
-        """Close all connections at once, as the kernel does for a process that is killed."""
+        """Close all connections at once, as the kernel does for a killed process."""
         for connection in list(self._connections):
             self._remove(connection)

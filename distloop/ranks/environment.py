@@ -1,7 +1,4 @@
-"""What the environment says of this process: its rank under Slurm, its machine's name, its share of the CPUs.
-
-Nothing here imports torch, which reads some of these variables when it is imported.
-"""
+"""This process's rank under Slurm, its machine's name, its share of the CPUs: read before torch is imported."""
 
 from __future__ import annotations
 
@@ -18,10 +15,7 @@ from distloop.ranks.leaving import leave
 
 
 def prepare_environment() -> None:
-    """Set the variables that torch reads when it is imported: ranks under `srun`, and CPU threads.
-
-    Leaves with code 2 when Slurm's variables make no sense.
-    """
+    """Set the variables that torch reads when it is imported. Leaves with code 2 if Slurm's make no sense."""
     try:
         adopt_slurm(os.environ)
     except UsageError as error:
@@ -31,21 +25,18 @@ def prepare_environment() -> None:
 
 
 def adopt_slurm(environ: MutableMapping[str, str]) -> bool:
-    """Under `srun` with several tasks, set the variables that torch reads; returns whether they were set.
-
-    SLURM_NTASKS does not show it: an interactive shell in an allocation has it as well, and is one process.
-    """
+    """Under `srun` with several tasks, set the variables that torch reads; returns whether they were set. SLURM_NTASKS
+    does not show it: an interactive shell in an allocation has it as well, and is one process."""
     tasks = int(environ.get("SLURM_STEP_NUM_TASKS", 1))
     if "RANK" in environ or tasks <= 1 or "SLURM_PROCID" not in environ:
         return False
     node = int(environ.get("SLURM_NODEID", 0))
     job, step = int(environ.get("SLURM_JOB_ID", 0)), int(environ.get("SLURM_STEP_ID", 0))
-    environ["RANK"] = environ["SLURM_PROCID"]
-    environ["WORLD_SIZE"] = str(tasks)
-    environ["LOCAL_RANK"] = environ.get("SLURM_LOCALID", "0")
-    environ["LOCAL_WORLD_SIZE"] = str(_tasks_on_node(environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)), node))
+    local_tasks = _tasks_on_node(environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)), node)
+    environ.update(RANK=environ["SLURM_PROCID"], WORLD_SIZE=str(tasks))
+    environ.update(LOCAL_RANK=environ.get("SLURM_LOCALID", "0"), LOCAL_WORLD_SIZE=str(local_tasks))
     environ.setdefault("MASTER_ADDR", address_of(first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))))
-    # The same on all ranks; different for jobs and steps that share a node; below the ports the kernel gives away.
+    # The same on all ranks; another one for each job and step on a node; below the ports the kernel gives away.
     environ.setdefault("MASTER_PORT", str(10000 + (job * 16 + step) % 20000))
     return True
 
@@ -59,17 +50,15 @@ def first_host(nodelist: str) -> str:
 
 
 def address_of(node: str) -> str:
-    """The node's name, or, where this machine cannot resolve it, the address that Slurm knows."""
-    try:
+    """The node's name or, if this machine cannot resolve it, the address that Slurm has for it."""
+    with contextlib.suppress(OSError):
         socket.getaddrinfo(node, None)
         return node
-    except OSError:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ("scontrol", "show", "node", node)
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-            match = re.search(r"\bNodeAddr=(\S+)", answer)
-            if match:
-                return match[1]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        if match := re.search(r"\bNodeAddr=(\S+)", answer):
+            return match[1]
     return node
 
 
@@ -77,8 +66,7 @@ def _tasks_on_node(counts: str, node: int) -> int:
     """The tasks of one node, numbered from 0; Slurm's `counts` "2(x3),1" is 2, 2, 2, 1."""
     by_node: list[int] = []
     for part in counts.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if match:
+        if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
             by_node += [int(match[1])] * int(match[2] or 1)
     return by_node[node] if node < len(by_node) else 1
 
@@ -89,10 +77,7 @@ def node_name() -> str:
 
 
 def cpus_per_rank(environ: Mapping[str, str]) -> int:
-    """How many CPUs this rank may use: those of its Slurm task, else an equal share of those it is bound to.
-
-    os.cpu_count() would be wrong for a job that may use only some CPUs of a shared node.
-    """
+    """How many CPUs this rank may use: those of its Slurm task, else an equal share of those the job is bound to."""
     if "SLURM_CPUS_PER_TASK" in environ:
         return int(environ["SLURM_CPUS_PER_TASK"])
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS

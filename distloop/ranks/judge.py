@@ -38,18 +38,11 @@ class Judge:
         self.ends.append(end)
 
     def look_for_failure(self, places: Sequence[Place], rank: int, limit: float, limit_name: str) -> None:
-        """Give the verdict as soon as it is known who failed first; see first_failure()."""
-        first = first_failure(
-            places,
-            self.ends,
-            time.monotonic(),
-            limit,
-            judge=rank,
-            connected=self.connections.ranks(),
-            first_heard=self.first_heard,
-            listening_since=self.connections.listening_since,
-            limit_name=limit_name,
-        )
+        """Give the verdict as soon as it is clear who failed first; see first_failure()."""
+        connected, listening_since = self.connections.ranks(), self.connections.listening_since
+        more: dict[str, Any] = {"connected": connected, "first_heard": self.first_heard, "limit_name": limit_name}
+        more |= {"judge": rank, "listening_since": listening_since}
+        first = first_failure(places, self.ends, time.monotonic(), limit, **more)
         if first is not None:
             self.decide(first, places, rank)
 
@@ -61,23 +54,21 @@ class Judge:
         return True
 
     def accept(self, verdict: Verdict) -> None:
-        """Take over rank 0's verdict, unless there is one already."""
+        """Make rank 0's verdict this rank's, unless it has one already."""
         with self._deciding:
             if self.verdict is None:
                 self.verdict = verdict
                 self._hand_on(verdict, several=True)
 
     def decide(self, end: End, places: Sequence[Place], rank: int) -> None:
-        """Give the verdict on the first failure, unless there is one already; show and record it.
-
-        Rank 0 decides once it knows who failed first, another rank if rank 0 does not answer.
-        """
+        """Give the verdict on the first failure, unless there is one already; print and record it. Rank 0 decides;
+        another rank does if rank 0 does not answer."""
         with self._deciding:
             if self.verdict is not None:
                 return
             own, several = places[rank], len(places) > 1
             verdict = left_on_purpose(end, places[0]) or verdict_on(end, own, len(places), time.monotonic())
-            if not several and int(os.environ.get("RANK", 0)):  # a rank on another machine may show the same
+            if not several and int(os.environ.get("RANK", 0)):  # a rank on another machine may print the same
                 verdict = verdict._replace(text=f"{verdict.text} (rank {os.environ['RANK']} on {own.node})")
             self.verdict = verdict
             # Before the ranks are gathered, or when rank 0 is gone, one rank of each machine speaks.
@@ -89,7 +80,7 @@ class Judge:
             self._hand_on(verdict, several)
 
     def _hand_on(self, verdict: Verdict, several: bool) -> None:
-        """Tell the other ranks, also rank 0, which hears it late if it was suspended; then end this rank."""
+        """Tell the other ranks, then end this one. Rank 0 is told as well: it may have been suspended."""
         self.connections.send(verdict=verdict)
         if several and not self._is_leaving:
             self.watch.leave_within(STUCK_SECONDS, verdict.code, verdict.reason)
@@ -115,6 +106,6 @@ class Judge:
 
 
 def table_of(places: Sequence[Place]) -> list[dict[str, Any]]:
-    """Where the ranks are, as it stands in ranks.json and in the record of a failure."""
+    """Where the ranks are, for ranks.json and the record of a failure."""
     keys = ("rank", "node", "pid", "step", "phase", "line")
     return [{key: getattr(place, key) for key in keys} for place in places]

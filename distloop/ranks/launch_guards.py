@@ -1,7 +1,4 @@
-"""Launch guards: refuse a launch whose processes do not form the run that was asked for.
-
-torch and Accelerate read the environment when they are imported, which therefore happens inside the functions.
-"""
+"""Refuse a launch with other processes than its user asked for. Functions import torch: it reads the environment."""
 
 from __future__ import annotations
 
@@ -25,15 +22,13 @@ class Launch(NamedTuple):
 
 
 def launcher_uses_cpu(environ: Mapping[str, str]) -> bool:
-    """Whether an Accelerate launcher, or its user, has asked for the CPU."""
+    """True if an Accelerate launcher, or its user, asks for the CPU."""
     return environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
 
 
 def override_launcher(environ: MutableMapping[str, str], precision: str) -> list[str]:
-    """Remove from `environ` what an Accelerate launcher set but the config decides; returns a warning if they differ.
-
-    Raises UsageError for a kind of training that distloop does not do.
-    """
+    """Remove an Accelerate launcher's variables for what the config decides; returns a warning if they differ from it.
+    Raises UsageError for a kind of training that distloop does not do."""
     for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise UsageError(
@@ -48,8 +43,7 @@ def override_launcher(environ: MutableMapping[str, str], precision: str) -> list
     ignored = []
     for variable, (key, value) in decided.items():
         asked = environ.pop(variable, value).lower()
-        # A launcher exports "no" and "1" when its user asked for nothing.
-        if asked not in ("no", "1", value):
+        if asked not in ("no", "1", value):  # the launcher's defaults are "no" and "1"
             ignored.append(f"{variable}={asked} ({key})")
     environ.pop("ACCELERATE_USE_CPU", None)  # the device has been chosen; Accelerate gets it as an argument
     for variable in [name for name in environ if name.startswith("ACCELERATE_DYNAMO_")]:
@@ -60,10 +54,7 @@ def override_launcher(environ: MutableMapping[str, str], precision: str) -> list
 
 
 def launched_by() -> Launch | None:
-    """The launch that this process's parent was asked for; None if it is no `accelerate launch`.
-
-    Accelerate's own parser reads the parent's command line.
-    """
+    """The parent's command line, read by Accelerate's own parser; None if it is no `accelerate launch`."""
     try:
         with open(f"/proc/{os.getppid()}/cmdline") as file:
             words = file.read().split("\0")[:-1]
@@ -75,10 +66,9 @@ def launched_by() -> Launch | None:
         parser = launch_command_parser()
         output = io.StringIO()  # not for the user
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            arguments = parser.parse_args(words[first_argument:])
-            arguments, _, _ = _validate_launch_command(arguments)
+            arguments, _, _ = _validate_launch_command(parser.parse_args(words[first_argument:]))
         return Launch(int(arguments.num_processes), bool(arguments.multi_gpu), str(arguments.training_script))
-    except (Exception, SystemExit):  # another operating system, launcher or version of Accelerate: nothing is known
+    except (Exception, SystemExit):  # another operating system, launcher or version of Accelerate
         return None
 
 
@@ -96,10 +86,7 @@ def _first_argument(words: Sequence[str]) -> int | None:
 
 
 def check_launch(environ: Mapping[str, str], launch: Launch | None, device: str, use_cpu: bool) -> None:
-    """Before the process group exists: raise UsageError if this process is not one of those that were asked for.
-
-    `device`: the config's. `use_cpu`: whether the run will compute on the CPU.
-    """
+    """Raise UsageError if the launch started other processes than its user asked for. `device`: the config's."""
     world = int(environ.get("WORLD_SIZE", 1))
     missing = [name for name in RANK_VARIABLES if name not in environ]
     if missing and (world > 1 or int(environ.get("RANK", 0)) > 0):
@@ -127,10 +114,7 @@ def check_launch(environ: Mapping[str, str], launch: Launch | None, device: str,
 
 
 def check_world(world_size: int, environ: Mapping[str, str], expected: int | None, launch: Launch | None) -> None:
-    """Raise UsageError if the run does not have as many processes as were started.
-
-    `expected`: --expect-world.
-    """
+    """Raise UsageError if the run has another number of processes than were started. `expected`: --expect-world."""
     claims = {"--expect-world": expected, "WORLD_SIZE": int(environ["WORLD_SIZE"]) if "WORLD_SIZE" in environ else None}
     for source, claim in claims.items():
         if claim is not None and claim != world_size:
@@ -151,12 +135,11 @@ def right_commands(launch: Launch | None, processes: int | None = None) -> str:
     script = launch.script if launch else "distloop/train.py"
     if count == 1:
         return f"One process: python {script} …"
-    common = f"--multi_gpu --num_machines 1 --num_processes {count} --main_process_port 0"
-    quiet = "--mixed_precision no --dynamo_backend no"
-    return (
-        f"{count} processes on the CPU: ACCELERATE_USE_CPU=true accelerate launch {common} {quiet} {script} …\n"
-        f"{count} GPUs of this machine: accelerate launch {common} {quiet} {script} …"
+    common = (
+        f"accelerate launch --multi_gpu --num_machines 1 --num_processes {count} --main_process_port 0 "
+        f"--mixed_precision no --dynamo_backend no {script} …"
     )
+    return f"{count} processes on the CPU: ACCELERATE_USE_CPU=true {common}\n{count} GPUs of this machine: {common}"
 
 
 def check_devices(device: Any, world_size: int) -> None:

@@ -17,19 +17,19 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def kill_workers() -> None:
-    """End the loader workers. multiprocessing would send SIGTERM, which they ignore (data/workers.py), and wait."""
+    """Kill the loader workers: they ignore SIGTERM (data/workers.py), which multiprocessing would send."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a worker for an accident
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error when a worker ends
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with this exit code, once all that has to be closed is closed."""
+    """End the process with this exit code, after its workers and the libraries' exit functions."""
     kill_workers()
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # nothing is left to stop, and Python gives its handlers up as it ends
+        signal.signal(number, signal.SIG_IGN)
     if code != 130 and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         atexit._run_exitfuncs()  # libraries end their work here, as at sys.exit
     with contextlib.suppress(OSError, ValueError):
@@ -39,9 +39,6 @@ def leave(code: int) -> NoReturn:
 
 
 def end_at_once(code: int) -> NoReturn:
-    """End the process without taking the interpreter down. All ends of a training process come through here.
-
-    With torch loaded, an interpreter's end takes seconds; with gloo or NCCL it sometimes aborts, or hangs where a
-    peer is gone.
-    """
+    """End the process without the interpreter's shutdown. Each end of a training process calls this. With torch loaded,
+    the shutdown takes seconds; with gloo or NCCL it sometimes aborts, or hangs if a peer is gone."""
     os._exit(code)

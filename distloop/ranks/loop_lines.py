@@ -1,4 +1,4 @@
-"""The line of the loop at which a rank is, and which lines say that one rank is further on than another."""
+"""The line of the loop at which a rank is, and which lines show that one rank is further on than another."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class LoopLines:
         self._lines: dict[int, LoopLine] = {0: LoopLine()}
 
     def of_main_thread(self) -> LoopLine:
-        """Where the main thread is in the function; an empty line if it is not in it. Any thread may ask."""
+        """The main thread's line of the function; an empty one outside of it. Any thread may ask."""
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         while frame is not None and frame.f_code is not self.code:
             frame = frame.f_back
         return self._line(frame.f_lineno or 0 if frame is not None else 0)
 
     def of_error(self, error: BaseException) -> LoopLine:
-        """The line of the function that raised `error`, or called what raised it; an empty line if none did."""
+        """The line of the function that `error` passed through; an empty one if it did not."""
         trace = error.__traceback__
         while trace is not None and trace.tb_frame.f_code is not self.code:
             trace = trace.tb_next
@@ -61,8 +61,8 @@ class LoopLines:
 def comparable_lines(source: str, first_line: int) -> dict[int, int]:
     """Lines of a function of which a later one is reached later, each with the first line of its statement.
 
-    `first_line` is that of the function or its first decorator (code.co_firstlineno). Ranks that have made the same
-    marks in the same step may be compared by these lines. Others may be reached again after a later line:
+    `first_line`: code.co_firstlineno. Ranks with the same marks in the same step may be compared by these lines.
+    Others may be reached again after a later line:
 
     - those of an inner loop: any but the outermost, and but `for … in ….of_step(…)`, where each turn makes a mark;
     - the head of a `with`, to which Python returns to leave the block, and that of a loop;
@@ -93,11 +93,10 @@ def _statements(source: str, first_line: int) -> list[ast.stmt | ast.excepthandl
     except (SyntaxError, ValueError):
         return []
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            decorators = [decorator.lineno for decorator in node.decorator_list]
-            if min([node.lineno, *decorators]) == first_line:
-                inner = [one for one in ast.walk(node) if isinstance(one, (ast.stmt, ast.excepthandler))]
-                return inner[1:]
+        if isinstance(node, ast.FunctionDef) and first_line == min(
+            [node.lineno, *(decorator.lineno for decorator in node.decorator_list)]
+        ):
+            return [one for one in ast.walk(node) if isinstance(one, (ast.stmt, ast.excepthandler))][1:]
     return []
 
 
@@ -106,7 +105,6 @@ def _lines_of(statement: ast.stmt | ast.excepthandler) -> range:
 
 
 def _is_of_step(statement: ast.AST) -> TypeGuard[ast.For]:
-    """Whether it is `for … in ….of_step(…)`."""
-    if not isinstance(statement, ast.For) or not isinstance(statement.iter, ast.Call):
-        return False
-    return isinstance(statement.iter.func, ast.Attribute) and statement.iter.func.attr == "of_step"
+    """True for `for … in ….of_step(…)`."""
+    call = statement.iter if isinstance(statement, ast.For) else None
+    return isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "of_step"

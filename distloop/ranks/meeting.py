@@ -1,6 +1,6 @@
-"""The meeting: ranks wait for each other, and after a time limit all that came name those that did not.
+"""Ranks wait for each other; after a time limit, those that came name those that did not.
 
-torch reads the environment when it is imported, which therefore happens inside the functions.
+Functions import torch, since it reads the environment.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ RESULT_SECONDS = 10.0  # for rank 0 to say who is missing, and for the others to
 def join_ranks(environ: Mapping[str, str], limit_seconds: float) -> Any:
     """Wait for all ranks; returns the store that they share, a torch.distributed.Store. Collective.
 
-    Reads torch's variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and those of an elastic agent, which
-    keeps the store itself. Raises UsageError for an address or port that cannot be right, RunFailed if ranks
-    are missing.
+    Reads torch's variables, and those of an elastic agent, which keeps the store itself. Raises UsageError for a wrong
+    address or port, RunFailed if ranks are missing.
     """
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
@@ -46,26 +45,22 @@ def join_ranks(environ: Mapping[str, str], limit_seconds: float) -> Any:
 
 
 def open_store(host: str, port: str, is_master: bool, limit_seconds: float, members: str) -> Any:
-    """The torch TCPStore at this address, kept by rank 0 or machine 0; `members`: "rank" or "machine", for messages.
-
-    Raises UsageError or RunFailed if there can be none.
-    """
+    """The torch TCPStore at this address. `is_master`: this process keeps it. `members`: "rank" or "machine". Raises
+    UsageError or RunFailed if it cannot be opened."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     if not (port.isdecimal() and 0 < int(port) < 65536):
         raise UsageError(f"MASTER_PORT = {port!r} is not a port: give a number between 1024 and 65535.")
-    if is_master:
-        _wait_for_name(host, limit_seconds)
-        host = "localhost"  # the store listens at all addresses of this machine
-    else:
-        _wait_for_answer(host, int(port), limit_seconds, members)
+    _wait_for_address(host, int(port), is_master, limit_seconds, members)
     results: list[Any] = []  # the store, or why there is none
 
     def open_it() -> None:
+        address = "localhost" if is_master else host  # the store listens at all addresses of this machine
         timeout = timedelta(seconds=limit_seconds)
-        options: dict[str, Any] = {"timeout": timeout, "wait_for_workers": False, "multi_tenant": True}
         try:
-            results.append(TCPStore(host, int(port), is_master=is_master, **options))
+            results.append(
+                TCPStore(address, int(port), None, is_master, timeout, wait_for_workers=False, multi_tenant=True)
+            )
         except (RuntimeError, ValueError) as error:
             results.append(error)
 
@@ -77,47 +72,34 @@ def open_store(host: str, port: str, is_master: bool, limit_seconds: float, memb
     if isinstance(result, Exception):
         text, here = str(result).splitlines()[0], node_name()
         if "EADDRINUSE" in text or "in use" in text:
-            raise UsageError(
-                f"Port {port} of {here} is in use by another program: choose another MASTER_PORT."
-            ) from None
+            raise UsageError(f"Port {port} of {here} is in use by another program: choose another MASTER_PORT.")
         who = f"cannot be listened on by {here}" if is_master else f"of {host} is not that of a run's {members} 0"
-        raise RunFailed(f"Port {port} {who}: {text}") from None
+        raise RunFailed(f"Port {port} {who}: {text}")
     return result
 
 
-def _wait_for_name(host: str, limit_seconds: float) -> None:
-    """Raise UsageError if the name cannot be resolved, also after several tries."""
-    begun = time.monotonic()
-    while True:
-        try:
-            socket.getaddrinfo(host, None)
-            return
-        except socket.gaierror as error:
-            if time.monotonic() - begun > min(UNKNOWN_NAME_SECONDS, limit_seconds):
-                raise _unknown_name(host, error) from None
-        time.sleep(0.2)
-
-
-def _unknown_name(host: str, error: OSError) -> UsageError:
-    return UsageError(f"MASTER_ADDR = {host!r} is no name or address that {node_name()} knows ({error.strerror}).")
-
-
-def _wait_for_answer(host: str, port: int, limit_seconds: float, members: str) -> None:
-    """Wait until somebody listens there. torch would wait as well, but fail with pages of text."""
+def _wait_for_address(host: str, port: int, is_master: bool, limit_seconds: float, members: str) -> None:
+    """Wait until the name is known and, unless this is the master, a program listens at the port. torch would wait as
+    well, but fail with pages of text."""
     here, begun = node_name(), time.monotonic()
     while True:
         try:
-            socket.create_connection((host, port), timeout=min(5.0, limit_seconds)).close()
+            if is_master:
+                socket.getaddrinfo(host, None)
+            else:
+                socket.create_connection((host, port), timeout=min(5.0, limit_seconds)).close()
             return
         except OSError as error:
-            waited, problem = time.monotonic() - begun, error
-        if isinstance(problem, socket.gaierror) and waited > min(UNKNOWN_NAME_SECONDS, limit_seconds):
-            raise _unknown_name(host, problem)
-        if waited > limit_seconds:
-            raise Unanswered(
-                f"No answer from {members} 0 at {host}:{port} within {limit_seconds:.0f} s, asked from {here} "
-                f"({problem.strerror or problem}). Is the address right, was {members} 0 started, is there a firewall?"
-            )
+            waited, reason = time.monotonic() - begun, error.strerror or error
+            if isinstance(error, socket.gaierror) and waited > min(UNKNOWN_NAME_SECONDS, limit_seconds):
+                raise UsageError(
+                    f"MASTER_ADDR = {host!r} is no name or address that {here} knows ({reason})."
+                ) from None
+            if waited > limit_seconds:
+                raise Unanswered(
+                    f"No answer from {members} 0 at {host}:{port} within {limit_seconds:.0f} s, asked from {here} "
+                    f"({reason}). Is the address right, was {members} 0 started, is there a firewall?"
+                ) from None
         time.sleep(0.2)
 
 
@@ -154,30 +136,24 @@ def wait_for_all(store: Any, number: int, expected: int, limit_seconds: float, m
 
 
 def _within(seconds: float, condition: Callable[[], bool]) -> bool:
-    """Wait until the condition holds; returns whether it does after so many seconds."""
+    """Wait until the condition holds, so many seconds at most; returns True if it holds."""
     until = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > until:
-            return False
+    while not (holds := condition()) and time.monotonic() <= until:
         time.sleep(0.05)
-    return True
+    return holds
 
 
 def start_group(environ: Mapping[str, str], settings: Ddp, cuda_device: int | None, roll_call: RollCall) -> None:
-    """Bring all ranks together: start their roll call, then torch's process group. Collective.
-
-    Accelerate uses a group that exists; this one has our time limit and knows its device. `cuda_device`: None for
-    the CPU. Raises UsageError and RunFailed as join_ranks() does.
-    """
+    """Start the ranks' roll call, then torch's process group, which Accelerate uses. Collective. `cuda_device`: None
+    for the CPU. Raises UsageError and RunFailed as join_ranks() does."""
     import torch
     import torch.distributed as dist
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     store = join_ranks(environ, settings.join_seconds)
     rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
-    roll_call.gather(
-        PrefixStore("roll_call", store), rank, world_size, environ["MASTER_ADDR"], settings.timeout_seconds
-    )
+    keys = PrefixStore("roll_call", store)
+    roll_call.gather(keys, rank, world_size, environ["MASTER_ADDR"], settings.timeout_seconds)
     dist.init_process_group(
         # Objects that ranks send each other go over gloo, so that they need not wait for the GPU's queue.
         "gloo" if cuda_device is None else "cuda:nccl,cpu:gloo",
@@ -190,15 +166,13 @@ def start_group(environ: Mapping[str, str], settings: Ddp, cuda_device: int | No
 
 
 def group_timeout(settings: Ddp) -> timedelta:
-    """The time limit of torch's backends: later than that of the roll call, which can name who is waited for."""
+    """The time limit of torch's backends: longer than that of the roll call, which names the rank that hangs."""
     return timedelta(seconds=settings.timeout_seconds + BACKEND_SECONDS)
 
 
 def main(arguments: list[str]) -> int:
-    """Wait for the other machines, for launch/multi_node.sh; returns the exit code.
-
-    `arguments`: HOST PORT NUMBER MACHINES SECONDS.
-    """
+    """Wait for the other machines, for launch/multi_node.sh; returns the exit code. `arguments`: HOST PORT NUMBER
+    MACHINES SECONDS."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the script, also when it is killed
     host, port, *numbers = arguments

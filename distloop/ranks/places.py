@@ -1,4 +1,4 @@
-"""Where each rank is: what it says of itself, and what the others know of it."""
+"""Where each rank is: its own position, and what the others know of it."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class Position:
         self._failed_at = LoopLine()
 
     def enter(self, phase: str) -> None:
-        """The rank begins with `phase`, such as "forward pass"."""
+        """Begin a phase, such as "forward pass"."""
         self.phase = phase
         self.marks += 1
 
     def start_step(self, step: int) -> None:
-        """The rank begins with this step, counted from 1."""
+        """Begin a step, counted from 1."""
         self.step, self.marks = step, 0
 
     def fail(self, error: BaseException) -> None:
-        """From now on the rank's line is the one that met `error`, which may have left the loop's function."""
+        """Keep the line that raised `error` as this rank's line: the error may have left the loop's function."""
         lines = self._lines_of_code()
         if lines is not None and not self._failed_at.text:
             self._failed_at = lines.of_error(error)
@@ -46,10 +46,9 @@ class Position:
         return lines.of_main_thread() if lines is not None and not self._failed_at.text else self._failed_at
 
     def message(self) -> dict[str, Any]:
-        """Where this rank is, as it tells the others."""
-        line = self.line()
-        where = {"step": self.step, "marks": self.marks, "phase": self.phase}
-        return {**where, "line": line.text, "line_number": line.number}
+        """What Place.update() takes."""
+        text, number = self.line()
+        return {"step": self.step, "marks": self.marks, "phase": self.phase, "line": text, "line_number": number}
 
     def _lines_of_code(self) -> LoopLines | None:
         if self.code is not None and (self._lines is None or self._lines.code is not self.code):
@@ -75,19 +74,18 @@ class Place:
     left: str | None = None  # why it left on purpose
 
     def update(self, message: dict[str, Any]) -> None:
-        """Take over what the rank says of itself: Position.message(), and its stack."""
+        """Note a message of the rank: Position.message() or Place.message()."""
         self.heard = time.monotonic()
-        line, number = message.get("line", ""), message.get("line_number", 0)
-        if (message["step"], message["marks"], line) != (self.step, self.marks, self.line):
-            self.moved = self.heard
+        before = self.step, self.marks, self.line
         self.step, self.marks, self.phase = message["step"], message["marks"], message["phase"]
-        self.line, self.line_number = line, number
+        self.line, self.line_number = message.get("line", ""), message.get("line_number", 0)
         self.stack = message.get("stack", "")
+        if before != (self.step, self.marks, self.line):
+            self.moved = self.heard
 
     def message(self) -> dict[str, Any]:
         """What update() takes."""
-        keys = ("step", "marks", "phase", "line", "line_number", "stack")
-        return {key: getattr(self, key) for key in keys}
+        return {key: getattr(self, key) for key in ("step", "marks", "phase", "line", "line_number", "stack")}
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.node}"
@@ -99,7 +97,7 @@ class Place:
         return f"{where} ({self.line})" if self.line else where
 
     def is_behind(self, other: Place) -> bool:
-        """Whether `other` is further on: by step, then mark, then line where both lines may be compared."""
+        """True if `other` is further on: by step, then mark, then line if both lines may be compared."""
         if (self.step, self.marks) != (other.step, other.marks):
             return (self.step, self.marks) < (other.step, other.marks)
         return 0 < self.line_number < other.line_number

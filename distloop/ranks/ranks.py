@@ -1,4 +1,4 @@
-"""The processes of a run, as one of them sees them."""
+"""The processes that train together, from the point of view of one of them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,16 @@ Result = TypeVar("Result")
 
 
 class Ranks:
-    """Who this process is among the others, where it is in the program, and how all of them end.
-
-    A context: an error that leaves it is reported at once, before anything else is closed, so that all ranks learn
-    which of them failed first.
-    """
+    """This process's rank, its position in the program, and the common end of all ranks. As a context it reports an
+    error that leaves it, before an outer context closes anything: so all ranks learn which of them failed first."""
 
     def __init__(self, watch: Watch, code: CodeType | None = None) -> None:
-        """`code`: that of the function whose lines tell where this rank is."""
+        """`code`: that of the function with the training loop; messages name its lines."""
         self.watch = watch
         self.roll_call = RollCall(watch)
         self.position = self.roll_call.position
         self.position.code = code
-        self.messages: list[str] = []  # to be said when the console is there
+        self.messages: list[str] = []  # for the console, which does not exist yet
         self.stopped_by: StopReason | None = None
 
     @property
@@ -45,15 +42,15 @@ class Ranks:
         return self.rank == 0
 
     def from_main(self, function: Callable[[], Result]) -> Result:
-        """The result of `function`, called on rank 0 alone; a UsageError or RunFailed of it is raised on all ranks."""
+        """Call `function` on rank 0 and return its result on all ranks. Collective; see talking.from_main()."""
         return from_main(function, self.position)
 
     def still_at_work(self) -> None:
-        """Rank 0 is at work, although the others wait for it: it counts as moving."""
+        """On rank 0, while the others wait for it: it is at work, and does not count as a rank that hangs."""
         self.position.enter(self.position.phase)
 
     def report_failure(self, error: BaseException) -> Verdict:
-        """Why the run ends, when this rank has met `error`: all ranks agree on it, and it is said once."""
+        """Tell the other ranks of `error`. Returns why the run ends, which one rank prints: the same on all ranks."""
         return self.roll_call.report_failure(error)
 
     def __enter__(self) -> Ranks:
@@ -64,7 +61,7 @@ class Ranks:
             self.report_failure(error)
 
     def part(self) -> None:
-        """The end of a run without failure: give up the process group, and end the launcher if a signal stopped us."""
+        """Call at the end of a run without failure: ends the process group, and after a signal the launcher."""
         if self.stopped_by is not None:
             end_launcher(self.stopped_by, os.environ)
         import torch.distributed as dist
@@ -73,7 +70,7 @@ class Ranks:
             dist.destroy_process_group()
 
     def exit_code(self, function: Callable[[], Any]) -> int:
-        """Call what all ranks do together; returns the exit code of this process: 0, or that of the first failure."""
+        """Call `function`, as all ranks do; returns this process's exit code: 0, or that of the first failure."""
         try:
             function()
             self.part()

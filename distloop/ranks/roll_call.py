@@ -1,9 +1,8 @@
 """The roll call: each rank tells rank 0 where it is, and learns from rank 0 which rank failed first.
 
-A thread in each rank keeps a connection to rank 0, independently of the training: it sends where the rank is, four
-times a second, and what went wrong, at once. The connections of a process that ends are closed, in whatever way it
-ends, so that rank 0 knows within a moment who was first. The errors that the others then meet ("connection closed by
-peer") are consequences. Messages are JSON, one a line:
+A thread in each rank keeps a connection to rank 0. It sends where the rank is, four times a second, and an error at
+once. The kernel closes the connection of a process that ends, however it ends, so that rank 0 learns within a moment
+who was first; the errors that the others then meet ("connection closed by peer") are consequences. Messages are JSON:
 
     rank to rank 0, first      {"token", "rank", "node", "pid"}
     any to any, four a second  {"step", "marks", "phase", "line", "line_number", "stack"}: see places.py
@@ -37,7 +36,7 @@ SUSPENDED_SECONDS = 2.0  # between two turns of the thread: more than a busy mac
 
 
 class RollCall:
-    """What the ranks know of each other. Before gather(), and with one process, it knows of this one only."""
+    """What this rank knows of all ranks. Before gather(), and with one process, it knows of itself only."""
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
@@ -56,10 +55,7 @@ class RollCall:
         return self._judge.verdict
 
     def gather(self, store: Any, rank: int, world_size: int, host: str, limit_seconds: float) -> None:
-        """Connect this rank to rank 0, on `host`; `store` is a torch store that all ranks share.
-
-        Raises UsageError if rank 0 cannot be reached.
-        """
+        """Connect to rank 0 on `host`; `store`: a torch store of all ranks. Raises UsageError if that fails."""
         self.rank, self.world_size, self.limit = rank, world_size, limit_seconds
         self.places = [Place(number) for number in range(world_size)]
         own = self.places[rank]
@@ -81,10 +77,10 @@ class RollCall:
     # ---- the end of a run ------------------------------------------------------------------------------------
 
     def report_failure(self, error: BaseException) -> Verdict:
-        """Tell rank 0 that this rank has met `error`; returns why the run ends, the same for all ranks.
+        """Tell rank 0 of `error`; returns why the run ends, the same on all ranks. One rank prints it.
 
-        Waits ANSWER_SECONDS at most for rank 0, which finds out who was first. The verdict is shown once. The process
-        is ended some seconds later if the main thread has not ended it by then.
+        Waits ANSWER_SECONDS at most for rank 0's verdict. If the main thread does not end the process within some
+        seconds after it, the watch does.
         """
         if isinstance(error, KeyboardInterrupt) and self._judge.interrupt():
             self.leave(INTERRUPTED)
@@ -104,7 +100,6 @@ class RollCall:
         return self._judge.final_verdict(self.world_size > 1)
 
     def _ask_rank_0(self, end: End) -> None:
-        """Tell rank 0 how this rank ends, and wait for its verdict."""
         if self.rank == 0:
             self._judge.hear(end)
             self._connections.wake()
@@ -113,13 +108,6 @@ class RollCall:
         until = time.monotonic() + ANSWER_SECONDS
         while not self._judge.has_decided.wait(0.1) and time.monotonic() < until and not self.places[0].left:
             pass
-
-    def __enter__(self) -> RollCall:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            self.report_failure(error)
 
     def leave(self, why: str) -> None:
         """Tell rank 0 that this rank leaves on purpose, so that it is not taken for a failure."""
@@ -131,7 +119,7 @@ class RollCall:
             self.leave(reason)
 
     def close(self) -> None:
-        """End the thread and the connections, and call off the time limit of this process."""
+        """End the thread and the connections; the watch does not end the process any more."""
         if self.verdict is None:
             self.leave(IN_ORDER)
         self._is_closed = True
@@ -161,7 +149,7 @@ class RollCall:
                 self._judge.look_for_failure(self.places, self.rank, self.limit, self.limit_name)
 
     def _hear(self, place: Place, message: dict[str, Any] | None) -> None:
-        """Take note of a message of the rank at `place`; None: its connection was closed."""
+        """Note a message of the rank at `place`; None: its connection is closed."""
         if message is None:
             if not self._is_closed and place.left != IN_ORDER:
                 self._judge.hear(End(place, "gone", "", self.watch.attempt.crash_report(place.rank)))

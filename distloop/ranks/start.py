@@ -1,4 +1,4 @@
-"""What makes a file a launcher's target: prepare_process() before torch is imported, start(train) at its end."""
+"""The start of a training process: prepare_process() before torch is imported, then start(train)."""
 
 from __future__ import annotations
 
@@ -19,29 +19,28 @@ if TYPE_CHECKING:  # the config's libraries are imported once this process liste
 
 
 def prepare_process() -> None:
-    """Get the process ready before the long imports, in the main thread.
+    """Receive signals, and set the variables that torch reads when it is imported. Call it in the main thread.
 
-    From here on a signal is a wish to stop, not the end. Under `srun` the variables that torch reads are set, and
-    where several ranks share a machine each gets its share of the CPUs: torch reads the thread count when it is
-    imported. Leaves with code 2 when Slurm's variables make no sense.
+    From now on a signal asks for a stop and does not end the process. Under `srun`, ranks come from Slurm's variables;
+    ranks that share a machine share its CPUs. Leaves with code 2 if Slurm's variables make no sense.
     """
     stopping.listen()
     prepare_environment()
 
 
 def start(train: Callable[[Config, Ranks], None]) -> NoReturn:
-    """Train as the command line says, and leave the process with the exit code."""
+    """Call `train` with the command line's config, and leave the process with the exit code."""
     leave(main(train, sys.argv[1:]))
 
 
 def main(train: Callable[[Config, Ranks], None], arguments: list[str]) -> int:
-    """Train as the command line says; returns the exit code: 0 in order, 1 failed, 2 wrong usage."""
+    """Call `train` with the config that `arguments` give; returns the exit code: 0 in order, 1 failed, 2 misuse."""
     from distloop.config.load import load_config
 
     watch = stopping.listen()
     speak_clearly()
     ranks = Ranks(watch, train.__code__)
-    quiet = not speaks(os.environ)  # every rank meets the same mistakes; one says them
+    quiet = not speaks(os.environ)  # all ranks meet the same mistakes; one prints them
     try:
         config = load_config(arguments, quiet)
     except SystemExit as error:  # --help, or a mistake on the command line

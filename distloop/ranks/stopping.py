@@ -1,7 +1,7 @@
-"""Stopping in order: signals, deadlines, a STOP file and a launcher that is gone become one decision of all ranks.
+"""The reasons to stop: signals, deadlines, the file STOP, a launcher that is gone.
 
-A thread in each process (Watch) collects the reasons to stop, from the first lines of the program on. The loop asks
-after each step whether the ranks have agreed (agreement.py): they all stop after the same step, and save it.
+A thread in each process, the Watch, collects them. The loop asks after each step whether the ranks have agreed
+(agreement.py): all stop after the same step, and save it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import enum
 import os
+import re
 import select
 import signal
 import subprocess
@@ -28,6 +29,10 @@ if TYPE_CHECKING:  # the config's libraries are imported once this process liste
     from distloop.config.settings import Stop
 
 STOP = "STOP"
+LAUNCHERS = re.compile(
+    r"(^|/)(accelerate|accelerate-launch|torchrun|accelerate\.commands\.launch|torch\.distributed\.(run|launch))$"
+    r"|accelerate/commands/launch\.py$"
+)
 POLL_SECONDS = 0.5
 SECOND_INTERRUPT_SECONDS = 2.0  # an elastic launcher passes Ctrl-C on, so that it arrives twice at once
 LAST_SECONDS = 3.0  # of a command that has nothing to save
@@ -35,10 +40,8 @@ ORPHAN_SECONDS = 8.0  # for the last save when the launcher is gone
 
 
 class StopReason(enum.IntEnum):
-    """Why a run stops. Where ranks have different reasons, the greatest number is the reason of all.
-
-    So a failed save comes first, since it decides how the run ends; then what leaves little time; then signals.
-    """
+    """Why a run stops. If ranks have different reasons, the greatest number is the reason of all. A failed save is the
+    greatest, since the run then fails; next comes what leaves little time; signals are last."""
 
     SIGINT = signal.SIGINT
     SIGUSR1 = signal.SIGUSR1
@@ -56,12 +59,12 @@ class StopReason(enum.IntEnum):
 
     @property
     def text(self) -> str:
-        """The reason in words, as status.json has it."""
+        """The reason in words, for status.json."""
         return TEXTS.get(self, self.name)
 
     @classmethod
     def of(cls, text: str) -> StopReason | None:
-        """The reason whose words these are."""
+        """The reason with this text."""
         return next((reason for reason in cls if reason.text == text), None)
 
 
@@ -73,11 +76,11 @@ TEXTS = {
     StopReason.SAVE_FAILED: "a checkpoint could not be written",
 }
 
-_watch: Watch | None = None  # one for the process: signals belong to it, and arrive before an object can be handed on
+_watch: Watch | None = None  # global, since a process has one handler for each signal
 
 
 def listen() -> Watch:
-    """The process's Watch; the first call starts it. Call it in the main thread, before the long imports."""
+    """The process's Watch. The first call starts it: in the main thread, before the long imports."""
     global _watch
     if _watch is None or _watch.process != os.getpid():
         _watch = Watch()
@@ -85,14 +88,12 @@ def listen() -> Watch:
 
 
 class Watch:
-    """Collects the reasons to stop, in a thread: it answers a signal at once, however long the main thread computes.
-
-    The same thread tells the attempt (see AttemptBase) that time passes, and that the process must end at once.
-    """
+    """A thread that collects the reasons to stop. It answers a signal at once, also while the main thread computes. It
+    also calls the attempt's tick() twice a second, and its cut_off() before it ends the process."""
 
     def __init__(self) -> None:
         self.process = os.getpid()
-        self.wish: StopReason | None = None  # the first reason that came up here
+        self.wish: StopReason | None = None  # the first reason on this rank
         self.attempt = AttemptBase()
         self.started = time.time()
         self.stop_file: Path | None = None
@@ -101,9 +102,9 @@ class Watch:
         self.between_steps = 0.0  # seconds
         self._longest: dict[str, float] = {}
         self._first_interrupt: float | None = None
-        self.failing = False
+        self.failing = False  # leave_within() has set a time limit
         self._interrupted = False  # by a second Ctrl-C
-        self._leave: tuple[float, int, str | None] | None = None  # when to end the process, exit code, why it failed
+        self._leave: tuple[float, int, str | None] | None = None  # when the process ends, exit code, why it failed
         self._launcher = launcher(os.environ)
         self._wakeup, write = os.pipe()
         os.set_blocking(write, False)
@@ -114,7 +115,7 @@ class Watch:
         threading.Thread(target=self._run, name="distloop-watch", daemon=True).start()
 
     def look_for(self, run: Path, settings: Stop, environ: Mapping[str, str]) -> None:
-        """Watch for the file STOP in the run's directory and for deadlines. For rank 0: one clock, one disk."""
+        """Watch for the file STOP in the run's directory and for deadlines. Rank 0 does so for all."""
         self.stop_file = run / STOP
         self.reserve_seconds = settings.reserve_seconds
         after = self.started + 60 * settings.after_minutes if settings.after_minutes else None
@@ -125,7 +126,7 @@ class Watch:
         """Ask for a stop; the first reason counts."""
         if self.wish is None:
             self.wish = reason
-            if self.failing:  # the launcher ends the ranks that are left
+            if self.failing:  # the launcher has sent SIGTERM to the ranks that are left
                 return
             more = " (Ctrl-C again: end at once)" if reason is StopReason.SIGINT else ""
             if reason is StopReason.SIGINT and speaks(os.environ) and sys.stderr.isatty():
@@ -133,19 +134,19 @@ class Watch:
             self.say(f"{reason.text}: finishing what is going on, then saving and stopping{more}")
 
     def leave_within(self, seconds: float | None, code: int = 1, failure: str | None = None) -> None:
-        """End the process in so many seconds, if it has not ended by then: it has failed. None: do not."""
+        """End the process with `code` after so many seconds, if it still runs then. None: call that off."""
         self.failing = seconds is not None
         self._leave = None if seconds is None else (time.monotonic() + seconds, code, failure)
 
     def say(self, text: str) -> None:
-        """A line on standard error, from one process of the machine."""
+        """Print a line on standard error, on the first rank of each machine."""
         if speaks(os.environ):
             with contextlib.suppress(OSError, ValueError):  # the terminal is gone
                 print(f"distloop: {text}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """For what is no step: the longest that it took is kept free before a deadline."""
+        """Measure a phase between two steps: as much time as its longest took is kept free before a deadline."""
         begun = time.monotonic()
         yield
         seconds = time.monotonic() - begun
@@ -153,34 +154,34 @@ class Watch:
         self.took(what, seconds)
 
     def took(self, what: str, seconds: float) -> None:
-        # Steps vary little: the latest says it best (the first ones compile, or start workers).
+        """Note that `what` took so many seconds. Of steps the latest counts: the first ones compile, start workers."""
         self._longest[what] = seconds if what == "steps" else max(seconds, self._longest.get(what, 0.0))
 
     def reserve(self) -> float:
-        """Seconds to keep free before a deadline: for steps, a validation and a save as long as the longest yet."""
+        """Seconds to keep free before a deadline: for steps, a validation and a save as long as the longest so far."""
         return self.reserve_seconds + 1.5 * sum(list(self._longest.values()))
 
     def _in_main_thread(self, number: int, frame: object) -> None:
-        """Python's own handler, which may run long after the signal came: the thread has been told by then."""
+        """Python's signal handler. It may run late; the thread has read the signal before."""
         if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
 
     def _interrupt(self) -> None:
-        """Ctrl-C: the first asks for a stop; a second, which is not the first one passed on, ends at once."""
+        """The first Ctrl-C asks for a stop. A second one ends the process at once, unless a launcher passed it on."""
         now = time.monotonic()
         if self._first_interrupt is None:
             self._first_interrupt = now
         elif now - self._first_interrupt >= SECOND_INTERRUPT_SECONDS and not self._interrupted:
             self._interrupted = True
-            self._leave = self._leave or (now + 3, 130, None)  # without the main thread, if it cannot hear
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it where it sleeps, too
+            self._leave = self._leave or (now + 3, 130, None)  # in case the main thread hangs
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it if it sleeps
 
     def _run(self) -> None:
         complained = False
         while True:
             try:
                 self._poll()
-            except Exception as error:  # whatever it is, signals and heartbeats must go on
+            except Exception as error:  # the thread must go on
                 if not complained:
                     self.say(f"WARNING: looking for a reason to stop failed ({type(error).__name__}: {error})")
                 complained = True
@@ -205,14 +206,14 @@ class Watch:
         self.attempt.tick()
 
     def _end_process(self, code: int, failure: str | None) -> None:
-        """End the process although its main thread is busy or hangs; `failure`: why it has failed, if it has."""
+        """End the process without its main thread. `failure`: why it has failed; None: it is stopped."""
         if failure is None:
             self.say("ended without saving; the same command continues from the last checkpoint")
         reason = "interrupted from the keyboard" if self._interrupted else self.wish.text if self.wish else ""
-        words = ("stopped", reason) if failure is None else ("failed", failure)
-        last = threading.Thread(target=self.attempt.cut_off, args=words, daemon=True)
-        last.start()
-        last.join(0.5)  # a disk that hangs does not hold up the end
+        state = ("stopped", reason) if failure is None else ("failed", failure)
+        thread = threading.Thread(target=self.attempt.cut_off, args=state, daemon=True)
+        thread.start()
+        thread.join(0.5)  # its disk may hang
         end_at_once(code)
 
 
@@ -222,47 +223,33 @@ class WatchWithoutSaving(Watch):
     def ask(self, reason: StopReason) -> None:
         if self.wish is None and not self.failing:  # else there is a verdict already
             self.wish = reason
-            # A moment, in which a rank that failed before can still be named.
+            # Not at once: a rank that failed before can then still be named.
             self.leave_within(LAST_SECONDS, 128 + reason if reason.is_signal else 1, f"ended by {reason.text}")
 
 
 def launcher(environ: Mapping[str, str]) -> int | None:
-    """The parent process, if it is a launcher, without which this one has no purpose; a shell is none.
-
-    -1 where a launcher has died before it could be looked at.
-    """
+    """The parent's process id if it is a launcher, -1 if a launcher was the parent and has died, else None."""
     parent = os.getppid()
     try:
         words = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return None  # another operating system
-    names = {os.path.basename(word) for word in words[:4]} | set(words[:4])
-    launchers = {
-        "accelerate",
-        "accelerate-launch",
-        "accelerate.commands.launch",
-        "torchrun",
-        "torch.distributed.run",
-        "torch.distributed.launch",
-    }
-    if names & launchers or any(word.endswith("accelerate/commands/launch.py") for word in words[:4]):
+    if any(LAUNCHERS.search(word) for word in words[:4]):
         return parent
     adopted = parent == 1 and bool({"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & set(environ))
     return -1 if adopted else None
 
 
 def end_launcher(reason: StopReason, environ: Mapping[str, str]) -> None:
-    """After a stop by a signal, on several machines: send SIGTERM to this machine's elastic launcher (torchrun).
-
-    The launcher that got the signal ends by itself. Those of the other machines would wait for it for five minutes.
-    """
+    """After a stop by a signal, on several machines: send SIGTERM to this machine's elastic launcher (torchrun). The
+    launcher that got the signal ends by itself; those of the other machines would wait five minutes for it."""
     several_machines = "TORCHELASTIC_RUN_ID" in environ and int(environ["GROUP_WORLD_SIZE"]) > 1
     if reason.is_signal and several_machines and speaks(environ):
         os.kill(os.getppid(), signal.SIGTERM)
 
 
 def slurm_end_time(environ: Mapping[str, str]) -> float | None:
-    """When Slurm will end this job, in seconds since 1970; None outside of a job or without a limit."""
+    """When Slurm will end this job, in seconds since 1970; None outside of a job and for a job without a limit."""
     if "SLURM_JOB_ID" not in environ:
         return None
     if environ.get("SLURM_JOB_END_TIME", "").isdecimal():

@@ -1,4 +1,4 @@
-"""What ranks print, once for all of them, and what rank 0 finds out for all."""
+"""Messages that one rank prints for all, and results that rank 0 finds for all."""
 
 from __future__ import annotations
 
@@ -23,11 +23,8 @@ Result = TypeVar("Result")
 
 
 def from_main(function: Callable[[], Result], here: Position | None = None) -> Result:
-    """Call `function` on rank 0 and return its result on all ranks. Collective.
-
-    If it raises UsageError or RunFailed, all ranks raise it. `here`: this rank's position, in which the others note
-    that they wait for rank 0.
-    """
+    """Call `function` on rank 0 and return its result on all ranks, or raise its UsageError or RunFailed. Collective.
+    `here`: this rank's position; the other ranks note there that they wait for rank 0."""
     import torch.distributed as dist
 
     if not (dist.is_initialized() and dist.get_world_size() > 1):
@@ -47,7 +44,7 @@ def from_main(function: Callable[[], Result], here: Position | None = None) -> R
 
 
 def say(text: str, file: Any = None) -> None:
-    """Print a line. A line that cannot be written (the disk is full, the terminal is gone) is lost without an error."""
+    """Print a line. If it cannot be written (the disk is full, the terminal is gone), it is lost without an error."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=file or sys.stdout, flush=True)
 
@@ -55,8 +52,8 @@ def say(text: str, file: Any = None) -> None:
 def speak_clearly() -> None:
     """Show each warning once, on rank 0 and its first loader worker; print ? for characters the output cannot encode.
 
-    All ranks and workers meet the same warnings. Python's own filter, which shows each once, forgets what it has
-    shown at every warnings.catch_warnings, and libraries use that in each step.
+    All ranks and workers meet the same warnings. Python's own filter forgets which it has shown at each
+    warnings.catch_warnings, which libraries use in each step.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -78,8 +75,8 @@ def speak_clearly() -> None:
 def let_others_speak(watch: Watch | None = None) -> None:
     """Wait, before this rank ends without a message, until the rank that prints it has ended.
 
-    An elastic launcher ends all ranks when the first one ends, also one that has yet to print. Its signal then ends
-    the wait: by default, or through `watch` where that receives signals.
+    An elastic launcher ends all ranks when the first one ends, also one that has not printed yet. Its signal ends the
+    wait, through `watch` if that receives signals.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and not speaks(os.environ):
         until = time.monotonic() + SPEAKING_SECONDS
@@ -88,5 +85,5 @@ def let_others_speak(watch: Watch | None = None) -> None:
 
 
 def speaks(environ: Mapping[str, str]) -> bool:
-    """Whether this rank prints what all ranks meet before they are connected: the first of each machine does."""
+    """True on the first rank of each machine: it prints what all ranks meet before they are connected."""
     return int(environ.get("LOCAL_RANK", 0)) == 0

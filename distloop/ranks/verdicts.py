@@ -1,4 +1,4 @@
-"""Which rank failed first, and the words for it: plain functions, without sockets, threads or clocks."""
+"""Which rank failed first, and the message about it: plain functions, without sockets, threads or clocks."""
 
 from __future__ import annotations
 
@@ -12,38 +12,34 @@ from distloop.config.secrets import clean_text
 from distloop.errors import RunFailed, UsageError
 from distloop.ranks.places import Place
 
-SEARCH_SECONDS = 4.0  # rank 0, when it hears of consequences only, waits so long for their cause
-ABSENT_SECONDS = 60.0  # rank 0, once it listens, waits so long for the others to connect
+SEARCH_SECONDS = 4.0  # if rank 0 hears of consequences only, it waits so long for their cause
+ABSENT_SECONDS = 60.0  # rank 0 waits so long for the others to connect
 IN_ORDER, INTERRUPTED = "in order", "interrupted from the keyboard"  # why a rank leaves on purpose
-# Words in the error of a rank that has lost its peers.
-CONSEQUENCE = re.compile(r"\b(gloo|nccl|c10d)\b|process ?group", re.IGNORECASE)
+CONSEQUENCE = re.compile(r"\b(gloo|nccl|c10d)\b|process ?group", re.IGNORECASE)  # in the error of a rank without peers
 FROM_WORKER = "Caught "  # torch's first word for an error in a loader worker; the worker's traceback follows
 
 
 class End(NamedTuple):
-    """What ended a rank, or keeps it from going on."""
+    """What ended a rank, or keeps it from going on. The texts have no secrets.
+
+    kind: failed, mistake (exit code 2) or known (without traceback): the rank's own error. consequence: its error says
+    that another rank is gone. gone: its connection closed without a message. absent: it never connected. silent: no
+    message for longer than the limit. standing: the others wait for it for longer than the limit. behind: the others'
+    wait for it ended with an error.
+    """
 
     place: Place
     kind: str
-    """failed, mistake (exit code 2) or known (without traceback): the rank's own error. consequence: its error says
-    that another rank is gone. gone: its connection closed without a message. absent: it never connected. silent: no
-    message for longer than the limit. standing: the others wait for it for longer than the limit. behind: the others'
-    wait for it ended with an error."""
-    what: str
-    """The error's message, or for how long the others have waited; without secrets."""
-    trace: str
-    """A traceback or stack; without secrets."""
+    what: str  # the error's message, or for how long the others have waited
+    trace: str  # a traceback or stack
 
 
 class Verdict(NamedTuple):
     """Why the run ends."""
 
-    code: int
-    """The exit code of all ranks."""
-    reason: str
-    """One line, for status.json."""
-    text: str
-    """What is shown, once for all ranks."""
+    code: int  # the exit code of all ranks
+    reason: str  # one line, for status.json
+    text: str  # for standard error, printed once for all ranks
 
 
 BY_KEYBOARD = Verdict(130, f"{INTERRUPTED}, without saving", "")
@@ -61,10 +57,10 @@ def first_failure(
     listening_since: float | None = None,
     limit_name: str = "ddp.timeout_seconds",
 ) -> End | None:
-    """The end that a verdict is due on, None as long as it cannot be known.
+    """The end that is the cause of all others; None as long as that is open.
 
     `ends`: in the order in which they were heard, from `first_heard` on. `limit`: how many seconds a rank may keep
-    the others waiting. `judge`: the rank that asks; 0 judges all ranks, another one rank 0 alone. `connected`: the
+    the others waiting. `judge`: the rank that asks; 0 judges all ranks, another one rank 0 only. `connected`: the
     ranks it hears. `listening_since`: None once all ranks have connected. Times are those of time.monotonic().
     """
     for end in ends:
@@ -80,7 +76,7 @@ def first_failure(
     if judge:
         return None
     slow, fast = _slowest_and_fastest([places[0], *others])
-    # Ranks that are all at the same place are at work: they may compile, or validate, as long as they like.
+    # Ranks that are all at the same place are at work (they compile, or validate), for which there is no limit.
     if slow.is_behind(fast) and min(now - slow.moved, now - fast.moved) > limit:
         return End(slow, "standing", waited, slow.stack)
     if not ends or now - first_heard <= SEARCH_SECONDS:
@@ -92,8 +88,7 @@ def first_failure(
 def _slowest_and_fastest(places: Sequence[Place]) -> tuple[Place, Place]:
     """A rank that is ahead of no other, and one that it is behind, if there is one (see Place.is_behind)."""
     slow = min(places, key=lambda place: (place.step, place.marks, place.line_number or sys.maxsize))
-    fast = max(places, key=lambda place: (place.step, place.marks, place.line_number))
-    return slow, fast
+    return slow, max(places, key=lambda place: (place.step, place.marks, place.line_number))
 
 
 def describe_error(error: BaseException) -> tuple[str, str, str]:
@@ -114,18 +109,15 @@ def describe_error(error: BaseException) -> tuple[str, str, str]:
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether a rank meets this error when another one is gone."""
-    distributed = sys.modules.get("torch.distributed")
-    of_torch = getattr(distributed, "DistError", ()) if distributed is not None else ()
-    return bool(of_torch and isinstance(error, of_torch)) or (
-        type(error) is RuntimeError
-        and not str(error).startswith(FROM_WORKER)
-        and CONSEQUENCE.search(str(error)) is not None
-    )
+    """True for the errors that a rank meets when another one is gone."""
+    if isinstance(error, getattr(sys.modules.get("torch.distributed"), "DistError", ())):
+        return True
+    text = str(error)
+    return type(error) is RuntimeError and not text.startswith(FROM_WORKER) and bool(CONSEQUENCE.search(text))
 
 
 def left_on_purpose(end: End, rank_0: Place) -> Verdict | None:
-    """The verdict on a rank that left on purpose, or followed rank 0 which did; None if `end` is a failure."""
+    """The verdict if this rank or rank 0 left on purpose; None if `end` is a failure."""
     place = end.place if end.place.left else rank_0
     if not place.left or place.left == IN_ORDER or end.kind not in ("gone", "consequence"):
         return None

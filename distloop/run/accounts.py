@@ -27,7 +27,7 @@ class TimeAccounts:
     def __init__(
         self, start: Start, clock: Clock, world_size: int, enabled: bool, check_ownership: Callable[[], None]
     ) -> None:
-        """What earlier attempts did after the checkpoint that this one continues from is lost."""
+        """Time of earlier attempts after the checkpoint that this one continues from is moved to "lost"."""
         self.path, self.clock, self.enabled = start.path / TIME, clock, enabled
         self.check_ownership = check_ownership
         mark = read_json(start.checkpoint / "state.json").get("time") if start.checkpoint else None
@@ -39,31 +39,31 @@ class TimeAccounts:
         self.closed = False
 
     def mark(self) -> dict[str, Any]:
-        """What a checkpoint holds of the time: what comes after it is lost if the run continues from it."""
+        """The accounts so far, for a checkpoint."""
         return {"attempt": self.entry["attempt"], "seconds": self.clock.totals()}
 
     def write_now_and_then(self) -> None:
-        """Often enough that the end of a process which is killed is known to half a percent, or half a second."""
+        """Write if it is time to: time.json of a killed process is then at most half a percent, or a tick(), old."""
         if time.monotonic() >= self.next_write:
             self.write()
 
     def write(self, state: str | None = None) -> None:
-        """Write the accounts as they stand; `state`: how the attempt has ended (finished | stopped | failed)."""
+        """Write the accounts so far; `state`: how the attempt has ended (finished | stopped | failed)."""
         if not self.enabled:
             return
         self.check_ownership()
         with self.writing:
-            if self.closed:  # the run directory may be another process's by now
+            if self.closed:  # another process may own the run directory by now
                 return
             self.entry["state"] = state or self.entry["state"]
             self.entry["step"] = self.entry["first_step"] + self.clock.steps
             self.entry["seconds"] = seconds = self.clock.totals()
             self.next_write = time.monotonic() + min(LONGEST_BETWEEN, SHARE_BETWEEN * sum(seconds.values()))
-            with contextlib.suppress(OSError):  # a full disk is said by those who lose more
+            with contextlib.suppress(OSError):  # of a full disk, others warn
                 write_text(self.path, json.dumps({"attempts": [*self.earlier, self.entry]}) + "\n", synced=False)
 
     def close(self, state: str | None = None) -> None:
-        """Write the accounts a last time. Later calls change nothing."""
+        """Write the accounts for the last time."""
         self.write(state)
         with self.writing:
             self.closed = True
@@ -94,9 +94,9 @@ def settle(entry: dict[str, Any], mark: dict[str, Any] | None) -> dict[str, Any]
     counted = mark["seconds"] if mark and entry["attempt"] == reached else {}
     seconds = dict(entry["seconds"])
     for account in REDONE:
-        kept = min(seconds.get(account, 0.0), counted.get(account, 0.0))
-        seconds["lost"] = seconds.get("lost", 0.0) + seconds.get(account, 0.0) - kept
-        seconds[account] = kept
+        before = seconds.get(account, 0.0)
+        seconds[account] = min(before, counted.get(account, 0.0))
+        seconds["lost"] = seconds.get("lost", 0.0) + before - seconds[account]
     return {**entry, "seconds": seconds}
 
 

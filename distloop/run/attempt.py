@@ -34,11 +34,8 @@ from distloop.run.status import RunStatus
 
 
 class Attempt(AttemptBase):
-    """One start of a run on this rank. On rank 0 it owns the run directory; elsewhere it keeps time only.
-
-    A context that opens the directory and closes it: a collective call. Entering raises UsageError for a run that may
-    not be continued like this.
-    """
+    """One start of a run, on this rank. Rank 0 owns the run directory and writes it. As a context it opens the
+    directory (collective; raises UsageError if the run may not be continued like this) and closes it."""
 
     def __init__(
         self, config: Config, ranks: Ranks, plan: Plan, source: DataSource, device: torch.device, best: Best
@@ -51,21 +48,19 @@ class Attempt(AttemptBase):
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A validation or a checkpoint: its time has an account, and is kept free before a deadline."""
+        """Measure a validation or a checkpoint, for the accounts and for the time to keep free before a deadline."""
         self.ranks.position.enter(name)
         with self.clock.on(name), self.ranks.watch.timed(name):
             yield
 
     def end_step(self, step: int) -> StopReason | None:
-        """`step` steps are done. Returns why all ranks stop now, once they have agreed; no step waits for that."""
+        """Call it after each step; `step`: how many are done. Returns why all ranks stop now; None: go on."""
         self.clock.add(self.plan.sample_count(step - 1))
         return self.agreement.reached()
 
     def load(self, parts: Mapping[str, Any]) -> LoopState:
-        """Bring `parts` (model, averaged, optimizer, scaler) to where the attempt begins, in place.
-
-        That is the newest good checkpoint of the run, else the weights of --init-from, else what they are.
-        """
+        """Load the run's newest good checkpoint, else the weights of --init-from, else nothing, into `parts`. `parts`:
+        model, averaged, optimizer and scaler, which are changed in place. Returns the loop's state."""
         state, start = LoopState(), self.start
         if start.checkpoint:
             state, scaler = checkpoint.load(start.checkpoint, parts["model"], parts["optimizer"], parts["averaged"])
@@ -77,16 +72,14 @@ class Attempt(AttemptBase):
         return state
 
     def save(self, parts: Mapping[str, Any], state: LoopState) -> None:
-        """Copy `parts` and the loop's state, and write them in the background as the checkpoint of state.step."""
+        """Copy `parts` and the loop's state; a thread writes them as the checkpoint of state.step."""
         scaler = parts["scaler"]
         others = {"time": self.accounts.mark(), "scaler": None if scaler is None else scaler.state_dict()}
         self.saver.save(state, parts["model"], parts["averaged"], parts["optimizer"], others)
 
     def end(self, step: int, stop: StopReason | None) -> None:
-        """Wait for the last checkpoint, and write down that the run is finished, or why it is stopped.
-
-        Raises RunFailed, on all ranks, when a checkpoint that counts could not be written.
-        """
+        """Wait for the last checkpoint, then write that the run is finished, or why it is stopped. Collective. Raises
+        RunFailed on all ranks if the last checkpoint, or with checkpoint.on_failure = stop any, is missing."""
         self.ranks.position.enter("finishing")
         self.clock.switch("checkpoint")
         self.ranks.from_main(self.saver.finish)
@@ -113,9 +106,10 @@ class Attempt(AttemptBase):
 
     def _open(self) -> None:
         config, ranks, data = self.config, self.ranks, self.source.train
-        about = (config, self.lock, self.status, ranks.world_size)
-        self.start = start = ranks.from_main(lambda: open_directory(*about, fingerprint(data)))
-        self.is_finished = start.finished  # all steps were done before this attempt
+        self.start = start = ranks.from_main(
+            lambda: open_directory(config, self.lock, self.status, ranks.world_size, fingerprint(data))
+        )
+        self.is_finished = start.finished  # before this attempt
         if self.is_finished:
             if ranks.is_main:
                 say(
@@ -131,7 +125,7 @@ class Attempt(AttemptBase):
         saved = (self.path / CHECKPOINTS, config.checkpoint, start.identity)
         self.saver = Saver(*saved, ranks.watch, self.status.update, ranks.is_main, self.check_ownership)
         self.is_open = True
-        self.accounts.write()  # the end may come before it is written now and then
+        self.accounts.write()  # the process may be killed before the first tick()
         if ranks.is_main:
             ranks.watch.look_for(self.path, config.stop, os.environ)
         self.agreement = Agreement(ranks.watch, ranks.world_size, group_timeout(config.ddp))
@@ -142,7 +136,7 @@ class Attempt(AttemptBase):
             self.saver.wait()
         state = "stopped" if interrupted else "failed"
         if error is not None:
-            self.status.end(state, self.ranks.report_failure(error).reason)  # of all ranks: ours may be a consequence
+            self.status.end(state, self.ranks.report_failure(error).reason)  # the first failure, perhaps another rank's
         if self.is_open:
             self.accounts.close(None if error is None else state)
             self.is_closed = True
@@ -173,7 +167,7 @@ class Attempt(AttemptBase):
         return self.records.crash_report(rank) if self.is_open else ""
 
     def check_ownership(self) -> None:
-        """Show that this process lives. Ends it if another one has taken over the run directory: see RunLock.beat."""
+        """Count the lock's heartbeat up. Ends the process if another one has taken over the run directory."""
         taken_over_by = self.lock.beat()
         if taken_over_by is not None:
             say(f"distloop: {self.path} was taken over by {taken_over_by}; ending here.")
@@ -181,4 +175,4 @@ class Attempt(AttemptBase):
             end_at_once(1)
 
 
-open_run = Attempt  # reads as what happens: with open_run(…) as run
+open_run = Attempt  # for train(): with open_run(…) as run

@@ -37,11 +37,11 @@ OPTIMIZER, STATE, MANIFEST = "optimizer.pt", "state.json", "manifest.json"
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint directory that does not hold what its manifest says; the message says why."""
+    """A checkpoint directory whose files are not those of its manifest; the message says why."""
 
 
 class Weights(NamedTuple):
-    """Contiguous tensors on the host by name, and further names for some of them (tied weights)."""
+    """Contiguous tensors on the host by name, and further names of some of them (tied weights)."""
 
     tensors: dict[str, Tensor]
     aliases: dict[str, str]
@@ -49,7 +49,7 @@ class Weights(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LoopState:
-    """The loop's own state between two steps, as state.json has it."""
+    """The loop's own state between two steps, for state.json."""
 
     step: int = 0
     """Steps that are done."""
@@ -62,22 +62,20 @@ class LoopState:
 
 
 class Snapshot(NamedTuple):
-    """What a checkpoint is written from, on the host and nobody else's to change."""
+    """A copy, on the host, of all that a checkpoint holds."""
 
     weights: Weights
     averaged: Weights | None
     optimizer: dict[str, Any]
-    state: dict[str, Any]
-    """The loop's own, as plain JSON."""
-    identity: dict[str, Any]
-    """What the run trains: goes into the manifest."""
+    state: dict[str, Any]  # of the loop, as plain JSON
+    identity: dict[str, Any]  # what the run trains, for the manifest
 
 
 def publish(folder: Path, step: int, snapshot: Snapshot, check_ownership: Callable[[], None] = lambda: None) -> Path:
     """Write a checkpoint of `step` in `folder`; returns its path.
 
-    Raises OSError, RuntimeError or SafetensorError when it cannot be written; then nothing is published.
-    `check_ownership` is called before: it does not return when the folder has another owner by now.
+    Raises OSError, RuntimeError or SafetensorError, and publishes nothing, if it cannot be written.
+    `check_ownership` is called before: it does not return if the folder has another owner by now.
     """
     final = folder / f"step_{step:08d}"
     writing = folder / f".writing_{final.name}"
@@ -96,7 +94,7 @@ def publish(folder: Path, step: int, snapshot: Snapshot, check_ownership: Callab
     for path in (*writing.iterdir(), writing):
         sync(path)
     check_ownership()
-    if final.exists():  # left by an earlier attempt that this one did not start from, since it is damaged
+    if final.exists():  # damaged: this attempt did not start from it
         replaced = folder / f".replaced_{final.name}"
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
@@ -106,25 +104,20 @@ def publish(folder: Path, step: int, snapshot: Snapshot, check_ownership: Callab
 
 
 def prune(folder: Path, final: Path, keep_last: int, keep: Callable[[int], bool]) -> None:
-    """Once `final` is published: remove the older ones but the last `keep_last` and those that `keep` names.
-
-    Later ones are damaged, and were passed over by this attempt: they go as well.
-    """
+    """Once `final` is published: remove older ones but the last `keep_last` and those for whose step `keep` is true.
+    Later ones are removed as well: they are damaged, and this attempt passed over them."""
     published = published_in(folder)
     place = published.index(final) + 1
-    for old in published[: max(0, place - keep_last)]:
-        if not keep(step_of(old)):
-            shutil.rmtree(old, ignore_errors=True)
-    for passed_over in published[place:]:
-        shutil.rmtree(passed_over, ignore_errors=True)
+    old = [path for path in published[: max(0, place - keep_last)] if not keep(step_of(path))]
+    for path in (*old, *published[place:]):
+        shutil.rmtree(path, ignore_errors=True)
     clean(folder)
 
 
 def clean(folder: Path) -> None:
-    """Remove what killed or failed saves left behind."""
-    for pattern in (".writing_*", ".replaced_*"):
-        for leftover in folder.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
+    """Remove the leftovers of killed or failed saves."""
+    for leftover in (*folder.glob(".writing_*"), *folder.glob(".replaced_*")):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
@@ -147,8 +140,7 @@ def published_in(folder: Path) -> list[Path]:
 
 def newest_published(folder: Path) -> Path | None:
     """The latest checkpoint in `folder`, verified or not."""
-    published = published_in(folder)
-    return published[-1] if published else None
+    return next(reversed(published_in(folder)), None)
 
 
 def step_of(path: Path) -> int:
@@ -194,10 +186,9 @@ def load(
 ) -> tuple[LoopState, dict[str, Any] | None]:
     """Copy a verified checkpoint into `model`, `optimizer` and `averaged`, in place.
 
-    Returns the loop's state, and that of fp16's scaler where there was one.
-
-    The optimizer keeps the hyperparameters that the config gave it; only its moments are taken. Raises
-    UsageError for a checkpoint of another model, and for an optimizer's file that holds more than data.
+    Returns the loop's state, and that of fp16's scaler, if it had one. The optimizer gets its moments only: its
+    hyperparameters are the config's. Raises UsageError for a checkpoint of another model, and for an optimizer's file
+    that holds more than data.
     """
     load_weights(path / MODEL, model)
     try:
@@ -211,7 +202,7 @@ def load(
     optimizer.load_state_dict({"state": stored["state"], "param_groups": groups})
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
-            # Fused optimizers walk through the memory of both: a parameter in channels_last needs such moments.
+            # Fused optimizers need moments with their parameter's memory format, such as channels_last.
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     state = json.loads((path / STATE).read_text())
@@ -223,7 +214,7 @@ def load(
 
 
 def weights_of(model: nn.Module, copy: Callable[[str, Tensor], Tensor]) -> Weights:
-    """Copies of the model's parameters and buffers; tensors in the same place are one, under several names."""
+    """Copies of the model's parameters and buffers; of tied tensors one, with several names."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     owners: dict[tuple, str] = {}
@@ -231,22 +222,19 @@ def weights_of(model: nn.Module, copy: Callable[[str, Tensor], Tensor]) -> Weigh
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and place in owners:
             aliases[name] = owners[place]
-            continue
-        owners[place] = name
-        tensors[name] = copy(name, tensor)
+        else:
+            owners[place] = name
+            tensors[name] = copy(name, tensor)
     return Weights(tensors, aliases)
 
 
 def write_weights(weights: Weights, path: Path) -> None:
-    """Weights as safetensors."""
+    """Write a safetensors file."""
     save_file(weights.tensors, path, metadata={"format": "pt", "aliases": json.dumps(weights.aliases)})
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Copy weights from a safetensors file into the model's existing tensors.
-
-    Raises UsageError with the keys and shapes that differ when they are another model's.
-    """
+    """Copy a safetensors file into the model's tensors. Raises UsageError with the shapes that differ, if any do."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
@@ -262,12 +250,11 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 
 def weights_file(source: str) -> Path:
-    """The .safetensors file that --init-from means: itself, or that of a checkpoint or of a run's newest."""
+    """The .safetensors file that --init-from names: itself, or that of a checkpoint, or of a run's newest."""
     path = Path(source)
-    if path.is_file():
-        return path
-    if (path / MODEL).is_file():
-        return path / MODEL
+    for file in (path, path / MODEL):
+        if file.is_file():
+            return file
     newest, passed_over = newest_good(path / "checkpoints")
     if newest is None:
         reasons = "".join(f"\n  {line}" for line in passed_over)
@@ -282,16 +269,13 @@ def digest(path: Path) -> str:
 
 
 def digest_of(manifest: dict[str, Any]) -> str:
-    """The SHA-256 of a manifest that has none yet."""
+    """The SHA-256 of a manifest without its own."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _differing_shapes(found: dict[str, tuple], expected: dict[str, tuple], most: int = 6) -> str:
     lines = [f"  {name}: only in the file, {list(found[name])}" for name in found if name not in expected]
     lines += [f"  {name}: only in the model, {list(expected[name])}" for name in expected if name not in found]
-    lines += [
-        f"  {name}: {list(found[name])} in the file, {list(expected[name])} in the model"
-        for name in expected
-        if name in found and found[name] != expected[name]
-    ]
+    both = [name for name in expected if name in found and found[name] != expected[name]]
+    lines += [f"  {name}: {list(found[name])} in the file, {list(expected[name])} in the model" for name in both]
     return "\n".join(lines[:most] + ([f"  and {len(lines) - most} more"] if len(lines) > most else []))

@@ -1,4 +1,4 @@
-"""Where the time of an attempt goes: each second is put down to one account. Also samples per second."""
+"""Where the time of an attempt goes: each second belongs to one account. Also samples per second."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from typing import Any
 import torch
 
 # start_up: before the end of the first step (imports, loading, compiling, loader workers), and the end of the attempt.
-# data: the loop waits for a batch. lost: steps that a later attempt did again (time_accounts.py finds them).
+# data: the loop waits for a batch. lost: steps that a later attempt did again (see accounts.py).
 ACCOUNTS = ("start_up", "data", "compute", "validation", "checkpoint", "lost")
+IN_ROWS = ACCOUNTS[1:-1]  # what a row of metrics.jsonl has
 
 
 class Clock:
     """The accounts of this rank's attempt, in seconds, which add up to its wall time.
 
-    Only validation and saving make it wait for the device, at their beginning and end: what was queued before belongs
-    to compute. In between it reads the host's clock twice for each batch, to know how long the loop waited for data.
+    It waits for the device before and after validation and saving only: the work queued before belongs to compute.
+    For each batch it reads the host's clock twice.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,13 +32,13 @@ class Clock:
         self.lock = threading.Lock()  # time.json is written by another thread
         self.seconds = dict.fromkeys(ACCOUNTS, 0.0)
         self.account, self.since = "start_up", time.perf_counter() - process_age()
-        self.running = False  # the first step is done
+        self.running = False  # True after the first step
         self.samples = self.steps = 0
         self.loop_began = self.since
         self.last_read = self.seconds.copy()
 
     def switch(self, account: str) -> None:
-        """From now on, time goes to `account`."""
+        """Count time to `account` from now on."""
         with self.lock:
             now = time.perf_counter()
             self.seconds[self.account] += now - self.since
@@ -45,7 +46,7 @@ class Clock:
 
     @contextmanager
     def on(self, account: str) -> Iterator[None]:
-        """What happens inside, on the host and on the device, goes to `account`."""
+        """Count the time of the block, on the host and on the device, to `account`."""
         before = self.account
         self._wait_for_device()
         self.switch(account)
@@ -54,7 +55,7 @@ class Clock:
         self.switch(before)
 
     def waiting(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches; what it takes to get each goes to data."""
+        """The batches; the time until each arrives counts to data."""
         self.loop_began = time.perf_counter()
         iterator = iter(batches)
         while True:
@@ -69,9 +70,9 @@ class Clock:
             yield batch
 
     def add(self, samples: int) -> None:
-        """A step of so many samples, over all ranks, is done."""
+        """Count a step of so many samples, over all ranks."""
         self.steps += 1
-        if self.steps == 1:  # it started workers and perhaps compiled, and counts only if it is alone
+        if self.steps == 1:  # it started workers and perhaps compiled: its samples count only until the second step
             self._wait_for_device()
             self.switch("compute")
             self.running = True
@@ -80,10 +81,10 @@ class Clock:
         self.samples += samples
 
     def read(self) -> dict[str, float]:
-        """At a logging step, once the device was waited for: samples per second without validation, saving and
-        start-up, and the seconds of each account; all since the last reading."""
+        """For a train row, after the device's work: samples per second of data and compute, and the seconds of each
+        account, both since the last call."""
         self.switch(self.account)
-        seconds = {account: self.seconds[account] - self.last_read[account] for account in ACCOUNTS[1:-1]}
+        seconds = {account: self.seconds[account] - self.last_read[account] for account in IN_ROWS}
         training = seconds["data"] + seconds["compute"]
         if self.steps == 1:
             training = time.perf_counter() - self.loop_began
@@ -92,7 +93,7 @@ class Clock:
         return {"samples_per_second": rate, **{f"{account}_seconds": value for account, value in seconds.items()}}
 
     def totals(self) -> dict[str, float]:
-        """Seconds of each account up to this moment; may be called from another thread."""
+        """Seconds of each account so far. Any thread may ask."""
         with self.lock:
             totals = self.seconds.copy()
             totals[self.account] += time.perf_counter() - self.since
@@ -104,7 +105,7 @@ class Clock:
 
 
 def process_age() -> float:
-    """Seconds since this process was started, where Linux tells: its attempt begins with Python's own start."""
+    """Seconds since this process started; 0 where that cannot be read (it can on Linux)."""
     try:
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
@@ -113,7 +114,7 @@ def process_age() -> float:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory, in GiB, that this rank has had on its device so far; on the CPU, that the process has had."""
+    """This rank's peak memory so far, in GiB: on its device, or on the CPU that of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if device.type == "mps":  # it keeps no peak

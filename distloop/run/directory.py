@@ -1,4 +1,4 @@
-"""A run and its directory: what is started, continued, refused or moved aside, and what is recorded of it."""
+"""Open a run directory: create it, continue its run, refuse that, or move the run aside; and record the start."""
 
 from __future__ import annotations
 
@@ -12,20 +12,9 @@ from distloop.config.load import config_from_mapping, dump_without_secrets, read
 from distloop.config.secrets import clean_mapping, unmask
 from distloop.config.settings import Config, path_of
 from distloop.errors import UsageError
+from distloop.run import files
 from distloop.run.checkpoint import clean, newest_good, published_in, read_manifest, step_of, weights_file
-from distloop.run.files import (
-    CHECKPOINTS,
-    CONFIG,
-    ENVIRONMENT,
-    FAILURES,
-    GIT_DIFF,
-    METRICS,
-    STATUS,
-    Start,
-    read_json,
-    write_json,
-    write_text,
-)
+from distloop.run.files import Start, read_json, write_json, write_text
 from distloop.run.lock import RunLock
 from distloop.run.metrics import set_rows_aside
 from distloop.run.provenance import environment, git_facts
@@ -41,32 +30,31 @@ def open_directory(config: Config, lock: RunLock, status: RunStatus, world_size:
     3. The run continues from its newest good checkpoint.
     4. Without one it begins, with --init-from from those weights.
 
-    Nothing is changed before the lock is held; `status` is told when the attempt begins. Raises UsageError when the
-    directory is in use, belongs to a run that trains differently, or cannot be written.
+    Changes nothing before it holds the lock. Raises UsageError if the directory is in use, has a run that trains
+    differently, or cannot be written.
     """
     path = path_of(config)
-    fresh = config.resume == "never" or not published_in(path / CHECKPOINTS)
+    fresh = config.resume == "never" or not published_in(path / files.CHECKPOINTS)
     weights = weights_file(config.init_from) if fresh and config.init_from else None
     try:
         if path.exists() and config.resume != "never" and _is_finished(path, config):
-            before = read_json(path / STATUS)
+            before = read_json(path / files.STATUS)
             return Start(path, int(before["attempt"]), None, None, int(before["step"]), True, [], {})
         weights, messages = _own(path, config, lock, weights)
-        before = read_json(path / STATUS)
-        # A run that has saved nothing has nothing that another config would train differently.
-        begun = bool(published_in(path / CHECKPOINTS)) and (path / CONFIG).exists()
+        before = read_json(path / files.STATUS)
+        # A run without a checkpoint may have another config: no step of it is kept.
+        begun = bool(published_in(path / files.CHECKPOINTS)) and (path / files.CONFIG).exists()
         changes: dict[str, Any] = dict(_changes(path, config)) if begun else {}
         checkpoint = _newest_checkpoint(path, status.total_steps, messages)
         step = step_of(checkpoint) if checkpoint else 0
         if checkpoint:
             changes.update(_changes_of_data(path, read_manifest(checkpoint)["dataset"], dataset, config))
-        redone = set_rows_aside(path / METRICS, step)
+        redone = set_rows_aside(path / files.METRICS, step)
         if redone:
             messages.append(f"metrics after step {step}, {redone} of them, were set aside: these steps are done again")
         identity = {"config_sha256": training_hash(config), "dataset": dataset}
         start = Start(path, int(before.get("attempt", 0)) + 1, checkpoint, weights, step, False, messages, identity)
-        # First: an extended run is not finished any more.
-        status.begin(start, before.get("best"))
+        status.begin(start, before.get("best"))  # first: an extended run is not finished any more
         _record_start(start, config, changes, world_size)
     except OSError as error:
         raise UsageError(
@@ -77,36 +65,36 @@ def open_directory(config: Config, lock: RunLock, status: RunStatus, world_size:
 
 
 def _own(path: Path, config: Config, lock: RunLock, weights: Path | None) -> tuple[Path | None, list[str]]:
-    """Lock the directory and clean it, once the run of before is moved aside, if that is asked for.
-
-    Returns where the --init-from weights are by then, and what to say.
-    """
+    """Lock the directory and clean it; with --resume never, move the run that it has aside. Returns where the
+    --init-from weights are after that, and messages."""
     messages: list[str] = []
     if path.exists():
-        messages += _acquire(lock, path)
+        messages += filter(None, [lock.acquire(path)])
         if config.resume == "never":
-            aside = _place_aside(path)
-            inside = _relative(weights, path)
+            number = 1
+            while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
+                number += 1
+            inside = path.resolve()  # before it is moved
+            if weights is not None and weights.resolve().is_relative_to(inside):
+                weights = aside / weights.resolve().relative_to(inside)
             lock.move(path, aside)
             messages.append(f"the previous run was moved to {aside}")
-            if inside is not None:
-                weights = aside / inside
-    for folder in (CHECKPOINTS, FAILURES):
+    for folder in (files.CHECKPOINTS, files.FAILURES):
         (path / folder).mkdir(parents=True, exist_ok=True)
     if lock.path is None:
-        messages += _acquire(lock, path)
+        messages += filter(None, [lock.acquire(path)])
     if weights:
         messages.append(f"starting from the weights in {weights}")
-    clean(path / CHECKPOINTS)
-    for leftover in (path / FAILURES).glob("*rank*"):  # of an attempt that was killed
+    clean(path / files.CHECKPOINTS)
+    for leftover in (path / files.FAILURES).glob("*rank*"):  # of an attempt that was killed
         leftover.unlink(missing_ok=True)
     return weights, messages
 
 
 def _newest_checkpoint(path: Path, total_steps: int, messages: list[str]) -> Path | None:
-    """The checkpoint to continue from. Raises UsageError when none is whole, or the newest lies behind the end."""
-    checkpoint, passed_over = newest_good(path / CHECKPOINTS)
-    if passed_over and checkpoint is None:  # a killed save leaves no such thing behind
+    """The checkpoint to continue from. Raises UsageError if all are damaged, or the run is longer than the config."""
+    checkpoint, passed_over = newest_good(path / files.CHECKPOINTS)
+    if passed_over and checkpoint is None:  # not the result of a killed save
         raise UsageError(
             f"None of the checkpoints in {path} is whole:\n"
             + "".join(f"  {line}\n" for line in passed_over)
@@ -121,36 +109,29 @@ def _newest_checkpoint(path: Path, total_steps: int, messages: list[str]) -> Pat
 
 
 def _record_start(start: Start, config: Config, changes: dict[str, Any], world_size: int) -> None:
-    """Write down with what the attempt starts."""
+    """Write the config, its changes, environment.json and git.diff."""
     path = start.path
     if changes:
         record = {"after_attempt": start.attempt - 1, "after_step": start.step, "changes": changes}
         with open(path / "config_changes.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
-    # Other attempts may start from this file, so that it leaves out what belongs to this start.
-    write_text(path / CONFIG, dump_without_secrets(dataclasses.replace(config, expect_world=None, resume="auto")))
+    # Without the two settings that belong to this start only: users start other attempts with this file.
+    write_text(path / files.CONFIG, dump_without_secrets(dataclasses.replace(config, expect_world=None, resume="auto")))
     git = git_facts()
-    write_json(path / ENVIRONMENT, environment(world_size, git))
-    if git.diff is None:
-        (path / GIT_DIFF).unlink(missing_ok=True)  # an earlier attempt's
-    else:
-        write_text(path / GIT_DIFF, git.diff)
-
-
-def _acquire(lock: RunLock, path: Path) -> list[str]:
-    message = lock.acquire(path)
-    return [message] if message else []
+    write_json(path / files.ENVIRONMENT, environment(world_size, git))
+    (path / files.GIT_DIFF).unlink(missing_ok=True)  # an earlier attempt's
+    if git.diff is not None:
+        write_text(path / files.GIT_DIFF, git.diff)
 
 
 def _is_finished(path: Path, config: Config) -> bool:
-    """Whether the run is finished, as this config has it. Raises UsageError for a config that trains differently."""
-    if read_json(path / STATUS).get("state") != "finished":
-        return False
-    return not ((path / CONFIG).exists() and _changes(path, config))
+    """True if the run is finished with this config. Raises UsageError for a config that trains differently."""
+    is_finished = read_json(path / files.STATUS).get("state") == "finished"
+    return is_finished and not ((path / files.CONFIG).exists() and _changes(path, config))
 
 
 def _changes_of_data(path: Path, old: dict[str, Any], new: dict[str, Any], config: Config) -> dict[str, Any]:
-    """What differs in the training data. Raises UsageError for a run that is not extended."""
+    """The difference of the training data. Raises UsageError for one that --resume does not allow."""
     if old == new:
         return {}
     what = (
@@ -164,11 +145,11 @@ def _changes_of_data(path: Path, old: dict[str, Any], new: dict[str, Any], confi
 
 
 def _changes(path: Path, config: Config) -> dict[str, tuple[Any, Any]]:
-    """With what the run is extended; raises UsageError when it would train differently and may not be."""
+    """The settings that --resume extend changes. Raises UsageError for a change that --resume does not allow."""
     try:
-        # A secret is another one, or not known, as the file has none: it is as it is given now.
-        settings = unmask(clean_mapping(read_yaml(path / CONFIG)), dataclasses.asdict(config))
-        changed = differences(config_from_mapping(settings, str(path / CONFIG)), config)
+        # The file has *** for each secret: this config's secrets count as unchanged.
+        settings = unmask(clean_mapping(read_yaml(path / files.CONFIG)), dataclasses.asdict(config))
+        changed = differences(config_from_mapping(settings, str(path / files.CONFIG)), config)
     except UsageError as error:
         raise UsageError(f"The run in {path} has a config that this version does not read: {error}") from None
     if not changed:
@@ -188,17 +169,3 @@ def _changes(path: Path, config: Config) -> dict[str, tuple[Any, Any]]:
             f"would mean something else:\n{lines}\nUse --name OTHER or --resume never."
         )
     return changed
-
-
-def _relative(weights: Path | None, path: Path) -> Path | None:
-    """Where in `path` the weights are, if they are."""
-    if weights is None or not weights.resolve().is_relative_to(path.resolve()):
-        return None
-    return weights.resolve().relative_to(path.resolve())
-
-
-def _place_aside(path: Path) -> Path:
-    number = 1
-    while (other := path.with_name(f"{path.name}.old-{number}")).exists():
-        number += 1
-    return other

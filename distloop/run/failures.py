@@ -16,7 +16,7 @@ RANKS_SECONDS = 5.0  # between two writings of ranks.json
 
 
 class FailureRecords:
-    """The records of one attempt on this rank. All threads may use it; a disk that fails ends nothing."""
+    """The records of one attempt on this rank. Any thread may use it; it ignores errors of the disk."""
 
     def __init__(self, folder: Path, attempt: int, rank: int) -> None:
         """`folder`: the run's failures/."""
@@ -28,7 +28,7 @@ class FailureRecords:
         self._crash_file: IO[str] | None = None
 
     def open(self) -> None:
-        """From now on a crash of this process in native code leaves its stack in failures/."""
+        """Let a crash of this process in native code write its stack to failures/."""
         with contextlib.suppress(OSError):
             self._crash_file = open(self._crash_path(self.rank), "w")  # noqa: SIM115 - lives as long as the process
             faulthandler.enable(self._crash_file, all_threads=False)
@@ -49,30 +49,26 @@ class FailureRecords:
                 write_text(self._ranks, json.dumps({"written": now(), "ranks": table}) + "\n", synced=False)
 
     def crash_report(self, rank: int) -> str:
-        """The stack that a crash of this rank in native code has left; "" if there is none."""
+        """The stack that a crash of this rank in native code has written; "" if there is none."""
         try:
             return self._crash_path(rank).read_text().partition("\n\nExtension modules:")[0]
         except OSError:
             return ""
 
     def close(self) -> None:
-        """Remove the files that only serve while the ranks live, rank 0 also those of ranks that were killed."""
+        """Remove the files that only serve while the ranks live; rank 0 also removes those of killed ranks."""
         with self._writing:
             self._is_closed = True
         if self._crash_file is not None:
             faulthandler.disable()
             self._crash_file.close()
-            self._remove(self._crash_path(self.rank))
+            with contextlib.suppress(OSError):  # rank 0 may have been faster
+                self._crash_path(self.rank).unlink()
         if self.rank == 0:
-            self._remove(self._ranks)
-            for path in self.folder.glob(f"crash_{self.attempt:04d}_rank_*.txt"):
-                with contextlib.suppress(OSError):
-                    if not path.stat().st_size:
-                        self._remove(path)
+            for path in (self._ranks, *self.folder.glob(f"crash_{self.attempt:04d}_rank_*.txt")):
+                with contextlib.suppress(OSError):  # its rank may have been faster
+                    if path == self._ranks or not path.stat().st_size:
+                        path.unlink()
 
     def _crash_path(self, rank: int) -> Path:
         return self.folder / f"crash_{self.attempt:04d}_rank_{rank:05d}.txt"
-
-    def _remove(self, path: Path) -> None:
-        with contextlib.suppress(OSError):  # its rank, which leaves as well, may have been faster
-            path.unlink()

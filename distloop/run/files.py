@@ -1,4 +1,4 @@
-"""The files of a run directory: their names, and small files written whole. Nothing here imports torch."""
+"""The names of the files of a run directory, and how small files are written and read. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,31 +13,25 @@ CONFIG, STATUS, METRICS, ENVIRONMENT = "config.yaml", "status.json", "metrics.js
 TIME, VALIDATION, WANDB, GIT_DIFF = "time.json", "validation.json", "wandb.json", "git.diff"
 CHECKPOINTS, FAILURES, RANKS = "checkpoints", "failures", "failures/ranks.json"
 
-_one_writer = threading.Lock()  # two threads may write one file, and would write aside under one name
+_one_writer = threading.Lock()  # two threads may write the same file, through the same temporary name
 
 
 class Start(NamedTuple):
     """How an attempt begins."""
 
-    path: Path
-    attempt: int
-    checkpoint: Path | None
-    """To continue from."""
-    weights: Path | None
-    """To begin from, with --init-from."""
-    step: int
-    """How many steps are done."""
-    finished: bool
-    messages: list[str]
-    identity: dict[str, Any]
-    """What the run trains, as it stands in the manifest of each checkpoint."""
+    path: Path  # the run directory
+    attempt: int  # counted from 1
+    checkpoint: Path | None  # from which it continues
+    weights: Path | None  # of --init-from, for an attempt without a checkpoint
+    step: int  # how many steps are done
+    finished: bool  # the run was finished before
+    messages: list[str]  # for the console
+    identity: dict[str, Any]  # what the run trains, for the manifest of each checkpoint
 
 
 def write_text(path: Path, text: str, synced: bool = True) -> None:
-    """Write a small file aside and rename it: a reader sees the old or the new text, never a part.
-
-    `synced`: the text is on the disk when this returns. Raises OSError.
-    """
+    """Write a small file under another name and rename it: a reader sees the old or the new text, never a part.
+    `synced`: wait until the text is on the disk. Raises OSError."""
     aside = path.with_name(f".{path.name}.writing")
     with _one_writer:
         aside.write_text(text, encoding="utf-8")
@@ -47,12 +41,12 @@ def write_text(path: Path, text: str, synced: bool = True) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any], synced: bool = True) -> None:
-    """The same for JSON, as people read it."""
+    """The same for JSON, indented."""
     write_text(path, json.dumps(content, indent=1) + "\n", synced)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -61,7 +55,7 @@ def sync(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; {} where there is none or it is damaged: the checkpoints say how far the run is."""
+    """The contents of a JSON file; {} if there is none or it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -69,5 +63,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def now() -> str:
-    """This moment in ISO 8601 with its time zone, UTC."""
+    """The time in ISO 8601, UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,8 +1,8 @@
-"""Who owns a run directory: a file with the owner's names and a heartbeat.
+"""The lock of a run directory: a file that names the owner, with a heartbeat.
 
-The heartbeat is a number that the owner counts up. Another process that finds it unchanged for DEAD_SECONDS of
-its own clock takes over, so that neither clocks nor process numbers of two machines are ever compared. On the
-same machine, and for the same Slurm job requeued, the answer is known at once.
+The owner counts the heartbeat up. A process that sees no change for DEAD_SECONDS of its own clock takes over: so the
+clocks and process numbers of two machines are never compared. On the same machine, and after a requeue of the same
+Slurm job, no wait is needed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distloop.errors import UsageError
+from distloop.ranks.talking import say
 from distloop.run.files import now, write_json
 
 LOCK = "lock.json"
@@ -25,7 +26,7 @@ DEAD_SECONDS = 30.0  # several beats, and longer than a shared file system takes
 
 
 class RunLock:
-    """The lock of one run directory; nothing is held before acquire(). A context that releases it."""
+    """The lock of one run directory. Takes effect with acquire()."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
@@ -45,7 +46,7 @@ class RunLock:
         self.taken_over_by: str | None = None
 
     def acquire(self, folder: Path) -> str | None:
-        """Own `folder`; returns a line on whom it was taken from, if anyone. Raises UsageError naming the owner."""
+        """Own `folder`; returns a message if a dead owner had it. Raises UsageError that names a living owner."""
         path = folder / LOCK
         while True:
             if self._create(path):
@@ -53,8 +54,7 @@ class RunLock:
                     if not leftover.name.startswith(f".{LOCK}.after-"):
                         leftover.unlink(missing_ok=True)
                 return None
-            owner = _read(path)
-            if owner is None:
+            if (owner := _read(path)) is None:
                 continue  # released in between
             if not self._is_dead(path, owner):
                 raise UsageError(
@@ -65,15 +65,12 @@ class RunLock:
                 return f"taken over from {describe(owner)}, which is dead"
 
     def _replace(self, path: Path, owner: dict[str, Any]) -> bool:
-        """Put our lock in the place of a dead owner's, with no moment without one; False: look again.
-
-        Of several that find it dead, the one that creates a file with the dead one's name may do so.
-        """
+        """Replace a dead owner's lock by ours, without a moment between; False: look again. Of several processes that
+        want to, the one that creates a file with the dead owner's token does."""
         claim = path.with_name(f".{LOCK}.after-{owner.get('token', 'nobody')}")
         try:
             os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            # Another one is at it: a moment. What is left by one that was killed at it is removed.
+        except FileExistsError:  # another process does; a file of one that was killed then is removed
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - claim.stat().st_mtime > DEAD_SECONDS:
                     claim.unlink()
@@ -90,10 +87,8 @@ class RunLock:
             claim.unlink(missing_ok=True)
 
     def beat(self) -> str | None:
-        """Show that the owner lives, when it is time to. Returns who has taken over meanwhile, if anyone has.
-
-        This process was then suspended for so long that it counted as dead. It must not write any more.
-        """
+        """Count the heartbeat up, when it is time to. Returns who has taken over, if anyone has. That happens if this
+        process was suspended for DEAD_SECONDS. It must not write any more."""
         with self.busy:
             if self.path is not None and self.taken_over_by is None and time.monotonic() >= self.next_beat:
                 self.next_beat = time.monotonic() + BEAT_SECONDS
@@ -107,35 +102,29 @@ class RunLock:
                 self.taken_over_by = describe(owner)
             else:
                 self._write(path)
-        except OSError:  # a full disk, on which the time of the file can be set all the same
+        except OSError:  # the disk is full; the time of the file can still be set
             with contextlib.suppress(OSError):
                 os.utime(path)
 
     def move(self, folder: Path, to: Path) -> None:
-        """Rename the folder that is owned, and give it free."""
+        """Rename our folder, and release it."""
         with self.busy:
             folder.rename(to)
             self.path = to / LOCK
         self.release()
 
     def release(self) -> None:
-        """Give the directory free; the end of an attempt."""
+        """Remove the lock, if it is ours."""
         with self.busy:
             path, self.path = self.path, None
         if path is not None and (_read(path) or {}).get("token") == self.identity["token"]:
             path.unlink(missing_ok=True)
 
-    def __enter__(self) -> RunLock:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
-
     def _create(self, path: Path) -> bool:
         aside = path.with_name(f".{LOCK}.{self.identity['token']}")
         self._write(aside)
         try:
-            os.link(aside, path)  # fails where the file exists, and shows whole files only, on NFS too
+            os.link(aside, path)  # fails if the file exists, and shows whole files only, on NFS too
         except FileExistsError:
             return False
         except OSError:  # a file system without hard links
@@ -156,16 +145,12 @@ class RunLock:
     def _is_dead(self, path: Path, owner: dict[str, Any]) -> bool:
         job, restart = self.identity["slurm_job"], self.identity["slurm_restart"]
         if job and owner.get("slurm_job") == job and int(owner.get("slurm_restart") or 0) < int(str(restart)):
-            return True  # Slurm requeues a job when its processes are gone
+            return True  # Slurm requeues a job once its processes have ended
         ended = _has_ended(owner, self.identity["processes"])
         if ended is not None:
             return ended
-        print(
-            f"distloop: looking for up to {DEAD_SECONDS:.0f} s whether {describe(owner)} still owns {path.parent}",
-            flush=True,
-        )
-        sign = _sign(path)
-        until = time.monotonic() + DEAD_SECONDS
+        say(f"distloop: looking for up to {DEAD_SECONDS:.0f} s whether {describe(owner)} still owns {path.parent}")
+        sign, until = _sign(path), time.monotonic() + DEAD_SECONDS
         while time.monotonic() < until:
             time.sleep(0.5)
             if _sign(path) != sign:
@@ -174,15 +159,15 @@ class RunLock:
 
 
 def owner_of(folder: Path) -> dict[str, Any] | None:
-    """What the lock of a run directory says of its owner; {} for a damaged one, None where there is none."""
+    """The owner that the lock of a run directory names; {} if it is damaged, None if there is none."""
     return _read(folder / LOCK)
 
 
 def why_gone(folder: Path, owner: dict[str, Any] | None) -> str | None:
-    """Why nobody runs in `folder`, whose lock says `owner`, any more; None while the owner lives.
+    """Why nobody runs in `folder`, whose lock names `owner`, any more; None while the owner lives.
 
-    One look for those who only want to know. A process of this machine is looked for; of another machine's the age
-    of the heartbeat counts, by the file system's clock and ours, on which no one who takes over may rely.
+    Does not wait: of an owner on another machine it takes the heartbeat's age by the file system's clock and ours. That
+    is good enough for a display, not for taking over.
     """
     if owner is None:
         return "its process has ended"
@@ -204,7 +189,6 @@ def describe(owner: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What the lock says; {} for a damaged one, None where there is none."""
     try:
         owner = json.loads(path.read_text())
         return owner if isinstance(owner, dict) else {}
@@ -215,7 +199,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _has_ended(owner: dict[str, Any], processes: object) -> bool | None:
-    """Whether the owner has ended, as far as one among these `processes` can see; None for another machine's."""
+    """True if the owner has ended; None if it is on another machine than those `processes` (_process_space())."""
     if not owner.get("processes") or owner["processes"] != processes:
         return None
     started, pid = owner.get("pid_started"), owner.get("pid")
@@ -225,16 +209,15 @@ def _has_ended(owner: dict[str, Any], processes: object) -> bool | None:
 
 
 def _sign(path: Path) -> tuple[Any, ...]:
-    """What of a lock changes while its owner lives; compared with itself only."""
-    owner = _read(path) or {}
+    """The parts of a lock that change while its owner lives."""
     try:
-        return owner.get("token"), owner.get("beat"), path.stat().st_mtime_ns
+        return _read(path), path.stat().st_mtime_ns
     except OSError:
         return ()
 
 
 def _process_space() -> str | None:
-    """What two processes share that see each other's numbers: the boot of the machine and the container."""
+    """The machine's boot and the container: process numbers may be compared where both are the same."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -243,15 +226,12 @@ def _process_space() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine started, in clock ticks since boot; None when it does not run.
-
-    With the number, which is used again some day, it names a process.
-    """
+    """When a process of this machine started, in clock ticks since boot; None if it does not run."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:  # another user's, which can be looked at all the same
+    except PermissionError:  # another user's process, which runs
         pass
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

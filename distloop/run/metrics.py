@@ -37,14 +37,12 @@ KEYS_OF_KIND = {
     "epoch": {"loss": "mean training loss of the epoch"},
     "validate": {"samples": "how many samples were validated"},  # and the task's own metrics
 }
-# What a row of validation has beside the task's metrics.
-NO_METRICS = (*KEYS_OF_EVERY_ROW, *KEYS_OF_KIND["validate"])
-
+NO_METRICS = (*KEYS_OF_EVERY_ROW, *KEYS_OF_KIND["validate"])  # keys of a validate row beside the task's metrics
 SET_ASIDE = "metrics.set_aside.jsonl"
 
 
 class MetricsFile:
-    """Appends rows to a file. Where the disk is full, rows wait in memory for the next that can be written."""
+    """Appends rows to a file. If the disk is full, rows wait in memory until one can be written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,7 +58,7 @@ class MetricsFile:
             say(f"distloop: WARNING: {self.path} cannot be written ({reason}); its rows wait in memory")
 
     def _write(self) -> str | None:
-        """Write what waits, all or nothing; returns why that was not possible."""
+        """Write the waiting rows, all or none; returns why that failed."""
         text = b"".join(self.waiting)
         try:
             size = os.fstat(self.descriptor).st_size
@@ -79,7 +77,7 @@ class MetricsFile:
 
 
 def count_rows(path: Path) -> int:
-    """How many whole rows the file has; none if there is no file."""
+    """How many whole rows the file has; 0 if there is no file."""
     try:
         with open(path, "rb") as file:
             return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
@@ -98,10 +96,7 @@ def set_aside_until(path: Path) -> int:
 
 
 def set_rows_aside(path: Path, step: int) -> int:
-    """Move rows of later steps than `step` to metrics.set_aside.jsonl beside it; returns how many.
-
-    An attempt does these steps again. A last line that was torn by a crash goes with them.
-    """
+    """Move the rows of steps after `step`, and damaged lines, to metrics.set_aside.jsonl; returns how many."""
     if not path.exists():
         return 0
     kept: list[str] = []

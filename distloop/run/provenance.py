@@ -1,4 +1,4 @@
-"""environment.json and git.diff: what an attempt was run with, without secrets."""
+"""environment.json and git.diff: versions, code and command of an attempt, without secrets."""
 
 from __future__ import annotations
 
@@ -18,34 +18,29 @@ import distloop
 from distloop.config.secrets import clean_command, clean_text
 from distloop.ranks.environment import cpus_per_rank
 
-GIT_SECONDS = 10.0  # for all that git is asked
-MOST_CHANGES = 50  # changed files that are named
+GIT_SECONDS = 10.0  # for all calls of git
+MOST_CHANGES = 50  # lines of git status
 MOST_DIFF = 256 * 1024  # bytes
-# Nothing that a repository or a user has set up is to run, colour or convert what git shows.
+# Without the programs, colours and conversions that a repository or a user may have configured.
 PLAIN_DIFF = ("diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color")
 
 
 class GitFacts(NamedTuple):
-    """The code that is run, as far as git knows it."""
+    """The version of the code, from git; without secrets."""
 
-    folder: str | None = None
-    """Of the repository."""
+    folder: str | None = None  # of the repository
     commit: str | None = None
-    changes: tuple[str, ...] = ()
-    """Lines of git status --porcelain."""
-    diff: str | None = None
-    """What is not committed, without secrets; None where git does not say."""
+    changes: tuple[str, ...] = ()  # lines of git status --porcelain
+    diff: str | None = None  # against the commit
 
 
 def environment(world_size: int, git: GitFacts) -> dict[str, Any]:
     """Versions, git commit, topology and command of an attempt, as plain JSON and without secrets."""
     packages = ("torch", "torchvision", "accelerate", "numpy", "safetensors", "distloop")
-    versions: dict[str, str | None] = {}
+    versions: dict[str, str | None] = dict.fromkeys(packages)
     for name in packages:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     return {
         "python": platform.python_version(),
         "versions": versions,
@@ -62,16 +57,12 @@ def environment(world_size: int, git: GitFacts) -> dict[str, Any]:
 
 
 def git_facts() -> GitFacts:
-    """Of the current folder's repository, where the user's code is, else of the one that distloop is run from.
-
-    Never raises; takes GIT_SECONDS at most.
-    """
+    """Facts of the current folder's repository, else of the one that distloop is in. Takes GIT_SECONDS at most."""
     until = time.monotonic() + GIT_SECONDS
-    for start in (Path(), Path(distloop.__file__).resolve().parent):
-        folder = _git(start, ("rev-parse", "--show-toplevel"), 4096, until)
-        if folder:
-            break
-    else:
+    starts = (Path(), Path(distloop.__file__).resolve().parent)
+    folders = (_git(start, ("rev-parse", "--show-toplevel"), 4096, until) for start in starts)
+    folder = next(filter(None, folders), None)
+    if folder is None:
         return GitFacts()
     root = Path(folder.rstrip("\n"))
     commit = _git(root, ("rev-parse", "HEAD"), 4096, until)
@@ -86,15 +77,15 @@ def git_facts() -> GitFacts:
 
 
 def _git(folder: Path, arguments: tuple[str, ...], limit: int, until: float) -> str | None:
-    """What git says, `limit` bytes of it and one more where there are more; None if it fails or takes too long."""
+    """The output of git, cut after limit + 1 bytes; None if it fails or takes too long."""
     try:
         git = subprocess.Popen(
             ("git", "-C", str(folder), *arguments),
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},  # it looks, and changes nothing
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},  # it changes nothing
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # a group of its own, so that filters that it starts end with it
+            start_new_session=True,  # a process group, so that its filters end with it
         )
     except OSError:
         return None
@@ -102,14 +93,14 @@ def _git(folder: Path, arguments: tuple[str, ...], limit: int, until: float) -> 
     timer = threading.Timer(max(0.0, until - time.monotonic()), _kill, [git])
     timer.start()
     try:
-        said = git.stdout.read(limit + 1)
-        if len(said) > limit:
+        output = git.stdout.read(limit + 1)
+        if len(output) > limit:
             _kill(git)
         git.wait()
     finally:
         timer.cancel()
         git.stdout.close()
-    return said.decode(errors="replace") if len(said) > limit or git.returncode == 0 else None
+    return output.decode(errors="replace") if len(output) > limit or git.returncode == 0 else None
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -119,7 +110,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _cut(text: str, limit: int) -> str:
-    """`text`, or as many of its lines as `limit` bytes hold, and one that says so."""
+    """`text`, or as many of its lines as fit into `limit` bytes, with a note."""
     if len(text.encode()) <= limit:
         return text
     note = f"… cut here: the changes are more than {limit // 1024} KiB\n"

@@ -1,4 +1,4 @@
-"""Saving beside training: the loop waits for a copy in host memory, a thread writes it."""
+"""Saving beside training: the loop waits for a copy in host memory; a thread writes it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,8 @@ from distloop.run.checkpoint import LoopState, Snapshot, newest_published, prune
 
 
 class HostBuffers:
-    """Copies tensors into host memory that is kept from one save to the next.
-
-    From a GPU they are copied in the queue of its own work, so that what was computed before is what is
-    copied and what comes after cannot change it; ready() waits for the copies.
-    """
+    """Copies tensors into host memory that is used again for the next save. A GPU copies in the queue of its own work,
+    between the computations before and after; ready() waits for that."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
@@ -55,18 +52,18 @@ class HostBuffers:
         return copy.deepcopy(value)
 
     def record(self) -> None:
-        """All copies have been asked for."""
+        """Call it after the last copy."""
         if self.event is not None:
             self.event.record()
 
     def ready(self) -> None:
-        """Wait until the copies are there."""
+        """Wait until the copies are complete."""
         if self.event is not None:
             self.event.synchronize()
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a file could not be written, in a few words: the operating system's own, where a library hides them."""
+    """Why a file could not be written: the operating system's words, if a library's error has them as a cause."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
@@ -76,10 +73,7 @@ def reason_of(error: BaseException) -> str:
 
 
 class Saver:
-    """Writes rank 0's checkpoints; on the other ranks it does nothing.
-
-    At most one is being written: a new save waits for it.
-    """
+    """Writes rank 0's checkpoints, one at a time; on the other ranks it does nothing."""
 
     def __init__(
         self,
@@ -106,7 +100,7 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         others: Mapping[str, Any],
     ) -> None:
-        """Copy everything, and start to write it. `model` is the bare module, `others` plain JSON for state.json."""
+        """Copy all, and start to write it. `model`: the bare module. `others`: plain JSON for state.json."""
         if not self.enabled:
             return
         self.wait()
@@ -132,7 +126,7 @@ class Saver:
             self.thread = None
 
     def finish(self) -> None:
-        """Wait for the last checkpoint. Raises RunFailed when it could not be written."""
+        """Wait for the last checkpoint. Raises RunFailed if it could not be written."""
         self.wait()
         if self.failure:
             raise RunFailed(f"The run's last checkpoint is missing. {self.failure}")
@@ -141,12 +135,12 @@ class Saver:
         try:
             self.buffers.ready()
             final = publish(self.folder, step, snapshot, self.check_ownership)
-            every = self.settings.keep_every_steps
+            every, best_step = self.settings.keep_every_steps, (best or {}).get("step")
             prune(
                 self.folder,
                 final,
                 self.settings.keep_last,
-                lambda other: other == (best or {}).get("step") or bool(every and other and other % every == 0),
+                lambda s: s == best_step or bool(every and s and s % every == 0),
             )
             self.published(step, best)
             self.failure = None
@@ -154,15 +148,11 @@ class Saver:
             shutil.rmtree(self.folder / f".writing_step_{step:08d}", ignore_errors=True)
             newest = newest_published(self.folder)
             reason = reason_of(error)
-            self.failure = (
-                f"The checkpoint of step {step} could not be written to {self.folder}: {reason}. "
-                f"{f'The last one, {newest.name}, is whole.' if newest else 'There is none yet.'}"
-            )
+            last = f"The last one, {newest.name}, is whole." if newest else "There is none yet."
+            self.failure = f"The checkpoint of step {step} could not be written to {self.folder}: {reason}. {last}"
             stop = self.settings.on_failure == "stop"
-            self.watch.say(
-                f"WARNING: {clean_text(self.failure)} "
-                + ("Stopping (checkpoint.on_failure)." if stop else "The next save tries again.")
-            )
+            then = "Stopping (checkpoint.on_failure)." if stop else "The next save tries again."
+            self.watch.say(f"WARNING: {clean_text(self.failure)} {then}")
             if stop:
                 self.watch.ask(StopReason.SAVE_FAILED)
         finally:

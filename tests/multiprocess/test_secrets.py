@@ -175,9 +175,9 @@ def test_the_copy_of_the_config_wants_its_secrets_back(project: Path) -> None:
 
 
 def test_the_stack_of_a_rank_that_stands_still_shows_no_secret_of_the_code() -> None:
-    with RollCall(WatchWithoutSaving()) as roll_call:
-        roll_call.limit = 0
-        roll_call._note_own_place()  # as if it had just called login(password="planted-code-77f0")
-        assert 'login(password="***")' in roll_call.places[0].stack
-        assert "planted-code" not in roll_call.places[0].stack
-        roll_call.close()
+    roll_call = RollCall(WatchWithoutSaving())
+    roll_call.limit = 0
+    roll_call._note_own_place()  # as if it had just called login(password="planted-code-77f0")
+    assert 'login(password="***")' in roll_call.places[0].stack
+    assert "planted-code" not in roll_call.places[0].stack
+    roll_call.close()

@@ -76,7 +76,8 @@ def own(path: Path, locks: ExitStack, **identity: Any) -> RunLock:
     lock = RunLock()
     lock.identity.update(identity)
     lock.acquire(path)
-    return locks.enter_context(lock)
+    locks.callback(lock.release)
+    return lock
 
 
 ELSEWHERE = {"machine": "gpu17", "processes": "the boot of another machine"}
