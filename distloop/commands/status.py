@@ -111,8 +111,8 @@ def fit(table: list[Column], width: int) -> dict[str, int]:
             del widths[column.title]
     spare = width - sum(widths.values()) - 2 * (len(widths) - 1)
     for column in table:
-        if column.title in widths and spare > 0:
-            growth = min(spare, column.width - widths[column.title])
+        if column.title in widths:
+            growth = min(max(0, spare), column.width - widths[column.title])
             widths[column.title] += growth
             spare -= growth
     return widths
@@ -120,26 +120,25 @@ def fit(table: list[Column], width: int) -> dict[str, int]:
 
 def details(run: Run) -> list[str]:
     """The lines about a single run below its row."""
-    lines = [("directory", str(run.path))]
-    steps = checkpoint_steps(run.path)
-    lines.append(("checkpoints", f"step {', '.join(map(str, steps))}" if steps else "none"))
-    last = last_validation(run.path)
-    if last:
-        metrics = " · ".join(f"{name} {number(value)}" for name, value in metrics_in(last).items())
-        lines.append(("last validation", f"step {last['step']} · {metrics}"))
-    if run.first_step:
-        lines.append(("this attempt", f"began after step {run.first_step}"))
-    for index, each in enumerate(run.ranks[:MOST_RANKS]):
-        lines.append(("" if index else "ranks", f"{_place(each)} · process {each.get('pid')}"))
-    if len(run.ranks) > MOST_RANKS:
-        lines.append(("", f"and {len(run.ranks) - MOST_RANKS} more"))
-    for index, line in enumerate((run.reason or "").strip().splitlines()[:MOST_LINES]):
-        lines.append(("" if index else "reason", line))
-    failure = failure_of(run)
-    if failure:
-        lines.append(("failed first", _place(failure)))
-        lines += [("", line) for line in str(failure.get("traceback") or "").splitlines()[-MOST_LINES:]]
-    return [f"  {title:<16}  {text}".rstrip() for title, text in lines]
+    steps, last, failure = checkpoint_steps(run.path), last_validation(run.path), failure_of(run)
+    metrics = [f"{name} {number(value)}" for name, value in metrics_in(last or {}).items()]
+    ranks = [f"{_place(rank)} · process {rank.get('pid')}" for rank in run.ranks[:MOST_RANKS]]
+    others = len(run.ranks) - MOST_RANKS
+    traceback = str(failure.get("traceback") or "").splitlines()[-MOST_LINES:] if failure else []
+    lines = {
+        "directory": [str(run.path)],
+        "checkpoints": [f"step {', '.join(map(str, steps))}" if steps else "none"],
+        "last validation": [f"step {last['step']} · {' · '.join(metrics)}"] if last else [],
+        "this attempt": [f"began after step {run.first_step}"] if run.first_step else [],
+        "ranks": [*ranks, *([f"and {others} more"] if others > 0 else [])],
+        "reason": (run.reason or "").strip().splitlines()[:MOST_LINES],
+        "failed first": [_place(failure), *traceback] if failure else [],
+    }
+    return [
+        f"  {'' if index else title:<16}  {text}".rstrip()
+        for title, texts in lines.items()
+        for index, text in enumerate(texts)
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,16 +148,13 @@ def _parser() -> argparse.ArgumentParser:
         "there, is shown as gone.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs_dir", nargs="?", default="runs", help="folder of run directories, or one (default: runs)")
-    parser.add_argument(
-        "--sort", metavar="METRIC", help="rank by a validation metric, the best first, or by step, written or name"
-    )
-    parser.add_argument(
-        "--reverse",
-        action="store_true",
-        help="the other way round, as for a metric not named loss or error of which less is better",
-    )
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    add = parser.add_argument
+    add("runs_dir", nargs="?", default="runs", help="folder of run directories, or one (default: runs)")
+    by = "rank by a validation metric, the best first, or by step, written or name"
+    add("--sort", metavar="METRIC", help=by)
+    other_way = "the other way round, as for a metric not named loss or error of which less is better"
+    add("--reverse", action="store_true", help=other_way)
+    add("--json", action="store_true", help="the same as JSON")
     return parser
 
 
@@ -183,42 +179,38 @@ def _print_table(table: list[Column], runs: list[Run]) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
+    styles = [STYLES.get(run.state, "") for run in runs]
     widths = fit(table, console.width)
     rich_table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for column in table:
-        if column.title in widths:
-            rich_table.add_column(
-                Text(column.title),
-                justify="right" if column.align_right else "left",
-                width=widths[column.title],
-                no_wrap=column.title not in FOLDED,
-                overflow="fold" if column.title in FOLDED else "ellipsis",
-            )
-    for index, run in enumerate(runs):
-        cells = [(column.title, column.cells[index]) for column in table if column.title in widths]
-        rich_table.add_row(
-            *(Text(cell, STYLES.get(run.state, "") if title == "state" else "") for title, cell in cells)
+    columns = [column for column in table if column.title in widths]
+    for column in columns:
+        fold = column.title in FOLDED
+        rich_table.add_column(
+            Text(column.title),
+            justify="right" if column.align_right else "left",
+            width=widths[column.title],
+            no_wrap=not fold,
+            overflow="fold" if fold else "ellipsis",
         )
+    for index, style in enumerate(styles):
+        rich_table.add_row(*(Text(column.cells[index], style if column.title == "state" else "") for column in columns))
     console.print(rich_table)
     for column in table:
-        if column.title == "reason" and "reason" not in widths:  # it has no room beside the other columns
+        if column.title == "reason" and column not in columns:  # it has no room beside the other columns
             console.print()
-            for run, reason in zip(runs, column.cells, strict=True):
+            for run, style, reason in zip(runs, styles, column.cells, strict=True):
                 if reason != UNKNOWN:
-                    line = Text.assemble((run.name, STYLES.get(run.state, "")), f": {reason}")
+                    line = Text.assemble((run.name, style), f": {reason}")
                     console.print(line, no_wrap=True, overflow="ellipsis")
 
 
 def plain_lines(table: list[Column]) -> list[str]:
     """The table as lines, without trailing spaces."""
-    lines = []
-    for cells in zip(*([column.title, *column.cells] for column in table), strict=True):
-        padded = [
-            cell.rjust(column.width) if column.align_right else cell.ljust(column.width)
-            for cell, column in zip(cells, table, strict=True)
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return lines
+    padded = [
+        [f"{cell:{'>' if column.align_right else '<'}{column.width}}" for cell in (column.title, *column.cells)]
+        for column in table
+    ]
+    return ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
 
 
 def _as_json(run: Run, index: int, ranking: Ranking | None, detailed: bool) -> dict[str, Any]:
@@ -258,13 +250,11 @@ def _job(run: Run) -> str:
 
 def _pairs(settings: dict[str, str]) -> str:
     """ "optim.lr=0.1 seed=2", cut to DIFFERS_WIDTH with an ellipsis."""
-    text = ""
-    for key, value in settings.items():
-        pair = f"{' ' if text else ''}{key}={value}"
-        if len(text) + len(pair) > DIFFERS_WIDTH:
-            return f"{text} …".strip()
-        text += pair
-    return text or UNKNOWN
+    pairs = [f"{key}={value}" for key, value in settings.items()]
+    fitting = len(pairs)
+    while len(" ".join(pairs[:fitting])) > DIFFERS_WIDTH:
+        fitting -= 1
+    return " ".join([*pairs[:fitting], *(["…"] if fitting < len(pairs) else [])]) or UNKNOWN
 
 
 def _text(value: int | str | None) -> str:
