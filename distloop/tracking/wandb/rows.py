@@ -37,10 +37,9 @@ class RowReader:
 
 def parse_row(line: bytes) -> dict[str, Any]:
     """The JSON object in the line; {} if the line is damaged."""
-    try:
+    row = None
+    with contextlib.suppress(ValueError):
         row = json.loads(line)
-    except ValueError:
-        return {}
     return row if isinstance(row, dict) else {}
 
 

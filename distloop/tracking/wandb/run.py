@@ -58,10 +58,8 @@ class WandbRun:
 
         Raises WandbError if nothing can be logged; without `or_offline` also if W&B cannot be reached.
         """
-        deadline = time.monotonic() + seconds
+        deadline, rows_of_file, problem = time.monotonic() + seconds, count_rows(self.path / METRICS), None
         self.wandb = session.import_wandb()
-        rows_of_file = count_rows(self.path / METRICS)
-        problem = None
         if self.mode == "online":
             try:
                 self._start_online(deadline - OFFLINE_SECONDS)
