@@ -24,7 +24,6 @@ from distloop.data.loader import example_batch, offers_to_model
 from distloop.errors import UsageError, suggest
 from distloop.training.tasks import Task, try_out
 
-
 Builder = Callable[..., nn.Module]
 
 
