@@ -14,18 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distloop.commands import reading
 from distloop.commands.ranking import Ranking, natural_order, rank
-from distloop.commands.reading import (
-    Run,
-    checkpoint_steps,
-    failure_of,
-    is_run,
-    last_validation,
-    metrics_in,
-    read_run,
-    runs_in,
-    seconds_since,
-)
+from distloop.commands.reading import Run, seconds_since
 from distloop.errors import UsageError
 from distloop.tracking.wording import UNKNOWN, age, number
 
@@ -56,8 +47,8 @@ def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     folder = Path(options.runs_dir)
     try:
-        single = is_run(folder)
-        runs = [read_run(folder)] if single else _runs_in(folder)
+        single = reading.is_run(folder)
+        runs = [reading.read_run(folder)] if single else _runs_in(folder)
         ranking = rank(runs, options.sort, options.reverse) if options.sort and runs else None
     except UsageError as error:
         print(f"distloop: {error}", file=sys.stderr)
@@ -120,8 +111,12 @@ def fit(table: list[Column], width: int) -> dict[str, int]:
 
 def details(run: Run) -> list[str]:
     """The lines about a single run below its row."""
-    steps, last, failure = checkpoint_steps(run.path), last_validation(run.path), failure_of(run)
-    metrics = [f"{name} {number(value)}" for name, value in metrics_in(last or {}).items()]
+    steps, last, failure = (
+        reading.checkpoint_steps(run.path),
+        reading.last_validation(run.path),
+        reading.failure_of(run),
+    )
+    metrics = [f"{name} {number(value)}" for name, value in reading.metrics_in(last or {}).items()]
     ranks = [f"{_place(rank)} · process {rank.get('pid')}" for rank in run.ranks[:MOST_RANKS]]
     others = len(run.ranks) - MOST_RANKS
     traceback = str(failure.get("traceback") or "").splitlines()[-MOST_LINES:] if failure else []
@@ -160,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _runs_in(folder: Path) -> list[Run]:
     try:
-        return sorted(runs_in(folder), key=lambda run: natural_order(run.name))
+        return sorted(reading.runs_in(folder), key=lambda run: natural_order(run.name))
     except FileNotFoundError:
         hint = "" if folder.is_absolute() else f" (looked for {folder.absolute()})"
         raise UsageError(f"{folder}: there is no such folder{hint}. Give the one that holds your runs.") from None
@@ -221,8 +216,11 @@ def _as_json(run: Run, index: int, ranking: Ranking | None, detailed: bool) -> d
         if ranking.is_metric:
             content |= {"sorted_by": ranking.by, "direction": ranking.direction, "value": value, "value_step": step}
     if detailed:
-        content |= {"checkpoints": checkpoint_steps(run.path), "last_validation": last_validation(run.path)}
-        content |= {"failure": failure_of(run)}
+        content |= {
+            "checkpoints": reading.checkpoint_steps(run.path),
+            "last_validation": reading.last_validation(run.path),
+        }
+        content |= {"failure": reading.failure_of(run)}
     return content
 
 

@@ -140,7 +140,13 @@ class LiveView:
         self.place: tuple[int, int, int] | None = None  # columns and lines of the terminal, lines of the view
         self.lock = threading.Lock()
         self.closing = threading.Event()
-        self.terminal_guard = _start_terminal_guard()
+        self.terminal_guard: subprocess.Popen[bytes] | None = None
+        # A process that gives the terminal back if this one is killed or crashes: its standard input ends then.
+        command = ["sh", "-c", 'read -r _; printf %s "$1"', "sh", GIVE_BACK]
+        with contextlib.suppress(OSError):
+            self.terminal_guard = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+            )
         threading.Thread(target=self._run, name="distloop-live-view", daemon=True).start()
 
     def close(self) -> None:
@@ -165,9 +171,10 @@ class LiveView:
             raise
 
     def _draw(self) -> None:
-        if _is_in_background(self.terminal):
-            self._give_back()
-            return
+        with contextlib.suppress(OSError):  # not the terminal of this session, as under an elastic launcher
+            if os.tcgetpgrp(self.terminal) != os.getpgrp():  # the shell has put this process into the background
+                self._give_back()
+                return
         columns, height = 80, 24
         with contextlib.suppress(OSError):
             size = os.get_terminal_size(self.terminal)
@@ -205,19 +212,3 @@ class LiveView:
         with contextlib.suppress(OSError):  # the terminal is gone
             while data:
                 data = data[os.write(self.terminal, data) :]
-
-
-def _start_terminal_guard() -> subprocess.Popen[bytes] | None:
-    """Start a process that gives the terminal back if this one is killed or crashes: its standard input ends then."""
-    with contextlib.suppress(OSError):
-        command = ["sh", "-c", 'read -r _; printf %s "$1"', "sh", GIVE_BACK]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-    return None
-
-
-def _is_in_background(terminal: int) -> bool:
-    """Whether the shell has put this process into the background of the terminal."""
-    try:
-        return os.tcgetpgrp(terminal) != os.getpgrp()
-    except OSError:  # not the terminal of this process's session, as under an elastic launcher
-        return False

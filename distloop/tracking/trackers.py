@@ -125,11 +125,9 @@ class Trackers:
         return [line]
 
     def _end_wandb(self, state: str, seconds: float) -> None:
-        if self.wandb is not None:
-            problem = self.wandb.finish(state, seconds, self._while_waiting)
-            self.wandb = None
-            if problem:
-                self.say(problem)
+        wandb, self.wandb = self.wandb, None
+        if wandb and (problem := wandb.finish(state, seconds, self._while_waiting)):
+            self.say(problem)
 
     def _while_waiting(self) -> StopReason | None:
         """Called several times a second while rank 0 waits for W&B. A reason to stop ends the wait at the start."""

@@ -11,6 +11,7 @@ do. Exit code 0: no check fails, 1: one does, 2: wrong usage.
 import argparse
 import collections
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -102,28 +103,28 @@ def examine(options: argparse.Namespace, given: dict[str, str], roll_call: RollC
             report.results.append(Result(FAIL, "ranks", str(error), advice_on_address(os.environ)))
             rank, world_size, not_measured = 0, 1, "no group: not measured"
 
-    ranks = measure.Ranks(here, rank, world_size)
-    facts_of_ranks = ranks.gather("looking around", lambda: facts)
+    gather = functools.partial(measure.gather, here, world_size)
+    facts_of_ranks = gather("looking around", lambda: facts)
     report.facts = {"world_size": world_size, "nodes": list(nodes_of(facts_of_ranks)), "ranks": facts_of_ranks}
     report.results += check_facts(facts_of_ranks)
-    answers = measure.share_runs_dir(ranks, options.runs_dir, options.check_seconds / 2)
+    answers = measure.share_runs_dir(gather, rank, options.runs_dir, options.check_seconds / 2)
     report.results += measure.runs_dir(facts_of_ranks, answers)
 
     # All ranks choose the same device. Two ranks on one GPU would end in an error of NCCL.
     gpus = {(fact["host"], fact["gpu"]["uuid"]) for fact in facts_of_ranks if fact["gpu"]}
     device = "cuda" if len(gpus) == world_size else "cpu"
-    seconds = ranks.gather("matrix product", lambda: measure.matrix_product_seconds(device))
+    seconds = gather("matrix product", lambda: measure.matrix_product_seconds(device))
     report.results += measure.slowest_rank(facts_of_ranks, seconds, device)
     if world_size > 1:
         group = dist.new_group(backend="nccl" if device == "cuda" else "gloo", timeout=meeting.group_timeout(limits))
-        times = ranks.gather("all-reduce", lambda: measure.all_reduce_seconds(device, group))
+        times = gather("all-reduce", lambda: measure.all_reduce_seconds(device, group))
         report.results += measure.all_reduce(facts_of_ranks, times, device)
     else:
         report.results.append(Result(OK, "all-reduce", not_measured or "one process: nothing to reduce"))
 
     report.show()
     # The exit code comes last: a launcher ends all ranks when the first one fails.
-    return ranks.gather("finishing", lambda: int(report.verdict == FAIL))[0]
+    return gather("finishing", lambda: int(report.verdict == FAIL))[0]
 
 
 def advice_on_address(environ: Mapping[str, str]) -> str:

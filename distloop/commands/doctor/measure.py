@@ -26,34 +26,33 @@ SLOW_RATIO = 1.3  # of the slowest rank's time to the median: all ranks of a run
 LEAST_GPU_BANDWIDTH = 1e9  # bytes a second between GPUs; plain Ethernet gives less
 
 
-class Ranks:
-    """Runs a function on all ranks and gives each rank all results. With a world size of 1 it needs no group."""
+Gather = Callable[[str, Callable[[], Any]], list[Any]]
 
-    def __init__(self, position: Position, rank: int, world_size: int) -> None:
-        self.position, self.rank, self.world_size = position, rank, world_size
 
-    def gather(self, phase: str, work: Callable[[], Any]) -> list[Any]:
-        """The results of `work` on all ranks, by rank. Collective. `phase`: the name of this rank's position."""
-        import torch.distributed as dist
+def gather(position: Position, world_size: int, phase: str, work: Callable[[], Any]) -> list[Any]:
+    """The results of `work` on all ranks, by rank. Collective; with a world size of 1 it needs no group.
 
-        self.position.enter(phase)
-        own = work()
-        # A phase of its own, so that a rank that hangs in `work` is behind the ranks that wait for it.
-        self.position.enter(f"{phase}, waiting for the others")
-        if self.world_size == 1:
-            return [own]
-        results: list[Any] = [None] * self.world_size
+    `phase`: the name of this rank's position.
+    """
+    import torch.distributed as dist
+
+    position.enter(phase)
+    own = work()
+    # A phase of its own, so that a rank that hangs in `work` is behind the ranks that wait for it.
+    position.enter(f"{phase}, waiting for the others")
+    results = [own] * world_size
+    if world_size > 1:
         dist.all_gather_object(results, own)
-        return results
+    return results
 
 
-def share_runs_dir(ranks: Ranks, runs_dir: str, limit_seconds: float) -> list[dict[str, Any]]:
+def share_runs_dir(gather: Gather, rank: int, runs_dir: str, limit_seconds: float) -> list[dict[str, Any]]:
     """Check that rank 0 and each other rank see each other's files in `runs_dir`. Collective.
 
     Returns by rank: `path` (the absolute folder), `problem` (a text, or "") and `seconds` until rank 0's file was seen.
     Every rank takes part, since ranks of one node may differ in working directory or container.
     """
-    folder, rank = Path(runs_dir).absolute(), ranks.rank
+    folder = Path(runs_dir).absolute()
     created: list[Path] = []
 
     def write_token() -> tuple[str, str]:
@@ -62,7 +61,7 @@ def share_runs_dir(ranks: Ranks, runs_dir: str, limit_seconds: float) -> list[di
         created.extend(path for path in (meeting, *meeting.parents) if not os.path.exists(path))
         return token, _write(meeting / "rank_0", token)
 
-    results = ranks.gather("run directory, writing", lambda: write_token() if rank == 0 else None)
+    results = gather("run directory, writing", lambda: write_token() if rank == 0 else None)
     token, problem_of_rank_0 = results[0]
     meeting = folder / f".doctor-{token}"
 
@@ -78,7 +77,7 @@ def share_runs_dir(ranks: Ranks, runs_dir: str, limit_seconds: float) -> list[di
                 problem, seconds = "does not show what rank 0 wrote", limit_seconds
         return {"path": str(folder), "problem": problem, "seconds": seconds}
 
-    answers = ranks.gather("run directory, reading what rank 0 wrote", answer)
+    answers = gather("run directory, reading what rank 0 wrote", answer)
 
     def read_answers() -> list[dict[str, Any]]:
         deadline = time.monotonic() + limit_seconds
@@ -94,7 +93,7 @@ def share_runs_dir(ranks: Ranks, runs_dir: str, limit_seconds: float) -> list[di
         return answers
 
     phase = "run directory, reading what the others wrote"
-    return ranks.gather(phase, lambda: read_answers() if rank == 0 else None)[0]
+    return gather(phase, lambda: read_answers() if rank == 0 else None)[0]
 
 
 def _write(path: Path, text: str) -> str:

@@ -43,8 +43,7 @@ class WandbRun:
         self.output = io.StringIO()
         self.state = _read_state(run)
         self._write_state()
-        self.online = False
-        self.restarts = 0
+        self.online, self.restarts = False, 0
         self.offline_reason: str | None = None  # why it is offline after a restart, although it was online before
         self.wandb: Any = None
         self.run: Any = None
