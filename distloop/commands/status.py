@@ -1,7 +1,7 @@
 """`distloop status`: a table of runs, ranked by a metric on request.
 
-On a terminal the table has colours and fits the width. In a pipe it has whole lines, with two or more spaces between
-the columns.
+On a terminal the table has colours and fits the width. In a pipe its lines are whole, with two or more spaces between
+columns.
 """
 
 from __future__ import annotations
@@ -77,9 +77,10 @@ def columns(runs: list[Run], ranking: Ranking | None, with_reasons: bool = True)
         table.append(Column("#", [_text(place) for place in places], align_right=True))
     table.append(Column("run", [run.name for run in runs], least_width=20))
     table.append(Column("state", [run.state for run in runs]))
-    if ranking and ranking.is_metric:
-        table.append(Column(ranking.by, [UNKNOWN if not v else f"{number(v[0])} @{v[1]}" for v in ranking.values]))
     if ranking:
+        if ranking.is_metric:
+            values = [f"{number(best[0])} @{best[1]}" if best else UNKNOWN for best in ranking.values]
+            table.append(Column(ranking.by, values))
         table.append(Column("differs", list(map(_pairs, ranking.settings)), least_width=24))
     table.append(Column("step", list(map(_progress, runs)), align_right=True, drop_order=6 if ranking else 0))
     if not ranking or any(run.best_rule and run.best_rule[0] != ranking.by for run in runs):
@@ -111,18 +112,15 @@ def fit(table: list[Column], width: int) -> dict[str, int]:
 
 def details(run: Run) -> list[str]:
     """The lines about a single run below its row."""
-    steps, last, failure = (
-        reading.checkpoint_steps(run.path),
-        reading.last_validation(run.path),
-        reading.failure_of(run),
-    )
+    last, failure = reading.last_validation(run.path), reading.failure_of(run)
+    steps = ", ".join(map(str, reading.checkpoint_steps(run.path)))
     metrics = [f"{name} {number(value)}" for name, value in reading.metrics_in(last or {}).items()]
     ranks = [f"{_place(rank)} · process {rank.get('pid')}" for rank in run.ranks[:MOST_RANKS]]
     others = len(run.ranks) - MOST_RANKS
     traceback = str(failure.get("traceback") or "").splitlines()[-MOST_LINES:] if failure else []
     lines = {
         "directory": [str(run.path)],
-        "checkpoints": [f"step {', '.join(map(str, steps))}" if steps else "none"],
+        "checkpoints": [f"step {steps}" if steps else "none"],
         "last validation": [f"step {last['step']} · {' · '.join(metrics)}"] if last else [],
         "this attempt": [f"began after step {run.first_step}"] if run.first_step else [],
         "ranks": [*ranks, *([f"and {others} more"] if others > 0 else [])],
@@ -229,15 +227,14 @@ def _place(rank: dict[str, Any]) -> str:
 
 
 def _progress(run: Run) -> str:
-    if run.step is None or not run.total_steps:
-        return f"{_text(run.step)}/{_text(run.total_steps)}"
-    return f"{run.step}/{run.total_steps} {100 * run.step // run.total_steps}%"
+    percent = f" {100 * run.step // run.total_steps}%" if run.step is not None and run.total_steps else ""
+    return f"{_text(run.step)}/{_text(run.total_steps)}{percent}"
 
 
 def _best(run: Run) -> str:
-    if not (run.best and run.best_rule and run.best_rule[0] in run.best):
+    metric = run.best_rule[0] if run.best_rule else ""
+    if run.best is None or metric not in run.best:
         return UNKNOWN
-    metric = run.best_rule[0]
     return f"{metric} {number(run.best[metric])} @{_text(run.best.get('step'))}"
 
 

@@ -21,17 +21,17 @@ from distloop.training.tasks import Task
 
 
 class Validation:
-    """Validates the model, as often as it is due: metrics for a row, details for validation.json."""
+    """Validates the model: returns the metrics, and writes the details to validation.json."""
 
     def __init__(
         self, config: Config, model: nn.Module, task: Task, source: DataSource, run: Attempt, ranks: Ranks
     ) -> None:
         self.model, self.task, self.run, self.position = model, task, run, ranks.position
-        device, dtype = run.clock.device, getattr(torch, config.dtype)
-        size = config.validate.batch_size
-        self.sampler = FixedBatchSampler(len(source.validation), size, ranks.rank, ranks.world_size)
-        half = (source.validation, self.sampler)
-        self.loader = make_loader(config.data, source, task, config.seed, device, dtype, *half, persistent=True)
+        device, dtype, data = run.clock.device, getattr(torch, config.dtype), source.validation
+        self.sampler = FixedBatchSampler(len(data), config.validate.batch_size, ranks.rank, ranks.world_size)
+        self.loader = make_loader(
+            config.data, source, task, config.seed, device, dtype, data, self.sampler, persistent=True
+        )
         self.details = Details(task, source, config.data, config.seed)
 
     def __call__(self, step: int) -> dict[str, float]:

@@ -50,10 +50,10 @@ class WandbRun:
         self.reader: RowReader | None = None
         self.next_row = 0  # of metrics.jsonl, to give to W&B
         self.start_of_batch = 0  # the first of the rows that W&B was given last
-        self.redone_until = 0  # W&B has rows up to this step twice, because it could not take back the first ones
+        self.redone_until = 0  # W&B has the rows up to this step twice, since it could not take back the first ones
 
     def start(self, seconds: float, or_offline: bool = True) -> str | None:
-        """Begin or continue the W&B run within so many seconds. Returns why it is offline against the wish, or None.
+        """Begin or continue the W&B run within so many seconds. Returns why it is offline instead of online, or None.
 
         Raises WandbError if nothing can be logged; without `or_offline` also if W&B cannot be reached.
         """
@@ -111,7 +111,7 @@ class WandbRun:
         self.run = session.begin(self.wandb, self.path, self.settings, mode, seconds, **resume)
 
     def _rows_still_right(self) -> int:
-        """How many of the uploaded rows are still in the file: those whose steps no later attempt did again."""
+        """How many of the uploaded rows are still in the file: no later attempt has done their steps again."""
         count = 0
         with contextlib.suppress(FileNotFoundError), open(self.path / METRICS, "rb") as file:
             for line in itertools.islice(file, self.state["uploaded"]):
