@@ -30,9 +30,9 @@ LIMITS = {"open files": "RLIMIT_NOFILE", "processes": "RLIMIT_NPROC", "locked me
 
 
 def find_facts(given: Mapping[str, str], runs_dir: str, device: str, expected: int | None) -> dict[str, Any]:
-    """The facts that this rank gathers on its own, as plain JSON. Sizes are in bytes.
+    """The facts that this rank gathers without the others, as plain JSON. Sizes are in bytes.
 
-    `given`: the environment as this process received it. `device`, `expected`: --device and --expect-world.
+    `given`: the environment at the start of this process. `device`, `expected`: --device and --expect-world.
     """
     import torch
 

@@ -57,8 +57,10 @@ class WandbRun:
 
         Raises WandbError if nothing can be logged; without `or_offline` also if W&B cannot be reached.
         """
-        deadline, rows_of_file, problem = time.monotonic() + seconds, count_rows(self.path / METRICS), None
+        deadline = time.monotonic() + seconds
         self.wandb = session.import_wandb()
+        rows_of_file = count_rows(self.path / METRICS)
+        problem = None
         if self.mode == "online":
             try:
                 self._start_online(deadline - OFFLINE_SECONDS)
@@ -85,7 +87,7 @@ class WandbRun:
         return problem
 
     def _start_online(self, deadline: float) -> None:
-        """Continue on the server, after it has taken back the rows whose steps are done again, if it can."""
+        """Continue on the server. It first takes back the rows whose steps are done again, if it can."""
         self._begin("online", deadline - time.monotonic(), id=self.state["id"], resume="allow")
         right = self._rows_still_right()
         # W&B must keep one row. If nothing was saved, it is that of the first step, which comes out the same again.
