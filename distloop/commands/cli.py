@@ -1,27 +1,29 @@
-"""The `distloop` command: one word for each of the things it does, each imported only when it is asked for."""
+"""The `distloop` command, the first word of which names one of the commands below."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 
+# word -> (module of this package, what it does). A module is imported only when it is asked for.
 COMMANDS = {
-    "train": "train a model, or continue a run",
-    "evaluate": "validate a run's weights again, or on other data",
-    "sync": "upload to W&B what stayed offline or never arrived",
-    "status": "a table of runs, or one run in detail",
-    "report": "a run, or several side by side, as one HTML file",
-    "doctor": "check machines, devices and network before a big job",
+    "train": ("", "train a model, or continue a run"),
+    "evaluate": ("evaluate", "validate a run's weights again, or on other data"),
+    "sync": ("sync", "upload to W&B what stayed offline or never arrived"),
+    "status": ("status", "a table of runs, or one run in detail"),
+    "report": ("report.page", "a run, or several side by side, as one HTML file"),
+    "doctor": ("doctor.main", "check machines, devices and network before a big job"),
 }
 USAGE = (
     "usage: distloop COMMAND …\n\n"
-    + "".join(f"  {command:<8} {what}\n" for command, what in COMMANDS.items())
+    + "".join(f"  {command:<8} {what}\n" for command, (_, what) in COMMANDS.items())
     + "\ndistloop COMMAND --help explains each; distloop --version"
 )
 
 
 def main() -> None:
-    """Do what the command line says; leaves with the command's exit code."""
+    """Run the command that the command line names; ends the process with the command's exit code."""
     from distloop.ranks import leaving, talking
 
     talking.speak_clearly()
@@ -33,28 +35,14 @@ def main() -> None:
         from distloop.train import train
 
         leaving.leave(main(train, arguments))
-    elif word == "status":
-        from distloop.commands.status import main as status
-
-        sys.exit(status(arguments))
-    elif word == "report":
-        from distloop.commands.report.page import main as report
-
-        sys.exit(report(arguments))
-    elif word == "sync":
-        from distloop.commands.sync import main as sync
-
-        code = sync(arguments)
-        sys.stdout.flush()
-        os._exit(code)  # wandb's own exit hooks may wait for a server
-    elif word == "evaluate":
-        from distloop.commands.evaluate import main as evaluate
-
-        leaving.leave(evaluate(arguments))
-    elif word == "doctor":
-        from distloop.commands.doctor.main import main as doctor
-
-        leaving.leave(doctor(arguments))
+    elif word in COMMANDS:
+        code = importlib.import_module(f"distloop.commands.{COMMANDS[word][0]}").main(arguments)
+        if word in ("evaluate", "doctor"):
+            leaving.leave(code)
+        elif word == "sync":
+            sys.stdout.flush()
+            os._exit(code)  # wandb's own exit hooks may wait for a server
+        sys.exit(code)
     elif word in ("--help", "-h"):
         print(USAGE)
     elif word == "--version":

@@ -1,11 +1,11 @@
-"""Validate a run's weights again, or on other data: the run's own numbers, on any number of processes.
+"""Validate a run's weights again, or on other data, on any number of processes: the run's own numbers come out again.
 
     distloop evaluate runs/digits
     distloop evaluate runs/digits/checkpoints/step_00000242 --data.root /other/data --device cpu
     accelerate launch --multi_gpu --num_processes 2 … distloop/evaluate.py runs/digits
 
-A run's newest good checkpoint, or the one that is named. Settings come from the run's config.yaml and, over it, from
-the command line, as in training.
+It takes the newest good checkpoint of a run, or the checkpoint that you name. Settings come from the run's
+config.yaml; the command line changes them, as in training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ USAGE = "usage: distloop evaluate RUN_OR_CHECKPOINT [--json] [--data.root DIR] [
 def evaluate(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
     """The task's summary over the validation data, with `samples` and the checkpoint's `step`. Collective.
 
-    Averaged weights are taken where the run validated them.
+    `path`: of a run or a checkpoint. If the run averages its weights, the averaged ones are validated, as by the run.
     """
     import torch  # only now: it reads the thread count
 
@@ -65,7 +65,7 @@ def evaluate(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
 
 
 def checkpoint_of(path: Path) -> Path:
-    """The verified checkpoint at `path`, or the newest good one of the run there. Raises UsageError."""
+    """`path` if it is a checkpoint, else the newest good checkpoint of the run there. Raises UsageError."""
     from distloop.run.checkpoint import MODEL, DamagedCheckpoint, newest_good, verify
 
     if (path / MODEL).exists():
@@ -81,7 +81,7 @@ def checkpoint_of(path: Path) -> Path:
 
 
 def config_of(path: Path, arguments: list[str], quiet: bool) -> Config:
-    """The config of the run to which `path` belongs, with what the command line changes. Raises UsageError."""
+    """The config of the run to which `path` belongs, as the command line changes it. Raises UsageError."""
     files = [folder / CONFIG for folder in (path, *path.absolute().parents[:2]) if (folder / CONFIG).exists()]
     if not path.is_dir():
         raise UsageError(f"{path} is no folder: name a run's, or that of one of its checkpoints.")
@@ -93,7 +93,7 @@ def config_of(path: Path, arguments: list[str], quiet: bool) -> Config:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Evaluate as the command line says; returns the exit code: 0 in order, 1 failed, 2 wrong usage."""
+    """Evaluate what the command line names; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
     prepare_environment()
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0].startswith("-"):
@@ -102,10 +102,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(__doc__ if wants_help else USAGE, file=sys.stdout if wants_help else sys.stderr)
         let_others_speak()
         return 0 if wants_help else 2
-    path, rest = Path(arguments[0]), [argument for argument in arguments[1:] if argument != "--json"]
+    path, settings = Path(arguments[0]), [argument for argument in arguments[1:] if argument != "--json"]
     ranks = Ranks(WatchWithoutSaving())
     try:
-        config = config_of(path, rest, not speaks(os.environ))
+        config = config_of(path, settings, not speaks(os.environ))
     except SystemExit as error:  # --help, or a mistake on the command line
         let_others_speak()
         return int(error.code or 0)
@@ -116,10 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(path: Path, metrics: dict[str, Any], as_json: bool, ranks: Ranks) -> None:
     """Print the metrics, on rank 0."""
-    if not ranks.is_main:
-        return
-    if as_json:
+    if ranks.is_main and as_json:
         print(json.dumps(metrics))
-    else:
+    elif ranks.is_main:
         texts = [f"{name} {number(metrics[name])}" for name in metrics if name not in ("step", "samples")]
         print(f"{path} · step {metrics['step']} · {' · '.join(texts)}  ({metrics['samples']} samples)")

@@ -90,26 +90,24 @@ def settings_that_differ(runs: list[Run]) -> list[dict[str, str]]:
     Settings that do not change what is trained, such as the name, are left out.
     """
     configs = [_settings(run.path / CONFIG) for run in runs]
-    readable = [config for config in configs if config is not None]
-    keys = [key for key in dict.fromkeys(key for config in readable for key in config) if not is_one_of(key, FREE_KEYS)]
     differing = []
-    for key in keys:
+    for key in dict.fromkeys(key for config in configs for key in config):
         # An argument may be missing in a config. Any other setting is only missing if the version did not have it.
-        having = readable if ".args." in key else [config for config in readable if key in config]
-        if len({config.get(key) for config in having}) > 1:
+        having = [config for config in configs if key in config or (config and ".args." in key)]
+        if len({config.get(key) for config in having}) > 1 and not is_one_of(key, FREE_KEYS):
             differing.append(key)
-    return [{key: config[key] for key in differing if key in config} for config in (each or {} for each in configs)]
+    return [{key: config[key] for key in differing if key in config} for config in configs]
 
 
 def _ordered(runs: list[Run], values: list[Any], largest_first: bool) -> list[Run]:
     """The runs sorted by value. Runs with None come last; runs with equal values keep their order."""
-    pairs = list(zip(values, runs, strict=True))
-    having = sorted((pair for pair in pairs if pair[0] is not None), key=lambda pair: pair[0], reverse=largest_first)
-    return [run for _, run in having] + [run for value, run in pairs if value is None]
+    having = [index for index, value in enumerate(values) if value is not None]
+    having.sort(key=lambda index: values[index], reverse=largest_first)
+    return [runs[index] for index in having] + [run for run, value in zip(runs, values, strict=True) if value is None]
 
 
-def _settings(path: Path) -> dict[str, str] | None:
-    """A config file as {"optim.lr": "0.1", …}, with each value as text; None if the file cannot be read."""
+def _settings(path: Path) -> dict[str, str]:
+    """A config file as {"optim.lr": "0.1", …}, with each value as text; {} if the file cannot be read."""
     import yaml
 
     # Text is enough here. libyaml, where PyYAML has it, reads ten times as fast.
@@ -117,8 +115,10 @@ def _settings(path: Path) -> dict[str, str] | None:
     try:
         settings = yaml.load(path.read_bytes(), Loader=loader)
     except (OSError, yaml.YAMLError):
-        return None
-    if not isinstance(settings, dict):
-        return None
-    values = {key: value for key, value in dotted(settings).items() if value != {}}
-    return {key: value if isinstance(value, str) else str(value).replace("'", "") for key, value in values.items()}
+        return {}
+    values = dotted(settings) if isinstance(settings, dict) else {}
+    return {
+        key: str(value).replace("'", "") if isinstance(value, list) else value
+        for key, value in values.items()
+        if value != {}
+    }

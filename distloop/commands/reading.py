@@ -62,31 +62,23 @@ def runs_in(folder: Path) -> list[Run]:
 
 def read_run(path: Path) -> Run:
     """The run in the directory `path`."""
-    status, problem = _read_status(path)
-    owner, gone_reason = _read_owner(path)
     for _ in range(5):
-        if gone_reason is None or not status or status.get("state") != "running":
-            break
-        # The process does not exist. Either it is gone, or it has ended or started again between the two readings.
-        earlier_status = status
-        status, problem = _read_status(path)
-        if status == earlier_status:
-            break
+        status = _read_status(path)
         owner, gone_reason = _read_owner(path)
-    status = status or {}
-    state, reason = _text(status.get("state")) or "damaged", _text(status.get("reason"))
-    if problem:
-        state, reason = "damaged", problem
-    elif gone_reason is not None and state in ("running", "starting"):
+        # A run whose process does not exist is gone, or has ended or started again between the two readings.
+        if gone_reason is None or status["state"] != "running" or status == _read_status(path):
+            break
+    state, reason = status["state"], _text(status.get("reason"))
+    begins_again = _is_after(owner.get("since"), status.get("written"))
+    if gone_reason is not None and state in ("running", "starting"):
         state, reason = "gone", gone_reason
-    elif gone_reason is None and state != "running" and _is_after(owner.get("since"), status.get("written")):
+    elif gone_reason is None and begins_again and state not in ("running", "damaged"):
         state, reason = "starting", None
     elif state == "finished":
         reason = None
     ranks = _read_ranks(path, owner) if state in ("running", "gone") else []
     saved_step = _whole(status.get("step"))
     live_steps = [step for step in (_whole(rank.get("step")) for rank in ranks) if step is not None]
-    best = status.get("best")
     slurm = owner if owner.get("slurm_job") else status
     return Run(
         path=path,
@@ -99,7 +91,7 @@ def read_run(path: Path) -> Run:
         first_step=_whole(status.get("first_step")),
         attempt=_whole(status.get("attempt")),
         written=_text(status.get("written")),
-        best=best if isinstance(best, dict) else None,
+        best=_mapping(status.get("best")),
         best_rule=_rule(status.get("best_rule")),
         slurm_job=_text(slurm.get("slurm_job")),
         slurm_restart=_whole(slurm.get("slurm_restart")),
@@ -146,24 +138,22 @@ def seconds_since(moment: str | None) -> float | None:
 
 def failure_of(run: Run) -> dict[str, Any] | None:
     """The record of the failure of the run's last attempt: rank, node, step, phase, traceback, …"""
-    try:
-        record = parse_json((run.path / FAILURES / f"attempt_{run.attempt or 0:04d}.json").read_bytes())
-    except OSError:
+    if run.state not in ("failed", "gone"):
         return None
-    return record if isinstance(record, dict) and run.state in ("failed", "gone") else None
+    return _read_mapping(run.path / FAILURES / f"attempt_{run.attempt or 0:04d}.json")
 
 
-def _read_status(path: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """(content of status.json, None), or (None, why it cannot be read). Without the file the state is "starting"."""
+def _read_status(path: Path) -> dict[str, Any]:
+    """The content of status.json. If there is none, the state is "starting"; if it cannot be read, "damaged"."""
     try:
-        status = parse_json((path / STATUS).read_bytes())
+        status = _mapping(parse_json((path / STATUS).read_bytes()))
     except FileNotFoundError:
-        return {"state": "starting"}, None
+        return {"state": "starting"}
     except OSError as error:
-        return None, f"{STATUS} cannot be read: {error.strerror}"
-    if not isinstance(status, dict) or not isinstance(status.get("state"), str):
-        return None, f"{STATUS} is damaged"
-    return status, None
+        return {"state": "damaged", "reason": f"{STATUS} cannot be read: {error.strerror}"}
+    if status and _text(status.get("state")) is not None:
+        return status
+    return {"state": "damaged", "reason": f"{STATUS} is damaged"}
 
 
 def _read_owner(path: Path) -> tuple[dict[str, Any], str | None]:
@@ -177,15 +167,18 @@ def _read_owner(path: Path) -> tuple[dict[str, Any], str | None]:
 
 def _read_ranks(path: Path, owner: dict[str, Any]) -> list[dict[str, Any]]:
     """Where the ranks of this attempt are. What an earlier attempt has written is ignored."""
+    record = _read_mapping(path / RANKS) or {}
+    ranks = record.get("ranks")
+    if not isinstance(ranks, list) or _is_after(owner.get("since"), record.get("written")):
+        return []
+    return [rank for rank in ranks if isinstance(rank, dict)]
+
+
+def _read_mapping(path: Path) -> dict[str, Any] | None:
     try:
-        record = parse_json((path / RANKS).read_bytes())
+        return _mapping(parse_json(path.read_bytes()))
     except OSError:
-        return []
-    if not isinstance(record, dict) or not isinstance(record.get("ranks"), list):
-        return []
-    if _is_after(owner.get("since"), record.get("written")):
-        return []
-    return [rank for rank in record["ranks"] if isinstance(rank, dict)]
+        return None
 
 
 def parse_json(text: bytes | str) -> Any:
@@ -213,6 +206,10 @@ def _is_after(time: Any, other: Any) -> bool:
 def _rule(value: Any) -> Rule | None:
     well_formed = isinstance(value, list) and len(value) == 2 and value[1] in ("min", "max")
     return (str(value[0]), value[1]) if well_formed else None
+
+
+def _mapping(value: Any) -> dict[str, Any] | None:
+    return value if isinstance(value, dict) else None
 
 
 def _text(value: Any) -> str | None:

@@ -1,10 +1,10 @@
-"""Whether a Slurm job goes back to the queue: asked by the scripts in slurm/ when their ranks have ended in order.
+"""Decide whether a Slurm job goes back to the queue. The scripts in slurm/ call it after their ranks have ended.
 
     scontrol show job "$SLURM_JOB_ID" | python -m distloop.commands.requeue answer --config configs/digits.yaml …
 
-`answer` or `lost`: whether all nodes of the job answer, or one is lost. After it come the arguments of the run, in
-whose directory it is found how the run ended. Exit code 0 says that the job is to be requeued, 3 that it is not.
-Slurm's tools are not called from here: it may run in a container.
+The first argument: `answer` if all nodes of the job answer, `lost` if a node is lost. The others are the run's, whose
+directory says how the run ended. Exit code 0: requeue the job; 3: do not. It calls none of Slurm's tools, which a
+container may lack.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ TIME_IS_OVER = (StopReason.SIGUSR1, StopReason.SIGUSR2, StopReason.SLURM_LIMIT)
 def decide(
     status: Mapping[str, Any], job: Mapping[str, str], max_requeues: int, node_lost: bool = False
 ) -> tuple[bool, str]:
-    """Whether to requeue, and a line that says why or why not; no line where nothing is to be said.
+    """(whether to requeue, a line that says why or why not). The line is "" if the run has not stopped in this job.
 
-    `status` is the run's status.json, `job` what `scontrol show job` says. SIGTERM alone is no reason to come
-    back: it is what scancel sends.
+    `status`: the content of the run's status.json. `job`: the fields of `scontrol show job`. SIGTERM without a
+    preemption is no reason to requeue, since scancel sends it.
     """
     restarts = int(job.get("Restarts", 0))
     ours = str(status.get("slurm_job")) == job.get("JobId") and status.get("slurm_restart") == restarts
     if not node_lost and (not ours or status.get("state") != "stopped"):
-        return False, ""  # finished, failed, or never begun, since another one owns the run
+        return False, ""  # it has finished or failed, or never began, since another job owns the run
     text, step, attempt = str(status.get("reason")), status.get("step"), int(status.get("attempt", 1))
     reason = StopReason.of(text)
     preempted = job.get("PreemptTime", "None") != "None"
@@ -50,10 +50,8 @@ def decide(
     if restarts >= max_requeues:
         return False, f"not requeued: restarted {restarts} times already (stop.max_requeues)"
     if ours and attempt > 1 and step == status.get("first_step") and not preempted:
-        return False, (
-            f"not requeued: no progress, attempt {attempt} began and ended with step {step}. Give the job more time "
-            "(--time), or save and start faster."
-        )
+        advice = "Give the job more time (--time), or save and start faster."
+        return False, f"not requeued: no progress, attempt {attempt} began and ended with step {step}. {advice}"
     why = "a node is lost" if node_lost else "preempted" if preempted else text
     if step is None:
         return True, f"requeued before the run had begun ({why})"
@@ -61,15 +59,15 @@ def decide(
 
 
 def main(arguments: list[str]) -> int:
-    """Read Slurm's view of the job from standard input; print the decision; return the exit code."""
+    """Read the job from standard input, print the decision, return the exit code."""
     job = dict(re.findall(r"(\w+)=(\S*)", sys.stdin.read()))
-    job["JobId"] = os.environ.get("SLURM_JOB_ID", "")  # a task of an array is shown by its own number, too
+    job["JobId"] = os.environ.get("SLURM_JOB_ID", "")  # Slurm shows the task of an array with two numbers
     nodes, *arguments = arguments
     try:
         config = load_config(arguments, quiet=True)
         file = path_of(config) / STATUS
         status = json.loads(file.read_text()) if file.exists() else {}
-    except SystemExit:  # --help, or a mistake on the command line: the ranks have answered it
+    except SystemExit:  # --help, or a mistake on the command line: the ranks have printed the answer
         return DONE
     except (UsageError, OSError, ValueError) as error:
         print(f"distloop: not requeued: {error}", file=sys.stderr)

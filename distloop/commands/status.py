@@ -1,7 +1,7 @@
 """`distloop status`: a table of runs, ranked by a metric on request.
 
-On a terminal the table has colours and fits the width. In a pipe it has whole lines, with two or more spaces between
-the columns.
+On a terminal the table has colours and fits the width. In a pipe its lines are whole, with two or more spaces between
+columns.
 """
 
 from __future__ import annotations
@@ -14,18 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distloop.commands import reading
 from distloop.commands.ranking import Ranking, natural_order, rank
-from distloop.commands.reading import (
-    Run,
-    checkpoint_steps,
-    failure_of,
-    is_run,
-    last_validation,
-    metrics_in,
-    read_run,
-    runs_in,
-    seconds_since,
-)
+from distloop.commands.reading import Run, seconds_since
 from distloop.errors import UsageError
 from distloop.tracking.wording import UNKNOWN, age, number
 
@@ -56,8 +47,8 @@ def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     folder = Path(options.runs_dir)
     try:
-        single = is_run(folder)
-        runs = [read_run(folder)] if single else _runs_in(folder)
+        single = reading.is_run(folder)
+        runs = [reading.read_run(folder)] if single else _runs_in(folder)
         ranking = rank(runs, options.sort, options.reverse) if options.sort and runs else None
     except UsageError as error:
         print(f"distloop: {error}", file=sys.stderr)
@@ -86,9 +77,10 @@ def columns(runs: list[Run], ranking: Ranking | None, with_reasons: bool = True)
         table.append(Column("#", [_text(place) for place in places], align_right=True))
     table.append(Column("run", [run.name for run in runs], least_width=20))
     table.append(Column("state", [run.state for run in runs]))
-    if ranking and ranking.is_metric:
-        table.append(Column(ranking.by, [UNKNOWN if not v else f"{number(v[0])} @{v[1]}" for v in ranking.values]))
     if ranking:
+        if ranking.is_metric:
+            values = [f"{number(best[0])} @{best[1]}" if best else UNKNOWN for best in ranking.values]
+            table.append(Column(ranking.by, values))
         table.append(Column("differs", list(map(_pairs, ranking.settings)), least_width=24))
     table.append(Column("step", list(map(_progress, runs)), align_right=True, drop_order=6 if ranking else 0))
     if not ranking or any(run.best_rule and run.best_rule[0] != ranking.by for run in runs):
@@ -111,8 +103,8 @@ def fit(table: list[Column], width: int) -> dict[str, int]:
             del widths[column.title]
     spare = width - sum(widths.values()) - 2 * (len(widths) - 1)
     for column in table:
-        if column.title in widths and spare > 0:
-            growth = min(spare, column.width - widths[column.title])
+        if column.title in widths:
+            growth = min(max(0, spare), column.width - widths[column.title])
             widths[column.title] += growth
             spare -= growth
     return widths
@@ -120,26 +112,26 @@ def fit(table: list[Column], width: int) -> dict[str, int]:
 
 def details(run: Run) -> list[str]:
     """The lines about a single run below its row."""
-    lines = [("directory", str(run.path))]
-    steps = checkpoint_steps(run.path)
-    lines.append(("checkpoints", f"step {', '.join(map(str, steps))}" if steps else "none"))
-    last = last_validation(run.path)
-    if last:
-        metrics = " · ".join(f"{name} {number(value)}" for name, value in metrics_in(last).items())
-        lines.append(("last validation", f"step {last['step']} · {metrics}"))
-    if run.first_step:
-        lines.append(("this attempt", f"began after step {run.first_step}"))
-    for index, each in enumerate(run.ranks[:MOST_RANKS]):
-        lines.append(("" if index else "ranks", f"{_place(each)} · process {each.get('pid')}"))
-    if len(run.ranks) > MOST_RANKS:
-        lines.append(("", f"and {len(run.ranks) - MOST_RANKS} more"))
-    for index, line in enumerate((run.reason or "").strip().splitlines()[:MOST_LINES]):
-        lines.append(("" if index else "reason", line))
-    failure = failure_of(run)
-    if failure:
-        lines.append(("failed first", _place(failure)))
-        lines += [("", line) for line in str(failure.get("traceback") or "").splitlines()[-MOST_LINES:]]
-    return [f"  {title:<16}  {text}".rstrip() for title, text in lines]
+    last, failure = reading.last_validation(run.path), reading.failure_of(run)
+    steps = ", ".join(map(str, reading.checkpoint_steps(run.path)))
+    metrics = [f"{name} {number(value)}" for name, value in reading.metrics_in(last or {}).items()]
+    ranks = [f"{_place(rank)} · process {rank.get('pid')}" for rank in run.ranks[:MOST_RANKS]]
+    others = len(run.ranks) - MOST_RANKS
+    traceback = str(failure.get("traceback") or "").splitlines()[-MOST_LINES:] if failure else []
+    lines = {
+        "directory": [str(run.path)],
+        "checkpoints": [f"step {steps}" if steps else "none"],
+        "last validation": [f"step {last['step']} · {' · '.join(metrics)}"] if last else [],
+        "this attempt": [f"began after step {run.first_step}"] if run.first_step else [],
+        "ranks": [*ranks, *([f"and {others} more"] if others > 0 else [])],
+        "reason": (run.reason or "").strip().splitlines()[:MOST_LINES],
+        "failed first": [_place(failure), *traceback] if failure else [],
+    }
+    return [
+        f"  {'' if index else title:<16}  {text}".rstrip()
+        for title, texts in lines.items()
+        for index, text in enumerate(texts)
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,22 +141,19 @@ def _parser() -> argparse.ArgumentParser:
         "there, is shown as gone.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs_dir", nargs="?", default="runs", help="folder of run directories, or one (default: runs)")
-    parser.add_argument(
-        "--sort", metavar="METRIC", help="rank by a validation metric, the best first, or by step, written or name"
-    )
-    parser.add_argument(
-        "--reverse",
-        action="store_true",
-        help="the other way round, as for a metric not named loss or error of which less is better",
-    )
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    add = parser.add_argument
+    add("runs_dir", nargs="?", default="runs", help="folder of run directories, or one (default: runs)")
+    by = "rank by a validation metric, the best first, or by step, written or name"
+    add("--sort", metavar="METRIC", help=by)
+    other_way = "the other way round, as for a metric not named loss or error of which less is better"
+    add("--reverse", action="store_true", help=other_way)
+    add("--json", action="store_true", help="the same as JSON")
     return parser
 
 
 def _runs_in(folder: Path) -> list[Run]:
     try:
-        return sorted(runs_in(folder), key=lambda run: natural_order(run.name))
+        return sorted(reading.runs_in(folder), key=lambda run: natural_order(run.name))
     except FileNotFoundError:
         hint = "" if folder.is_absolute() else f" (looked for {folder.absolute()})"
         raise UsageError(f"{folder}: there is no such folder{hint}. Give the one that holds your runs.") from None
@@ -183,42 +172,38 @@ def _print_table(table: list[Column], runs: list[Run]) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
+    styles = [STYLES.get(run.state, "") for run in runs]
     widths = fit(table, console.width)
     rich_table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for column in table:
-        if column.title in widths:
-            rich_table.add_column(
-                Text(column.title),
-                justify="right" if column.align_right else "left",
-                width=widths[column.title],
-                no_wrap=column.title not in FOLDED,
-                overflow="fold" if column.title in FOLDED else "ellipsis",
-            )
-    for index, run in enumerate(runs):
-        cells = [(column.title, column.cells[index]) for column in table if column.title in widths]
-        rich_table.add_row(
-            *(Text(cell, STYLES.get(run.state, "") if title == "state" else "") for title, cell in cells)
+    columns = [column for column in table if column.title in widths]
+    for column in columns:
+        fold = column.title in FOLDED
+        rich_table.add_column(
+            Text(column.title),
+            justify="right" if column.align_right else "left",
+            width=widths[column.title],
+            no_wrap=not fold,
+            overflow="fold" if fold else "ellipsis",
         )
+    for index, style in enumerate(styles):
+        rich_table.add_row(*(Text(column.cells[index], style if column.title == "state" else "") for column in columns))
     console.print(rich_table)
     for column in table:
-        if column.title == "reason" and "reason" not in widths:  # it has no room beside the other columns
+        if column.title == "reason" and column not in columns:  # it has no room beside the other columns
             console.print()
-            for run, reason in zip(runs, column.cells, strict=True):
+            for run, style, reason in zip(runs, styles, column.cells, strict=True):
                 if reason != UNKNOWN:
-                    line = Text.assemble((run.name, STYLES.get(run.state, "")), f": {reason}")
+                    line = Text.assemble((run.name, style), f": {reason}")
                     console.print(line, no_wrap=True, overflow="ellipsis")
 
 
 def plain_lines(table: list[Column]) -> list[str]:
     """The table as lines, without trailing spaces."""
-    lines = []
-    for cells in zip(*([column.title, *column.cells] for column in table), strict=True):
-        padded = [
-            cell.rjust(column.width) if column.align_right else cell.ljust(column.width)
-            for cell, column in zip(cells, table, strict=True)
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return lines
+    padded = [
+        [f"{cell:{'>' if column.align_right else '<'}{column.width}}" for cell in (column.title, *column.cells)]
+        for column in table
+    ]
+    return ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
 
 
 def _as_json(run: Run, index: int, ranking: Ranking | None, detailed: bool) -> dict[str, Any]:
@@ -229,8 +214,11 @@ def _as_json(run: Run, index: int, ranking: Ranking | None, detailed: bool) -> d
         if ranking.is_metric:
             content |= {"sorted_by": ranking.by, "direction": ranking.direction, "value": value, "value_step": step}
     if detailed:
-        content |= {"checkpoints": checkpoint_steps(run.path), "last_validation": last_validation(run.path)}
-        content |= {"failure": failure_of(run)}
+        content |= {
+            "checkpoints": reading.checkpoint_steps(run.path),
+            "last_validation": reading.last_validation(run.path),
+        }
+        content |= {"failure": reading.failure_of(run)}
     return content
 
 
@@ -239,15 +227,14 @@ def _place(rank: dict[str, Any]) -> str:
 
 
 def _progress(run: Run) -> str:
-    if run.step is None or not run.total_steps:
-        return f"{_text(run.step)}/{_text(run.total_steps)}"
-    return f"{run.step}/{run.total_steps} {100 * run.step // run.total_steps}%"
+    percent = f" {100 * run.step // run.total_steps}%" if run.step is not None and run.total_steps else ""
+    return f"{_text(run.step)}/{_text(run.total_steps)}{percent}"
 
 
 def _best(run: Run) -> str:
-    if not (run.best and run.best_rule and run.best_rule[0] in run.best):
+    metric = run.best_rule[0] if run.best_rule else ""
+    if run.best is None or metric not in run.best:
         return UNKNOWN
-    metric = run.best_rule[0]
     return f"{metric} {number(run.best[metric])} @{_text(run.best.get('step'))}"
 
 
@@ -258,13 +245,11 @@ def _job(run: Run) -> str:
 
 def _pairs(settings: dict[str, str]) -> str:
     """ "optim.lr=0.1 seed=2", cut to DIFFERS_WIDTH with an ellipsis."""
-    text = ""
-    for key, value in settings.items():
-        pair = f"{' ' if text else ''}{key}={value}"
-        if len(text) + len(pair) > DIFFERS_WIDTH:
-            return f"{text} …".strip()
-        text += pair
-    return text or UNKNOWN
+    pairs = [f"{key}={value}" for key, value in settings.items()]
+    fitting = len(pairs)
+    while len(" ".join(pairs[:fitting])) > DIFFERS_WIDTH:
+        fitting -= 1
+    return " ".join([*pairs[:fitting], *(["…"] if fitting < len(pairs) else [])]) or UNKNOWN
 
 
 def _text(value: int | str | None) -> str:

@@ -1,7 +1,7 @@
-"""`distloop sync RUN [RUN …]`: bring W&B up to date with a run directory: what stayed offline, or never arrived.
+"""`distloop sync RUN [RUN …]`: upload to W&B what stayed offline or never arrived.
 
-Each row of metrics.jsonl that the server does not have is uploaded, of all attempts and in order, under the run's own
-id; then the W&B run is ended as the run has ended. Where there is nothing to upload, nothing changes.
+It uploads each row of metrics.jsonl that the server lacks, of all attempts and in order, under the run's own id; then
+it ends the W&B run as the run has ended. If there is nothing to upload, nothing changes.
 """
 
 from __future__ import annotations
@@ -66,18 +66,17 @@ def _no_output_of_children() -> Iterator[None]:
 def _settings(path: Path) -> dict[str, Any]:
     """The section `tracking` of the run's config."""
     try:
-        settings = parse_yaml((path / CONFIG).read_text())["tracking"]
+        config = parse_yaml((path / CONFIG).read_text())
     except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"{path / CONFIG} cannot be read: {' '.join(str(error).split())}") from None
-    except (KeyError, TypeError):
-        settings = None
+    settings = config.get("tracking") if isinstance(config, dict) else None
     if not isinstance(settings, dict):
         raise UsageError(f"{path / CONFIG} is that of a version without W&B; add a section `tracking` to it.")
     return settings
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Sync what the command line names; returns the exit code: 0 done, 1 not all of it, 2 wrong usage."""
+    """Sync the runs that the command line names; returns the exit code: 0 done, 1 not all of them, 2 wrong usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] in (["--help"], ["-h"]):
         print(f"{__doc__}\n{USAGE}")

@@ -60,16 +60,14 @@ class Console:
             self.view = LiveView(self.progress)
 
     def _train_parts(self, row: dict[str, Any]) -> list[str]:
-        """The parts of a train row's line; what the row lacks is left out."""
-        progress = self.progress
-        loss, lr = number_in(row, "running_loss"), number_in(row, "lr", ".3g")
-        rate, wait, left = number_in(row, "samples_per_second"), progress.data_wait(), progress.seconds_left()
-        return [
-            f"epoch {row['epoch']}/{progress.epochs}",
-            f"step {row['step']}/{progress.total_steps}",
-            *([f"running loss {loss}"] if loss else []),
-            *([f"lr {lr}"] if lr else []),
-            *([f"{rate} samples/s"] if rate else []),
-            *([f"data wait {wait}"] if wait else []),
-            *([f"{duration(left)} left"] if left is not None else []),
-        ]
+        """The parts of a train row's line, without those whose value the row lacks."""
+        progress, left = self.progress, self.progress.seconds_left()
+        values = {
+            "running loss {}": number_in(row, "running_loss"),
+            "lr {}": number_in(row, "lr", ".3g"),
+            "{} samples/s": number_in(row, "samples_per_second"),
+            "data wait {}": progress.data_wait(),
+            "{} left": None if left is None else duration(left),
+        }
+        steps = [f"epoch {row['epoch']}/{progress.epochs}", f"step {row['step']}/{progress.total_steps}"]
+        return steps + [form.format(value) for form, value in values.items() if value]

@@ -1,9 +1,8 @@
 """The live view: a few lines at the bottom of a terminal, drawn twice a second.
 
-The terminal is told to scroll only the lines above the view, as package managers do. So everything else that writes to
-the terminal (libraries, other ranks, loader workers, launchers, a debugger, the echo of ^C) needs to know nothing of
-the view, and tears no line. rich.Live draws at the cursor instead, and catches only what goes through this process's
-sys.stdout.
+The terminal scrolls only the lines above the view, as package managers have it. So nothing else that writes to it
+(libraries, other ranks, loader workers, launchers, a debugger, the echo of ^C) tears the view. rich.Live draws at the
+cursor instead, and catches only what goes through this process's sys.stdout.
 """
 
 from __future__ import annotations
@@ -39,9 +38,6 @@ Pieces = list[tuple[str, str]]  # a line of the view: texts, each with its style
 Fields = list[tuple[str, str]]  # names, each with its value
 
 
-# ---- layout --------------------------------------------------------------------------------------------------
-
-
 def layout(progress: Progress, columns: int) -> list[Pieces]:
     """The lines of the view, the most important first, each at most `columns` wide."""
     memory, train = progress.memory(), progress.train
@@ -74,25 +70,24 @@ def layout(progress: Progress, columns: int) -> list[Pieces]:
 def _bars(progress: Progress, columns: int) -> list[Pieces]:
     """The progress of the run, and of the current epoch."""
     step, total, left = progress.step, progress.total_steps, progress.seconds_left()
-    epoch = max(0, step - 1) // progress.steps_per_epoch
-    steps_before = epoch * progress.steps_per_epoch
-    steps_of_epoch = max(1, min(progress.steps_per_epoch, total - steps_before))
-    counts = f"step {step}/{total}", f"epoch {epoch + 1}/{progress.epochs}"
-    count_width = max(len(f"step {total}/{total}"), len(f"epoch {progress.epochs}/{progress.epochs}"))
+    epochs, epoch = progress.epochs, max(0, step - 1) // progress.steps_per_epoch
+    step_of_epoch = step - epoch * progress.steps_per_epoch
+    steps_of_epoch = max(1, min(progress.steps_per_epoch, total - epoch * progress.steps_per_epoch))
+    count_width = max(len(f"step {total}/{total}"), len(f"epoch {epochs}/{epochs}"))
     room = columns - LABEL - PERCENT - GAP - LEFT
     if has_counts := room >= GAP + count_width:
         room -= GAP + count_width
-    bar = min(room - 1, LONGEST_BAR) if room > SHORTEST_BAR else 0
+    width = min(room - 1, LONGEST_BAR) if room > SHORTEST_BAR else 0
     lines: list[Pieces] = []
     for label, share, count, time_left in (
-        ("run", step / total, counts[0], UNKNOWN if left is None else f"{duration(left)} left"),
-        ("epoch", (step - steps_before) / steps_of_epoch, counts[1], ""),
+        ("run", step / total, f"step {step}/{total}", UNKNOWN if left is None else f"{duration(left)} left"),
+        ("epoch", step_of_epoch / steps_of_epoch, f"epoch {epoch + 1}/{epochs}", ""),
     ):
-        full = int(share * bar)
-        line = [(label.ljust(LABEL), "dim"), ("━" * full, "cyan"), ("─" * (bar - full), "dim"), (" " * bool(bar), "")]
-        line.append((f"{int(100 * share)} %".rjust(PERCENT), "bold"))
-        line += [(" " * GAP + count.ljust(count_width), "")] if has_counts else []
-        lines.append([*line, (" " * GAP + time_left, "")])
+        full = int(share * width)
+        bar = [("━" * full, "cyan"), ("─" * (width - full) + " " * bool(width), "dim")]
+        counts = [(" " * GAP + count.ljust(count_width), "")] if has_counts else []
+        percent = (f"{int(100 * share)} %".rjust(PERCENT), "bold")
+        lines.append([(label.ljust(LABEL), "dim"), *bar, percent, *counts, (" " * GAP + time_left, "")])
     return lines
 
 
@@ -104,9 +99,8 @@ def _validations(progress: Progress, columns: int) -> list[Pieces]:
     names = [best_metric, *(name for name in metrics["latest"] or metrics["best"] if name != best_metric)]
     lines = []
     for label, row in rows.items():
-        fields = [("", _step(row.get("step"), progress))]
-        if row:
-            fields += [(name, _value(metrics[label].get(name))) for name in names]
+        values = [(name, _value(metrics[label].get(name))) for name in names] if row else []
+        fields = [("", _step(row.get("step"), progress)), *values]
         lines.append(_line_of_fields(label, fields, columns, best_metric if label == "best" else "")[0])
     return lines
 
@@ -119,10 +113,10 @@ def _line_of_fields(label: str, fields: Fields, columns: int, highlight: str = "
         width_of_field = gap + cell_len(f"{name} {value}" if name else value)
         if width + width_of_field > columns:
             others.append((name, value))
-            continue
-        line.append((" " * gap + (f"{name} " if name else ""), "dim"))
-        line.append((value, "bold green" if name and name == highlight else ""))
-        width += width_of_field
+        else:
+            line.append((" " * gap + (f"{name} " if name else ""), "dim"))
+            line.append((value, "bold green" if name and name == highlight else ""))
+            width += width_of_field
     return line, others
 
 
@@ -133,9 +127,6 @@ def _value(value: Any) -> str:
 def _step(step: int | None, progress: Progress) -> str:
     """The step, as wide as the last step will be."""
     return (UNKNOWN if step is None else f"step {step}").ljust(len(f"step {progress.total_steps}"))
-
-
-# ---- drawing -------------------------------------------------------------------------------------------------
 
 
 class LiveView:
@@ -149,7 +140,13 @@ class LiveView:
         self.place: tuple[int, int, int] | None = None  # columns and lines of the terminal, lines of the view
         self.lock = threading.Lock()
         self.closing = threading.Event()
-        self.terminal_guard = _start_terminal_guard()
+        self.terminal_guard: subprocess.Popen[bytes] | None = None
+        # A process that gives the terminal back if this one is killed or crashes: its standard input ends then.
+        command = ["sh", "-c", 'read -r _; printf %s "$1"', "sh", GIVE_BACK]
+        with contextlib.suppress(OSError):
+            self.terminal_guard = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+            )
         threading.Thread(target=self._run, name="distloop-live-view", daemon=True).start()
 
     def close(self) -> None:
@@ -174,9 +171,10 @@ class LiveView:
             raise
 
     def _draw(self) -> None:
-        if _is_in_background(self.terminal):
-            self._give_back()
-            return
+        with contextlib.suppress(OSError):  # not the terminal of this session, as under an elastic launcher
+            if os.tcgetpgrp(self.terminal) != os.getpgrp():  # the shell has put this process into the background
+                self._give_back()
+                return
         columns, height = 80, 24
         with contextlib.suppress(OSError):
             size = os.get_terminal_size(self.terminal)
@@ -188,8 +186,7 @@ class LiveView:
         text = GIVE_BACK if self.place and self.place != place else SCROLL_ALL
         self.place = place
         text += DOWN * len(lines) + f"\x1b[{len(lines)}A" * bool(lines)  # make room if the cursor is near the bottom
-        text += f"{KEEP_CURSOR}\x1b[1;{first_row - 1}r{BACK_TO_CURSOR}"
-        text += KEEP_CURSOR + PLAIN + CUT_LONG_LINES
+        text += f"{KEEP_CURSOR}\x1b[1;{first_row - 1}r{BACK_TO_CURSOR}{KEEP_CURSOR}{PLAIN}{CUT_LONG_LINES}"
         for row, line in enumerate(lines, start=first_row):
             text += f"\x1b[{row}H{self._render(line, columns - 1)}{ERASE_REST_OF_LINE}"
         self._write(text + WRAP_LONG_LINES + BACK_TO_CURSOR)
@@ -215,19 +212,3 @@ class LiveView:
         with contextlib.suppress(OSError):  # the terminal is gone
             while data:
                 data = data[os.write(self.terminal, data) :]
-
-
-def _start_terminal_guard() -> subprocess.Popen[bytes] | None:
-    """Start a process that gives the terminal back if this one is killed or crashes: its standard input ends then."""
-    with contextlib.suppress(OSError):
-        command = ["sh", "-c", 'read -r _; printf %s "$1"', "sh", GIVE_BACK]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-    return None
-
-
-def _is_in_background(terminal: int) -> bool:
-    """Whether the shell has put this process into the background of the terminal."""
-    try:
-        return os.tcgetpgrp(terminal) != os.getpgrp()
-    except OSError:  # not the terminal of this process's session, as under an elastic launcher
-        return False

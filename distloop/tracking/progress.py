@@ -28,7 +28,7 @@ def number_in(row: dict[str, Any], key: str, form: str = "") -> str | None:
 
 @dataclass
 class Progress:
-    """How far the run is. Made by the caller, then kept up to date by a call of add() for each row."""
+    """How far the run is. The caller calls add() with each new row."""
 
     name: str
     attempt: int
@@ -78,8 +78,7 @@ class Progress:
             return None
         (first_step, first_time), (last_step, last_time) = self.first_train, self.last_row
         seconds_per_step = (last_time - first_time) / (last_step - first_step)
-        seconds_since_row = time.monotonic() - last_time
-        return max(0.0, seconds_per_step * (self.total_steps - last_step) - seconds_since_row)
+        return max(0.0, last_time + seconds_per_step * (self.total_steps - last_step) - time.monotonic())
 
     def data_wait(self) -> str | None:
         """The share of the training time that rank 0 waited for data, in the latest train row, such as "2 %"."""

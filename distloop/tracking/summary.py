@@ -1,4 +1,4 @@
-"""What is said once: at the start what will be trained and how it is divided, at the end what came out."""
+"""The lines at the start of an attempt (what it trains) and at its end (the results)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distloop.data.order import Plan
 from distloop.ranks.stopping import StopReason
 from distloop.run.accounts import attempts, goodput, totals
 from distloop.run.checkpoint import AVERAGED, MODEL, published_in, step_of
-from distloop.run.files import METRICS, Start
+from distloop.run.files import CHECKPOINTS, METRICS, Start
 from distloop.tracking.wording import duration, number
 
 
@@ -42,7 +42,7 @@ def describe(config: Config, start: Start, plan: Plan, model: nn.Module, device:
 def ending(
     path: Path, step: int, total_steps: int, stop: StopReason | None, best: dict[str, Any] | None, last: dict[str, Any]
 ) -> list[str]:
-    """The lines at the end of an attempt. `stop`: why it was stopped; `last`: the last validation."""
+    """The lines at the end of an attempt. `stop`: why it stops; `best`, `last`: validation rows."""
     if step < total_steps:
         reason = stop.text if stop else "no reason"
         return [f"stopped after step {step} of {total_steps} ({reason}), saved in {path}; the same command continues"]
@@ -65,24 +65,23 @@ def ending(
 
 
 def _time(path: Path) -> list[str]:
-    entries, seconds = attempts(path), totals(path)
+    count, seconds = len(attempts(path)), totals(path)
     share = goodput(seconds)
     if share is None:
         return []
     wall = sum(seconds.values())
     others = {name: value / wall for name, value in seconds.items() if name not in ("data", "compute")}
     rest = ", ".join(f"{name.replace('_', '-')} {value:.0%}" for name, value in others.items() if value >= 0.005)
-    several = f" in {len(entries)} attempts" if len(entries) > 1 else ""
+    several = f" in {count} attempts" if count > 1 else ""
     return [f"  time: {duration(wall)}{several}, {share:.0%} of it in steps that counted ({rest})"]
 
 
 def _weights(path: Path, best: dict[str, Any] | None) -> list[str]:
-    published = published_in(path / "checkpoints")
-    steps = {published[-1]: ""} if published else {}
-    for checkpoint in published:
-        if best and step_of(checkpoint) == best["step"]:
-            steps[checkpoint] = " (best)"
+    """Where the weights of the newest and of the best checkpoint are."""
+    published = published_in(path / CHECKPOINTS)
+    marks = dict.fromkeys(published[-1:], "")
+    marks |= {checkpoint: " (best)" for checkpoint in published if best and step_of(checkpoint) == best["step"]}
     return [
-        f"  weights{which}: {checkpoint / (AVERAGED if (checkpoint / AVERAGED).exists() else MODEL)}"
-        for checkpoint, which in steps.items()
+        f"  weights{mark}: {checkpoint / (AVERAGED if (checkpoint / AVERAGED).exists() else MODEL)}"
+        for checkpoint, mark in marks.items()
     ]

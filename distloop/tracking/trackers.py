@@ -1,4 +1,4 @@
-"""All that is told of a run, behind one small interface: begin, log a row, say a line, end."""
+"""Console, metrics.jsonl, W&B and report of a run, behind one interface: begin, log a row, say a line, end."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ FAILED_SECONDS = 8.0  # less than ranks wait for each other after a failure
 
 
 class Trackers:
-    """All trackers of rank 0; on the other ranks it does nothing. Use as a context around the loop.
+    """All trackers of rank 0; on the other ranks they do nothing. Use as a context around the loop.
 
-    W&B starts at once, in a process of its own, beside what else has to be prepared; it reads metrics.jsonl.
+    W&B starts at once, in a process of its own that reads metrics.jsonl, while the run is prepared.
     """
 
     def __init__(self, run: Attempt, config: Config, ranks: Ranks) -> None:
@@ -42,39 +42,48 @@ class Trackers:
         self.console: Console | None = None
 
     def begin(self, model: nn.Module, device: torch.device) -> None:
-        """The loop is about to begin: say what is trained and how it is divided, once W&B has started. Collective."""
+        """Before the loop: wait until W&B has started, then print what is trained and on what. Collective."""
         start, plan, best = self.run.start, self.run.plan, self.run.best
         self.ranks.position.enter("starting W&B")
         if self.ranks.is_main:
-            about = (start.path.name, start.attempt, start.step, plan.total_steps, plan.steps_per_epoch)
-            self.console = Console(Progress(*about, best.rule, best.row, lambda: self.run.status.step))
+            progress = Progress(
+                name=start.path.name,
+                attempt=start.attempt,
+                first_step=start.step,
+                total_steps=plan.total_steps,
+                steps_per_epoch=plan.steps_per_epoch,
+                best_rule=best.rule,
+                best=best.row,
+                saved_step=lambda: self.run.status.step,
+            )
+            self.console = Console(progress)
             self.file = MetricsFile(start.path / METRICS)
         wandb = self.ranks.from_main(self._wandb_started)
         lines = describe(self.config, start, plan, model, device)
         self.say(*self.ranks.messages, *start.messages, *lines, *wandb)
 
     def log(self, kind: str, step: int, **values: Any) -> None:
-        """One row: `kind` is train, epoch or validate; `step` steps are done."""
+        """Log a row. `kind`: train, epoch or validate. `step`: how many steps are done."""
         if self.file is None or self.console is None:
             return
         epoch = (step - 1) // self.run.plan.steps_per_epoch + 1
-        row = {"kind": kind, "step": step, "epoch": epoch, "attempt": self.run.start.attempt}
-        row["time"] = round(time.time(), 3)
-        row = {**row, **values, **row}  # a task's metric named "step" must not win
+        keys = {"kind": kind, "step": step, "epoch": epoch, "attempt": self.run.start.attempt}
+        keys["time"] = round(time.time(), 3)
+        row = keys | values | keys  # in this order, but a task's metric named "step" must not win
         self.run.check_ownership()
         self.file.log(row)
         self.console.log(row)
 
     def say(self, *lines: str) -> None:
-        """Lines for people."""
+        """Print lines."""
         if self.console:
             for line in lines:
                 self.console.line(line)
 
     def end(self, step: int, stop: StopReason | None, metrics: dict[str, Any]) -> None:
-        """The run is saved and finished, or stopped: say so, and bring report and W&B to an end. Collective.
+        """Print how the attempt ends, write the report of a finished run, end W&B. Collective.
 
-        `metrics`: the last validation.
+        `stop`: why the run stops. `metrics`: the last validation.
         """
         self.ranks.from_main(lambda: self._end(step, stop, metrics))
 
@@ -92,7 +101,7 @@ class Trackers:
             self._wait_for_report(report)
 
     def _wait_for_report(self, report: subprocess.Popen[bytes]) -> None:
-        """The report is drawn by a process of its own: whatever its libraries do, the run has ended well."""
+        """A process of its own draws the report, so that no failure of its libraries is one of the run."""
         until = time.monotonic() + REPORT_SECONDS
         output = None
         while output is None and time.monotonic() < until:
@@ -103,11 +112,9 @@ class Trackers:
             self.say(f"  report: {self.run.path / 'report.html'}")
             return
         report.kill()
-        late = f"not ready after {REPORT_SECONDS:g} s"
-        problem = late if output is None else (output or "no reason given").splitlines()[-1]
-        self.say(
-            f"distloop: WARNING: the report was not written ({problem}); `distloop report {self.run.path}` tries again"
-        )
+        output = f"not ready after {REPORT_SECONDS:g} s" if output is None else output or "no reason given"
+        problem, again = output.splitlines()[-1], f"`distloop report {self.run.path}` tries again"
+        self.say(f"distloop: WARNING: the report was not written ({problem}); {again}")
 
     def _wandb_started(self) -> list[str]:
         if self.wandb is None:
@@ -118,14 +125,12 @@ class Trackers:
         return [line]
 
     def _end_wandb(self, state: str, seconds: float) -> None:
-        if self.wandb is not None:
-            problem = self.wandb.finish(state, seconds, self._while_waiting)
-            self.wandb = None
-            if problem:
-                self.say(problem)
+        wandb, self.wandb = self.wandb, None
+        if wandb and (problem := wandb.finish(state, seconds, self._while_waiting)):
+            self.say(problem)
 
     def _while_waiting(self) -> StopReason | None:
-        """Called several times a second while rank 0 waits for W&B; at the start, a reason to stop ends the waiting."""
+        """Called several times a second while rank 0 waits for W&B. A reason to stop ends the wait at the start."""
         self.ranks.still_at_work()
         return self.ranks.watch.wish
 

@@ -1,4 +1,4 @@
-"""Numbers, durations and sizes as text for people. Nothing is imported but the standard library."""
+"""Numbers, durations (in seconds) and sizes (in bytes) as text for people. Only the standard library is imported."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from typing import Any
 
 UNKNOWN = "–"
 ASCII = {"·": "-", "×": "x", "…": "...", "–": "-", "—": "-", "→": "->", "━": "=", "─": "-", "≤": "<=", "≥": ">="}
-
-
-# ---- numbers -------------------------------------------------------------------------------------------------
 
 
 def number(value: Any) -> str:
@@ -28,12 +25,10 @@ def number_with_zeros(value: Any) -> str:
 
 def number_with_commas(value: Any) -> str:
     """12,345 for an int, as `number` for a float; a dash for None, nan and infinity; str(value) for anything else."""
-    if value is None:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return UNKNOWN
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool):
         return str(value)
-    if not math.isfinite(value):
-        return UNKNOWN
     return f"{value:,}" if isinstance(value, int) else number(value)
 
 
@@ -59,9 +54,6 @@ def plural(amount: int, noun: str) -> str:
     return f"{amount} {noun}{'' if amount == 1 else 's'}"
 
 
-# ---- durations, in seconds -----------------------------------------------------------------------------------
-
-
 def duration(seconds: float) -> str:
     """65 -> 1:05, 3700 -> 1:01:40."""
     minutes, rest = divmod(round(seconds), 60)
@@ -82,10 +74,8 @@ def long_duration(seconds: float | None) -> str:
 
 def short_duration(seconds: float) -> str:
     """1.5 s, 20 ms, 200 µs."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
+    factor, unit = (1.0, "s") if seconds >= 1 else (1e3, "ms") if seconds * 1e3 >= 1 else (1e6, "µs")
+    return f"{seconds * factor:.3g} {unit}"
 
 
 def age(seconds: float | None) -> str:
@@ -96,9 +86,6 @@ def age(seconds: float | None) -> str:
         if seconds < limit:
             return f"{seconds // length:.0f} {unit} ago"
     return f"{seconds // 86400:.0f} d ago"
-
-
-# ---- sizes, in bytes -----------------------------------------------------------------------------------------
 
 
 def memory_size(size: float) -> str:
@@ -120,21 +107,10 @@ def file_size(size: int) -> str:
     return f"{amount:.3g} TB"
 
 
-# ---- encodings -----------------------------------------------------------------------------------------------
-
-
 def encodable(text: str, encoding: str | None) -> str:
     """The text with each character that `encoding` lacks replaced: · by -, … by ..., a letter by a question mark."""
     try:
         text.encode(encoding or "utf-8")
-        return text
     except UnicodeEncodeError:
-        return "".join(_encodable(character, encoding or "utf-8") for character in text)
-
-
-def _encodable(character: str, encoding: str) -> str:
-    try:
-        character.encode(encoding)
-        return character
-    except UnicodeEncodeError:
-        return ASCII.get(character, "?")
+        return "".join(encodable(each, encoding) for each in text) if len(text) > 1 else ASCII.get(text, "?")
+    return text

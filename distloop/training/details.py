@@ -95,7 +95,7 @@ class Details:
     def _read(self, mistakes: list[list[int]], samples: int) -> dict[str, Any]:
         table = self.cells[:-1].cpu().reshape(self.classes, self.width)
         has_confusion = self.width == self.classes
-        correct, totals = (table.diagonal() if has_confusion else table[:, -1]).tolist(), table.sum(1).tolist()
+        correct = (table.diagonal() if has_confusion else table[:, -1]).tolist()
         names = [*self.names[: self.classes], *map(str, range(len(self.names), self.classes))]
         return {
             "samples": samples,
@@ -103,7 +103,7 @@ class Details:
             "confusion": table.tolist() if has_confusion and self.classes else None,
             "per_class": [
                 {"name": name, "samples": total, "correct": right}
-                for name, total, right in zip(names, totals, correct, strict=True)
+                for name, total, right in zip(names, table.sum(1).tolist(), correct, strict=True)
             ],
             "mistakes": [
                 {
@@ -124,10 +124,10 @@ class Details:
         """
         if self.details is None:
             return
+        mistakes = self.details["mistakes"]
         with _restore_generators():
-            indices = [mistake["index"] for mistake in self.details["mistakes"]]
-            self.pictures = {index: self._picture(index) for index in indices}
-        mistakes = [{**mistake, "picture": self.pictures[mistake["index"]]} for mistake in self.details["mistakes"]]
+            self.pictures = {mistake["index"]: self._picture(mistake["index"]) for mistake in mistakes}
+        mistakes = [{**mistake, "picture": self.pictures[mistake["index"]]} for mistake in mistakes]
         details = {"step": step, "attempt": attempt, **self.details, "mistakes": mistakes}
         try:
             write_text(path / VALIDATION, json.dumps(details, separators=(",", ":")) + "\n")
@@ -146,7 +146,7 @@ class Details:
 
 @contextlib.contextmanager
 def _restore_generators() -> Iterator[None]:
-    """Restore the state of the global generators at the end, since loading a sample seeds them."""
+    """Restore the global generators at the end, since loading a sample seeds them."""
     states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
     try:
         yield
@@ -174,10 +174,9 @@ def png_uri(image: Any, mean: Sequence[float] | None = None, std: Sequence[float
         image = _to_uint8(image.float(), mean, std)
     elif image.dtype != torch.uint8:
         return None
-    from PIL import Image
+    from torchvision.transforms.functional import to_pil_image
 
-    pixels = image.permute(1, 2, 0).contiguous().numpy()
-    picture = Image.fromarray(pixels[:, :, 0] if image.shape[0] == 1 else pixels)
+    picture = to_pil_image(image)
     picture.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
     file = io.BytesIO()
     picture.save(file, "PNG")

@@ -10,7 +10,7 @@ from distloop.ranks.stopping import StopReason
 
 
 class Due(NamedTuple):
-    """What is to be done after a step, in this order."""
+    """What follows a step, in this order."""
 
     log: bool
     end_of_epoch: bool
@@ -23,12 +23,9 @@ class Due(NamedTuple):
 
 
 def due_after(step: int, plan: Plan, config: Config, stop: StopReason | None = None) -> Due:
-    """What is due after `step` steps, if the run stops then for the reason `stop`, or goes on.
-
-    At the end of the run all is due. A run that stops is saved.
-    """
+    """What is due after `step` steps: all at the end of the run, a save before the run stops for the reason `stop`."""
     at_end = step == plan.total_steps
-    often, saving = config.validate, config.checkpoint
+    validation, saving = config.validate, config.checkpoint
 
     def reaches(every_steps: int | None) -> bool:
         return every_steps is not None and step % every_steps == 0
@@ -36,7 +33,7 @@ def due_after(step: int, plan: Plan, config: Config, stop: StopReason | None = N
     return Due(
         log=at_end or reaches(config.log.every_steps),
         end_of_epoch=step % plan.steps_per_epoch == 0,
-        validation=at_end or reaches(often.every_steps or (often.every_epochs or 1) * plan.steps_per_epoch),
+        validation=at_end or reaches(validation.every_steps or (validation.every_epochs or 1) * plan.steps_per_epoch),
         save=at_end
         or stop is not None
         or reaches(saving.every_steps or plan.steps_per_epoch)

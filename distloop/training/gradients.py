@@ -1,4 +1,4 @@
-"""The gradient of a step: divided by a weight that is known only after its micro-batches, measured and clipped."""
+"""The gradient of a step: its division by the weight, its norm, clipping."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from distloop.training.tasks import Task
 def divide_by_weight(model: nn.Module, weight: Tensor | int, samples: int) -> None:
     """Turn gradients of Σ loss / samples into those of Σ loss / Σ weight, over all ranks.
 
-    `weight` is this rank's sum over the step. One number is added up over the ranks and never leaves the
-    device. A step without any weight (all tokens ignored) gets a gradient of zero.
+    `weight`: this rank's sum over the step. The sum over the ranks stays on the device. A step without any weight
+    (all tokens ignored) gets a gradient of zero.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     total = torch.as_tensor(weight, dtype=torch.float32, device=parameters[0].device).clone()
@@ -54,23 +54,23 @@ def settle_buckets(
 def trial_passes(
     model: nn.Module, bare_model: nn.Module, task: Task, batch: Any, backward: Callable[[Tensor], None]
 ) -> None:
-    """Two forward and backward passes, after which DDP adds gradients up as it will do from then on.
+    """Do two forward and backward passes, after which DDP does not change the order of its sums any more.
 
-    DDP sorts its buckets anew after the first backward pass, by the order in which gradients came, and with
-    them the order of the sums. Were that to happen in the first step of each attempt, an interrupted run would
-    be rounded otherwise than one that was not. Buffers are put back; parameters are not touched.
+    DDP sorts its buckets, and with them the order of the sums, after the first backward pass. In the first step of
+    each attempt, that would round an interrupted run otherwise than an uninterrupted one. Buffers are restored;
+    parameters do not change.
     """
     buffers = [buffer.clone() for buffer in bare_model.buffers()]
     model.train()
     for _ in range(2):
         backward(task.loss(task.forward(model, batch), batch)[0])
     model.zero_grad()
-    for buffer, kept in zip(bare_model.buffers(), buffers, strict=True):
-        buffer.copy_(kept)
+    for buffer, before in zip(bare_model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
 
 
 def norm_and_clip(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
-    """The norm of the whole gradient, a number on the device; then the gradient is scaled down to `max_norm`."""
+    """Scale the gradient down to `max_norm`, if given; returns its norm before that, [] on the device."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

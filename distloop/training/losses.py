@@ -1,4 +1,4 @@
-"""Sums of losses, kept on the device and read only when something is due."""
+"""Sums of losses on the device, which the host reads only when something is due."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class LossSums:
-    """Σ loss and Σ weight of the step in hand and of the epoch so far; this rank's until they are read."""
+    """Σ loss and Σ weight of the current step and of the epoch so far; of this rank alone until read()."""
 
     def __init__(self, device: torch.device, epoch_sums: tuple[float, float] = (0.0, 0.0)) -> None:
         """`epoch_sums`: those of earlier attempts, over all ranks."""
@@ -44,7 +44,7 @@ class LossSums:
         loss, weight = self.step_loss, self.step_weight
         if left_out is not None and loss is not None:
             loss, weight = torch.where(left_out, 0, loss), torch.where(left_out, 0, torch.as_tensor(weight))
-        self.epoch_loss += loss if loss is not None else 0
+        self.epoch_loss += 0 if loss is None else loss
         self.epoch_weight = self.epoch_weight + weight
 
     def read(self, memory_gib: float = 0.0) -> dict[str, Any]:

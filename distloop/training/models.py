@@ -24,6 +24,8 @@ from distloop.data.loader import example_batch, offers_to_model
 from distloop.errors import UsageError, suggest
 from distloop.training.tasks import Task, try_out
 
+Builder = Callable[..., nn.Module]
+
 
 def linear(input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
     """One linear layer: [batch, *input_shape], flattened, to [batch, num_outputs]."""
@@ -48,7 +50,7 @@ def cnn(
     `norm`: group | batch | none. GroupNorm (Wu and He 2018) normalises each image alone, so that the division of a
     batch into micro-batches does not change training; BatchNorm normalises over a micro-batch.
     """
-    kinds: dict[str, Callable[[int], nn.Module]] = {
+    kinds: dict[str, Builder] = {
         "group": lambda size: nn.GroupNorm(math.gcd(8, size), size),
         "batch": nn.BatchNorm2d,
         "none": nn.Identity,
@@ -59,7 +61,7 @@ def cnn(
     def convolution(inputs: int, outputs: int) -> list[nn.Module]:
         return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=norm == "none"), kinds[norm](outputs), nn.ReLU()]
 
-    channels, height, pixels_wide = input_shape
+    channels, height, columns = input_shape
     return nn.Sequential(
         *convolution(channels, width),
         *convolution(width, width),
@@ -69,7 +71,7 @@ def cnn(
         nn.MaxPool2d(2),
         nn.Flatten(),
         nn.Dropout(dropout),
-        nn.Linear(2 * width * (height // 4) * (pixels_wide // 4), num_outputs),
+        nn.Linear(2 * width * (height // 4) * (columns // 4), num_outputs),
     )
 
 
@@ -83,18 +85,13 @@ def resnet18_small(num_classes: int) -> nn.Module:
     return model
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "linear": linear,
-    "mlp": mlp,
-    "cnn": cnn,
-    "resnet18_small": resnet18_small,
-}
+MODELS: dict[str, Builder] = {"linear": linear, "mlp": mlp, "cnn": cnn, "resnet18_small": resnet18_small}
 
 
 def build_model(config: Config, source: DataSource, task: Task, device: torch.device) -> nn.Module:
     """The config's model on `device`, in its dtype, with the same initial weights on all ranks.
 
-    The task has looked at what the model gives for one sample. Raises UsageError.
+    Raises UsageError, also where the model does not fit to the task or the data.
     """
     dtype = getattr(torch, config.dtype)
     example = send_to_device(example_batch(source, config.data, config.seed, dtype), device)
@@ -111,16 +108,15 @@ def make_model(config: Model, offered: dict[str, Any]) -> nn.Module:
 
     `offered`: arguments for the model's callable, of which it gets those that its signature names.
     """
-    from_torchvision = ":" not in config.name and config.name not in MODELS
-    if config.pretrained and not from_torchvision:
+    if ":" not in config.name and config.name not in MODELS:
+        return _torchvision_model(config, offered.get("num_classes"))
+    if config.pretrained:
         raise UsageError(f"model.pretrained: there are no weights for {config.name!r}, only for torchvision's models.")
-    if not from_torchvision:
-        build = import_callable("model.name", config.name) if ":" in config.name else MODELS[config.name]
-        model = call("model.args", build, config.args, offered)
-        if not isinstance(model, nn.Module):
-            raise UsageError(f"model.name = {config.name!r} returned a {type(model).__name__}, not a torch.nn.Module.")
-        return model
-    return _torchvision_model(config, offered.get("num_classes"))
+    build = import_callable("model.name", config.name) if ":" in config.name else MODELS[config.name]
+    model = call("model.args", build, config.args, offered)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model.name = {config.name!r} returned a {type(model).__name__}, not a torch.nn.Module.")
+    return model
 
 
 def _torchvision_model(config: Model, num_classes: int | None) -> nn.Module:
@@ -129,9 +125,9 @@ def _torchvision_model(config: Model, num_classes: int | None) -> nn.Module:
     names = models.list_models(module=models)
     if config.name not in names:
         raise UsageError(f"model.name = {config.name!r} is not known.{suggest(config.name, [*MODELS, *names])}")
-    arguments = {**({"num_classes": num_classes} if num_classes else {}), **config.args}
+    arguments = {"num_classes": num_classes} if num_classes else {}
     try:
-        model = models.get_model(config.name, weights=None, **arguments)
+        model = models.get_model(config.name, weights=None, **{**arguments, **config.args})
     except TypeError as error:
         raise UsageError(f"model.args = {config.args}: {error}.") from None
     if config.pretrained:

@@ -1,4 +1,4 @@
-"""Steps whose gradient is not a number: noticed on the device, told at logging steps, never in a checkpoint."""
+"""Find steps whose gradient is not finite. The device finds them; the host hears of it when something is due."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_UNREAD = 1000  # steps: a bound on what is kept where logging is rare
 
 
 class Step(NamedTuple):
-    """What is kept of a step until it is read."""
+    """A step that check() has not read yet."""
 
     number: int
     norm: Tensor
@@ -24,11 +24,11 @@ class Step(NamedTuple):
 
 
 class FiniteCheck:
-    """Watches the norm of each step's gradient, which all ranks share, so that all decide alike.
+    """Checks the norm of each step's gradient. All ranks have the same norm and so decide alike.
 
-    No step waits for it: the norms stay on the device until check(). With the policy "skip" the optimizer
-    itself leaves a bad step out, told by a flag on the device (as a GradScaler tells it), and buffers such as
-    BatchNorm's statistics, which the forward pass has changed by then, are put back.
+    No step waits for the device: the norms stay there until check(). With the policy "skip", a flag on the device
+    makes the optimizer leave a bad step out (as a GradScaler does), and buffers that the forward pass has changed,
+    such as BatchNorm's statistics, are restored.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class FiniteCheck:
         self.unread: list[Step] = []
         self.model = model
         self.skips = policy == "skip" and scaler is None  # a GradScaler skips by itself
-        self.kept: list[Tensor] = []
+        self.buffers_before: list[Tensor] = []
         if self.skips and optimizer.defaults.get("momentum") and not optimizer.state:
             # Fused SGD takes its first step's moments from uninitialised memory when it leaves that step out.
             for group in optimizer.param_groups:
@@ -57,22 +57,22 @@ class FiniteCheck:
         """Before a step's first forward pass."""
         if self.policy == "skip":
             buffers = list(self.model.buffers())
-            if len(self.kept) != len(buffers):
-                self.kept = [buffer.clone() for buffer in buffers]
+            if len(self.buffers_before) != len(buffers):
+                self.buffers_before = [buffer.clone() for buffer in buffers]
             elif buffers:
-                torch._foreach_copy_(self.kept, buffers)
+                torch._foreach_copy_(self.buffers_before, buffers)
 
     def before_update(self, step: int, norm: Tensor, losses: list[Tensor]) -> Tensor | None:
-        """Before the update: `norm` is that of the whole gradient, `losses` those of this rank's micro-batches.
+        """Before the update. `norm`: of the whole gradient. `losses`: of this rank's micro-batches.
 
-        Returns the flag (a bool on the device) with which the step is left out, None where none is.
+        Returns the flag (a bool on the device) that says whether the step is left out; None if no step ever is.
         """
         self.unread.append(Step(step, norm, losses))
         if self.policy == "stop":
             return None
         bad = ~torch.isfinite(norm)
-        for buffer, kept in zip(self.model.buffers(), self.kept, strict=True):
-            torch.where(bad, kept, buffer, out=buffer)
+        for buffer, before in zip(self.model.buffers(), self.buffers_before, strict=True):
+            torch.where(bad, before, buffer, out=buffer)
         if self.skips and self.optimizer.defaults.get("fused"):
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.to(torch.float32)  # type: ignore[attr-defined]
         elif self.skips and bool(bad):  # without a fused optimizer (MPS) the host has to look
@@ -86,13 +86,13 @@ class FiniteCheck:
 
     @property
     def is_full(self) -> bool:
-        """check() is due, even if nothing else is."""
+        """Whether check() is due although nothing else is."""
         return len(self.unread) >= MOST_UNREAD
 
     def check(self) -> list[str]:
-        """Read what has been kept: a line for each step that was left out. A collective call; waits for the device.
+        """A line for each step since the last call that was left out. Collective; waits for the device.
 
-        Raises RunFailed, on all ranks, for the first bad step where the policy is "stop".
+        Raises RunFailed, on all ranks, for the first bad step if the policy is "stop".
         """
         steps, self.unread = self.unread, []
         if not steps:
@@ -127,19 +127,19 @@ class FiniteCheck:
             )
 
     def _describe(self, step: Step) -> str:
-        """What is known of a bad step. A collective call."""
-        own = [place for place, loss in enumerate(step.losses) if not bool(torch.isfinite(loss))]
-        places: list[list[int]] = [own]
+        """A sentence about a bad step, with the first micro-batch whose loss is not finite. Collective."""
+        own = [index for index, loss in enumerate(step.losses) if not bool(torch.isfinite(loss))]
+        bad_ones = [own]  # by rank
         if self.plan.world_size > 1:
-            places = [[] for _ in range(self.plan.world_size)]
-            dist.all_gather_object(places, own)
+            bad_ones = [[] for _ in range(self.plan.world_size)]
+            dist.all_gather_object(bad_ones, own)
         epoch, start, stop = self.plan.span(step.number)
         what = f"The gradient of step {step.number + 1} is not finite ({float(step.norm)})"
-        for rank, found in enumerate(places):
-            for place in found:
-                part = self.plan.window(step.number, rank)[place]
+        for rank, indices in enumerate(bad_ones):
+            if indices:
+                part = self.plan.window(step.number, rank)[indices[0]]
                 samples = self._samples(epoch, part.start, part.stop)
-                micro = f"micro-batch {place + 1} of {len(step.losses)}, " if len(step.losses) > 1 else ""
+                micro = f"micro-batch {indices[0] + 1} of {len(step.losses)}, " if len(step.losses) > 1 else ""
                 return f"{what}: the loss of rank {rank} is not either ({micro}{samples})."
         return f"{what}, while the losses of all ranks are ({self._samples(epoch, start, stop)})."
 

@@ -16,17 +16,14 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: what is decayed, and norms, biases and other vectors, which are not."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    seen: set[int] = set()
+    """The parameters in two groups: those with weight decay; norms, biases and other vectors, which have none."""
+    decays: dict[nn.Parameter, bool] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if parameter.requires_grad and id(parameter) not in seen:  # a tied weight counts once
-                seen.add(id(parameter))
-                (plain if parameter.ndim < 2 or isinstance(module, NORMS) else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            if parameter.requires_grad:  # a tied weight counts once, in the first module that has it
+                decays.setdefault(parameter, parameter.ndim >= 2 and not isinstance(module, NORMS))
+    groups = [([p for p in decays if decays[p]], weight_decay), ([p for p in decays if not decays[p]], 0.0)]
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
 
 
 def build_optimizer(model: nn.Module, config: Optim, device: torch.device, precision: str) -> torch.optim.Optimizer:
@@ -56,30 +53,31 @@ class Average:
         return None if self.averaged is None else self.averaged.module
 
     def update(self, model: nn.Module) -> None:
-        """Take up the model's weights as they are after a step."""
+        """Add the model's weights after a step."""
         if self.averaged is not None and self.decay is not None:
             update_average(self.averaged, model, self.decay)
 
 
 @torch.no_grad()
 def update_average(averaged: AveragedModel, model: nn.Module, decay: float) -> None:
-    """Bring the average up to date, after each step; the first time it is a copy.
+    """Update the average after a step. The first time it becomes a copy of the model.
 
-    The decay rises to `decay` over the first steps, as (1 + n) / (10 + n), so that a short run's average does not
-    stay where training began (TensorFlow's ExponentialMovingAverage). AveragedModel.update_parameters would
-    make the host wait for a GPU; here the count stays on the host.
+    The decay rises to `decay` over the first steps, as (1 + n) / (10 + n), so that a short run's average does not stay
+    near the initial weights (TensorFlow's ExponentialMovingAverage). The count stays on the host, so that the host
+    does not wait for a GPU as in AveragedModel.update_parameters.
     """
     steps = int(averaged.n_averaged)
     keep = min(decay, (1 + steps) / (10 + steps)) if steps else 0.0
+    targets: list[Tensor] = []
+    values: list[Tensor] = []
     averages = itertools.chain(averaged.module.parameters(), averaged.module.buffers())
-    moving: list[tuple[Tensor, Tensor]] = []
     for average, value in zip(averages, itertools.chain(model.parameters(), model.buffers()), strict=True):
         if keep and average.is_floating_point():
-            moving.append((average, value))
+            targets.append(average)
+            values.append(value)
         else:  # such as BatchNorm's counters
             average.copy_(value)
-    if moving:
-        targets, values = map(list, zip(*moving, strict=True))
+    if targets:
         torch._foreach_mul_(targets, keep)  # not lerp: an attention mask's -inf stays what it is
         torch._foreach_add_(targets, values, alpha=1 - keep)
     averaged.n_averaged += 1
@@ -98,19 +96,18 @@ class LearningRate:
 
 
 def lr_at(step: int, total_steps: int, peak: float, schedule: Schedule) -> float:
-    """The learning rate of `step` (0 ≤ step < total_steps); it depends on nothing else.
+    """The learning rate of `step` (0 ≤ step < total_steps).
 
-    Every shape but one_cycle, which has a rise of its own, first rises linearly over warmup_steps and then
-    takes its course over the steps that are left. Cosine: Loshchilov and Hutter 2017; one_cycle: Smith and
-    Topin 2018, with PyTorch's factors (from peak / 25 up, down to peak / 250000).
+    Each schedule but one_cycle rises linearly over warmup_steps, and takes its course over the rest of the steps.
+    Cosine: Loshchilov and Hutter 2017; one_cycle: Smith and Topin 2018, with PyTorch's factors (it rises from
+    peak / 25, and falls to peak / 250000).
     """
     warmup = schedule.warmup_steps
     if schedule.name == "one_cycle":
         rise = warmup or max(1.0, 0.3 * total_steps - 1)
-        low, last = peak / 25, peak / 25e4
         if step < rise:
-            return _cosine(low, peak, step / rise)
-        return _cosine(peak, last, (step - rise) / max(1, total_steps - 1 - rise))
+            return _cosine(peak / 25, peak, step / rise)
+        return _cosine(peak, peak / 25e4, (step - rise) / max(1, total_steps - 1 - rise))
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total_steps - warmup)

@@ -24,7 +24,7 @@ Guesses = tuple[Tensor, Tensor, Tensor]
 
 
 class Task:
-    """Base class. A task of your own overrides loss(), and what else it does in another way."""
+    """Base class. A task of your own overrides loss() and, if needed, other methods."""
 
     weight: ClassVar[Literal["samples", "tokens", "pixels"]] = "samples"
     """The unit of the weight that loss() returns. How many samples a step has is known beforehand; its tokens or
@@ -61,21 +61,21 @@ class Task:
         return {"loss": float(sums["loss"] / sums["weight"])}
 
     def probe(self, outputs: Any) -> None:
-        """Look at the outputs for one sample, before training. Raises UsageError if they do not fit the task."""
+        """Check the outputs for one sample, before training. Raises UsageError if they do not fit the task."""
 
     def check(self, batch: Any, indices: Sequence[int]) -> None:
-        """Look at each batch on the CPU, in the loader. Raises UsageError if it does not fit the task.
+        """Check a batch, on the CPU in the loader. Raises UsageError if it does not fit the task.
 
         `indices`: the positions of its samples in the data set.
         """
 
     @property
     def checks_targets_only(self) -> bool:
-        """check() looks at nothing but the targets, as those of the built-in tasks do."""
+        """Whether check() uses nothing but the targets, as in the built-in tasks."""
         return type(self).check in (Task.check, Classification.check)
 
     def check_targets(self, targets: Any) -> None:
-        """Look at all targets of a data set in memory, before training. Raises UsageError if they do not fit."""
+        """Check all targets of a data set in memory, before training. Raises UsageError if they do not fit."""
 
 
 class Classification(Task):
@@ -98,7 +98,7 @@ class Classification(Task):
         try:
             targets = targets_of(batch)
         except UsageError:
-            targets = None
+            return None
         if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
             return None  # of a subclass whose outputs or batches have another form
         if (outputs.ndim, targets.ndim) != (2, 1) or targets.is_floating_point():

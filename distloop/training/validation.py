@@ -21,17 +21,17 @@ from distloop.training.tasks import Task
 
 
 class Validation:
-    """Validates the model, as often as it is due: metrics for a row, details for validation.json."""
+    """Validates the model: returns the metrics, and writes the details to validation.json."""
 
     def __init__(
         self, config: Config, model: nn.Module, task: Task, source: DataSource, run: Attempt, ranks: Ranks
     ) -> None:
         self.model, self.task, self.run, self.position = model, task, run, ranks.position
-        device, dtype = run.clock.device, getattr(torch, config.dtype)
-        size = config.validate.batch_size
-        self.sampler = FixedBatchSampler(len(source.validation), size, ranks.rank, ranks.world_size)
-        half = (source.validation, self.sampler)
-        self.loader = make_loader(config.data, source, task, config.seed, device, dtype, *half, persistent=True)
+        device, dtype, data = run.clock.device, getattr(torch, config.dtype), source.validation
+        self.sampler = FixedBatchSampler(len(data), config.validate.batch_size, ranks.rank, ranks.world_size)
+        self.loader = make_loader(
+            config.data, source, task, config.seed, device, dtype, data, self.sampler, persistent=True
+        )
         self.details = Details(task, source, config.data, config.seed)
 
     def __call__(self, step: int) -> dict[str, float]:
@@ -51,11 +51,10 @@ def validate(
 ) -> dict[str, float]:
     """The task's summary over the whole validation set, with `samples`; the same on all ranks.
 
-    `model` is the bare module: DDP's forward waits for its peers, which may have fewer batches. `loader`
-    yields the batches that `sampler` deals to this rank. The sums of each batch are kept apart and added in
-    the order of the batches, in float64, so that the result does not depend on who computed which. `here`: this
-    rank's position, by which it is known who waits for whom. `details`: filled on rank 0 with what the numbers do not
-    say; these are the same with and without.
+    `model`: the bare module, since DDP's forward waits for other ranks, which may have fewer batches. `loader`: yields
+    the batches that `sampler` gives this rank. `here`: this rank's position. `details`: collects the details. The sums
+    of all batches are added in the order of the batches, in float64, so that the result does not depend on which rank
+    computed which batch.
     """
     broadcast_buffers(model)  # BatchNorm's statistics differ between ranks: all validate rank 0's
     was_training = model.training
@@ -70,12 +69,14 @@ def validate(
             outputs = task.forward(model, batch)
             loss, weight = task.loss(outputs, batch)
             sums_of_batch = {"loss": loss, "weight": weight, "samples": sampler.size(position)}
-            sums_of_batch.update(task.metrics(outputs, batch))
-            tensors = {name: torch.as_tensor(value) for name, value in sums_of_batch.items()}
-            rows.append({name: value for name, value in tensors.items() if value.is_floating_point()})
-            for name, value in tensors.items():
-                if not value.is_floating_point():
-                    counts[name] = counts[name] + value if name in counts else value.to(torch.int64)
+            sums_of_batch |= task.metrics(outputs, batch)
+            rows.append({})
+            for name, value in sums_of_batch.items():
+                tensor = torch.as_tensor(value)
+                if tensor.is_floating_point():
+                    rows[-1][name] = tensor
+                else:
+                    counts[name] = counts.get(name, 0) + tensor.to(torch.int64)
             if details is not None:
                 details.add(task.guesses(outputs, batch), *sampler.span(position))
     model.train(was_training)
@@ -90,11 +91,10 @@ def validate(
 def add_in_batch_order(
     rows: list[dict[str, Tensor]], counts: dict[str, Tensor], sampler: FixedBatchSampler, device: torch.device
 ) -> dict[str, Tensor]:
-    """Sums over all batches of all ranks, on the CPU.
+    """The sums over all batches of all ranks, on the CPU. Collective.
 
-    `rows` are the float sums of this rank's batches: they are laid out as [batches, …] and added there. `counts`
-    are its integer sums: exact in any order, so that they need not be kept apart (a confusion matrix of 1000
-    classes for each batch would not fit).
+    `rows`: the float sums of each of this rank's batches; a table [batches, …] of them is added up. `counts`: the
+    integer sums over this rank's batches, which are exact in any order (a table of confusion matrices would not fit).
     """
     own = {**rows[0], **counts} if rows else {}
     forms = [{name: (tuple(value.shape), value.is_floating_point()) for name, value in own.items()}]

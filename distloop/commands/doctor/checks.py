@@ -1,11 +1,8 @@
-"""The checks of `distloop doctor` on the facts that ranks have gathered: a verdict for each subject, and an advice.
-
-Plain functions of the facts of all ranks (find_facts of facts.py), by rank.
-"""
+"""The checks of `distloop doctor` on the facts of all ranks: each gives verdicts on one subject, and advice."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from distloop.commands.doctor.results import (
@@ -14,12 +11,13 @@ from distloop.commands.doctor.results import (
     WARN,
     Facts,
     Result,
+    group,
     names_text,
-    nodes_by,
     nodes_of,
     ranks_by_value,
     ranks_text,
     spread_text,
+    warn_if,
     where,
 )
 from distloop.commands.doctor.variables import variables
@@ -47,10 +45,11 @@ def launch(facts: Facts) -> list[Result]:
     warnings = sorted({warning for fact in facts for warning in fact["launch_warnings"]})
     if warnings:
         return [Result(WARN, "launch", "; ".join(warnings), "Harmless if the config asks for the same.")]
-    nodes = nodes_of(facts)
-    places = [f"{ranks_text(ranks)} on {node}" for node, ranks in nodes.items()]
-    finding = ", ".join(places[:8]) + (f" and {len(places) - 8} more nodes" if len(places) > 8 else "")
-    return [Result(OK, "launch", finding if len(facts) > 1 else f"one process on {facts[0]['node']}")]
+    if len(facts) == 1:
+        return [Result(OK, "launch", f"one process on {facts[0]['node']}")]
+    places = [f"{ranks_text(ranks)} on {node}" for node, ranks in nodes_of(facts).items()]
+    more = f" and {len(places) - 8} more nodes" if len(places) > 8 else ""
+    return [Result(OK, "launch", ", ".join(places[:8]) + more)]
 
 
 def versions(facts: Facts) -> list[Result]:
@@ -58,18 +57,13 @@ def versions(facts: Facts) -> list[Result]:
     results = []
     advice = "Use one environment on all nodes: a virtual environment on a shared disk, or a container."
     for name in facts[0]["versions"]:
-        values = [fact["versions"][name] for fact in facts]
-        if len(set(values)) > 1:
-            results.append(Result(FAIL, "versions", f"{name} differs: {spread_text(facts, values)}", advice))
-    drivers = [fact["driver"] for fact in facts]
-    if len(set(drivers)) > 1:
-        finding = f"the GPU driver differs: {spread_text(facts, drivers)}"
-        results.append(Result(WARN, "versions", finding, "Ask for nodes of one kind."))
-    if not results:
-        items = {**facts[0]["versions"], "driver": facts[0]["driver"]}
-        finding = ", ".join(f"{name} {version}" for name, version in items.items() if version)
-        results.append(Result(OK, "versions", finding + (", the same on all ranks" if len(facts) > 1 else "")))
-    return results
+        if spread := spread_text(facts, [fact["versions"][name] for fact in facts]):
+            results.append(Result(FAIL, "versions", f"{name} differs: {spread}", advice))
+    if spread := spread_text(facts, [fact["driver"] for fact in facts]):
+        results.append(Result(WARN, "versions", f"the GPU driver differs: {spread}", "Ask for nodes of one kind."))
+    items = {**facts[0]["versions"], "driver": facts[0]["driver"]}
+    finding = ", ".join(f"{name} {version}" for name, version in items.items() if version)
+    return results or [Result(OK, "versions", finding + (", the same on all ranks" if len(facts) > 1 else ""))]
 
 
 def code(facts: Facts) -> list[Result]:
@@ -93,34 +87,35 @@ def devices(facts: Facts) -> list[Result]:
     """Whether each rank has a GPU of its own, and GPUs are of one kind and free."""
     gpus = {rank: fact["gpu"] for rank, fact in enumerate(facts) if fact["gpu"]}
     without = [rank for rank in range(len(facts)) if rank not in gpus]
-    wanted = facts[0]["wants_device"]
-    advice = "See that each task is given a GPU (nvidia-smi there, CUDA_VISIBLE_DEVICES, Slurm's --gpus-per-node)."
+    driver, wanted = facts[0]["driver"], facts[0]["wants_device"]
     if without and (gpus or wanted == "cuda"):
+        advice = "See that each task is given a GPU (nvidia-smi there, CUDA_VISIBLE_DEVICES, Slurm's --gpus-per-node)."
         return [Result(FAIL, "devices", f"no GPU for {where(facts, without)}", advice)]
-    if not gpus:
-        driver = facts[0]["driver"]
-        if driver and wanted == "auto":
-            torch = f"PyTorch {facts[0]['versions']['torch']}"
-            finding = f"the CPU: there is a GPU driver ({driver}), but {torch} sees no GPU"
-            advice = "Install a PyTorch for this driver's CUDA; see CUDA_VISIBLE_DEVICES."
-            return [Result(WARN, "devices", finding, advice)]
-        return [Result(OK, "devices", "the CPU")]
+    if gpus:
+        return _gpus(facts, gpus)
+    if driver and wanted == "auto":
+        finding = f"the CPU: there is a GPU driver ({driver}), but PyTorch {facts[0]['versions']['torch']} sees no GPU"
+        advice = "Install a PyTorch for this driver's CUDA; see CUDA_VISIBLE_DEVICES."
+        return [Result(WARN, "devices", finding, advice)]
+    return [Result(OK, "devices", "the CPU")]
+
+
+def _gpus(facts: Facts, gpus: dict[int, dict[str, Any]]) -> list[Result]:
     results = []
-    places: dict[tuple[str, str], list[int]] = {}
-    for rank, gpu in gpus.items():
-        places.setdefault((facts[rank]["host"], gpu["uuid"]), []).append(rank)
-    for (_, uuid), ranks in places.items():
+    ranks_of = group(((facts[rank]["host"], gpu["uuid"]), rank) for rank, gpu in gpus.items())
+    for (_, uuid), ranks in ranks_of.items():
         if len(ranks) > 1:
             finding = f"{where(facts, ranks)} are on one GPU ({uuid})"
             advice = (
                 "Start at most one process per GPU; CUDA_VISIBLE_DEVICES must differ between tasks that see one each."
             )
             results.append(Result(FAIL, "devices", finding, advice))
-    names = [gpu["name"] for gpu in gpus.values()]
-    if len(set(names)) > 1:
-        finding = f"GPUs differ: {spread_text(facts, names)}"
-        results.append(Result(WARN, "devices", finding, "All wait for the slowest: ask for nodes of one kind."))
-    counts = nodes_by(lambda ranks: (max(gpus[rank]["visible"] for rank in ranks), len(ranks)), nodes_of(facts))
+    if spread := spread_text(facts, [gpu["name"] for gpu in gpus.values()]):
+        advice = "All wait for the slowest: ask for nodes of one kind."
+        results.append(Result(WARN, "devices", f"GPUs differ: {spread}", advice))
+    counts = group(
+        ((max(gpus[rank]["visible"] for rank in ranks), len(ranks)), node) for node, ranks in nodes_of(facts).items()
+    )
     for (visible, count), nodes in counts.items():
         if visible > count:
             finding = f"{visible} GPUs are shown to {plural(count, 'rank')}: {names_text(nodes)}"
@@ -130,61 +125,59 @@ def devices(facts: Facts) -> list[Result]:
         least = min(gpus[rank]["free"] for rank in busy)
         finding = f"GPU memory is in use by others for {where(facts, busy)}: {memory_size(least)} free"
         results.append(Result(WARN, "devices", finding, "See what runs there (nvidia-smi), or ask for exclusive GPUs."))
-    name = f"{facts[0]['gpu']['name']}, {memory_size(facts[0]['gpu']['total'])}"
+    name = f"{gpus[0]['name']}, {memory_size(gpus[0]['total'])}"
     return results or [Result(OK, "devices", f"{len(gpus)} × {name}" if len(gpus) > 1 else name)]
 
 
 def cpus(facts: Facts) -> list[Result]:
     """Whether the ranks of a node have as many CPUs as they start threads."""
     results = []
-    short_of_cpus = [
-        rank
-        for rank, fact in enumerate(facts)
-        if (fact["slurm_cpus_per_task"] or "").isdecimal() and len(fact["cpus"]) < int(fact["slurm_cpus_per_task"])
-    ]
-    if short_of_cpus:
-        fact = facts[short_of_cpus[0]]
+    asked_for = [fact["slurm_cpus_per_task"] or "" for fact in facts]
+    short = [r for r, fact in enumerate(facts) if asked_for[r].isdecimal() and len(fact["cpus"]) < int(asked_for[r])]
+    if short:
         finding = (
-            f"SLURM_CPUS_PER_TASK is {fact['slurm_cpus_per_task']}, but {where(facts, short_of_cpus)} may use "
-            f"{len(fact['cpus'])} of the node's CPUs"
+            f"SLURM_CPUS_PER_TASK is {asked_for[short[0]]}, but {where(facts, short)} may use "
+            f"{len(facts[short[0]]['cpus'])} of the node's CPUs"
         )
         advice = "srun does not take over --cpus-per-task: export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK before it."
         results.append(Result(WARN, "CPUs", finding, advice))
-    nodes = nodes_of(facts)
-    counts = nodes_by(
-        lambda ranks: (len(ranks), sum(facts[rank]["threads"] for rank in ranks), _cpus_of(facts, ranks)), nodes
-    )
-    for (count, threads, cpu_count), names in counts.items():
-        finding = f"{plural(count, 'rank')} with {plural(threads, 'thread')} on {cpu_count} CPUs: {names_text(names)}"
-        advice = f"export OMP_NUM_THREADS={max(1, cpu_count // count)}"
-        if count > cpu_count:
-            results.append(Result(WARN, "CPUs", finding, "Ask for at least one CPU per rank (Slurm: --cpus-per-task)."))
+    nodes_by_counts = group((_counts([facts[rank] for rank in ranks]), node) for node, ranks in nodes_of(facts).items())
+    for (ranks_there, threads, cpu_count, device), nodes in nodes_by_counts.items():
+        advice = f"export OMP_NUM_THREADS={max(1, cpu_count // ranks_there)}"
+        if ranks_there > cpu_count:
+            advice = "Ask for at least one CPU per rank (Slurm: --cpus-per-task)."
         elif threads > cpu_count:
-            results.append(Result(WARN, "CPUs", finding, f"{advice}: threads in excess wait for each other."))
-        elif (
-            facts[nodes[names[0]][0]]["device"] == "cpu" and 4 * threads <= cpu_count
-        ):  # torch would start one per core
-            results.append(Result(WARN, "CPUs", finding, f"{advice}: launchers set 1 where it is not set."))
+            advice += ": threads in excess wait for each other."
+        elif device == "cpu" and 4 * threads <= cpu_count:  # torch would start one per core
+            advice += ": launchers set 1 where it is not set."
+        else:
+            continue
+        counts = f"{plural(ranks_there, 'rank')} with {plural(threads, 'thread')} on {cpu_count} CPUs"
+        results.append(Result(WARN, "CPUs", f"{counts}: {names_text(nodes)}", advice))
     each = ranks_by_value([f"{len(fact['cpus'])} CPUs and {plural(fact['threads'], 'thread')}" for fact in facts])
     finding = "; ".join(f"{text} for {where(facts, ranks)}" for text, ranks in each.items())
     return results or [Result(OK, "CPUs", finding)]
 
 
-def _cpus_of(facts: Facts, ranks: Iterable[int]) -> int:
-    return len({cpu for rank in ranks for cpu in facts[rank]["cpus"]})
+def _counts(facts: Facts) -> tuple[int, int, int, str]:
+    """(ranks, their threads, their CPUs, device) of a node, from the facts of its ranks."""
+    cpus_of_node = {cpu for fact in facts for cpu in fact["cpus"]}
+    return len(facts), sum(fact["threads"] for fact in facts), len(cpus_of_node), facts[0]["device"]
 
 
 def memory(facts: Facts) -> list[Result]:
     """How much memory the node with the least memory per rank has left."""
-    nodes = {node: ranks for node, ranks in nodes_of(facts).items() if facts[ranks[0]]["memory"] is not None}
+    nodes = [
+        (facts[ranks[0]]["memory"] / len(ranks), node, len(ranks))
+        for node, ranks in nodes_of(facts).items()
+        if facts[ranks[0]]["memory"] is not None
+    ]
     if not nodes:
         return []
-    node = min(nodes, key=lambda node: facts[nodes[node][0]]["memory"] / len(nodes[node]))
-    left, ranks = facts[nodes[node][0]]["memory"], nodes[node]
-    finding = f"{memory_size(left)} left on {node}, for {plural(len(ranks), 'rank')} and loader workers"
-    if left / len(ranks) < LEAST_MEMORY_PER_RANK:
-        return [Result(WARN, "memory", finding, "Ask for more memory (Slurm: --mem), or start fewer ranks per node.")]
-    return [Result(OK, "memory", finding)]
+    per_rank, node, count = min(nodes, key=lambda each: each[0])
+    finding = f"{memory_size(per_rank * count)} left on {node}, for {plural(count, 'rank')} and loader workers"
+    advice = "Ask for more memory (Slurm: --mem), or start fewer ranks per node."
+    return [warn_if(per_rank < LEAST_MEMORY_PER_RANK, "memory", finding, advice)]
 
 
 def disks(facts: Facts) -> list[Result]:
@@ -195,47 +188,41 @@ def disks(facts: Facts) -> list[Result]:
         if readable:
             fact = min(readable, key=lambda fact: fact["disks"][name]["free"])
             free, path = fact["disks"][name]["free"], fact["disks"][name]["path"]
-            on_node = f" of {fact['node']}" if len(nodes_of(facts)) > 1 else ""
-            finding = f"{memory_size(free)} free in {path}{on_node}"
-            if free < least:
-                results.append(Result(WARN, "disk", finding, f"Make room: {memory_size(least)} is little enough."))
-            else:
-                results.append(Result(OK, "disk", finding))
+            finding = f"{memory_size(free)} free in {path}" + (
+                f" of {fact['node']}" if len(nodes_of(facts)) > 1 else ""
+            )
+            advice = f"Make room: {memory_size(least)} is little enough."
+            results.append(warn_if(free < least, "disk", finding, advice))
     return results
 
 
 def shared_memory(facts: Facts) -> list[Result]:
     """How much shared memory loader workers have."""
-    having = [fact for fact in facts if fact["shared_memory"] is not None]
-    if not having:
+    sizes = [(fact["shared_memory"], fact["node"]) for fact in facts if fact["shared_memory"] is not None]
+    if not sizes:
         return []
-    fact = min(having, key=lambda fact: fact["shared_memory"])
-    finding = f"{memory_size(fact['shared_memory'])} free in /dev/shm of {fact['node']}"
-    if fact["shared_memory"] < LEAST_SHARED_MEMORY:
-        advice = "Loader workers hand batches over in it: docker run --shm-size=16g (or --ipc=host), or data.workers 0."
-        return [Result(WARN, "shared memory", finding, advice)]
-    return [Result(OK, "shared memory", finding)]
+    size, node = min(sizes, key=lambda each: each[0])
+    finding = f"{memory_size(size)} free in /dev/shm of {node}"
+    advice = "Loader workers hand batches over in it: docker run --shm-size=16g (or --ipc=host), or data.workers 0."
+    return [warn_if(size < LEAST_SHARED_MEMORY, "shared memory", finding, advice)]
 
 
 def limits(facts: Facts) -> list[Result]:
     """Limits of the process: open files, processes, locked memory."""
     results = []
 
-    def text(name: str, value: int | None) -> str:
-        if value is None:
-            return f"{name} unlimited"
-        return f"{name} {memory_size(value) if name == 'locked memory' else value}"
+    def text(name: str, rank: int) -> str:
+        value = facts[rank]["limits"][name]
+        return f"{name} " + ("unlimited" if value is None else memory_size(value) if "memory" in name else str(value))
 
     for name, (least, advice) in LEAST_LIMITS.items():
         low = [rank for rank, fact in enumerate(facts) if (fact["limits"][name] or least) < least]
         if low:
-            finding = f"{text(name, facts[low[0]]['limits'][name])} for {where(facts, low)}"
             advice += " before the start, or ask whoever keeps the machine."
-            results.append(Result(WARN, "limits", finding, advice))
+            results.append(Result(WARN, "limits", f"{text(name, low[0])} for {where(facts, low)}", advice))
     locked = [rank for rank, fact in enumerate(facts) if fact["rdma"] and fact["limits"]["locked memory"] is not None]
     if locked:
-        finding = f"{text('locked memory', facts[locked[0]]['limits']['locked memory'])} for {where(facts, locked)}"
+        finding = f"{text('locked memory', locked[0])} for {where(facts, locked)}"
         advice = "InfiniBand needs it: ulimit -l unlimited (Slurm: LimitMEMLOCK=infinity for slurmd)."
         results.append(Result(WARN, "limits", finding, advice))
-    finding = ", ".join(text(name, value) for name, value in facts[0]["limits"].items())
-    return results or [Result(OK, "limits", finding)]
+    return results or [Result(OK, "limits", ", ".join(text(name, 0) for name in facts[0]["limits"]))]

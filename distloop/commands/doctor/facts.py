@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 import distloop
 from distloop.errors import UsageError
 from distloop.ranks import launch_guards
@@ -28,15 +30,15 @@ LIMITS = {"open files": "RLIMIT_NOFILE", "processes": "RLIMIT_NPROC", "locked me
 
 
 def find_facts(given: Mapping[str, str], runs_dir: str, device: str, expected: int | None) -> dict[str, Any]:
-    """The facts that this rank gathers on its own, as plain JSON. Sizes are in bytes.
+    """The facts that this rank gathers without the others, as plain JSON. Sizes are in bytes.
 
-    `given`: the environment as this process received it. `device`, `expected`: --device and --expect-world.
+    `given`: the environment at the start of this process. `device`, `expected`: --device and --expect-world.
     """
     import torch
 
-    uses_cuda = torch.cuda.is_available() and not (
-        device == "cpu" or (device == "auto" and launch_guards.launcher_uses_cpu(given))
-    )
+    if device == "auto" and launch_guards.launcher_uses_cpu(given):
+        device = "cpu"
+    uses_cuda = torch.cuda.is_available() and device != "cpu"
     problem, warnings = _launch(given, device, not uses_cuda, expected)
     return {
         "rank": int(os.environ.get("RANK", 0)),
@@ -45,14 +47,12 @@ def find_facts(given: Mapping[str, str], runs_dir: str, device: str, expected: i
         "launch": problem,
         "launch_warnings": warnings,
         "device": "cuda" if uses_cuda else "cpu",
-        "wants_device": "cpu" if launch_guards.launcher_uses_cpu(given) and device == "auto" else device,
+        "wants_device": device,
         "gpu": _gpu() if uses_cuda else None,
         "versions": _versions(),
         "driver": _driver(),
         "code": _code(),
-        "cpus": sorted(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else list(range(os.cpu_count() or 1)),
+        "cpus": psutil.Process().cpu_affinity() if psutil.LINUX else list(range(os.cpu_count() or 1)),
         "threads": torch.get_num_threads(),
         "slurm_cpus_per_task": given.get("SLURM_CPUS_PER_TASK"),
         "memory": _memory(),
@@ -87,30 +87,23 @@ def _gpu() -> dict[str, Any]:
     torch.cuda.set_device(number)
     properties = torch.cuda.get_device_properties(number)
     free, total = torch.cuda.mem_get_info(number)
-    return {
-        "name": properties.name,
-        "uuid": str(getattr(properties, "uuid", number)),
-        "free": free,
-        "total": total,
-        "visible": visible,
-    }
+    uuid = str(getattr(properties, "uuid", number))
+    return {"name": properties.name, "uuid": uuid, "free": free, "total": total, "visible": visible}
 
 
 def _versions() -> dict[str, str | None]:
     import torch
     import torch.distributed as dist
 
-    def of_package(name: str) -> str | None:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
+    packages: dict[str, str | None] = dict.fromkeys(("torchvision", "accelerate", "numpy"))
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
     has_nccl = torch.version.cuda is not None and dist.is_nccl_available()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: of_package(name) for name in ("torchvision", "accelerate", "numpy")},
+        **packages,
         "distloop": distloop.__version__,
         "CUDA": torch.version.cuda,
         "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None,
@@ -144,12 +137,9 @@ def _code() -> dict[str, Any]:
     return {"folder": str(folder), "digest": digest.hexdigest()[:12], "commit": commit, "changed": changed}
 
 
-def _memory() -> int | None:
+def _memory() -> int:
     """Bytes of memory available on the machine, or the limit of this process's control group if that is less."""
-    sizes = []
-    with contextlib.suppress(OSError):
-        match = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-        sizes += [1024 * int(match[1])] if match else []
+    sizes = [psutil.virtual_memory().available]
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -159,16 +149,17 @@ def _memory() -> int | None:
                 names = [group / name for group in groups for name in ("memory.max", "memory.limit_in_bytes")]
                 texts = [name.read_text().strip() for name in names if name.is_file()]
                 sizes += [int(text) for text in texts if text.isdecimal()]
-    return min(sizes, default=None)
+    return min(sizes)
 
 
 def _free(path: Path) -> dict[str, Any]:
     """Bytes free on the disk of this folder, which need not exist yet."""
-    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    path = path.absolute()
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
     try:
-        return {"path": str(path.absolute()), "free": shutil.disk_usage(existing).free}
+        return {"path": str(path), "free": shutil.disk_usage(existing).free}
     except OSError:
-        return {"path": str(path.absolute()), "free": None}
+        return {"path": str(path), "free": None}
 
 
 def _limits() -> dict[str, int | None]:
@@ -187,13 +178,9 @@ def unknown_interfaces(environ: Mapping[str, str], interfaces: list[str]) -> dic
     unknown = {}
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         value = environ.get(variable, "")
-        exact = variable.startswith("GLOO") or value.startswith("=")
+        matches = str.__eq__ if variable.startswith("GLOO") or value.startswith("=") else str.startswith
         names = value.removeprefix("=").split(",")
-        exists = any(
-            interface == name or (not exact and interface.startswith(name))
-            for name in names
-            for interface in interfaces
-        )
+        exists = any(matches(interface, name) for name in names for interface in interfaces)
         if value and not value.startswith("^") and not exists:
             unknown[variable] = value
     return unknown
@@ -201,8 +188,8 @@ def unknown_interfaces(environ: Mapping[str, str], interfaces: list[str]) -> dic
 
 def _accelerate_config() -> str | None:
     """Accelerate's default file of this user, if it exists and the launcher was started without --config_file."""
-    with contextlib.suppress(OSError):
-        if "--config_file" in Path(f"/proc/{os.getppid()}/cmdline").read_text():
+    with contextlib.suppress(psutil.Error):
+        if "--config_file" in " ".join(psutil.Process(os.getppid()).cmdline()):
             return None
     try:
         from accelerate.commands.config.config_args import default_config_file

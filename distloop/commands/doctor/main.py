@@ -4,13 +4,14 @@
     accelerate launch --multi_gpu --num_processes 8 … distloop/doctor.py --expect-world 8
     srun python -m distloop.doctor --runs-dir /shared/runs
 
-All ranks look around and measure; rank 0 prints a table with a verdict (ok, warn, fail) for each line and what to
-do. Exit code 0: no line fails, 1: one does, 2: wrong usage.
+All ranks check and measure; rank 0 prints a table: for each check a verdict (ok, warn, fail), what was found, what to
+do. Exit code 0: no check fails, 1: one does, 2: wrong usage.
 """
 
 import argparse
+import collections
 import contextlib
-import io
+import functools
 import json
 import os
 import sys
@@ -32,7 +33,8 @@ class Report(AttemptBase):
     """The results so far. They are printed once: at the end, or when the process must end before that."""
 
     def __init__(self, as_json: bool) -> None:
-        self.as_json, self.is_due = as_json, os.environ.get("RANK", "0") == "0"
+        self.as_json = as_json
+        self.is_due = os.environ.get("RANK", "0") == "0"  # on rank 0, until they are printed
         self.results: list[Result] = []
         self.facts: dict[str, Any] = {}  # the JSON has them beside the results
         self._printing = threading.Lock()
@@ -49,29 +51,23 @@ class Report(AttemptBase):
     def show(self) -> None:
         """Print the results, on rank 0 and only once."""
         with self._printing:
-            if self.is_due:
-                talking.say(self._json() if self.as_json else self._table(sys.stdout.isatty()))
+            if self.is_due and self.as_json:
+                results = [result._asdict() for result in self.results]
+                talking.say(json.dumps({"verdict": self.verdict, **self.facts, "lines": results}, indent=1))
+            elif self.is_due:
+                talking.say(self._table(sys.stdout.isatty() and "NO_COLOR" not in os.environ))
             self.is_due = False
 
-    def _json(self) -> str:
-        results = [result._asdict() for result in self.results]
-        return json.dumps({"verdict": self.verdict, **self.facts, "lines": results}, indent=1)
-
-    def _table(self, colours: bool) -> str:
+    def _table(self, in_colour: bool) -> str:
         lines = []
         width = max(len(result.check) for result in self.results)
-        indent = " " * (8 + width + 2)
-        for result in self.results:
-            verdict = f"{result.verdict:<4}"
-            if colours and "NO_COLOR" not in os.environ:
-                verdict = f"\033[{COLOURS[result.verdict]}m{verdict}\033[0m"
-            finding = result.found.replace("\n", f"\n{indent}")
-            lines.append(f"  {verdict}  {result.check:<{width}}  {finding}")
-            lines += [
-                f"{indent}{'  ' if index else '->'} {text}" for index, text in enumerate(result.advice.splitlines())
-            ]
-        counts = {verdict: sum(result.verdict == verdict for result in self.results) for verdict in (FAIL, WARN, OK)}
-        summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+        indent = "\n" + " " * (8 + width + 2)
+        for verdict, check, finding, advice in self.results:
+            before, after = (f"\033[{COLOURS[verdict]}m", "\033[0m") if in_colour else ("", "")
+            finding += "\n-> " + advice.replace("\n", "\n   ") if advice else ""
+            lines.append(f"  {before}{verdict:<4}{after}  {check:<{width}}  " + finding.replace("\n", indent))
+        counts = collections.Counter(result.verdict for result in self.results)
+        summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in (FAIL, WARN, OK) if counts[verdict])
         return "\n".join([*lines, f"distloop doctor: {self.verdict} ({summary})"])
 
 
@@ -107,28 +103,28 @@ def examine(options: argparse.Namespace, given: dict[str, str], roll_call: RollC
             report.results.append(Result(FAIL, "ranks", str(error), advice_on_address(os.environ)))
             rank, world_size, not_measured = 0, 1, "no group: not measured"
 
-    ranks = measure.Ranks(here, rank, world_size)
-    facts_of_ranks = ranks.gather("looking around", lambda: facts)
+    gather = functools.partial(measure.gather, here, world_size)
+    facts_of_ranks = gather("looking around", lambda: facts)
     report.facts = {"world_size": world_size, "nodes": list(nodes_of(facts_of_ranks)), "ranks": facts_of_ranks}
     report.results += check_facts(facts_of_ranks)
-    answers = measure.share_runs_dir(ranks, options.runs_dir, options.check_seconds / 2)
+    answers = measure.share_runs_dir(gather, rank, options.runs_dir, options.check_seconds / 2)
     report.results += measure.runs_dir(facts_of_ranks, answers)
 
     # All ranks choose the same device. Two ranks on one GPU would end in an error of NCCL.
     gpus = {(fact["host"], fact["gpu"]["uuid"]) for fact in facts_of_ranks if fact["gpu"]}
     device = "cuda" if len(gpus) == world_size else "cpu"
-    seconds = ranks.gather("matrix product", lambda: measure.matrix_product_seconds(device))
+    seconds = gather("matrix product", lambda: measure.matrix_product_seconds(device))
     report.results += measure.slowest_rank(facts_of_ranks, seconds, device)
     if world_size > 1:
         group = dist.new_group(backend="nccl" if device == "cuda" else "gloo", timeout=meeting.group_timeout(limits))
-        times = ranks.gather("all-reduce", lambda: measure.all_reduce_seconds(device, group))
+        times = gather("all-reduce", lambda: measure.all_reduce_seconds(device, group))
         report.results += measure.all_reduce(facts_of_ranks, times, device)
     else:
         report.results.append(Result(OK, "all-reduce", not_measured or "one process: nothing to reduce"))
 
     report.show()
     # The exit code comes last: a launcher ends all ranks when the first one fails.
-    return ranks.gather("finishing", lambda: int(report.verdict == FAIL))[0]
+    return gather("finishing", lambda: int(report.verdict == FAIL))[0]
 
 
 def advice_on_address(environ: Mapping[str, str]) -> str:
@@ -142,26 +138,24 @@ def advice_on_address(environ: Mapping[str, str]) -> str:
 
 def parse(arguments: list[str], quiet: bool) -> argparse.Namespace:
     """The options. Raises SystemExit: 0 for --help, 2 for a mistake; with `quiet` nothing is printed."""
-    parser = argparse.ArgumentParser(prog="distloop doctor", description=(__doc__ or "").partition("\n")[0])
 
     def positive(text: str) -> int:
         if not text.isdecimal() or int(text) == 0:
             raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
         return int(text)
 
-    parser.add_argument("--runs-dir", default="runs", metavar="DIR", help="folder of run directories (%(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what a run would compute on")
-    parser.add_argument("--expect-world", type=positive, metavar="N", help="how many ranks there should be")
-    parser.add_argument(
-        "--join-seconds", type=positive, default=120, metavar="S", help="limit of the wait for all ranks (%(default)s)"
-    )
-    parser.add_argument(
-        "--check-seconds", type=positive, default=60, metavar="S", help="limit of the wait for one rank (%(default)s)"
-    )
-    parser.add_argument("--json", action="store_true", help="for scripts: all that each rank found, too")
-    nowhere = io.StringIO()
+    seconds: dict[str, Any] = {"type": positive, "metavar": "S"}
+    parser = argparse.ArgumentParser(prog="distloop doctor", description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--runs-dir", default="runs", metavar="DIR", help="folder of run directories (%(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what a run would compute on")
+    add("--expect-world", type=positive, metavar="N", help="how many ranks there should be")
+    add("--join-seconds", default=120, **seconds, help="limit of the wait for all ranks (%(default)s)")
+    add("--check-seconds", default=60, **seconds, help="limit of the wait for one rank (%(default)s)")
+    add("--json", action="store_true", help="for scripts: all that each rank found, too")
     with contextlib.ExitStack() as silence:
         if quiet:
+            nowhere = silence.enter_context(open(os.devnull, "w"))
             silence.enter_context(contextlib.redirect_stdout(nowhere))
             silence.enter_context(contextlib.redirect_stderr(nowhere))
         return parser.parse_args(arguments)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import secrets
 import statistics
 import time
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distloop.commands.doctor.results import FAIL, OK, WARN, Facts, Result, ranks_by_value, where
+from distloop.commands.doctor.results import FAIL, OK, Facts, Result, ranks_by_value, warn_if, where
 from distloop.ranks.places import Position
 from distloop.tracking.wording import memory_size, short_duration
 
@@ -25,103 +26,95 @@ SLOW_RATIO = 1.3  # of the slowest rank's time to the median: all ranks of a run
 LEAST_GPU_BANDWIDTH = 1e9  # bytes a second between GPUs; plain Ethernet gives less
 
 
-class Ranks:
-    """Runs a function on all ranks and gives each rank all results. With a world size of 1 it needs no group."""
+Gather = Callable[[str, Callable[[], Any]], list[Any]]
 
-    def __init__(self, position: Position, rank: int, world_size: int) -> None:
-        self.position, self.rank, self.world_size = position, rank, world_size
 
-    def gather(self, phase: str, work: Callable[[], Any]) -> list[Any]:
-        """The results of `work` on all ranks, by rank. Collective. `phase`: the name of this rank's position."""
-        import torch.distributed as dist
+def gather(position: Position, world_size: int, phase: str, work: Callable[[], Any]) -> list[Any]:
+    """The results of `work` on all ranks, by rank. Collective; with a world size of 1 it needs no group.
 
-        self.position.enter(phase)
-        own = work()
-        # A phase of its own, so that a rank that hangs in `work` is behind the ranks that wait for it.
-        self.position.enter(f"{phase}, waiting for the others")
-        if self.world_size == 1:
-            return [own]
-        results: list[Any] = [None] * self.world_size
+    `phase`: the name of this rank's position.
+    """
+    import torch.distributed as dist
+
+    position.enter(phase)
+    own = work()
+    # A phase of its own, so that a rank that hangs in `work` is behind the ranks that wait for it.
+    position.enter(f"{phase}, waiting for the others")
+    results = [own] * world_size
+    if world_size > 1:
         dist.all_gather_object(results, own)
-        return results
+    return results
 
 
-def share_runs_dir(ranks: Ranks, runs_dir: str, limit_seconds: float) -> list[dict[str, Any]]:
+def share_runs_dir(gather: Gather, rank: int, runs_dir: str, limit_seconds: float) -> list[dict[str, Any]]:
     """Check that rank 0 and each other rank see each other's files in `runs_dir`. Collective.
 
     Returns by rank: `path` (the absolute folder), `problem` (a text, or "") and `seconds` until rank 0's file was seen.
     Every rank takes part, since ranks of one node may differ in working directory or container.
     """
-    folder, rank = Path(runs_dir).absolute(), ranks.rank
-    token = secrets.token_hex(8)
+    folder = Path(runs_dir).absolute()
     created: list[Path] = []
 
-    def write_token() -> str:
-        try:
-            created.extend(path for path in (folder, *folder.parents) if not path.exists())
-            meeting = folder / f".doctor-{token}"
-            meeting.mkdir(parents=True)
-            created.insert(0, meeting)
-            (meeting / "rank_0").write_text(token)
-        except OSError as error:
-            return f"cannot be written: {error.strerror}"
-        return ""
+    def write_token() -> tuple[str, str]:
+        token = secrets.token_hex(8)
+        meeting = folder / f".doctor-{token}"
+        created.extend(path for path in (meeting, *meeting.parents) if not os.path.exists(path))
+        return token, _write(meeting / "rank_0", token)
 
-    phase = "run directory, writing"
-    token, problem = ranks.gather(phase, lambda: (token, write_token()) if rank == 0 else (None, None))[0]
+    results = gather("run directory, writing", lambda: write_token() if rank == 0 else None)
+    token, problem_of_rank_0 = results[0]
     meeting = folder / f".doctor-{token}"
 
     def answer() -> dict[str, Any]:
-        if problem:
-            own_problem, seconds = problem if rank == 0 else "", 0.0
-        else:
-            own_problem, seconds = _answer_rank_0(meeting, token, rank, limit_seconds)
-        return {"path": str(folder), "problem": own_problem, "seconds": seconds}
+        """Wait for rank 0's file, then write this rank's."""
+        problem, seconds = problem_of_rank_0 if rank == 0 else "", 0.0
+        if not problem_of_rank_0:
+            start = time.monotonic()
+            if _is_seen(meeting / "rank_0", token, start + limit_seconds):
+                seconds = time.monotonic() - start
+                problem = _write(meeting / f"rank_{rank}", token) if rank else ""
+            else:
+                problem, seconds = "does not show what rank 0 wrote", limit_seconds
+        return {"path": str(folder), "problem": problem, "seconds": seconds}
 
-    answers = ranks.gather("run directory, reading what rank 0 wrote", answer)
+    answers = gather("run directory, reading what rank 0 wrote", answer)
 
     def read_answers() -> list[dict[str, Any]]:
-        start = time.monotonic()
-        missing = [other for other, each in enumerate(answers) if other and not problem and not each["problem"]]
-        while missing and time.monotonic() - start <= limit_seconds:
-            missing = [other for other in missing if not _holds(meeting / f"rank_{other}", token)]
-            if missing:
-                time.sleep(0.02)
-        for other in missing:
-            answers[other] |= {"problem": "is written to, but rank 0 does not see it", "seconds": limit_seconds}
-        for other in range(len(answers)):
+        deadline = time.monotonic() + limit_seconds
+        for other, each in enumerate(answers):
+            path = meeting / f"rank_{other}"
+            if not (problem_of_rank_0 or each["problem"] or _is_seen(path, token, deadline)):
+                each |= {"problem": "is written to, but rank 0 does not see it", "seconds": limit_seconds}
             with contextlib.suppress(OSError):
-                (meeting / f"rank_{other}").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
         for path in created:
             with contextlib.suppress(OSError):  # another process has put a file into it
                 path.rmdir()
         return answers
 
     phase = "run directory, reading what the others wrote"
-    return ranks.gather(phase, lambda: read_answers() if rank == 0 else None)[0]
+    return gather(phase, lambda: read_answers() if rank == 0 else None)[0]
 
 
-def _answer_rank_0(meeting: Path, token: str, rank: int, limit_seconds: float) -> tuple[str, float]:
-    """Wait for rank 0's file in the folder `meeting`, then write this rank's. Returns (problem or "", seconds)."""
-    start = time.monotonic()
-    while not _holds(meeting / "rank_0", token):
-        if time.monotonic() - start > limit_seconds:
-            return "does not show what rank 0 wrote", limit_seconds
-        time.sleep(0.02)
-    seconds = time.monotonic() - start
+def _write(path: Path, text: str) -> str:
+    """Write the file; returns the problem, or ""."""
     try:
-        if rank:
-            (meeting / f"rank_{rank}").write_text(token)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
     except OSError as error:
-        return f"cannot be written: {error.strerror}", seconds
-    return "", seconds
+        return f"cannot be written: {error.strerror}"
+    return ""
 
 
-def _holds(path: Path, text: str) -> bool:
-    try:
-        return path.read_text() == text
-    except OSError:
-        return False
+def _is_seen(path: Path, text: str, deadline: float) -> bool:
+    """Wait until the file holds the text; False if it does not at the deadline (of time.monotonic())."""
+    while True:
+        with contextlib.suppress(OSError):
+            if path.read_text() == text:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
 
 
 def matrix_product_seconds(device: str) -> float:
@@ -173,33 +166,26 @@ def runs_dir(facts: Facts, answers: Sequence[Mapping[str, Any]]) -> list[Result]
                 finding += f" (rank 0 on {facts[0]['node']} has {answers[0]['path']})"
             advice = "Give --runs-dir an absolute path on a disk that all nodes share and you may write to."
             results.append(Result(FAIL, "run directory", finding, advice))
-    if results:
-        return results
-    path = answers[0]["path"]
-    if len(facts) == 1:
-        return [Result(OK, "run directory", f"{path} can be written")]
-    seconds = max(answer["seconds"] for answer in answers)
-    finding = f"{path} is shared by all ranks and can be written; a file is seen within {short_duration(seconds)}"
-    return [Result(OK, "run directory", finding)]
+    finding = f"{answers[0]['path']} can be written"
+    if len(facts) > 1:
+        seen = short_duration(max(answer["seconds"] for answer in answers))
+        finding = f"{answers[0]['path']} is shared by all ranks and can be written; a file is seen within {seen}"
+    return results or [Result(OK, "run directory", finding)]
 
 
 def slowest_rank(facts: Facts, seconds: Sequence[float], device: str) -> list[Result]:
     """The verdict on the seconds of the same matrix product, by rank."""
-    operations = 2 * MATRIX_SIZES[device] ** 3
     median = statistics.median_low(seconds)  # of two ranks the faster one
-    finding = f"{operations / median / 1e9:,.0f} GFLOP/s in float32"
-    if len(facts) == 1:
-        return [Result(OK, "speed", finding)]
-    slowest = max(range(len(seconds)), key=lambda rank: seconds[rank])
-    ratio = seconds[slowest] / median
-    finding += f" at the median; slowest is {where(facts, [slowest])}, {ratio:.2f} times the median"
-    if ratio > SLOW_RATIO:
-        advice = (
-            "All wait for it: see what else runs there, its clock and temperature, its CPU binding; run doctor again, "
-            "and leave the node out if it stays so (Slurm: --exclude)."
-        )
-        return [Result(WARN, "speed", finding, advice)]
-    return [Result(OK, "speed", finding)]
+    finding = f"{2 * MATRIX_SIZES[device] ** 3 / median / 1e9:,.0f} GFLOP/s in float32"
+    ratio = max(seconds) / median
+    if len(facts) > 1:
+        slowest = where(facts, [seconds.index(max(seconds))])
+        finding += f" at the median; slowest is {slowest}, {ratio:.2f} times the median"
+    advice = (
+        "All wait for it: see what else runs there, its clock and temperature, its CPU binding; run doctor again, "
+        "and leave the node out if it stays so (Slurm: --exclude)."
+    )
+    return [warn_if(ratio > SLOW_RATIO, "speed", finding, advice)]
 
 
 def all_reduce(facts: Facts, answers: Sequence[tuple[Mapping[int, float], bool]], device: str) -> list[Result]:
@@ -208,8 +194,7 @@ def all_reduce(facts: Facts, answers: Sequence[tuple[Mapping[int, float], bool]]
     if wrong:
         advice = "Do not train on these nodes before this is understood (NCCL_DEBUG=INFO says which way data goes)."
         return [Result(FAIL, "all-reduce", f"the sum is wrong on {where(facts, wrong)}", advice)]
-    world_size = len(facts)
-    parts, bandwidth = [], 0.0
+    world_size, parts, bandwidth = len(facts), [], 0.0
     for size in answers[0][0]:
         seconds = max(taken[size] for taken, _ in answers)
         # Each rank must send and receive at least so many bytes, with any algorithm.
@@ -217,9 +202,5 @@ def all_reduce(facts: Facts, answers: Sequence[tuple[Mapping[int, float], bool]]
         rate = f", {bandwidth / 1e9:.2g} GB/s" if size >= 2**20 else ""
         parts.append(f"{memory_size(size)} in {short_duration(seconds)}{rate}")
     finding = f"{'NCCL' if device == 'cuda' else 'gloo'}, {world_size} ranks: {'; '.join(parts)}"
-    if device == "cuda" and bandwidth < LEAST_GPU_BANDWIDTH:
-        advice = (
-            "Less than a fast network gives: NCCL_DEBUG=INFO says which one is used (NCCL_SOCKET_IFNAME, NCCL_IB_HCA)."
-        )
-        return [Result(WARN, "all-reduce", finding, advice)]
-    return [Result(OK, "all-reduce", finding)]
+    advice = "Less than a fast network gives: NCCL_DEBUG=INFO says which one is used (NCCL_SOCKET_IFNAME, NCCL_IB_HCA)."
+    return [warn_if(device == "cuda" and bandwidth < LEAST_GPU_BANDWIDTH, "all-reduce", finding, advice)]

@@ -45,12 +45,10 @@ def variables(facts: Facts) -> list[Result]:
             finding = f"{variable}={value} names no network interface of {where(facts, wrong)}"
             advice = "Unset it, or name one that `ip link` shows on that node."
             results.append(Result(FAIL, "environment", finding, advice))
-    names = sorted({name for fact in facts for name in fact["settings"] if name.startswith(("NCCL_", "TORCH_NCCL_"))})
-    for name in names:
-        values = [fact["settings"].get(name, "unset") for fact in facts]
-        if len(set(values)) > 1:
-            finding = f"{name} differs: {spread_text(facts, values)}"
-            results.append(Result(WARN, "environment", finding, "Export it alike on all nodes, or nowhere."))
+    for name in sorted({name for fact in facts for name in fact["settings"] if "NCCL_" in name}):
+        if spread := spread_text(facts, [fact["settings"].get(name, "unset") for fact in facts]):
+            advice = "Export it alike on all nodes, or nowhere."
+            results.append(Result(WARN, "environment", f"{name} differs: {spread}", advice))
     file = next((fact["accelerate_config"] for fact in facts if fact["accelerate_config"]), None)
     if file:
         finding = f"{file} decides what a bare `accelerate launch` is not told"

@@ -19,13 +19,13 @@ def media_of(run: Path, step: int) -> dict[str, Any]:
     if details.get("step") != step:
         return {}
     import wandb
+    from PIL import Image
 
     logged: dict[str, Any] = {}
     classes = details.get("per_class") or []
-    if len(classes) <= MOST_CLASSES:
-        logged |= {
-            f"class_accuracy/{each['name']}": each["correct"] / each["samples"] for each in classes if each["samples"]
-        }
+    for each in classes if len(classes) <= MOST_CLASSES else ():
+        if each["samples"]:
+            logged[f"class_accuracy/{each['name']}"] = each["correct"] / each["samples"]
     if details.get("confusion"):
         picture = confusion_picture(details)
         logged["validate/confusion_matrix"] = wandb.Image(picture, caption="rows: label, columns: prediction")
@@ -35,7 +35,8 @@ def media_of(run: Path, step: int) -> dict[str, Any]:
         if mistake.get("picture"):
             label, predicted = (names[mistake[key]] for key in ("label", "predicted"))
             caption = f"{label}, predicted {predicted} ({mistake['confidence']:.0%})"
-            mistakes.append(wandb.Image(_picture(mistake["picture"]), caption=caption))
+            png = io.BytesIO(base64.b64decode(mistake["picture"].partition(",")[2]))
+            mistakes.append(wandb.Image(Image.open(png), caption=caption))
     if mistakes:
         logged["validate/mistakes"] = mistakes
     return logged
@@ -61,9 +62,3 @@ def confusion_picture(details: dict[str, Any]) -> Any:
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())
-
-
-def _picture(uri: str) -> Any:
-    from PIL import Image
-
-    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))

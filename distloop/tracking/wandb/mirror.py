@@ -3,8 +3,8 @@
 It reads metrics.jsonl as the file grows and logs each row. So training neither imports wandb nor waits for it, and
 no failure of wandb or of its server reaches training.
 
-Training writes on standard input how the attempt has ended; an input that ends without that means that training was
-killed. The mirror answers on standard output, with one JSON object a line: how it has started, and how it has ended.
+Standard input brings how the attempt has ended; it ends without that if training was killed. Standard output gets a
+JSON object a line: how the mirror has started, and how it has ended.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ SIGNALS_OF_TRAINING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIG
 @contextlib.contextmanager
 def only_mirror(run: Path, seconds: float) -> Iterator[bool]:
     """True while this process is the only one that uploads the run; False if another still does so after `seconds`."""
-    with contextlib.ExitStack() as stack:
-        deadline = time.monotonic() + seconds
-        file = stack.enter_context(open(run / f".{WANDB}.lock", "w"))
+    deadline = time.monotonic() + seconds
+    with open(run / f".{WANDB}.lock", "w") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

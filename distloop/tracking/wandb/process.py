@@ -28,9 +28,9 @@ def wandb_mode(settings: Tracking, environ: Mapping[str, str]) -> str | None:
 
 
 def own_python(module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
-    """Command and environment to run a module of this package: installed or not, and safe from files in this folder."""
-    package = str(Path(__file__).resolve().parents[3])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    """(command, environment) to run a module of this package, installed or not, but not from the working folder."""
+    package, others = str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH")
+    path = f"{package}{os.pathsep}{others}" if others else package
     return [sys.executable, "-P", "-m", module, *arguments], {**os.environ, "PYTHONPATH": path}
 
 
@@ -45,14 +45,10 @@ class WandbProcess:
         self.process: subprocess.Popen[bytes] | None = None
         self.problem = "its process has ended"
         command, environment = own_python("distloop.tracking.wandb.mirror", str(run), mode)
+        pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
         try:
             self.process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
+                command, bufsize=0, env=environment, stdin=pipe, stdout=pipe, stderr=nothing, start_new_session=True
             )
         except OSError as error:
             self.problem = f"no process can be started ({error.strerror})"
@@ -86,12 +82,10 @@ class WandbProcess:
         with contextlib.suppress(OSError):
             assert self.process.stdin is not None
             self.process.stdin.write(json.dumps(end).encode() + b"\n")
-            self.process.stdin.flush()
         deadline = time.monotonic() + seconds
         answer = self._answer(seconds, lambda: waiting() and False)
-        if answer is not None and "started" in answer:  # it came after started() had stopped waiting for it
-            left = deadline - time.monotonic()
-            answer = self._answer(left, lambda: waiting() and False) if answer["started"] else answer
+        if answer and answer.get("started"):  # this answer came after started() had stopped waiting for it
+            answer = self._answer(deadline - time.monotonic(), lambda: waiting() and False)
         problem = f"no answer within {seconds:.0f} s" if answer is None else answer.get("problem")
         if seconds:
             self._end(0.0 if answer is None else 0.5)
@@ -101,11 +95,10 @@ class WandbProcess:
         """Wait for the end of the process, and kill it after so many seconds."""
         process, self.process = self.process, None
         if process is not None:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()  # does nothing if the process has ended
+            process.wait()
 
     def _answer(self, seconds: float, gives_up: Callable[[], Any]) -> dict[str, Any] | None:
         """The next answer of the process: a problem if the process has ended, None if no answer comes in time."""
@@ -125,7 +118,6 @@ class WandbProcess:
             if left <= 0 or gives_up():
                 return None
             if poll.poll(1000 * min(left, 0.2)):
-                text = os.read(pipe, 65536)
-                if not text:
+                if not (text := os.read(pipe, 65536)):
                     return {"problem": self.problem}
                 self.unread += text

@@ -37,17 +37,16 @@ class RowReader:
 
 def parse_row(line: bytes) -> dict[str, Any]:
     """The JSON object in the line; {} if the line is damaged."""
-    try:
+    row = None
+    with contextlib.suppress(ValueError):
         row = json.loads(line)
-    except ValueError:
-        return {}
     return row if isinstance(row, dict) else {}
 
 
 def as_logged(row: dict[str, Any], run: Path, redone_until: int) -> dict[str, Any]:
-    """What W&B logs of a row of the run in the directory `run`: W&B's names and their values.
+    """The values that W&B logs for a row of the run in the directory `run`, by W&B's names.
 
-    A row of a step up to `redone_until` is marked as redone: W&B also has the row of the first time.
+    A step up to `redone_until` is marked as redone, because W&B has its first row as well.
     """
     row = dict(row)
     kind, step, moment = row.pop("kind", "unknown"), row.pop("step", None), row.pop("time", None)

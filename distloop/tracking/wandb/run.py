@@ -43,18 +43,17 @@ class WandbRun:
         self.output = io.StringIO()
         self.state = _read_state(run)
         self._write_state()
-        self.online = False
-        self.restarts = 0
+        self.online, self.restarts = False, 0
         self.offline_reason: str | None = None  # why it is offline after a restart, although it was online before
         self.wandb: Any = None
         self.run: Any = None
         self.reader: RowReader | None = None
         self.next_row = 0  # of metrics.jsonl, to give to W&B
         self.start_of_batch = 0  # the first of the rows that W&B was given last
-        self.redone_until = 0  # W&B has rows up to this step twice, because it could not take back the first ones
+        self.redone_until = 0  # W&B has the rows up to this step twice, since it could not take back the first ones
 
     def start(self, seconds: float, or_offline: bool = True) -> str | None:
-        """Begin or continue the W&B run within so many seconds. Returns why it is offline against the wish, or None.
+        """Begin or continue the W&B run within so many seconds. Returns why it is offline instead of online, or None.
 
         Raises WandbError if nothing can be logged; without `or_offline` also if W&B cannot be reached.
         """
@@ -88,7 +87,7 @@ class WandbRun:
         return problem
 
     def _start_online(self, deadline: float) -> None:
-        """Continue on the server, after it has taken back the rows whose steps are done again, if it can."""
+        """Continue on the server. It first takes back the rows whose steps are done again, if it can."""
         self._begin("online", deadline - time.monotonic(), id=self.state["id"], resume="allow")
         right = self._rows_still_right()
         # W&B must keep one row. If nothing was saved, it is that of the first step, which comes out the same again.
@@ -114,7 +113,7 @@ class WandbRun:
         self.run = session.begin(self.wandb, self.path, self.settings, mode, seconds, **resume)
 
     def _rows_still_right(self) -> int:
-        """How many of the uploaded rows are still in the file: those whose steps no later attempt did again."""
+        """How many of the uploaded rows are still in the file: no later attempt has done their steps again."""
         count = 0
         with contextlib.suppress(FileNotFoundError), open(self.path / METRICS, "rb") as file:
             for line in itertools.islice(file, self.state["uploaded"]):

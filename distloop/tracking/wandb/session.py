@@ -37,19 +37,16 @@ def import_wandb() -> Any:
 
 
 def begin(wandb: Any, folder: Path, settings: dict[str, Any], mode: str, seconds: float, **resume: Any) -> Any:
-    """Begin or continue a W&B run within so many seconds; returns wandb's run.
+    """Begin or continue a W&B run within so many seconds; returns wandb's run. Raises what wandb raises.
 
     `folder`: the run directory. `settings`: the section `tracking` of its config. `mode`: online | offline. `resume`:
-    the arguments of wandb.init that name the run. Raises what wandb raises.
+    the arguments of wandb.init that name the run.
     """
     return wandb.init(
         mode=mode,
         dir=str(folder),
-        project=settings["project"],
-        entity=settings["entity"],
-        group=settings["group"],
+        **{key: settings[key] for key in ("project", "entity", "group", "notes")},
         tags=settings["tags"] or None,
-        notes=settings["notes"],
         name=folder.resolve().name,
         settings=wandb.Settings(
             init_timeout=max(1.0, seconds),
@@ -84,10 +81,9 @@ def end(run: Any, folder: Path, state: str, limit_seconds: float, output: Any) -
 
     `output`: the stream that has received what wandb prints.
     """
-    seconds, status = totals(folder), read_json(folder / STATUS)
+    seconds, best = totals(folder), read_json(folder / STATUS).get("best") or {}
     summary = {"state": state, "goodput": goodput(seconds)}
     summary |= {f"time/{account}_seconds": value for account, value in seconds.items()}
-    best = status.get("best") or {}
     summary |= {f"best/{name}": value for name, value in best.items() if isinstance(value, (int, float))}
     run.summary.update(summary)
     if state == "stopped":
