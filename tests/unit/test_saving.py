@@ -288,6 +288,8 @@ def test_a_second_interrupt_does_not_wait(tmp_path: Path, monkeypatch: pytest.Mo
     attempt = saving_attempt(tmp_path)
     assert disk.begun.wait(60)
     attempt.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert attempt.saver.thread is not None
+    assert attempt.saver.thread.is_alive()
     assert published_in(attempt.path / "checkpoints") == []
     assert status(attempt.path)["state"] == "stopped"
     disk.go.set()
