@@ -6,6 +6,7 @@ import errno
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -13,13 +14,22 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from distloop.config.settings import Checkpoint
+from distloop.config.settings import Checkpoint, Config
+from distloop.data.datasets import digits
+from distloop.data.order import Plan
 from distloop.errors import RunFailed
-from distloop.ranks.stopping import SAVE_FAILED, Watch
+from distloop.ranks.places import Position
+from distloop.ranks.ranks import Ranks
+from distloop.ranks.stopping import StopReason, Watch
+from distloop.ranks.verdicts import Verdict
 from distloop.run import saving
-from distloop.run.checkpoint import Snapshot, load, newest_good, publish, published_in, verify
+from distloop.run.attempt import Attempt
+from distloop.run.best import Best
+from distloop.run.checkpoint import LoopState, Snapshot, load, newest_good, publish, published_in, verify
+from distloop.run.lock import LOCK
 from distloop.run.saving import HostBuffers, Saver
-from distloop.training.optim import build_average, update_average
+from distloop.training.optim import Average
+from tests.records import status
 
 # ---- copies ----------------------------------------------------------------------------------------------------
 
@@ -90,13 +100,16 @@ class Heard:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.wishes: list[int] = []
+        self.wishes: list[StopReason] = []
         self.times: list[str] = []
 
     def say(self, text: str) -> None:
         self.lines.append(text)
 
-    def ask(self, wish: int) -> None:
+    def look_for(self, *_: Any) -> None:
+        """It is not for this one to find a reason to stop."""
+
+    def ask(self, wish: StopReason) -> None:
         self.wishes.append(wish)
 
     def took(self, what: str, seconds: float) -> None:
@@ -112,7 +125,7 @@ class Run:
         self.folder = folder
         self.model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
-        self.averaged = build_average(self.model, 0.9)
+        self.average = Average(self.model, 0.9)
         self.heard = Heard()
         self.published: list[int] = []
         watch = cast(Watch, self.heard)
@@ -129,11 +142,11 @@ class Run:
         self.model(torch.randn(8, 3)).square().sum().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        assert self.averaged is not None
-        update_average(self.averaged, self.model, 0.9)
+        self.average.update(self.model)
 
     def save(self, step: int, best: int | None = None) -> None:
-        self.saver.save(step, self.model, self.averaged, self.optimizer, {"best": {"step": best} if best else None})
+        state = LoopState(step, best={"step": best} if best else None)
+        self.saver.save(state, self.model, self.average.averaged, self.optimizer, {"scaler": None})
 
 
 class SlowDisk:
@@ -163,8 +176,8 @@ def test_a_checkpoint_holds_what_there_was_when_it_was_asked_for(
     run = Run(tmp_path)
     run.train()
     then = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    assert run.averaged is not None
-    average = {name: tensor.clone() for name, tensor in run.averaged.module.state_dict().items()}
+    assert run.average.module is not None
+    average = {name: tensor.clone() for name, tensor in run.average.module.state_dict().items()}
     moments = run.optimizer.state_dict()["state"][0]["exp_avg"].clone()
     run.save(1)
     for _ in range(3):  # goes on while the write waits
@@ -180,10 +193,10 @@ def test_a_checkpoint_holds_what_there_was_when_it_was_asked_for(
     stored = torch.load(path / "optimizer.pt", weights_only=True)["state"][0]
     assert torch.equal(stored["exp_avg"], moments)
     other = Run(tmp_path)
-    state = load(path, other.model, other.optimizer, other.averaged)
-    assert (state["step"], state["averaged_steps"]) == (1, 1)
-    assert other.averaged is not None
-    assert int(other.averaged.n_averaged) == 1
+    assert other.average.averaged is not None
+    state, _ = load(path, other.model, other.optimizer, other.average.averaged)
+    assert state.step == 1
+    assert int(other.average.averaged.n_averaged) == 1
 
 
 def test_a_save_does_not_wait_for_its_write_but_for_the_one_before(
@@ -214,28 +227,15 @@ def test_a_save_does_not_wait_for_its_write_but_for_the_one_before(
     assert run.heard.times == ["save", "save"]
 
 
-def leave(saver: Saver, error: type[BaseException] | None) -> None:
-    saver.__exit__(error)
-
-
-@pytest.mark.parametrize(
-    "leave_it",
-    [
-        lambda saver: saver.finish(),
-        lambda saver: saver.wait(),
-        lambda saver: leave(saver, None),
-        lambda saver: leave(saver, ValueError),
-    ],
-    ids=["finish", "wait", "end", "failure"],
-)
-def test_the_end_waits_for_the_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leave_it: Callable[[Saver], None]
+@pytest.mark.parametrize("wait", [Saver.finish, Saver.wait])
+def test_whoever_waits_for_the_write_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait: Callable[[Saver], None]
 ) -> None:
     disk = SlowDisk(monkeypatch)
     run = Run(tmp_path)
     run.save(1)
     assert disk.begun.wait(60)
-    end = threading.Thread(target=leave_it, args=(run.saver,))
+    end = threading.Thread(target=wait, args=(run.saver,))
     end.start()
     end.join(0.2)
     assert end.is_alive()
@@ -245,15 +245,56 @@ def test_the_end_waits_for_the_write(
     assert newest_good(tmp_path)[0] == tmp_path / "step_00000001"
 
 
+def saving_attempt(folder: Path) -> Attempt:
+    """An attempt at folder/run, of one process, that has begun to save its first step."""
+    ranks = SimpleNamespace(rank=0, world_size=1, is_main=True, position=Position(), watch=Heard())
+    ranks.from_main = lambda function: function()
+    ranks.report_failure = lambda error: Verdict(1, repr(error), "")
+    data = digits()
+    plan = Plan(len(data.train), 32, total_steps=9)
+    config = Config(name="run", runs_dir=str(folder))
+    attempt = Attempt(config, cast(Ranks, ranks), plan, data, torch.device("cpu"), Best(None, ("loss", "min")))
+    attempt.__enter__()
+    model = nn.Linear(2, 1)
+    parts = {"model": model, "averaged": None, "optimizer": torch.optim.SGD(model.parameters()), "scaler": None}
+    attempt.save(parts, LoopState(1))
+    return attempt
+
+
+@pytest.mark.parametrize("error", [None, ValueError("bad"), SystemExit(0)], ids=["end", "failure", "exit"])
+def test_an_attempt_waits_for_the_write_before_it_gives_up_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | None
+) -> None:
+    disk = SlowDisk(monkeypatch)
+    attempt = saving_attempt(tmp_path)
+    assert disk.begun.wait(60)
+    end = threading.Thread(target=attempt.__exit__, args=(type(error) if error else None, error, None))
+    end.start()
+    end.join(0.2)
+    assert end.is_alive()
+    assert status(attempt.path)["state"] == "running"
+    assert (attempt.path / LOCK).exists()
+    disk.go.set()
+    end.join(60)
+    assert not end.is_alive()
+    assert newest_good(attempt.path / "checkpoints")[0] is not None
+    assert status(attempt.path)["step"] == 1
+    assert status(attempt.path)["state"] == ("failed" if error else "running")  # Attempt.end says how it ended
+    assert not (attempt.path / LOCK).exists()
+
+
 def test_a_second_interrupt_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = SlowDisk(monkeypatch)
-    run = Run(tmp_path)
-    run.save(1)
+    attempt = saving_attempt(tmp_path)
     assert disk.begun.wait(60)
-    leave(run.saver, KeyboardInterrupt)
-    assert published_in(tmp_path) == []
+    attempt.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert attempt.saver.thread is not None
+    assert attempt.saver.thread.is_alive()
+    assert published_in(attempt.path / "checkpoints") == []
+    assert status(attempt.path)["state"] == "stopped"
     disk.go.set()
-    run.saver.wait()
+    attempt.saver.wait()
+    assert status(attempt.path)["state"] == "stopped"  # although the save went on
 
 
 def fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
@@ -291,7 +332,7 @@ def test_a_failed_write_asks_for_a_stop_where_the_policy_says_so(
     fail(monkeypatch, RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos\nand more"))
     run.save(1)
     run.saver.wait()
-    assert run.heard.wishes == [SAVE_FAILED]
+    assert run.heard.wishes == [StopReason.SAVE_FAILED]
     assert "There is none yet." in run.heard.lines[0]
     assert "unexpected pos" in run.heard.lines[0]
     assert "and more" not in run.heard.lines[0]

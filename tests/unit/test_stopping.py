@@ -23,7 +23,9 @@ from distloop.data.workers import leave_signals_to_parent
 from distloop.ranks import agreement as agreement_module
 from distloop.ranks import leaving, stopping
 from distloop.ranks.agreement import MOST_STEPS_BETWEEN, Agreement
-from distloop.ranks.stopping import REASONS, STOP_FILE, Watch
+from distloop.ranks.attempt_base import AttemptBase
+from distloop.ranks.leaving import SIGNALS
+from distloop.ranks.stopping import StopReason, Watch
 from tests import ranks
 from tests.ranks import command, wait_until
 
@@ -133,7 +135,20 @@ def test_without_squeue_there_is_no_end(tmp_path: Path, monkeypatch: pytest.Monk
 # ---- what asks -----------------------------------------------------------------------------------------------
 
 
-def wishes_after(numbers: list[int]) -> list[int]:
+@pytest.mark.parametrize("reason", StopReason)
+def test_a_reason_is_known_by_its_words(reason: StopReason) -> None:
+    assert StopReason.of(reason.text) is reason
+    assert reason.is_signal == (reason.text == reason.name)  # SIGTERM; the others have words of their own
+    assert reason.is_signal == (reason in SIGNALS)
+
+
+def test_words_that_are_no_reason_have_none() -> None:
+    assert StopReason.of("all steps are done") is None
+    assert StopReason.of("") is None
+    assert len({reason.text for reason in StopReason}) == len(StopReason)
+
+
+def wishes_after(numbers: list[int]) -> list[StopReason | None]:
     watch = stopping.listen()
     found = []
     for number in numbers:
@@ -144,45 +159,46 @@ def wishes_after(numbers: list[int]) -> list[int]:
 
 
 def test_the_first_reason_counts() -> None:
-    assert apart(wishes_after, [signal.SIGUSR2, signal.SIGTERM]) == [[signal.SIGUSR2, signal.SIGUSR2]]
+    assert apart(wishes_after, [signal.SIGUSR2, signal.SIGTERM]) == [[StopReason.SIGUSR2] * 2]
 
 
-def goes_on_watching(folder: Path) -> tuple[bool, int]:
-    """Whether the thread lives after a look at the disk failed, and what it finds then."""
-
-    class BadDisk(type(folder)):  # type: ignore[misc]
-        def stat(self, **options: Any) -> Any:
-            raise OSError(116, "Stale file handle")
-
-        def __fspath__(self) -> str:
-            raise OSError(116, "Stale file handle")
-
-    def beat_that_fails() -> None:
-        looked.append(1)
-        raise OSError(5, "Input/output error")
+def goes_on_watching(folder: Path, what_fails: str) -> tuple[bool, StopReason | None]:
+    """Whether the thread looked again after a look at the disk failed, and what it finds then."""
 
     looked: list[int] = []
+
+    class BadDisk(type(folder)):  # type: ignore[misc]
+        def __fspath__(self) -> str:
+            looked.append(1)
+            raise OSError(116, "Stale file handle")
+
+    class BadAttempt(AttemptBase):
+        def tick(self) -> None:
+            looked.append(1)
+            raise OSError(5, "Input/output error")
+
     watch = stopping.listen()
-    watch.stop_file = BadDisk(folder)
-    watch.each_poll.append(beat_that_fails)
-    deadline = time.monotonic() + 3 * stopping.POLL_SECONDS
+    if what_fails == "the file STOP":
+        watch.stop_file = BadDisk(folder)
+    else:
+        watch.attempt = BadAttempt()
+    deadline = time.monotonic() + 10 * stopping.POLL_SECONDS
     while time.monotonic() < deadline and len(looked) < 2:
         time.sleep(0.01)
-    watch.each_poll.clear()
-    watch.stop_file = None
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)  # while it still fails
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline and not watch.wish:
         time.sleep(0.01)
-    return bool(looked), watch.wish
+    return len(looked) >= 2, watch.wish
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_disk_that_fails_for_a_while_does_not_end_the_watch(tmp_path: Path) -> None:
-    assert apart(goes_on_watching, tmp_path)[0][1] == signal.SIGTERM
+@pytest.mark.parametrize("what_fails", ["the file STOP", "the attempt's heartbeat"])
+def test_a_disk_that_fails_for_a_while_does_not_end_the_watch(tmp_path: Path, what_fails: str) -> None:
+    assert apart(goes_on_watching, tmp_path, what_fails) == [(True, StopReason.SIGTERM)]
 
 
-def wish_for_stop_file(folder: Path) -> int:
+def wish_for_stop_file(folder: Path) -> StopReason | None:
     watch = run_here(folder)
     (folder / "STOP").touch()
     wait_until(lambda: watch.wish, "the wish")
@@ -190,7 +206,7 @@ def wish_for_stop_file(folder: Path) -> int:
 
 
 def test_the_stop_file_is_found(tmp_path: Path) -> None:
-    assert apart(wish_for_stop_file, tmp_path) == [STOP_FILE]
+    assert apart(wish_for_stop_file, tmp_path) == [StopReason.STOP_FILE]
 
 
 def test_an_interrupt_that_a_script_ignores_for_its_background_stays_ignored(tmp_path: Path) -> None:
@@ -201,7 +217,7 @@ def test_an_interrupt_that_a_script_ignores_for_its_background_stays_ignored(tmp
         "print(signal.getsignal(signal.SIGINT).name, stopping.listen().wish)"
     )
     done = command(["sh", "-c", 'trap "" INT; "$@"', "sh", sys.executable, "-c", code], tmp_path)
-    assert done.stdout == "SIG_IGN 0\n"
+    assert done.stdout == "SIG_IGN None\n"
 
 
 # ---- leaving without the main thread -------------------------------------------------------------------------
@@ -211,13 +227,12 @@ def leave_stuck(folder: Path, how: str) -> None:
     """A process whose main thread hangs, and that is to end all the same; what is told before goes into a file."""
     watch = stopping.listen()
 
-    def told(state: str, why: str) -> None:
-        (folder / "told").write_text(f"{state}: {why}")
+    class ToldAttempt(AttemptBase):
+        def cut_off(self, state: str, reason: str) -> None:
+            (folder / "told").write_text(f"{state}: {reason}")
+            time.sleep(600)  # a disk that does not answer
 
-    def hangs(state: str, why: str) -> None:
-        time.sleep(600)
-
-    watch.before_leaving += [told, hangs]  # the second: a disk that does not answer
+    watch.attempt = ToldAttempt()
     watch.leave_within(0.1, 7, "rank 1 failed first")
     if how == "called off":
         watch.leave_within(None)
@@ -245,11 +260,11 @@ def test_a_process_that_is_to_leave_does_so_without_its_main_thread(tmp_path: Pa
 
 def ignored_by_worker() -> list[str]:
     leave_signals_to_parent()
-    return [signal.getsignal(number).name for number in stopping.SIGNALS]  # type: ignore[union-attr]
+    return [signal.getsignal(number).name for number in SIGNALS]  # type: ignore[union-attr]
 
 
 def test_a_worker_ignores_what_asks_for_a_stop() -> None:
-    assert apart(ignored_by_worker) == [["SIG_IGN"] * len(stopping.SIGNALS)]
+    assert apart(ignored_by_worker) == [["SIG_IGN"] * len(SIGNALS)]
 
 
 def late_worker(folder: Path, parent: int) -> None:
@@ -308,10 +323,13 @@ def test_workers_that_do_not_listen_are_killed_at_the_end() -> None:
 # ---- the agreement -------------------------------------------------------------------------------------------
 
 
+Wishes = dict[int, StopReason]  # {call: what a rank wishes from then on}
+
+
 def agree(
-    rank: int, port: int, seconds: tuple[float, float], wishes: tuple[dict[int, int], dict[int, int]], calls: int
+    rank: int, port: int, seconds: tuple[float, float], wishes: tuple[Wishes, Wishes], calls: int
 ) -> dict[str, Any]:
-    """The answers of `calls` steps of this rank, which take `seconds[rank]`; wishes[rank]: {call: wish}."""
+    """The answers of `calls` steps of this rank, which take `seconds[rank]`."""
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     original, exchanges, intervals, answers = dist.all_reduce, [], [], []
 
@@ -320,7 +338,7 @@ def agree(
         return original(*arguments, **options)
 
     dist.all_reduce = counted
-    watch = SimpleNamespace(wish=0, between_steps=0.0, took=lambda *_: None)
+    watch = SimpleNamespace(wish=None, between_steps=0.0, took=lambda *_: None)
     agreement = Agreement(watch, 2, datetime.timedelta(seconds=30))  # type: ignore[arg-type]
     for call in range(1, calls + 1):
         time.sleep(seconds[rank])
@@ -334,26 +352,40 @@ def agree(
     return {"answers": answers, "intervals": intervals, "exchanges": exchanges}
 
 
-def of_two_ranks(
-    seconds: tuple[float, float], wishes: tuple[dict[int, int], dict[int, int]], calls: int
-) -> list[dict[str, Any]]:
+def of_two_ranks(seconds: tuple[float, float], wishes: tuple[Wishes, Wishes], calls: int) -> list[dict[str, Any]]:
     return apart(agree, ranks.free_port(), seconds, wishes, calls, processes=2)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_all_ranks_hear_one_ranks_wish_at_the_same_step(rank: int) -> None:
-    wishes: tuple[dict[int, int], dict[int, int]] = ({}, {})
-    wishes[rank][5] = signal.SIGTERM
+    wishes: tuple[Wishes, Wishes] = ({}, {})
+    wishes[rank][5] = StopReason.SIGTERM
     one, other = of_two_ranks((0.03, 0.001), wishes, 100)
     assert one["answers"] == other["answers"]
-    assert one["answers"][-1] == "SIGTERM"
+    assert one["answers"][-1] is StopReason.SIGTERM
     assert 5 <= len(one["answers"]) <= 5 + 2 * MOST_STEPS_BETWEEN
 
 
-def test_ranks_that_were_asked_for_different_reasons_give_one() -> None:
-    one, other = of_two_ranks((0.0, 0.0), ({5: signal.SIGINT}, {3: signal.SIGUSR1}), 100)
+@pytest.mark.parametrize(
+    ("one", "other", "common"),
+    [
+        (StopReason.SIGINT, StopReason.SIGUSR1, StopReason.SIGUSR1),
+        (StopReason.SIGTERM, StopReason.STOP_FILE, StopReason.STOP_FILE),
+        (StopReason.SAVE_FAILED, StopReason.LAUNCHER_GONE, StopReason.SAVE_FAILED),
+    ],
+)
+def test_of_the_reasons_of_several_ranks_the_greatest_is_that_of_all(
+    one: StopReason, other: StopReason, common: StopReason
+) -> None:
+    first, second = of_two_ranks((0.0, 0.0), ({2: one}, {2: other}), 100)  # heard of before the second exchange
+    assert first["answers"] == second["answers"]
+    assert first["answers"][-1] is common
+
+
+def test_ranks_that_are_asked_at_different_steps_give_one_reason() -> None:
+    one, other = of_two_ranks((0.0, 0.0), ({5: StopReason.SIGINT}, {3: StopReason.SIGUSR1}), 100)
     assert one["answers"] == other["answers"]
-    assert one["answers"][-1] in (REASONS[signal.SIGINT], REASONS[signal.SIGUSR1])
+    assert one["answers"][-1] in (StopReason.SIGINT, StopReason.SIGUSR1)
 
 
 def test_ranks_exchange_rarely_where_steps_are_short_and_always_at_the_same_steps() -> None:
@@ -371,14 +403,14 @@ def test_ranks_exchange_after_each_step_where_steps_are_long() -> None:
     assert one["exchanges"] == other["exchanges"] == list(range(1, 9))
 
 
-def alone(wish_at: int) -> list[str | None]:
+def alone(wish_at: int) -> list[StopReason | None]:
     watch = stopping.listen()
     agreement = Agreement(watch, 1, datetime.timedelta(seconds=30))
     answers = []
     for call in range(1, 100):
         time.sleep(0.03)
         if call == wish_at:
-            watch.wish = STOP_FILE
+            watch.wish = StopReason.STOP_FILE
         answers.append(agreement.reached())
         if answers[-1]:
             break
@@ -386,7 +418,7 @@ def alone(wish_at: int) -> list[str | None]:
 
 
 def test_one_process_answers_at_the_end_of_the_step() -> None:
-    assert apart(alone, 4) == [[None, None, None, REASONS[STOP_FILE]]]
+    assert apart(alone, 4) == [[None, None, None, StopReason.STOP_FILE]]
 
 
 # ---- who is a launcher ---------------------------------------------------------------------------------------
