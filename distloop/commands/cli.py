@@ -1,7 +1,5 @@
 """The `distloop` command, the first word of which names one of the commands below."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

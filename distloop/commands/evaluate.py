@@ -8,8 +8,6 @@ It takes the newest good checkpoint of a run, or the checkpoint that you name. S
 config.yaml; the command line changes them, as in training.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """Rank runs, for example those of a sweep by a metric, and find the settings in which they differ."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

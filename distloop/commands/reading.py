@@ -3,8 +3,6 @@
 What is missing, damaged or of another version becomes None and raises no error, so that the other runs are shown.
 """
 
-from __future__ import annotations
-
 import collections
 import datetime
 import json

@@ -7,8 +7,6 @@ directory says how the run ended. Exit code 0: requeue the job; 3: do not. It ca
 container may lack.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -4,8 +4,6 @@ On a terminal the table has colours and fits the width. In a pipe its lines are 
 columns.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

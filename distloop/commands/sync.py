@@ -4,8 +4,6 @@ It uploads each row of metrics.jsonl that the server lacks, of all attempts and 
 it ends the W&B run as the run has ended. If there is nothing to upload, nothing changes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

@@ -1,7 +1,5 @@
 """Read a YAML file and the command line into a checked Config."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -4,8 +4,6 @@ Values that are never masked: true, false, null; numbers of fewer than 8 charact
 not under strong ones (password, secret). In doubt a value is masked: `key: image` too.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from typing import Literal

@@ -1,7 +1,5 @@
 """Find the callable with a name in the config: a built-in one, or the user's own as module:callable."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import os

@@ -5,8 +5,6 @@ user:password@host). The values of environment variables and settings with such 
 a value is masked: a false mask costs little, a leak much.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

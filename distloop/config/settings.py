@@ -4,8 +4,6 @@ The string below a field is its text in --help. The defaults are those of config
 and the command line; this module reads nothing.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from pathlib import Path

@@ -3,8 +3,6 @@
 PyYAML follows YAML 1.1, where `precision: no` is False, `lr: 1e-3` a string, `010` is 8 and `1:30` is 90.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

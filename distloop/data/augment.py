@@ -1,7 +1,5 @@
 """Augment whole batches of small images, with random numbers that the caller passes."""
 
-from __future__ import annotations
-
 import torch
 from numpy.typing import NDArray
 from torch import Tensor

@@ -1,7 +1,5 @@
 """A batch: its inputs and targets, and the form in which a model takes it."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -4,8 +4,6 @@ A data set is a callable that returns a DataSource or (train, validation), each 
 PyTorch DataLoader. Its arguments are data.args, and `root` if its signature names it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """Load torchvision's data sets from the disk, or download them once per machine, or say how to get the files."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import time

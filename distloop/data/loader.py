@@ -1,7 +1,5 @@
 """From a data set to checked batches on the device, in the sampler's order."""
 
-from __future__ import annotations
-
 import atexit
 import itertools
 import multiprocessing

@@ -5,8 +5,6 @@ processes. The mixing function is SplitMix64's finaliser (Steele, Lea and Flood 
 number generators") in exact integer arithmetic: no library's version changes the numbers.
 """
 
-from __future__ import annotations
-
 import random
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Signals in loader workers: they ignore signals to stop, and end with the process that started them."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import multiprocessing

@@ -1,7 +1,5 @@
 """Accelerate's Accelerator for a config: device, mixed precision, DDP, and the guards around its start."""
 
-from __future__ import annotations
-
 import os
 import warnings
 

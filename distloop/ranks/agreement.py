@@ -1,7 +1,5 @@
 """One decision of all ranks whether to stop, without a step that waits for it."""
 
-from __future__ import annotations
-
 import datetime
 import time
 from typing import Any

@@ -1,7 +1,5 @@
 """The methods of an attempt that the ranks' threads call."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

@@ -1,7 +1,5 @@
 """Connections between ranks. They carry JSON messages, one a line, and notice when the other side is gone."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import secrets

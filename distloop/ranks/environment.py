@@ -1,7 +1,5 @@
 """This process's rank under Slurm, its machine's name, its share of the CPUs: read before torch is imported."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -1,7 +1,5 @@
 """One verdict on the failure that ends the run: shown once, recorded, and handed on to the other ranks."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

@@ -1,7 +1,5 @@
 """Refuse a launch with other processes than its user asked for. Functions import torch: it reads the environment."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -1,7 +1,5 @@
 """How a process ends: without its loader workers, without hanging in a library, with its exit code."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import multiprocessing

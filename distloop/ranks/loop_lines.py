@@ -1,7 +1,5 @@
 """The line of the loop at which a rank is, and which lines show that one rank is further on than another."""
 
-from __future__ import annotations
-
 import ast
 import linecache
 import os

@@ -11,8 +11,6 @@ who was first; the errors that the others then meet ("connection closed by peer"
     any to any                 {"verdict"}: see verdicts.Verdict
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

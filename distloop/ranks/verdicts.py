@@ -1,7 +1,5 @@
 """Which rank failed first, and the message about it: plain functions, without sockets, threads or clocks."""
 
-from __future__ import annotations
-
 import re
 import sys
 import traceback

@@ -1,7 +1,5 @@
 """Which validation is the best one: by one metric, in one direction. Nothing here imports torch."""
 
-from __future__ import annotations
-
 import math
 from numbers import Real
 from typing import Any

@@ -11,8 +11,6 @@
 All of it is read without running any code from the files.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

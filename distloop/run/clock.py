@@ -1,7 +1,5 @@
 """Where the time of an attempt goes: each second belongs to one account. Also samples per second."""
 
-from __future__ import annotations
-
 import os
 import resource
 import sys

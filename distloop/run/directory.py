@@ -1,7 +1,5 @@
 """Open a run directory: create it, continue its run, refuse that, or move the run aside; and record the start."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The files of failures/: who failed first, where the ranks are, and the stacks of ranks that crashed."""
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import json

@@ -1,7 +1,5 @@
 """The names of the files of a run directory, and how small files are written and read. Imports no torch."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import os

@@ -5,8 +5,6 @@ clocks and process numbers of two machines are never compared. On the same machi
 Slurm job, no wait is needed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """metrics.jsonl: one row per line, flushed as it is written; a run has one over all its attempts."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """environment.json and git.diff: versions, code and command of an attempt, without secrets."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import os

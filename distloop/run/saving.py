@@ -1,7 +1,5 @@
 """Saving beside training: the loop waits for a copy in host memory; a thread writes it."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 import threading

@@ -1,7 +1,5 @@
 """status.json: how a run is doing, or how it ended."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The console of rank 0: a live view on a terminal (live_view.py), plain lines in a log file."""
 
-from __future__ import annotations
-
 import os
 import sys
 from typing import TYPE_CHECKING, Any

@@ -5,8 +5,6 @@ The terminal scrolls only the lines above the view, as package managers have it.
 cursor instead, and catches only what goes through this process's sys.stdout.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess

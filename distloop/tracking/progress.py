@@ -1,7 +1,5 @@
 """The progress of a run while it trains: what the console and the live view show."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

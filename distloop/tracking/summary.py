@@ -1,7 +1,5 @@
 """The lines at the start of an attempt (what it trains) and at its end (the results)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Numbers, durations (in seconds) and sizes (in bytes) as text for people. Only the standard library is imported."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

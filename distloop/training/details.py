@@ -4,8 +4,6 @@ They are collected on the device in integers, batch by batch: the result is exac
 The metrics of validation do not depend on them.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import io

@@ -1,7 +1,5 @@
 """What is due after a step."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from distloop.config.settings import Config

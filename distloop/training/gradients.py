@@ -1,7 +1,5 @@
 """The gradient of a step: its division by the weight, its norm, clipping."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

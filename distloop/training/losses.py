@@ -1,7 +1,5 @@
 """Sums of losses on the device, which the host reads only when something is due."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ The callable is called with model.args and with those of `input_shape` (of one s
 (if the data has classes) that its signature names.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Find steps whose gradient is not finite. The device finds them; the host hears of it when something is due."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 

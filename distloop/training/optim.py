@@ -1,7 +1,5 @@
 """Parameter groups, the optimizer, weight averaging, and the learning rate as a pure function of the step."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

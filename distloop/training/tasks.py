@@ -5,8 +5,6 @@ micro-batch and divides by no batch size. Metrics are sums, too, so that validat
 and counts every sample once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 

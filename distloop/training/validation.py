@@ -1,7 +1,5 @@
 """Validation: every sample counted exactly once, the same sums on any number of ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

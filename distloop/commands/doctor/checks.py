@@ -1,7 +1,5 @@
 """The checks of `distloop doctor` on the facts of all ranks: each gives verdicts on one subject, and advice."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 torch is imported inside functions, since the environment must be set before that.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

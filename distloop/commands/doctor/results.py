@@ -1,7 +1,5 @@
 """The result of a check of `distloop doctor`, and how results name ranks and nodes."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar

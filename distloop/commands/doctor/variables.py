@@ -1,7 +1,5 @@
 """The check of environment variables and of Accelerate's default file."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from distloop.commands.doctor.results import FAIL, OK, WARN, Facts, Result, spread_text, where

@@ -1,7 +1,5 @@
 """The sections of a classification: confusion matrix, classes, mistakes. Each function returns a template's data."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Several runs side by side: a table of their settings and results, curves in common plots, time."""
 
-from __future__ import annotations
-
 import collections
 from pathlib import Path
 from typing import Any, NamedTuple

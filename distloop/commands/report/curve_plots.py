@@ -1,7 +1,5 @@
 """The section "Curves" of a run: losses, metrics, learning rate, gradient norm."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ Rows are thinned by stretches. Of each stretch the smallest and the largest valu
 in a million stays visible; the mean of each stretch makes a second curve.
 """
 
-from __future__ import annotations
-
 import gc
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The top of a run's report: its state, and the few numbers that matter most."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

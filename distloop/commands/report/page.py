@@ -1,7 +1,5 @@
 """`distloop report`: the command, and the page around its sections."""
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import sys

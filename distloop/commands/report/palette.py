@@ -1,7 +1,5 @@
 """The colours of curves, accounts and states, by the names that style.css gives them."""
 
-from __future__ import annotations
-
 import functools
 import re
 from pathlib import Path

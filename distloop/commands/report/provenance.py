@@ -1,7 +1,5 @@
 """The sections about what a run was, and what it left. Each function returns the variables of a template."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from typing import Any

@@ -1,7 +1,5 @@
 """Read all that a report needs from a run directory. Files may be missing, damaged or being written."""
 
-from __future__ import annotations
-
 import datetime
 from collections.abc import Callable, Iterable
 from pathlib import Path

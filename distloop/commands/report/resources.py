@@ -1,7 +1,5 @@
 """The sections about the resources of a run: time of each attempt, throughput, memory."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Parse lines of metrics.jsonl into columns of numbers."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Jinja escapes each text that comes from a run. Only the SVG of plots.py and the style sheet are marked as HTML.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Callable

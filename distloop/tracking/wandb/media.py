@@ -1,7 +1,5 @@
 """What W&B shows of a validation besides its metrics: accuracy per class, confusion matrix, pictures of mistakes."""
 
-from __future__ import annotations
-
 import base64
 import io
 from pathlib import Path

@@ -7,8 +7,6 @@ Standard input brings how the attempt has ended; it ends without that if trainin
 JSON object a line: how the mirror has started, and how it has ended.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

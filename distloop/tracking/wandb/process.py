@@ -1,7 +1,5 @@
 """Training's side of the W&B mirror: starts its process, tells it how training ends, and waits with a limit."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

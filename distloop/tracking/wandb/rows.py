@@ -1,7 +1,5 @@
 """Rows of metrics.jsonl: read them while the file grows, and turn each into what W&B logs."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -4,8 +4,6 @@ Each start asks the server how many rows it has, takes back those whose steps ar
 are missing. wandb.json in the run directory keeps the W&B run's id.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import itertools

@@ -1,7 +1,5 @@
 """The calls of wandb: import it, begin a W&B run, describe it and end it."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from pathlib import Path
