@@ -207,8 +207,8 @@ def load(
     if averaged is not None and (path / AVERAGED).exists():
         load_weights(path / AVERAGED, averaged.module)
         averaged.n_averaged.fill_(state["averaged_steps"])
-    names = [field.name for field in dataclasses.fields(LoopState)]
-    return LoopState(**{name: state[name] for name in names}), state["scaler"]
+    sums = tuple(state["epoch_sums"])
+    return LoopState(state["step"], sums, state["best"], state["skipped_steps"]), state["scaler"]
 
 
 def weights_of(model: nn.Module, copy: Callable[[str, Tensor], Tensor]) -> Weights:

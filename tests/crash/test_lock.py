@@ -103,7 +103,8 @@ def test_an_owner_that_finds_itself_taken_over_ends_and_writes_nothing_more(
             wait_until(partial(has_started, run, attempt), f"attempt {attempt}")
             for process in ranks.processes:
                 os.kill(process.pid or 0, signal.SIGSTOP)
-            lock = locks.enter_context(other_machine())
+            lock = other_machine()
+            locks.callback(lock.release)
             message = lock.acquire(run) or ""
             assert f"process {ranks.processes[0].pid} on " in message
             before = contents(run)
@@ -312,8 +313,10 @@ def test_a_run_waits_for_the_heartbeat_of_another_machine_and_goes_on_where_ther
     (run / LOCK).unlink()
     (tmp_path / "go").touch()
     over = threading.Event()
-    with other_machine() as owner:
+    owner = other_machine()
+    with ExitStack() as stack:
         owner.acquire(run)
+        stack.callback(owner.release)
 
         def live() -> None:
             while not over.wait(0.1):
