@@ -172,9 +172,10 @@ def png_uri(image: Any, mean: Sequence[float] | None = None, std: Sequence[float
         image = _to_uint8(image.float(), mean, std)
     elif image.dtype != torch.uint8:
         return None
-    from torchvision.transforms.functional import to_pil_image
+    from PIL import Image
 
-    picture = to_pil_image(image)
+    pixels = image.permute(1, 2, 0).contiguous().numpy()
+    picture = Image.fromarray(pixels[:, :, 0] if image.shape[0] == 1 else pixels)
     picture.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
     file = io.BytesIO()
     picture.save(file, "PNG")
