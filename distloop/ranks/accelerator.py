@@ -14,11 +14,8 @@ from distloop.ranks.ranks import Ranks
 
 
 def build_accelerator(config: Config, ranks: Ranks) -> Accelerator:
-    """The Accelerator for this config. Collective: all ranks connect here.
-
-    Also applies matmul_precision and detect_anomaly, which hold for the process. Raises UsageError if the launch does
-    not fit the config, RunFailed if ranks are missing.
-    """
+    """The Accelerator for this config. Collective: all ranks connect here. Also sets the process's matmul_precision and
+    detect_anomaly. Raises UsageError if the launch does not fit the config, RunFailed if ranks are missing."""
     device = choose_device(config)
     launch = launch_guards.launched_by()
     launch_guards.check_launch(os.environ, launch, config.device, device == "cpu")

@@ -11,11 +11,9 @@ MOST_STEPS_BETWEEN = 16
 
 
 class Agreement:
-    """Ranks exchange their wishes to stop over gloo, beside the training.
-
-    An exchange that begins after one step is read some steps later, when it is long done, so that no step waits. It
-    also carries how many steps that are, which depends on the time that a step takes.
-    """
+    """Ranks exchange their wishes to stop over gloo, beside the training. An exchange that begins after one step is
+    read some steps later, when it is done, so that no step waits. It also carries that number of steps, which depends
+    on the time that a step takes."""
 
     def __init__(self, watch: Watch, world_size: int, timeout: datetime.timedelta) -> None:
         self.watch = watch

@@ -107,9 +107,7 @@ class Connections:
 
     def read(self, seconds: float) -> list[tuple[Place, dict[str, Any] | None]]:
         """Wait so many seconds at most for messages: (sender, message); the message of a rank that is gone is None."""
-        sources: list[Any] = [self._wake_read, *self._connections]
-        if self._listener is not None:
-            sources.append(self._listener)
+        sources = list(filter(None, (self._wake_read, *self._connections, self._listener)))
         heard: list[tuple[Place, dict[str, Any] | None]] = []
         source: Any
         for source in wait(sources, max(0.0, seconds)):
@@ -127,8 +125,7 @@ class Connections:
 
     def _read(self, connection: Connection) -> list[tuple[Place, dict[str, Any] | None]]:
         """Raises an exception of any kind for another program's connection."""
-        messages = connection.receive()
-        if messages is None:
+        if (messages := connection.receive()) is None:
             self._remove(connection)
             return [(connection.place, None)] if connection.place is not None else []
         if connection.place is None and messages:

@@ -56,15 +56,13 @@ def launched_by() -> Launch | None:
     try:
         with open(f"/proc/{os.getppid()}/cmdline") as file:
             words = file.read().split("\0")[:-1]
-        first_argument = _first_argument(words)
-        if first_argument is None:
+        if (first_argument := _first_argument(words)) is None:
             return None
         from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-        parser = launch_command_parser()
         output = io.StringIO()  # not for the user
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            arguments, _, _ = _validate_launch_command(parser.parse_args(words[first_argument:]))
+            arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words[first_argument:]))
         return Launch(int(arguments.num_processes), bool(arguments.multi_gpu), str(arguments.training_script))
     except (Exception, SystemExit):  # another operating system, launcher or version of Accelerate
         return None
@@ -92,7 +90,6 @@ def check_launch(environ: Mapping[str, str], launch: Launch | None, device: str,
             f"The environment says that this is one of several processes, but {', '.join(missing)} is not set.\n"
             f"{right_commands(None, world)}"
         )
-    asked_for_cpu = device == "cpu" or launcher_uses_cpu(environ)
     if launch and launch.processes != world and int(environ.get("LOCAL_WORLD_SIZE", world)) < world:
         raise UsageError(
             f"accelerate launch was asked here for {launch.processes} processes on all machines, which have started "
@@ -104,7 +101,7 @@ def check_launch(environ: Mapping[str, str], launch: Launch | None, device: str,
             f"{world}: the run would silently not be distributed.\n{right_commands(launch)}"
         )
     by_accelerate = launch is not None or "ACCELERATE_MIXED_PRECISION" in environ
-    if world > 1 and use_cpu and not asked_for_cpu and by_accelerate:
+    if world > 1 and use_cpu and by_accelerate and not (device == "cpu" or launcher_uses_cpu(environ)):
         raise UsageError(
             f"accelerate launch started {world} processes for GPUs, but no GPU is visible here.\n"
             f"{right_commands(launch, world)}"
@@ -147,9 +144,8 @@ def check_devices(device: Any, world_size: int) -> None:
 
     if device.type != "cuda" or world_size == 1:
         return
-    own = (os.uname().nodename, str(torch.cuda.get_device_properties(device).uuid))
     gpus: list[Any] = [None] * world_size  # (node, UUID) by rank
-    dist.all_gather_object(gpus, own)
+    dist.all_gather_object(gpus, (os.uname().nodename, str(torch.cuda.get_device_properties(device).uuid)))
     for gpu in set(gpus):
         ranks = [rank for rank, other in enumerate(gpus) if other == gpu]
         if len(ranks) > 1:

@@ -11,16 +11,13 @@ from typing import NamedTuple, TypeGuard
 from distloop.config.secrets import clean_text
 
 LOOPS = (ast.For, ast.While, ast.AsyncFor)
-WITHS = (ast.With, ast.AsyncWith)
 
 
 class LoopLine(NamedTuple):
     """A line of the function that holds the loop."""
 
-    text: str = ""
-    """As people read it, without secrets: "train.py:101 outputs = task.forward(model, micro.batch)"."""
-    number: int = 0
-    """The first line of its statement, for comparing ranks; 0: the line must not be compared."""
+    text: str = ""  # for people, without secrets: "train.py:101 outputs = task.forward(model, micro.batch)"
+    number: int = 0  # the first line of its statement, for comparing ranks; 0: the line must not be compared
 
 
 class LoopLines:
@@ -57,23 +54,21 @@ class LoopLines:
 
 
 def comparable_lines(source: str, first_line: int) -> dict[int, int]:
-    """Lines of a function of which a later one is reached later, each with the first line of its statement.
+    """Lines of a function of which a later one is reached later, each with the first line of its statement. Empty where
+    the source cannot be read.
 
     `first_line`: code.co_firstlineno. Ranks with the same marks in the same step may be compared by these lines.
     Others may be reached again after a later line:
-
     - those of an inner loop: any but the outermost, and but `for … in ….of_step(…)`, where each turn makes a mark;
     - the head of a `with`, to which Python returns to leave the block, and that of a loop;
     - the outermost loop up to its first of_step, since the step before is still counted there.
-
-    Empty where the source cannot be read.
     """
     statements = _statements(source, first_line)
     lines = {line: one.lineno for one in statements for line in _lines_of(one)}  # inner statements come later
     loops = [one for one in statements if isinstance(one, LOOPS)]
     for one in statements:
         excluded = range(0)
-        if isinstance(one, WITHS) or _is_of_step(one):
+        if isinstance(one, (ast.With, ast.AsyncWith)) or _is_of_step(one):
             excluded = range(one.lineno, max(one.body[0].lineno, one.lineno + 1))
         elif isinstance(one, LOOPS):
             of_step = [inner.lineno for inner in loops if inner.lineno in _lines_of(one) and _is_of_step(inner)]
@@ -103,6 +98,5 @@ def _lines_of(statement: ast.stmt | ast.excepthandler) -> range:
 
 
 def _is_of_step(statement: ast.AST) -> TypeGuard[ast.For]:
-    """True for `for … in ….of_step(…)`."""
     call = statement.iter if isinstance(statement, ast.For) else None
     return isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "of_step"

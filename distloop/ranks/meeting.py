@@ -1,7 +1,5 @@
-"""Ranks wait for each other; after a time limit, those that came name those that did not.
-
-Functions import torch, since it reads the environment.
-"""
+"""Ranks wait for each other; after a time limit, those that came name those that did not. Functions import torch,
+since it reads the environment."""
 
 from __future__ import annotations
 
@@ -28,11 +26,9 @@ RESULT_SECONDS = 10.0  # for rank 0 to say who is missing, and for the others to
 
 
 def join_ranks(environ: Mapping[str, str], limit_seconds: float) -> Any:
-    """Wait for all ranks; returns the store that they share, a torch.distributed.Store. Collective.
-
-    Reads torch's variables, and those of an elastic agent, which keeps the store itself. Raises UsageError for a wrong
-    address or port, RunFailed if ranks are missing.
-    """
+    """Wait for all ranks; returns the store that they share, a torch.distributed.Store. Collective. Reads torch's
+    variables, and those of an elastic agent, which keeps the store itself. Raises UsageError for a wrong address or
+    port, RunFailed if ranks are missing."""
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from types import CodeType
-from typing import Any, TypeVar
+from typing import Any
 
 from distloop.ranks.roll_call import RollCall
 from distloop.ranks.stopping import StopReason, Watch, end_launcher
-from distloop.ranks.talking import from_main
+from distloop.ranks.talking import Result, from_main
 from distloop.ranks.verdicts import Verdict
-
-Result = TypeVar("Result")
 
 
 class Ranks:

@@ -72,14 +72,10 @@ class RollCall:
         self._note_own_place()
         return table_of(self.places)
 
-    # ---- the end of a run ------------------------------------------------------------------------------------
-
     def report_failure(self, error: BaseException) -> Verdict:
-        """Tell rank 0 of `error`; returns why the run ends, the same on all ranks. One rank prints it.
-
-        Waits ANSWER_SECONDS at most for rank 0's verdict. If the main thread does not end the process within some
-        seconds after it, the watch does.
-        """
+        """Tell rank 0 of `error`; returns why the run ends, the same on all ranks. One rank prints it. Waits
+        ANSWER_SECONDS at most for rank 0's verdict. If the main thread does not end the process within some seconds
+        after it, the watch does."""
         if isinstance(error, KeyboardInterrupt) and self._judge.interrupt():
             self.leave(INTERRUPTED)
             if speaks(os.environ):
@@ -126,8 +122,6 @@ class RollCall:
             self._thread.join(3)
         self.watch.leave_within(None)
         self._connections.close()
-
-    # ---- the thread ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         next_beat, turn = 0.0, time.monotonic()

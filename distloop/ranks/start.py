@@ -20,10 +20,8 @@ if TYPE_CHECKING:  # the config's libraries are imported once this process liste
 
 def prepare_process() -> None:
     """Receive signals, and set the variables that torch reads when it is imported. Call it in the main thread.
-
     From now on a signal asks for a stop and does not end the process. Under `srun`, ranks come from Slurm's variables;
-    ranks that share a machine share its CPUs. Leaves with code 2 if Slurm's variables make no sense.
-    """
+    ranks that share a machine share its CPUs. Leaves with code 2 if Slurm's variables make no sense."""
     stopping.listen()
     prepare_environment()
 

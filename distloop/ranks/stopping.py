@@ -1,8 +1,6 @@
-"""The reasons to stop: signals, deadlines, the file STOP, a launcher that is gone.
-
-A thread in each process, the Watch, collects them. The loop asks after each step whether the ranks have agreed
-(agreement.py): all stop after the same step, and save it.
-"""
+"""The reasons to stop: signals, deadlines, the file STOP, a launcher that is gone. A thread in each process, the
+Watch, collects them. The loop asks after each step whether the ranks have agreed (agreement.py): all stop after the
+same step, and save it."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from distloop.ranks.attempt_base import AttemptBase
 from distloop.ranks.leaving import SIGNALS, end_at_once
-from distloop.ranks.talking import speaks
+from distloop.ranks.talking import say, speaks
 
 if TYPE_CHECKING:  # the config's libraries are imported once this process listens to signals
     from distloop.config.settings import Stop
@@ -141,8 +139,7 @@ class Watch:
     def say(self, text: str) -> None:
         """Print a line on standard error, on the first rank of each machine."""
         if speaks(os.environ):
-            with contextlib.suppress(OSError, ValueError):  # the terminal is gone
-                print(f"distloop: {text}", file=sys.stderr, flush=True)
+            say(f"distloop: {text}", sys.stderr)
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -236,8 +233,7 @@ def launcher(environ: Mapping[str, str]) -> int | None:
         return None  # another operating system
     if any(LAUNCHERS.search(word) for word in words[:4]):
         return parent
-    adopted = parent == 1 and bool({"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & set(environ))
-    return -1 if adopted else None
+    return -1 if parent == 1 and {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & set(environ) else None
 
 
 def end_launcher(reason: StopReason, environ: Mapping[str, str]) -> None:

@@ -51,10 +51,7 @@ def say(text: str, file: Any = None) -> None:
 
 def speak_clearly() -> None:
     """Show each warning once, on rank 0 and its first loader worker; print ? for characters the output cannot encode.
-
-    All ranks and workers meet the same warnings. Python's own filter forgets which it has shown at each
-    warnings.catch_warnings, which libraries use in each step.
-    """
+    Python's own filter forgets which it has shown at each warnings.catch_warnings, which libraries use in each step."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -73,11 +70,9 @@ def speak_clearly() -> None:
 
 
 def let_others_speak(watch: Watch | None = None) -> None:
-    """Wait, before this rank ends without a message, until the rank that prints it has ended.
-
-    An elastic launcher ends all ranks when the first one ends, also one that has not printed yet. Its signal ends the
-    wait, through `watch` if that receives signals.
-    """
+    """Wait, before this rank ends without a message, until the rank that prints it has ended. An elastic launcher
+    ends all ranks when the first one ends, also one that has not printed yet. Its signal ends the wait, through `watch`
+    if that receives signals."""
     if "TORCHELASTIC_RUN_ID" in os.environ and not speaks(os.environ):
         until = time.monotonic() + SPEAKING_SECONDS
         while not (watch and watch.wish) and time.monotonic() < until:

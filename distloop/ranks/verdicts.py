@@ -19,12 +19,10 @@ FROM_WORKER = "Caught "  # torch's first word for an error in a loader worker; t
 
 class End(NamedTuple):
     """What ended a rank, or keeps it from going on. The texts have no secrets.
-
     kind: failed, mistake (exit code 2) or known (without traceback): the rank's own error. consequence: its error says
     that another rank is gone. gone: its connection closed without a message. absent: it never connected. silent: no
     message for longer than the limit. standing: the others wait for it for longer than the limit. behind: the others'
-    wait for it ended with an error.
-    """
+    wait for it ended with an error."""
 
     place: Place
     kind: str
@@ -56,11 +54,9 @@ def first_failure(
     limit_name: str = "ddp.timeout_seconds",
 ) -> End | None:
     """The end that is the cause of all others; None as long as that is open.
-
     `ends`: in the order in which they were heard, from `first_heard` on. `limit`: how many seconds a rank may keep
     the others waiting. `judge`: the rank that asks; 0 judges all ranks, another one rank 0 only. `connected`: the
-    ranks it hears. `listening_since`: None once all ranks have connected. Times are those of time.monotonic().
-    """
+    ranks it hears. `listening_since`: None once all ranks have connected. Times are those of time.monotonic()."""
     for end in ends:
         if end.kind != "consequence":
             return end

@@ -168,8 +168,7 @@ class Attempt(AttemptBase):
 
     def check_ownership(self) -> None:
         """Count the lock's heartbeat up. Ends the process if another one has taken over the run directory."""
-        taken_over_by = self.lock.beat()
-        if taken_over_by is not None:
+        if (taken_over_by := self.lock.beat()) is not None:
             say(f"distloop: {self.path} was taken over by {taken_over_by}; ending here.")
             self.ranks.roll_call.leave("its run directory was taken over")
             end_at_once(1)

@@ -49,14 +49,10 @@ class Weights(NamedTuple):
 class LoopState:
     """The loop's own state between two steps, for state.json."""
 
-    step: int = 0
-    """Steps that are done."""
-    epoch_sums: tuple[float, float] = (0.0, 0.0)
-    """Σ loss and Σ weight of the epoch so far, over all ranks."""
-    best: dict[str, Any] | None = None
-    """The best validation row so far, with its step."""
-    skipped_steps: int = 0
-    """Steps that were left out, by a GradScaler or by train.on_nonfinite."""
+    step: int = 0  # how many steps are done
+    epoch_sums: tuple[float, float] = (0.0, 0.0)  # Σ loss and Σ weight of the epoch so far, over all ranks
+    best: dict[str, Any] | None = None  # the best validation row so far, with its step
+    skipped_steps: int = 0  # steps that were left out, by a GradScaler or by train.on_nonfinite
 
 
 class Snapshot(NamedTuple):
@@ -70,11 +66,9 @@ class Snapshot(NamedTuple):
 
 
 def publish(folder: Path, step: int, snapshot: Snapshot, check_ownership: Callable[[], None] = lambda: None) -> Path:
-    """Write a checkpoint of `step` in `folder`; returns its path.
-
-    Raises OSError, RuntimeError or SafetensorError, and publishes nothing, if it cannot be written.
-    `check_ownership` is called before: it does not return if the folder has another owner by now.
-    """
+    """Write a checkpoint of `step` in `folder`; returns its path. Raises OSError, RuntimeError or SafetensorError,
+    and publishes nothing, if it cannot be written. `check_ownership` is called before: it does not return if the folder
+    has another owner by now."""
     final = folder / f"step_{step:08d}"
     writing = folder / f".writing_{final.name}"
     shutil.rmtree(writing, ignore_errors=True)
@@ -132,8 +126,7 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
 
 def published_in(folder: Path) -> list[Path]:
     """The checkpoint directories in `folder`, by step."""
-    found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
-    return sorted(found, key=step_of)
+    return sorted((p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdecimal()), key=step_of)
 
 
 def newest_published(folder: Path) -> Path | None:
@@ -182,12 +175,9 @@ def verify(path: Path) -> None:
 def load(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averaged: AveragedModel | None = None
 ) -> tuple[LoopState, dict[str, Any] | None]:
-    """Copy a verified checkpoint into `model`, `optimizer` and `averaged`, in place.
-
-    Returns the loop's state, and that of fp16's scaler, if it had one. The optimizer gets its moments only: its
-    hyperparameters are the config's. Raises UsageError for a checkpoint of another model, and for an optimizer's file
-    that holds more than data.
-    """
+    """Copy a verified checkpoint into `model`, `optimizer` and `averaged`, in place. Returns the loop's state,
+    and that of fp16's scaler, if it had one. The optimizer gets its moments only: its hyperparameters are the config's.
+    Raises UsageError for a checkpoint of another model, and for an optimizer's file that holds more than data."""
     load_weights(path / MODEL, model)
     try:
         stored = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
@@ -218,10 +208,10 @@ def weights_of(model: nn.Module, copy: Callable[[str, Tensor], Tensor]) -> Weigh
     owners: dict[tuple, str] = {}
     for name, tensor in model.state_dict().items():
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and place in owners:
-            aliases[name] = owners[place]
+        owner = owners.setdefault(place, name)
+        if owner != name and tensor.numel():
+            aliases[name] = owner
         else:
-            owners[place] = name
             tensors[name] = copy(name, tensor)
     return Weights(tensors, aliases)
 

@@ -19,11 +19,8 @@ IN_ROWS = ACCOUNTS[1:-1]  # what a row of metrics.jsonl has
 
 
 class Clock:
-    """The accounts of this rank's attempt, in seconds, which add up to its wall time.
-
-    It waits for the device before and after validation and saving only: the work queued before belongs to compute.
-    For each batch it reads the host's clock twice.
-    """
+    """The accounts of this rank's attempt, in seconds, which add up to its wall time. It waits for the device before
+    and after validation and saving only: the work queued before belongs to compute."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -21,16 +21,10 @@ from distloop.run.status import RunStatus
 
 def open_directory(config: Config, lock: RunLock, status: RunStatus, world_size: int, dataset: dict[str, Any]) -> Start:
     """Create, or find and continue, the run's directory; rank 0 only. `dataset`: the training data's fingerprint.
-
-    Order of resuming:
-    1. --resume never moves a run of this name aside.
-    2. A finished run is left as it is.
-    3. The run continues from its newest good checkpoint.
-    4. Without one it begins, with --init-from from those weights.
-
-    Changes nothing before it holds the lock. Raises UsageError if the directory is in use, has a run that trains
-    differently, or cannot be written.
-    """
+    The setting `--resume never` moves a run of this name aside. Else a finished run is left as it is, and another run
+    continues from its newest good checkpoint. Without one it begins, with --init-from from those weights. Changes
+    nothing before it holds the lock. Raises UsageError if the directory is in use, has a run that trains differently,
+    or cannot be written."""
     path = path_of(config)
     fresh = config.resume == "never" or not published_in(path / files.CHECKPOINTS)
     weights = weights_file(config.init_from) if fresh and config.init_from else None
@@ -47,8 +41,7 @@ def open_directory(config: Config, lock: RunLock, status: RunStatus, world_size:
         step = step_of(checkpoint) if checkpoint else 0
         if checkpoint:
             changes.update(_changes_of_data(path, read_manifest(checkpoint)["dataset"], dataset, config))
-        redone = set_rows_aside(path / files.METRICS, step)
-        if redone:
+        if redone := set_rows_aside(path / files.METRICS, step):
             messages.append(f"metrics after step {step}, {redone} of them, were set aside: these steps are done again")
         identity = {"config_sha256": training_hash(config), "dataset": dataset}
         start = Start(path, int(before.get("attempt", 0)) + 1, checkpoint, weights, step, False, messages, identity)
@@ -107,7 +100,6 @@ def _newest_checkpoint(path: Path, total_steps: int, messages: list[str]) -> Pat
 
 
 def _record_start(start: Start, config: Config, changes: dict[str, Any], world_size: int) -> None:
-    """Write the config, its changes, environment.json and git.diff."""
     path = start.path
     if changes:
         record = {"after_attempt": start.attempt - 1, "after_step": start.step, "changes": changes}
@@ -160,8 +152,7 @@ def _changes(path: Path, config: Config) -> dict[str, tuple[Any, Any]]:
             "Ways out: --name OTHER for a run of its own, --resume never to move the old one aside and start anew, "
             "--resume extend to continue it with the change recorded."
         )
-    fixed = [key for key in changed if is_one_of(key, FIXED_KEYS)]
-    if fixed:
+    if fixed := [key for key in changed if is_one_of(key, FIXED_KEYS)]:
         raise UsageError(
             f"--resume extend: a run cannot be continued with another {', '.join(fixed)}, since its steps so far "
             f"would mean something else:\n{lines}\nUse --name OTHER or --resume never."

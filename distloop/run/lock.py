@@ -1,9 +1,7 @@
 """The lock of a run directory: a file that names the owner, with a heartbeat.
-
 The owner counts the heartbeat up. A process that sees no change for DEAD_SECONDS of its own clock takes over: so the
 clocks and process numbers of two machines are never compared. On the same machine, and after a requeue of the same
-Slurm job, no wait is needed.
-"""
+Slurm job, no wait is needed."""
 
 import contextlib
 import json
@@ -144,8 +142,7 @@ class RunLock:
         job, restart = self.identity["slurm_job"], self.identity["slurm_restart"]
         if job and owner.get("slurm_job") == job and int(owner.get("slurm_restart") or 0) < int(str(restart)):
             return True  # Slurm requeues a job once its processes have ended
-        ended = _has_ended(owner, self.identity["processes"])
-        if ended is not None:
+        if (ended := _has_ended(owner, self.identity["processes"])) is not None:
             return ended
         say(f"distloop: looking for up to {DEAD_SECONDS:.0f} s whether {describe(owner)} still owns {path.parent}")
         sign, until = _sign(path), time.monotonic() + DEAD_SECONDS
@@ -162,16 +159,13 @@ def owner_of(folder: Path) -> dict[str, Any] | None:
 
 
 def why_gone(folder: Path, owner: dict[str, Any] | None) -> str | None:
-    """Why nobody runs in `folder`, whose lock names `owner`, any more; None while the owner lives.
-
-    Does not wait: of an owner on another machine it takes the heartbeat's age by the file system's clock and ours. That
-    is good enough for a display, not for taking over.
-    """
+    """Why nobody runs in `folder`, whose lock names `owner`, any more; None while the owner lives. Does not wait:
+    of an owner on another machine it takes the heartbeat's age by the file system's clock and ours. That is good enough
+    for a display, not for taking over."""
     if owner is None:
         return "its process has ended"
     process = f"process {owner.get('pid')} on {owner.get('machine')}"
-    ended = _has_ended(owner, _process_space())
-    if ended is not None:
+    if (ended := _has_ended(owner, _process_space())) is not None:
         return f"{process} has ended" if ended else None
     try:
         silent = time.time() - (folder / LOCK).stat().st_mtime

@@ -51,8 +51,7 @@ class MetricsFile:
         """Write one row. Numbers that JSON does not have (nan, inf) become null."""
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self.waiting.append((json.dumps(clean) + "\n").encode())
-        reason = self._write()
-        if reason and len(self.waiting) == 1:
+        if (reason := self._write()) and len(self.waiting) == 1:
             say(f"distloop: WARNING: {self.path} cannot be written ({reason}); its rows wait in memory")
 
     def _write(self) -> str | None:
