@@ -83,10 +83,7 @@ def rank(runs: list[Run], by: str, reverse: bool = False) -> Ranking:
 
 
 def settings_that_differ(runs: list[Run]) -> list[dict[str, str]]:
-    """By run its settings that differ between these runs, as {"optim.lr": "0.1"}.
-
-    Settings that do not change what is trained, such as the name, are left out.
-    """
+    """By run its settings that differ, as {"optim.lr": "0.1"}; without those that do not change what is trained."""
     configs = [_settings(run.path / CONFIG) for run in runs]
     differing = []
     for key in dict.fromkeys(key for config in configs for key in config):

@@ -141,8 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("runs_dir", nargs="?", default="runs", help="folder of run directories, or one (default: runs)")
-    by = "rank by a validation metric, the best first, or by step, written or name"
-    add("--sort", metavar="METRIC", help=by)
+    add("--sort", metavar="METRIC", help="rank by a validation metric, the best first, or by step, written or name")
     other_way = "the other way round, as for a metric not named loss or error of which less is better"
     add("--reverse", action="store_true", help=other_way)
     add("--json", action="store_true", help="the same as JSON")
@@ -212,11 +211,8 @@ def _as_json(run: Run, index: int, ranking: Ranking | None, detailed: bool) -> d
         if ranking.is_metric:
             content |= {"sorted_by": ranking.by, "direction": ranking.direction, "value": value, "value_step": step}
     if detailed:
-        content |= {
-            "checkpoints": reading.checkpoint_steps(run.path),
-            "last_validation": reading.last_validation(run.path),
-        }
-        content |= {"failure": reading.failure_of(run)}
+        steps, last = reading.checkpoint_steps(run.path), reading.last_validation(run.path)
+        content |= {"checkpoints": steps, "last_validation": last, "failure": reading.failure_of(run)}
     return content
 
 
@@ -237,8 +233,7 @@ def _best(run: Run) -> str:
 
 
 def _job(run: Run) -> str:
-    restarts = f" restart {run.slurm_restart}" if run.slurm_job and run.slurm_restart else ""
-    return f"{_text(run.slurm_job)}{restarts}"
+    return _text(run.slurm_job) + (f" restart {run.slurm_restart}" if run.slurm_job and run.slurm_restart else "")
 
 
 def _pairs(settings: dict[str, str]) -> str:

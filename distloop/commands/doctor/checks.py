@@ -100,13 +100,11 @@ def devices(facts: Facts) -> list[Result]:
 
 def _gpus(facts: Facts, gpus: dict[int, dict[str, Any]]) -> list[Result]:
     results = []
+    advice = "Start at most one process per GPU; CUDA_VISIBLE_DEVICES must differ between tasks that see one each."
     ranks_of = group(((facts[rank]["host"], gpu["uuid"]), rank) for rank, gpu in gpus.items())
     for (_, uuid), ranks in ranks_of.items():
         if len(ranks) > 1:
             finding = f"{where(facts, ranks)} are on one GPU ({uuid})"
-            advice = (
-                "Start at most one process per GPU; CUDA_VISIBLE_DEVICES must differ between tasks that see one each."
-            )
             results.append(Result(FAIL, "devices", finding, advice))
     if spread := spread_text(facts, [gpu["name"] for gpu in gpus.values()]):
         advice = "All wait for the slowest: ask for nodes of one kind."
@@ -182,15 +180,13 @@ def disks(facts: Facts) -> list[Result]:
     """How much room the disks have."""
     results = []
     for name, least in LEAST_FREE.items():
-        readable = [fact for fact in facts if fact["disks"][name]["free"] is not None]
+        readable = [(fact["disks"][name], fact["node"]) for fact in facts if fact["disks"][name]["free"] is not None]
         if readable:
-            fact = min(readable, key=lambda fact: fact["disks"][name]["free"])
-            free, path = fact["disks"][name]["free"], fact["disks"][name]["path"]
-            finding = f"{memory_size(free)} free in {path}" + (
-                f" of {fact['node']}" if len(nodes_of(facts)) > 1 else ""
-            )
+            disk, node = min(readable, key=lambda each: each[0]["free"])
+            of_node = f" of {node}" if len(nodes_of(facts)) > 1 else ""
+            finding = f"{memory_size(disk['free'])} free in {disk['path']}{of_node}"
             advice = f"Make room: {memory_size(least)} is little enough."
-            results.append(warn_if(free < least, "disk", finding, advice))
+            results.append(warn_if(disk["free"] < least, "disk", finding, advice))
     return results
 
 

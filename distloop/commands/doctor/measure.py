@@ -23,7 +23,6 @@ PRODUCTS = 10
 SLOW_RATIO = 1.3  # of the slowest rank's time to the median: all ranks of a run wait for the slowest
 LEAST_GPU_BANDWIDTH = 1e9  # bytes a second between GPUs; plain Ethernet gives less
 
-
 Gather = Callable[[str, Callable[[], Any]], list[Any]]
 
 
@@ -90,8 +89,7 @@ def share_runs_dir(gather: Gather, rank: int, runs_dir: str, limit_seconds: floa
                 path.rmdir()
         return answers
 
-    phase = "run directory, reading what the others wrote"
-    return gather(phase, lambda: read_answers() if rank == 0 else None)[0]
+    return gather("run directory, reading what the others wrote", lambda: read_answers() if rank == 0 else None)[0]
 
 
 def _write(path: Path, text: str) -> str:

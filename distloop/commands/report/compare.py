@@ -11,8 +11,7 @@ from distloop.commands.reading import metrics_in, read_run
 from distloop.commands.report.curve_plots import Plot
 from distloop.commands.report.curves import Curve
 from distloop.commands.report.overview import median_rate
-from distloop.commands.report.palette import SERIES
-from distloop.commands.report.plots import Trace, draw_curves
+from distloop.commands.report.plots import SERIES, Trace, draw_curves
 from distloop.commands.report.read import Record, read_record, total_seconds
 from distloop.commands.report.resources import time_bars
 from distloop.commands.report.sections import NothingToShowError
@@ -84,16 +83,14 @@ def curves(comparison: Comparison) -> dict[str, Any]:
 def time_accounts(comparison: Comparison) -> dict[str, Any]:
     """The variables of time_of_several.html."""
     _, records, colours = comparison
-    bars = [
-        (each.run.name, colour, each.seconds) for each, colour in zip(records, colours, strict=True) if each.seconds
-    ]
+    pairs = zip(records, colours, strict=True)
+    bars = [(record.run.name, colour, record.seconds) for record, colour in pairs if record.seconds]
     if not bars:
         raise NothingToShowError("None of these runs has a time.json with seconds.")
     longest = max(sum(seconds.values()) for _, _, seconds in bars)
-    without = [record.run.name for record in records if not record.seconds]
     return time_bars(bars[:MOST_BARS], total_seconds(seconds for *_, seconds in bars), longest) | {
         "runs": len(bars),
-        "without": without,
+        "without": [record.run.name for record in records if not record.seconds],
     }
 
 

@@ -30,7 +30,9 @@ def curves(record: Record) -> dict[str, Any]:
     if metrics.problem:
         raise NothingToShowError(metrics.problem)
     train, validation = metrics.train, metrics.validation
-    note = _not_numbers(train.get("loss"), "training losses") + _skipped(record)
+    note, skipped = _not_numbers(train.get("loss"), "training losses"), metrics.last_train.get("skipped_steps", 0.0)
+    if skipped > 0:
+        note += f" {skipped:,.0f} steps were left out of training: their gradients were no numbers."
     plots = [plot_of(record, "Loss", _losses(record), note)]
     for name, curve in validation.items():
         if name != "loss" and np.isfinite(curve.all()[1]).any():
@@ -83,15 +85,8 @@ def _not_numbers(curve: Curve | None, noun: str) -> str:
     """A sentence about the values of the curve that are nan or infinite; "" if there are none."""
     if curve is None or not curve.not_numbers:
         return ""
-    first = curve.first_not_number or 0
-    return (
-        f"{curve.not_numbers:,} logged {noun} were no numbers, the first at step {first:,}; there the curve has gaps."
-    )
-
-
-def _skipped(record: Record) -> str:
-    skipped = record.metrics.last_train.get("skipped_steps", 0.0)
-    return f" {skipped:,.0f} steps were left out of training: their gradients were no numbers." if skipped > 0 else ""
+    count, first = curve.not_numbers, curve.first_not_number or 0
+    return f"{count:,} logged {noun} were no numbers, the first at step {first:,}; there the curve has gaps."
 
 
 def _best(record: Record, name: str) -> str:

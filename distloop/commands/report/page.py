@@ -11,7 +11,7 @@ from markupsafe import Markup
 from distloop import __version__
 from distloop.commands.reading import is_run, runs_in
 from distloop.commands.report import classes, compare, curve_plots, overview, provenance, resources
-from distloop.commands.report.palette import STYLE
+from distloop.commands.report.plots import STYLE
 from distloop.commands.report.read import read_record
 from distloop.commands.report.sections import Section, environment
 from distloop.errors import UsageError
@@ -49,10 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
         "It can be written at any time, also while a run is running.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory, such as runs/digits")
-    parser.add_argument(
-        "--output", metavar="FILE", help=f"where to write it (default: {REPORT} in the run, or here for several)"
-    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="a run's directory, such as runs/digits")
+    add("--output", metavar="FILE", help=f"where to write it (default: {REPORT} in the run, or here for several)")
     options = parser.parse_intermixed_args(arguments)
     try:
         runs = _runs(options.runs)
@@ -70,18 +69,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write_report(runs: list[Path], output: Path) -> None:
-    """Write the report of one run, or the comparison of several, to `output`: whole or not at all.
-
-    Raises UsageError if the file cannot be written.
-    """
+    """Write the report of one run or of several to `output`, whole or not at all. Raises UsageError if it cannot."""
     page = _page(runs)
     try:
         # ASCII is the same in every encoding, and characters that UTF-8 cannot encode (a broken name) do no harm.
         write_text(output, page.encode("ascii", "xmlcharrefreplace").decode())
     except OSError as error:
-        raise UsageError(
-            f"{output} cannot be written: {error.strerror or error}. Choose another with --output."
-        ) from None
+        reason = error.strerror or error
+        raise UsageError(f"{output} cannot be written: {reason}. Choose another with --output.") from None
 
 
 def _page(runs: list[Path]) -> str:

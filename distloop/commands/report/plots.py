@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 
-from distloop.commands.report.palette import STYLE, light_colours
 from distloop.commands.report.rows import Floats
 from distloop.tracking.wording import number_on_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+# Colours have the names that style.css gives them.
+STYLE = Path(__file__).with_name("templates") / "style.css"
+SERIES = ("blue", "red", "green", "orange", "pink", "sky", "violet", "brown", "olive", "black")
+ACCOUNT_COLOURS = {
+    "compute": "blue",
+    "data": "orange",
+    "validation": "green",
+    "checkpoint": "pink",
+    "start_up": "mark",
+    "lost": "red",
+}
+STATE_COLOURS = {"finished": "green", "running": "blue", "starting": "sky", "stopped": "orange"}  # others: red
 
 WIDTH, HEIGHT = 560, 232  # of a plot; the page scales it to its column
 MOST_CELLS = 250  # per side of a confusion matrix
@@ -29,6 +43,13 @@ SETTINGS_BY_COLOUR = {  # matplotlib's settings
     "mark": ("axes.edgecolor", "xtick.color", "ytick.color"),
     "line": ("grid.color",),
 }
+
+
+@functools.cache
+def light_colours() -> dict[str, str]:
+    """The colours on a light page: "#0072b2" for "blue"."""
+    light, _, _ = STYLE.read_text(encoding="ascii").partition("@media")
+    return dict(re.findall(r"--(\w+): (#\w{6})", light))
 
 
 class Trace(NamedTuple):

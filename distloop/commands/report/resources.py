@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 
 from distloop.commands.report.curve_plots import Plot, plot_of, with_mean
-from distloop.commands.report.palette import ACCOUNT_COLOURS, SERIES
-from distloop.commands.report.plots import Trace, draw_shares
+from distloop.commands.report.plots import ACCOUNT_COLOURS, SERIES, Trace, draw_shares
 from distloop.commands.report.read import Record, accounts
 from distloop.commands.report.sections import NothingToShowError, content_of
 
@@ -45,12 +44,10 @@ def time_accounts(record: Record) -> dict[str, Any]:
     attempts = content_of(record.time)
     if not attempts:
         raise NothingToShowError("time.json knows of no attempt yet.")
-    seconds = [accounts(attempt) for attempt in attempts]
-    bars = [
-        (f"attempt {attempt.get('attempt', '?')}", "", each) for attempt, each in zip(attempts, seconds, strict=True)
-    ]
-    return time_bars(bars[-MOST_ATTEMPTS:], record.seconds, max(sum(each.values()) for each in seconds)) | {
-        "attempts": list(zip(attempts, seconds, strict=True)),
+    bars = [(f"attempt {attempt.get('attempt', '?')}", "", accounts(attempt)) for attempt in attempts]
+    longest = max(sum(seconds.values()) for *_, seconds in bars)
+    return time_bars(bars[-MOST_ATTEMPTS:], record.seconds, longest) | {
+        "attempts": [(attempt, accounts(attempt)) for attempt in attempts],
         "totals": record.seconds,
         "is_folded": len(attempts) > MOST_ATTEMPTS,
     }

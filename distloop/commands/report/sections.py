@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
-from distloop.commands.report.palette import STATE_COLOURS, STYLE
+from distloop.commands.report.plots import STATE_COLOURS, STYLE
 from distloop.commands.report.read import Part
 from distloop.run.accounts import goodput
 from distloop.tracking.wording import UNKNOWN, file_size, long_duration, number_with_commas, percent, plural

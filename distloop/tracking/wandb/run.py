@@ -125,10 +125,7 @@ class WandbRun:
         self._log_new_rows_and(lambda: None)
 
     def finish(self, state: str) -> str | None:
-        """Log the last rows and end the W&B run: finished, stopped (to be continued) or failed.
-
-        Returns why not all data arrived, or None.
-        """
+        """Log the last rows and end the W&B run (finished | stopped | failed). Returns why data is missing, or None."""
         limit = self.settings["end_seconds"]
         problem = self._log_new_rows_and(lambda: session.end(self.run, self.path, state, limit, self.output))
         return problem or self.offline_reason
