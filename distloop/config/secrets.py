@@ -1,4 +1,4 @@
-"""Mask secrets: a key, a token or a password becomes *** before it is written or shown.
+"""Mask secrets: a key, a token or a password becomes *** before it is written or printed.
 
 A value is a secret if it has a secret's name (`token: …`, MY_API_KEY=…: named_secrets.py) or shape (hf_…, a JWT,
 user:password@host). The values of environment variables and settings with such names are masked in all texts. In doubt
@@ -136,7 +136,7 @@ def _clean_word(word: str, flag: str, environ: Mapping[str, str]) -> str:
 
     try:
         value = parse_yaml(word)
-    except Exception:  # it is no YAML: a string, whatever the reason
+    except Exception:  # it is no YAML, but a string
         value = word
     cleaned = clean_mapping(value, flag, environ)
     if isinstance(value, (Mapping, list)):

@@ -10,11 +10,9 @@ from multiprocessing import forkserver, resource_tracker
 
 from distloop.ranks.leaving import SIGNALS, end_at_once
 
-PR_SET_PDEATHSIG = 1
-
 
 def start_forkserver() -> None:
-    """Start multiprocessing's fork server with SIGNALS blocked, since they reach a whole process group."""
+    """Start multiprocessing's fork server with SIGNALS blocked, since they reach the whole process group."""
     resource_tracker.ensure_running()  # before, because it unblocks signals
     with signals_blocked():
         forkserver.ensure_running()
@@ -27,7 +25,7 @@ def leave_signals_to_parent(worker: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked by the parent: see signals_blocked
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():  # it died before that
         end_at_once(1)

@@ -1,4 +1,4 @@
-"""One verdict on the failure that ends the run: shown once, recorded, and handed on to the other ranks."""
+"""One verdict on the failure that ends the run: printed once, recorded, and sent to the other ranks."""
 
 import os
 import sys
@@ -78,7 +78,7 @@ class Judge:
             self._hand_on(verdict, several)
 
     def _hand_on(self, verdict: Verdict, several: bool) -> None:
-        """Tell the other ranks, then end this one. Rank 0 is told as well: it may have been suspended."""
+        """Send the verdict to the other ranks, also to rank 0, which may have been suspended; then end this rank."""
         self.connections.send(verdict=verdict)
         if several and not self._is_leaving:
             self.watch.leave_within(STUCK_SECONDS, verdict.code, verdict.reason)

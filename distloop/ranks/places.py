@@ -36,8 +36,7 @@ class Position:
 
     def fail(self, error: BaseException) -> None:
         """Keep the line that raised `error` as this rank's line: the error may have left the loop's function."""
-        lines = self._lines_of_code()
-        if lines is not None and not self._failed_at.text:
+        if (lines := self._lines_of_code()) is not None and not self._failed_at.text:
             self._failed_at = lines.of_error(error)
 
     def line(self) -> LoopLine:

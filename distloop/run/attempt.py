@@ -59,8 +59,8 @@ class Attempt(AttemptBase):
         return self.agreement.reached()
 
     def load(self, parts: Mapping[str, Any]) -> LoopState:
-        """Load the run's newest good checkpoint, else the weights of --init-from, else nothing, into `parts`. `parts`:
-        model, averaged, optimizer and scaler, which are changed in place. Returns the loop's state."""
+        """Load the run's newest good checkpoint, else the weights of --init-from, else none; returns the loop's state.
+        `parts`: model, averaged, optimizer and scaler, which are changed in place."""
         state, start = LoopState(), self.start
         if start.checkpoint:
             state, scaler = checkpoint.load(start.checkpoint, parts["model"], parts["optimizer"], parts["averaged"])
@@ -78,8 +78,8 @@ class Attempt(AttemptBase):
         self.saver.save(state, parts["model"], parts["averaged"], parts["optimizer"], others)
 
     def end(self, step: int, stop: StopReason | None) -> None:
-        """Wait for the last checkpoint, then write that the run is finished, or why it is stopped. Collective. Raises
-        RunFailed on all ranks if the last checkpoint, or with checkpoint.on_failure = stop any, is missing."""
+        """Wait for the last checkpoint, then write that the run is finished, or why it is stopped. Collective.
+        Raises RunFailed on all ranks if the last checkpoint, or with checkpoint.on_failure = stop any, is missing."""
         self.ranks.position.enter("finishing")
         self.clock.switch("checkpoint")
         self.ranks.from_main(self.saver.finish)

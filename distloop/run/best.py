@@ -10,8 +10,8 @@ Rule = tuple[str, str]  # (name of a metric, min | max)
 
 
 def is_better(rule: Rule, new: Any, old: Any) -> bool:
-    """Whether `new` is better than `old`, two values of the rule's metric. Any number is better than None, nan,
-    infinity and what is not a number; these are never better. Of two equal values the old one stays the best."""
+    """True if `new` is a better value of the rule's metric than `old`. Any number is better than None, nan, infinity
+    and values that are no numbers, which are never better. Of two equal values the old one stays the best."""
     if not _is_number(new):
         return False
     if not _is_number(old):

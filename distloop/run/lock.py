@@ -73,9 +73,9 @@ class RunLock:
             time.sleep(0.02)
             return False
         try:
-            now = _read(path)
-            if now is None or now.get("token") != owner.get("token"):
-                return False  # another one was faster
+            owner_now = _read(path)
+            if owner_now is None or owner_now.get("token") != owner.get("token"):
+                return False  # another process was faster
             self._write(path)
             self.path, self.next_beat = path, time.monotonic() + BEAT_SECONDS
             return True
