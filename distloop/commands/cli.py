@@ -20,12 +20,12 @@ USAGE = (
 )
 
 
-def main() -> None:
-    """Run the command that the command line names; ends the process with the command's exit code."""
+def main(words: list[str] | None = None) -> None:
+    """Run the command that the command line, or `words`, names; ends the process with the command's exit code."""
     from distloop.ranks import leaving, talking
 
     talking.speak_clearly()
-    word, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    word, *arguments = (sys.argv[1:] if words is None else words) or [""]
     if word == "train":
         from distloop.ranks.start import main, prepare_process
 

@@ -107,7 +107,7 @@ class Connections:
 
     def read(self, seconds: float) -> list[tuple[Place, dict[str, Any] | None]]:
         """Wait so many seconds at most for messages: (sender, message); the message of a rank that is gone is None."""
-        sources = list(filter(None, (self._wake_read, *self._connections, self._listener)))
+        sources: list[Any] = list(filter(None, (self._wake_read, *self._connections, self._listener)))
         heard: list[tuple[Place, dict[str, Any] | None]] = []
         source: Any
         for source in wait(sources, max(0.0, seconds)):

@@ -58,20 +58,17 @@ class Ranks:
         if error is not None:
             self.report_failure(error)
 
-    def part(self) -> None:
-        """Call at the end of a run without failure: ends the process group, and after a signal the launcher."""
-        if self.stopped_by is not None:
-            end_launcher(self.stopped_by, os.environ)
-        import torch.distributed as dist
-
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
     def exit_code(self, function: Callable[[], Any]) -> int:
-        """Call `function`, as all ranks do; returns this process's exit code: 0, or that of the first failure."""
+        """Call `function`, as all ranks do; returns this process's exit code: 0, or that of the first failure.
+        Without a failure the process group ends in order, and after a stop by a signal the launcher, too."""
         try:
             function()
-            self.part()
+            if self.stopped_by is not None:
+                end_launcher(self.stopped_by, os.environ)
+            import torch.distributed as dist
+
+            if dist.is_initialized():
+                dist.destroy_process_group()
         except BaseException as error:
             return self.report_failure(error).code
         finally:

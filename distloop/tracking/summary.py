@@ -42,8 +42,8 @@ def ending(
 ) -> list[str]:
     """The lines at the end of an attempt. `stop`: why it stops; `best`, `last`: validation rows."""
     if step < total_steps:
-        reason = stop.text if stop else "no reason"
-        return [f"stopped after step {step} of {total_steps} ({reason}), saved in {path}; the same command continues"]
+        why = stop.text if stop else ""
+        return [f"stopped after step {step} of {total_steps} ({why}), saved in {path}; the same command continues"]
 
     def values(row: dict[str, Any]) -> str:
         return " · ".join(f"{name} {number(row[name])}" for name in row if name not in ("step", "samples"))
