@@ -23,9 +23,9 @@ class LoopLine(NamedTuple):
 class LoopLines:
     """The lines of one function, such as train(), while the main thread runs it."""
 
-    def __init__(self, code: types.CodeType) -> None:
+    def __init__(self, code: types.CodeType, compares: bool = True) -> None:
         self.code = code
-        self._comparable: dict[int, int] | None = None  # read from the source when it is first needed
+        self._comparable: dict[int, int] | None = None if compares else {}  # read from the source when first needed
         self._lines: dict[int, LoopLine] = {0: LoopLine()}
 
     def of_main_thread(self) -> LoopLine:

@@ -22,6 +22,7 @@ class Position:
         self.phase = "starting"
         self.marks = 0  # phases entered since the step began: the same number on all ranks
         self.code: types.CodeType | None = None  # of the function that holds the loop
+        self.compares = True  # its line with those of other ranks
         self._lines: LoopLines | None = None
         self._failed_at = LoopLine()
 
@@ -51,7 +52,7 @@ class Position:
 
     def _lines_of_code(self) -> LoopLines | None:
         if self.code is not None and (self._lines is None or self._lines.code is not self.code):
-            self._lines = LoopLines(self.code)
+            self._lines = LoopLines(self.code, self.compares)
         return self._lines
 
 

@@ -22,7 +22,7 @@ class Ranks:
         self.watch = watch
         self.roll_call = RollCall(watch)
         self.position = self.roll_call.position
-        self.position.code = code
+        self.position.code, self.position.compares = code, int(os.environ.get("WORLD_SIZE", 1)) > 1
         self.messages: list[str] = []  # for the console, which does not exist yet
         self.stopped_by: StopReason | None = None
 
