@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def network(num_classes: int) -> nn.Module:
 
 
 class Watched(StopsItself, Classification):
-    """Writes a digest of the parameters, as each rank has them, for each micro-batch that it trains on."""
+    """Writes a digest of the parameters, as each rank has them, for each micro-batch that it trains on. $TEST_SLOW: the
+    seconds that each takes at least, so that the ranks agree to stop within a step or two."""
 
     def __init__(self, folder: str = "", loss_of: tuple[int, ...] | list[int] = (), how: str = "nan") -> None:
         """`loss_of`: samples whose loss, or (how = "backward") only its gradient, is not finite."""
@@ -51,6 +53,7 @@ class Watched(StopsItself, Classification):
         self.folder, self.loss_of, self.how = folder, torch.tensor(list(loss_of), dtype=torch.int64), how
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
+        time.sleep(float(os.environ.get("TEST_SLOW", 0)))
         if self.folder and model.training:
             digest = hashlib.sha256()
             for parameter in model.parameters():

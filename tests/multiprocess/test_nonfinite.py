@@ -316,7 +316,8 @@ def test_steps_that_were_left_out_are_counted_once_over_attempts(tmp_path: Path)
     settings |= {"log": {"every_steps": 1}, "checkpoint": {"every_steps": 100}}
     start(tmp_path, settings, 2, "--name", "whole").check()
     stopped = ("--name", "stopped")
-    outcome = start(tmp_path, settings, 2, *stopped, **stop_in_call(2 + 2 * 2 + 1, rank=1)).check()  # in step 3
+    in_step_3 = stop_in_call(2 + 2 * 2 + 1, rank=1)
+    start(tmp_path, settings, 2, *stopped, **in_step_3, TEST_SLOW="0.015").check()
     run, whole = tmp_path / "runs" / "stopped", tmp_path / "runs" / "whole"
     assert status(run)["state"] == "stopped"
     assert 3 <= status(run)["step"] < 8
