@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ SET_ASIDE = "metrics.set_aside.jsonl"
 class MetricsFile:
     """Appends rows to a file. If the disk is full, rows wait in memory until one can be written."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, check_ownership: Callable[[], None] = lambda: None) -> None:
+        self.path, self.check_ownership = path, check_ownership
         self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         self.waiting: list[bytes] = []
 
@@ -57,6 +58,7 @@ class MetricsFile:
     def _write(self) -> str | None:
         """Write the waiting rows, all or none; returns why that failed."""
         text = b"".join(self.waiting)
+        self.check_ownership()  # at the last moment: it does not return if the folder has another owner by now
         try:
             size = os.fstat(self.descriptor).st_size
             if os.write(self.descriptor, text) == len(text):

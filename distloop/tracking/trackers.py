@@ -57,7 +57,7 @@ class Trackers:
                 saved_step=lambda: self.run.status.step,
             )
             self.console = Console(progress)
-            self.file = MetricsFile(start.path / METRICS)
+            self.file = MetricsFile(start.path / METRICS, self.run.check_ownership)
         wandb = self.ranks.from_main(self._wandb_started)
         lines = describe(self.config, start, plan, model, device)
         self.say(*self.ranks.messages, *start.messages, *lines, *wandb)
@@ -70,7 +70,6 @@ class Trackers:
         keys = {"kind": kind, "step": step, "epoch": epoch, "attempt": self.run.start.attempt}
         keys["time"] = round(time.time(), 3)
         row = keys | values | keys  # in this order, but a task's metric named "step" must not win
-        self.run.check_ownership()
         self.file.log(row)
         self.console.log(row)
 
