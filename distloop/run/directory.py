@@ -109,9 +109,10 @@ def _record_start(start: Start, config: Config, changes: dict[str, Any], world_s
     write_text(path / files.CONFIG, dump_without_secrets(dataclasses.replace(config, expect_world=None, resume="auto")))
     git = git_facts()
     write_json(path / files.ENVIRONMENT, environment(world_size, git))
-    (path / files.GIT_DIFF).unlink(missing_ok=True)  # an earlier attempt's
     if git.diff is not None:
         write_text(path / files.GIT_DIFF, git.diff)
+    else:
+        (path / files.GIT_DIFF).unlink(missing_ok=True)  # an earlier attempt's
 
 
 def _is_finished(path: Path, config: Config) -> bool:
