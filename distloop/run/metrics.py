@@ -58,9 +58,9 @@ class MetricsFile:
     def _write(self) -> str | None:
         """Write the waiting rows, all or none; returns why that failed."""
         text = b"".join(self.waiting)
-        self.check_ownership()  # at the last moment: it does not return if the folder has another owner by now
         try:
             size = os.fstat(self.descriptor).st_size
+            self.check_ownership()  # at the last moment: it does not return if the folder has another owner by now
             if os.write(self.descriptor, text) == len(text):
                 self.waiting = []
                 return None

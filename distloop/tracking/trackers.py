@@ -81,9 +81,7 @@ class Trackers:
 
     def end(self, step: int, stop: StopReason | None, metrics: dict[str, Any]) -> None:
         """Print how the attempt ends, write the report of a finished run, end W&B. Collective.
-
-        `stop`: why the run stops. `metrics`: the last validation.
-        """
+        `stop`: why the run stops. `metrics`: the last validation."""
         self.ranks.from_main(lambda: self._end(step, stop, metrics))
 
     def _end(self, step: int, stop: StopReason | None, metrics: dict[str, Any]) -> None:

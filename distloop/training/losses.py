@@ -47,8 +47,7 @@ class LossSums:
 
     def read(self, memory_gib: float = 0.0) -> dict[str, Any]:
         """Over all ranks, for a row: loss, the mean of the step; running_loss, that of the epoch so far; memory_gib,
-        what each rank has given, which travels in the same exchange. Collective; waits for the device.
-        """
+        what each rank has given, which travels in the same exchange. Collective; waits for the device."""
         step_loss = self.step_loss if self.step_loss is not None else 0.0
         sums = (step_loss, self.step_weight, self.epoch_loss, self.epoch_weight, memory_gib)
         values = torch.stack([torch.as_tensor(value, dtype=self.dtype, device=self.device) for value in sums])

@@ -90,7 +90,7 @@ def test_an_owner_that_was_killed_is_taken_over_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_an_owner_that_finds_itself_taken_over_ends_and_writes_nothing_more(
+def test_an_owner_that_finds_itself_taken_over_ends_and_begins_no_other_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:
     """It was suspended, as a laptop or a virtual machine is, and meanwhile another machine found it without a pulse."""
@@ -115,7 +115,11 @@ def test_an_owner_that_finds_itself_taken_over_ends_and_writes_nothing_more(
             outcome = ranks.join()
             assert outcome.codes == [1] * world_size
             assert "runs/run was taken over by process " in outcome.outputs[0]
-            assert contents(run) == before
+            after = contents(run)
+            # A call that writes a row cannot be taken back, should it be the place where the process was suspended.
+            more = after.pop("metrics.jsonl")[1].removeprefix(before.pop("metrics.jsonl")[1])
+            assert more.count(b"\n") <= 1
+            assert after == before
             assert owner_of(run) == lock.identity["token"]
 
 

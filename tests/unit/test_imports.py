@@ -91,3 +91,12 @@ def test_the_table_of_runs_does_not_import_the_libraries_of_the_config(tmp_path:
         "print(sorted({'torch', 'tyro', 'pydantic'} & set(sys.modules)))"
     )
     assert command([sys.executable, "-c", program], tmp_path).stdout.strip() == "[]"
+
+
+def test_garbage_is_looked_for_in_what_the_loop_makes_and_not_in_what_is_imported(tmp_path: Path) -> None:
+    program = (
+        "import gc; from distloop.ranks.start import main, prepare_process\n"
+        "prepare_process(); print(gc.isenabled())\n"
+        "main(lambda config, ranks: print(gc.isenabled(), gc.get_freeze_count() > 10_000), ['--name', 'x'])"
+    )
+    assert command([sys.executable, "-c", program], tmp_path).stdout.split() == ["False", "True", "True"]
