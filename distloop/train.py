@@ -74,7 +74,7 @@ def train(config: Config, ranks: Ranks) -> None:
         # Loaded are the run's newest whole checkpoint, else --init-from, else the initial weights.
         parts = {"model": bare_model, "averaged": average.averaged, "optimizer": optimizer, "scaler": scaler}
         state = run.load(parts)
-        step, stop_reason, metrics = state.step, None, {}
+        step, stop_reason, metrics = state.step, run.stop_reason, {}
         batches = TrainBatches(config, data, task, plan, device, step, ranks.position, run.clock.waiting)
         validated_model = bare_model
         if average.module is not None:
@@ -132,7 +132,7 @@ def train(config: Config, ranks: Ranks) -> None:
                     metrics = validate(step)  # all ranks share the work, with rank 0's buffers
                 trackers.log("validate", step, **metrics)
                 best.update(step, metrics)
-            if due.save or best.step == step:
+            if due.save or stop_reason or best.step == step:
                 with run.phase("checkpoint"):
                     finite.check_parameters(step, parameters)
                     broadcast_buffers(bare_model, average.module)  # all go on with what is saved: rank 0's

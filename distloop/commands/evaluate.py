@@ -52,7 +52,11 @@ def evaluate(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
     task = build_task(config.task)
     bare_model = build_model(config, source, task, accelerator.device)
     averaged = config.optim.ema_decay is not None and (checkpoint / AVERAGED).exists()
-    load_weights(checkpoint / (AVERAGED if averaged else MODEL), bare_model)
+    if not (weights := checkpoint / (AVERAGED if averaged else MODEL)).exists():
+        raise UsageError(
+            f"{checkpoint} holds no {weights.name}: its loop saves no part named model, which is validated."
+        )
+    load_weights(weights, bare_model)
     model = accelerator.prepare_model(bare_model, evaluation_mode=True)  # for the autocast of mixed precision
 
     device, dtype = accelerator.device, getattr(torch, config.dtype)
@@ -64,9 +68,9 @@ def evaluate(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
 
 def checkpoint_of(path: Path) -> Path:
     """`path` if it is a checkpoint, else the newest good checkpoint of the run there. Raises UsageError."""
-    from distloop.run.checkpoint import MODEL, DamagedCheckpoint, newest_good, verify
+    from distloop.run.checkpoint import STATE, DamagedCheckpoint, newest_good, verify
 
-    if (path / MODEL).exists():
+    if (path / STATE).exists():
         try:
             verify(path)
         except DamagedCheckpoint as damage:

@@ -33,8 +33,9 @@ FIXED_KEYS = ("seed", "dtype", "data.name", "model", "optim.name", "batch.global
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """The config as {"optim.lr": 0.001, …}; `args` stay whole mappings."""
-    return dotted(dataclasses.asdict(config), levels=2)
+    """The config as {"optim.lr": 0.001, …}; `args` stay whole mappings. Without own settings there is no key own."""
+    flat = dotted(dataclasses.asdict(config), levels=2)
+    return {key: value for key, value in flat.items() if key != "own"}
 
 
 def dotted(settings: Mapping[str, Any], levels: int | None = None) -> dict[str, Any]:
@@ -64,5 +65,6 @@ def is_one_of(key: str, keys: tuple[str, ...]) -> bool:
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """The (old, new) values of the settings that differ and change what is trained, by dotted key."""
     before, after = flatten(old), flatten(new)
-    changed = [key for key in after if before[key] != after[key] and not is_one_of(key, FREE_KEYS)]
-    return {key: (before[key], after[key]) for key in changed}
+    keys = dict.fromkeys((*after, *before))  # one may lack an own setting
+    changed = [key for key in keys if before.get(key) != after.get(key) and not is_one_of(key, FREE_KEYS)]
+    return {key: (before.get(key), after.get(key)) for key in changed}

@@ -79,7 +79,7 @@ def config_from_mapping(settings: dict[str, Any], source: str) -> Config:
     settings = {
         key: {"name": value} if key in SECTIONS and isinstance(value, str) else value
         for key, value in settings.items()
-        if not (key in SECTIONS and value is None)
+        if not (key in (*SECTIONS, "own") and value is None)
     }
     try:
         return _adapter().validate_python(settings)
@@ -173,28 +173,28 @@ def _find_config_path(arguments: list[str]) -> str | None:
 
 
 def _take_single_arguments(arguments: list[str], settings: dict[str, Any]) -> list[str]:
-    """Move each --SECTION.args.KEY VALUE from the arguments into the settings; return the other arguments."""
+    """Move each --SECTION.args.KEY VALUE and --own.KEY VALUE from the arguments to the settings; return the others."""
     rest: list[str] = []
     queue = iter(arguments)
     for argument in queue:
-        match = re.fullmatch(r"--(\w+)\.args\.([\w-]+)(?:=(.*))?", argument, re.DOTALL)
+        match = re.fullmatch(r"--(?:(\w+)\.args|own)\.([\w-]+)(?:=(.*))?", argument, re.DOTALL)
         if match is None:
             rest.append(argument)
             continue
         section, key, value = match.groups()
         if value is None and (value := next(queue, None)) is None:
             raise UsageError(f"{argument} needs a value.")
-        inner = settings.get(section) or {}
-        inner = {"name": inner} if isinstance(inner, str) else inner
-        earlier = inner.get("args") or {} if isinstance(inner, dict) else None
+        inner = settings.get(section or "own") or {}
+        inner = {"name": inner} if section and isinstance(inner, str) else inner
+        earlier = inner if section is None else inner.get("args") or {} if isinstance(inner, dict) else None
         if not isinstance(earlier, dict):
-            raise UsageError(
-                f"{section}.args: the file has something else than a mapping there, so {argument} cannot be set."
-            )
+            place = f"{section}.args" if section else "own"
+            raise UsageError(f"{place}: the file has something else than a mapping there, so {argument} cannot be set.")
         try:
-            settings[section] = {**inner, "args": {**earlier, key.replace("-", "_"): parse_yaml(value)}}
+            changed = {**earlier, key.replace("-", "_"): parse_yaml(value)}
         except yaml.YAMLError:
             raise UsageError(f"{argument}: {value!r} is not valid YAML.") from None
+        settings[section or "own"] = {**inner, "args": changed} if section else changed
     return rest
 
 

@@ -39,7 +39,7 @@ def _from_command_line(strings: list[str]) -> Any:
         raise ValueError(f"{strings[0]!r} is not valid YAML") from None
 
 
-# Keyword arguments of a data set, model or task. The command line takes the whole mapping as YAML
+# Keyword arguments of a data set, model or task, or a loop's own settings. The command line takes the mapping as YAML
 # (--model.args '{hidden: 64}'), or one key of it (--model.args.hidden 64; load.py handles these).
 Arguments = Annotated[
     dict[str, Any],
@@ -270,6 +270,8 @@ class Config:
     log: Log = Log()
     tracking: Tracking = Tracking()
     ddp: Ddp = Ddp()
+    own: Arguments = no_arguments()
+    """Settings that a loop of your own declares (docs/own-loop.md): --own.alpha 0.2."""
 
 
 def path_of(config: Config) -> Path:

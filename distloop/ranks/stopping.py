@@ -50,6 +50,7 @@ class StopReason(enum.IntEnum):
     SLURM_LIMIT = 103
     LAUNCHER_GONE = 104
     SAVE_FAILED = 105
+    FINISHED = 106  # no wish, but run.finish()
 
     @property
     def is_signal(self) -> bool:
@@ -72,6 +73,7 @@ TEXTS = {
     StopReason.SLURM_LIMIT: "Slurm's time limit",
     StopReason.LAUNCHER_GONE: "its launcher is gone",
     StopReason.SAVE_FAILED: "a checkpoint could not be written",
+    StopReason.FINISHED: "the loop has finished early",
 }
 
 _watch: Watch | None = None  # global, since a process has one handler for each signal

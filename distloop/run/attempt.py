@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from distloop.ranks.meeting import group_timeout
 from distloop.ranks.ranks import Ranks
 from distloop.ranks.stopping import STOP, StopReason
 from distloop.ranks.talking import say
-from distloop.run import checkpoint
 from distloop.run.accounts import TimeAccounts
 from distloop.run.best import Best
 from distloop.run.checkpoint import LoopState
@@ -29,6 +28,8 @@ from distloop.run.directory import open_directory
 from distloop.run.failures import FailureRecords
 from distloop.run.files import CHECKPOINTS, FAILURES, METRICS
 from distloop.run.lock import RunLock
+from distloop.run.parts import Parts, check_parts, load_start
+from distloop.run.provenance import LoopSource
 from distloop.run.saving import Saver
 from distloop.run.status import RunStatus
 
@@ -45,6 +46,9 @@ class Attempt(AttemptBase):
         self.lock = RunLock()
         self.status = RunStatus(ranks.is_main, plan.total_steps, best.rule, self.check_ownership)
         self.is_open = self.is_closed = False
+        self.finished_because: str | None = None
+        self.stop_reason: StopReason | None = None
+        """FINISHED if an earlier attempt was killed when its loop had called finish()."""
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -58,24 +62,28 @@ class Attempt(AttemptBase):
         self.clock.add(self.plan.sample_count(step - 1))
         return self.agreement.reached()
 
-    def load(self, parts: Mapping[str, Any]) -> LoopState:
+    def load(self, parts: Parts) -> LoopState:
         """Load the run's newest good checkpoint, else the weights of --init-from, else none; returns the loop's state.
-        `parts`: model, averaged, optimizer and scaler, which are changed in place."""
-        state, start = LoopState(), self.start
-        if start.checkpoint:
-            state, scaler = checkpoint.load(start.checkpoint, parts["model"], parts["optimizer"], parts["averaged"])
-            if parts["scaler"] is not None and scaler:
-                parts["scaler"].load_state_dict(scaler)
-        elif start.weights:
-            checkpoint.load_weights(start.weights, parts["model"])
+        `parts`: modules, optimizers, objects with state_dict() or None, by name; they are changed in place. Raises
+        UsageError for parts that do not fit the checkpoint, or that could not be saved."""
+        check_parts(parts)
+        state, finished_because = load_start(self.start, parts)
+        if finished_because:
+            self.stop_reason = self.finish(finished_because)
         self.best.row = self.status.best = state.best
         return state
 
-    def save(self, parts: Mapping[str, Any], state: LoopState) -> None:
+    def save(self, parts: Parts, state: LoopState) -> None:
         """Copy `parts` and the loop's state; a thread writes them as the checkpoint of state.step."""
-        scaler = parts["scaler"]
-        others = {"time": self.accounts.mark(), "scaler": None if scaler is None else scaler.state_dict()}
-        self.saver.save(state, parts["model"], parts["averaged"], parts["optimizer"], others)
+        more = {"time": self.accounts.mark()} | ({"finished": why} if (why := self.finished_because) else {})
+        self.saver.save(parts, state, more)
+
+    def finish(self, reason: str) -> StopReason:
+        """End the run after this step as finished, although steps are left: returns what to set stop_reason to. All
+        ranks call it after the same step, since they decide by numbers that are the same on all, as validate()'s are.
+        The loop then saves, and the same command says that the run is finished, and why."""
+        self.finished_because = reason
+        return StopReason.FINISHED
 
     def end(self, step: int, stop: StopReason | None) -> None:
         """Wait for the last checkpoint, then write that the run is finished, or why it is stopped. Collective.
@@ -84,12 +92,13 @@ class Attempt(AttemptBase):
         self.clock.switch("checkpoint")
         self.ranks.from_main(self.saver.finish)
         self.clock.switch("start_up")
-        stopped_by = stop if step < self.plan.total_steps else None
+        stopped_by = stop if step < self.plan.total_steps and stop is not StopReason.FINISHED else None
         if stopped_by is StopReason.SAVE_FAILED:
             raise RunFailed(f"Stopped after step {step} (checkpoint.on_failure): a checkpoint could not be written.")
         if self.ranks.is_main:
             (self.path / STOP).unlink(missing_ok=True)
-        self.status.end(*(("stopped", stopped_by.text) if stopped_by else ("finished", "all steps are done")))
+        why = self.finished_because if step < self.plan.total_steps else None
+        self.status.end(*(("stopped", stopped_by.text) if stopped_by else ("finished", why or "all steps are done")))
         self.accounts.write("stopped" if stopped_by else "finished")
         self.agreement.close()
         self.ranks.stopped_by = stopped_by
@@ -106,14 +115,16 @@ class Attempt(AttemptBase):
 
     def _open(self) -> None:
         config, ranks, data = self.config, self.ranks, self.source.train
+        loop = LoopSource.of(ranks.position.code.co_filename) if ranks.position.code else None
         self.start = start = ranks.from_main(
-            lambda: open_directory(config, self.lock, self.status, ranks.world_size, fingerprint(data))
+            lambda: open_directory(config, self.lock, self.status, ranks.world_size, fingerprint(data), loop)
         )
         self.is_finished = start.finished  # before this attempt
         if self.is_finished:
             if ranks.is_main:
+                early = "" if start.step == self.plan.total_steps else f" after step {start.step}: {start.messages[0]}"
                 say(
-                    f"{self.path} is finished; its metrics are in {self.path / METRICS}. "
+                    f"{self.path} is finished{early}; its metrics are in {self.path / METRICS}. "
                     "--name NAME trains another run, --resume extend goes on with this one."
                 )
             return

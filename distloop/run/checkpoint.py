@@ -5,6 +5,7 @@
         averaged.safetensors   their moving average, with optim.ema_decay
         optimizer.pt        the optimizer's state, loadable with weights_only
         state.json          the loop's own state: step, sums of the epoch so far, best metric, …
+        …                   NAME.safetensors or NAME.pt for each other part that a loop saves (parts.py)
         manifest.json       schema version, what is trained (hash of the config, fingerprint of the data), and
                             size and SHA-256 of each file above
 
@@ -14,7 +15,6 @@ All of it is read without running any code from the files.
 import dataclasses
 import hashlib
 import json
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from distloop.errors import UsageError
 from distloop.run.files import sync
@@ -58,9 +57,8 @@ class LoopState:
 class Snapshot(NamedTuple):
     """A copy, on the host, of all that a checkpoint holds."""
 
-    weights: Weights
-    averaged: Weights | None
-    optimizer: dict[str, Any]
+    weights: dict[str, Weights]  # of modules, by the names of the parts
+    others: dict[str, dict[str, Any]]  # of optimizers and other objects
     state: dict[str, Any]  # of the loop, as plain JSON
     identity: dict[str, Any]  # what the run trains, for the manifest
 
@@ -73,11 +71,11 @@ def publish(folder: Path, step: int, snapshot: Snapshot, check_ownership: Callab
     writing = folder / f".writing_{final.name}"
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
-    write_weights(snapshot.weights, writing / MODEL)
-    if snapshot.averaged is not None:
-        write_weights(snapshot.averaged, writing / AVERAGED)
-    with open(writing / OPTIMIZER, "wb") as file:  # given a path, torch.save holds up the other threads
-        torch.save(snapshot.optimizer, file)
+    for name, weights in snapshot.weights.items():
+        write_weights(weights, writing / f"{name}.safetensors")
+    for name, content in snapshot.others.items():
+        with open(writing / f"{name}.pt", "wb") as file:  # given a path, torch.save holds up the other threads
+            torch.save(content, file)
     (writing / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n")
     files = {path.name: {"size": path.stat().st_size, "sha256": digest(path)} for path in sorted(writing.iterdir())}
     manifest = {"schema": SCHEMA, "step": step, **snapshot.identity, "files": files}
@@ -158,7 +156,8 @@ def verify(path: Path) -> None:
         raise DamagedCheckpoint(f"its format is version {schema}; this program reads version {SCHEMA}")
     if checksum != digest_of(manifest) or step != step_of(path):
         raise DamagedCheckpoint(f"{MANIFEST} does not have the contents that were written")
-    for name in dict.fromkeys((MODEL, OPTIMIZER, STATE, *files)):
+    found_parts = (file.name for file in path.iterdir() if file.suffix in (".safetensors", ".pt"))
+    for name in dict.fromkeys((STATE, *files, *found_parts)):
         if name not in files or not (path / name).is_file():
             raise DamagedCheckpoint(f"{name} is missing")
         size, checksum = files[name]
@@ -172,37 +171,9 @@ def verify(path: Path) -> None:
             raise DamagedCheckpoint(f"{name} cannot be read ({error.strerror})") from None
 
 
-def load(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averaged: AveragedModel | None = None
-) -> tuple[LoopState, dict[str, Any] | None]:
-    """Copy a verified checkpoint into `model`, `optimizer` and `averaged`, in place. Returns the loop's state,
-    and that of fp16's scaler, if it had one. The optimizer gets its moments only: its hyperparameters are the config's.
-    Raises UsageError for a checkpoint of another model, and for an optimizer's file that holds more than data."""
-    load_weights(path / MODEL, model)
-    try:
-        stored = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{path / OPTIMIZER} cannot be read as plain data, and is not run: {reason}") from None
-    groups = optimizer.state_dict()["param_groups"]
-    if [len(group["params"]) for group in stored["param_groups"]] != [len(group["params"]) for group in groups]:
-        raise UsageError(f"{path / OPTIMIZER} belongs to other parameters than this model's.")
-    optimizer.load_state_dict({"state": stored["state"], "param_groups": groups})
-    for parameter, values in optimizer.state.items():
-        for name, value in values.items():
-            # Fused optimizers need moments with their parameter's memory format, such as channels_last.
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
-                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-    state = json.loads((path / STATE).read_text())
-    if averaged is not None and (path / AVERAGED).exists():
-        load_weights(path / AVERAGED, averaged.module)
-        averaged.n_averaged.fill_(state["averaged_steps"])
-    sums = tuple(state["epoch_sums"])
-    return LoopState(state["step"], sums, state["best"], state["skipped_steps"]), state["scaler"]
-
-
-def weights_of(model: nn.Module, copy: Callable[[str, Tensor], Tensor]) -> Weights:
-    """Copies of the model's parameters and buffers; of tied tensors one, with several names."""
+def weights_of(model: nn.Module, copy: Callable[[str, Tensor], Tensor], prefix: str = "") -> Weights:
+    """Copies of the model's parameters and buffers; of tied tensors one, with several names. `copy` gets each tensor
+    with its name behind `prefix`."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     owners: dict[tuple, str] = {}
@@ -212,7 +183,7 @@ def weights_of(model: nn.Module, copy: Callable[[str, Tensor], Tensor]) -> Weigh
         if owner != name and tensor.numel():
             aliases[name] = owner
         else:
-            tensors[name] = copy(name, tensor)
+            tensors[name] = copy(prefix + name, tensor)
     return Weights(tensors, aliases)
 
 

@@ -15,11 +15,13 @@ from distloop.run.checkpoint import clean, newest_good, published_in, read_manif
 from distloop.run.files import Start, read_json, write_json, write_text
 from distloop.run.lock import RunLock
 from distloop.run.metrics import set_rows_aside
-from distloop.run.provenance import environment, git_facts
+from distloop.run.provenance import LoopSource, environment, git_facts
 from distloop.run.status import RunStatus
 
 
-def open_directory(config: Config, lock: RunLock, status: RunStatus, world_size: int, dataset: dict[str, Any]) -> Start:
+def open_directory(
+    config: Config, lock: RunLock, status: RunStatus, world_size: int, dataset: dict[str, Any], loop: LoopSource | None
+) -> Start:
     """Create, or find and continue, the run's directory; rank 0 only. `dataset`: the training data's fingerprint.
     The setting `--resume never` moves a run of this name aside. Else a finished run is left as it is, and another run
     continues from its newest good checkpoint. Without one it begins, with --init-from from those weights. Changes
@@ -31,7 +33,8 @@ def open_directory(config: Config, lock: RunLock, status: RunStatus, world_size:
     try:
         if path.exists() and config.resume != "never" and _is_finished(path, config):
             before = read_json(path / files.STATUS)
-            return Start(path, int(before["attempt"]), None, None, int(before["step"]), True, [], {})
+            why = [str(before.get("reason"))]
+            return Start(path, int(before["attempt"]), None, None, int(before["step"]), True, why, {})
         weights, messages = _own(path, config, lock, weights)
         before = read_json(path / files.STATUS)
         # A run without a checkpoint may have another config: no step of it is kept.
@@ -41,12 +44,13 @@ def open_directory(config: Config, lock: RunLock, status: RunStatus, world_size:
         step = step_of(checkpoint) if checkpoint else 0
         if checkpoint:
             changes.update(_changes_of_data(path, read_manifest(checkpoint)["dataset"], dataset, config))
+            changes.update(_changes_of_loop(path, loop, messages))
         if redone := set_rows_aside(path / files.METRICS, step):
             messages.append(f"metrics after step {step}, {redone} of them, were set aside: these steps are done again")
         identity = {"config_sha256": training_hash(config), "dataset": dataset}
         start = Start(path, int(before.get("attempt", 0)) + 1, checkpoint, weights, step, False, messages, identity)
         status.begin(start, before.get("best"))  # first: an extended run is not finished any more
-        _record_start(start, config, changes, world_size)
+        _record_start(start, config, changes, world_size, loop)
     except OSError as error:
         raise UsageError(
             f"The run directory {path.resolve()} cannot be written: {error.strerror or error}. "
@@ -99,7 +103,9 @@ def _newest_checkpoint(path: Path, total_steps: int, messages: list[str]) -> Pat
     return checkpoint
 
 
-def _record_start(start: Start, config: Config, changes: dict[str, Any], world_size: int) -> None:
+def _record_start(
+    start: Start, config: Config, changes: dict[str, Any], world_size: int, loop: LoopSource | None
+) -> None:
     path = start.path
     if changes:
         record = {"after_attempt": start.attempt - 1, "after_step": start.step, "changes": changes}
@@ -108,11 +114,12 @@ def _record_start(start: Start, config: Config, changes: dict[str, Any], world_s
     # Without the two settings that belong to this start only: users start other attempts with this file.
     write_text(path / files.CONFIG, dump_without_secrets(dataclasses.replace(config, expect_world=None, resume="auto")))
     git = git_facts()
-    write_json(path / files.ENVIRONMENT, environment(world_size, git))
-    if git.diff is not None:
-        write_text(path / files.GIT_DIFF, git.diff)
-    else:
-        (path / files.GIT_DIFF).unlink(missing_ok=True)  # an earlier attempt's
+    write_json(path / files.ENVIRONMENT, environment(world_size, git, loop))
+    for name, text in ((files.GIT_DIFF, git.diff), (files.LOOP, loop and loop.text)):
+        if text is not None:
+            write_text(path / name, text)
+        else:
+            (path / name).unlink(missing_ok=True)  # an earlier attempt's
 
 
 def _is_finished(path: Path, config: Config) -> bool:
@@ -133,6 +140,20 @@ def _changes_of_data(path: Path, old: dict[str, Any], new: dict[str, Any], confi
     if config.resume == "extend" and old["samples"] == new["samples"]:
         return {"dataset": (old, new)}
     raise UsageError(f"{path} {what} Use --name OTHER or --resume never, or give it the data it had.")
+
+
+def _changes_of_loop(path: Path, loop: LoopSource | None, messages: list[str]) -> dict[str, Any]:
+    """The difference of the loop's source, which --resume allows: a message says it, and the old source is kept."""
+    before = read_json(path / files.ENVIRONMENT)
+    old, new = before.get("loop_sha256"), loop and loop.sha256
+    if old is None or old == new:
+        return {}
+    kept = path / f"loop_until_attempt_{read_json(path / files.STATUS).get('attempt', 0):04d}.py"
+    if (path / files.LOOP).exists():
+        (path / files.LOOP).rename(kept)
+    where = loop.path if loop else "without a file"
+    messages.append(f"the loop ({where}) has another source than in the attempt before, which is kept in {kept}")
+    return {"loop_sha256": (old, new)}
 
 
 def _changes(path: Path, config: Config) -> dict[str, tuple[Any, Any]]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 CONFIG, STATUS, METRICS, ENVIRONMENT = "config.yaml", "status.json", "metrics.jsonl", "environment.json"
-TIME, VALIDATION, WANDB, GIT_DIFF = "time.json", "validation.json", "wandb.json", "git.diff"
+TIME, VALIDATION, WANDB = "time.json", "validation.json", "wandb.json"
+GIT_DIFF, LOOP = "git.diff", "loop.py"
 CHECKPOINTS, FAILURES, RANKS = "checkpoints", "failures", "failures/ranks.json"
 
 _one_writer = threading.Lock()  # two threads may write the same file, through the same temporary name

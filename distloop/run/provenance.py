@@ -1,6 +1,7 @@
-"""environment.json and git.diff: versions, code and command of an attempt, without secrets."""
+"""environment.json, loop.py and git.diff: versions, code and command of an attempt, without secrets."""
 
 import contextlib
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -32,7 +33,25 @@ class GitFacts(NamedTuple):
     diff: str | None = None  # against the commit
 
 
-def environment(world_size: int, git: GitFacts) -> dict[str, Any]:
+class LoopSource(NamedTuple):
+    """The file with the training loop."""
+
+    path: str
+    sha256: str  # in hexadecimal
+    text: str  # without secrets
+
+    @classmethod
+    def of(cls, path: str) -> "LoopSource | None":
+        """Read the file; None if there is none, as for a loop that is typed in."""
+        try:
+            content = Path(path).read_bytes()
+        except OSError:
+            return None
+        text = clean_text(content.decode(errors="replace"))
+        return cls(str(Path(path).resolve()), hashlib.sha256(content).hexdigest(), text)
+
+
+def environment(world_size: int, git: GitFacts, loop: LoopSource | None) -> dict[str, Any]:
     """Versions, git commit, topology and command of an attempt, as plain JSON and without secrets."""
     packages = ("torch", "torchvision", "accelerate", "numpy", "safetensors", "distloop")
     versions: dict[str, str | None] = dict.fromkeys(packages)
@@ -47,6 +66,8 @@ def environment(world_size: int, git: GitFacts) -> dict[str, Any]:
         "cpus_per_rank": cpus_per_rank(os.environ),
         "world_size": world_size,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "loop_file": loop and clean_text(loop.path),
+        "loop_sha256": loop and loop.sha256,
         "git_folder": git.folder,
         "git_commit": git.commit,
         "git_changes": list(git.changes),

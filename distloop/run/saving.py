@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor
 
 from distloop.config.secrets import clean_text
 from distloop.config.settings import Checkpoint
 from distloop.errors import RunFailed
 from distloop.ranks.stopping import StopReason, Watch
-from distloop.run.checkpoint import LoopState, Snapshot, newest_published, prune, publish, weights_of
+from distloop.run.checkpoint import LoopState, Snapshot, newest_published, prune, publish
+from distloop.run.parts import Parts, contents_of
 
 
 class HostBuffers:
@@ -90,27 +90,14 @@ class Saver:
         self.thread: threading.Thread | None = None
         self.failure: str | None = None
 
-    def save(
-        self,
-        state: LoopState,
-        model: nn.Module,
-        averaged: AveragedModel | None,
-        optimizer: torch.optim.Optimizer,
-        others: Mapping[str, Any],
-    ) -> None:
-        """Copy all, and start to write it. `model`: the bare module. `others`: plain JSON for state.json."""
+    def save(self, parts: Parts, state: LoopState, more: Mapping[str, Any]) -> None:
+        """Copy all, and start to write it. `more`: plain JSON for state.json, beside the loop's state."""
         if not self.enabled:
             return
         self.wait()
         begun = time.monotonic()
-        copy = self.buffers.copy
-        snapshot = Snapshot(
-            weights_of(model, lambda name, tensor: copy(f"model/{name}", tensor)),
-            None if averaged is None else weights_of(averaged.module, lambda name, t: copy(f"averaged/{name}", t)),
-            self.buffers.copy_tree("optimizer", optimizer.state_dict()),
-            {**asdict(state), **others, "averaged_steps": 0 if averaged is None else int(averaged.n_averaged)},
-            self.identity,
-        )
+        weights, others, of_parts = contents_of(parts, self.buffers)
+        snapshot = Snapshot(weights, others, {**asdict(state), **more, **of_parts}, self.identity)
         self.buffers.record()
         self.thread = threading.Thread(
             target=self._write, args=(state.step, state.best, snapshot, begun), name="distloop-save", daemon=True

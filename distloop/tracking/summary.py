@@ -9,7 +9,6 @@ from torch import nn
 from distloop import __version__
 from distloop.config.settings import Config
 from distloop.data.order import Plan
-from distloop.ranks.stopping import StopReason
 from distloop.run.accounts import attempts, goodput, totals
 from distloop.run.checkpoint import AVERAGED, MODEL, published_in, step_of
 from distloop.run.files import CHECKPOINTS, METRICS, Start
@@ -38,17 +37,24 @@ def describe(config: Config, start: Start, plan: Plan, model: nn.Module, device:
 
 
 def ending(
-    path: Path, step: int, total_steps: int, stop: StopReason | None, best: dict[str, Any] | None, last: dict[str, Any]
+    path: Path,
+    step: int,
+    total_steps: int,
+    finished: bool,
+    why: str | None,
+    best: dict[str, Any] | None,
+    last: dict[str, Any],
 ) -> list[str]:
-    """The lines at the end of an attempt. `stop`: why it stops; `best`, `last`: validation rows."""
-    if step < total_steps:
-        why = stop.text if stop else ""
+    """The lines at the end of an attempt. `why` it ends before total_steps; `best`, `last`: validation rows."""
+    if not finished:
         return [f"stopped after step {step} of {total_steps} ({why}), saved in {path}; the same command continues"]
 
     def values(row: dict[str, Any]) -> str:
         return " · ".join(f"{name} {number(row[name])}" for name in row if name not in ("step", "samples"))
 
     lines = [f"finished: {path}"]
+    if step < total_steps:
+        lines.append(f"  after step {step} of {total_steps}: {why}")
     if last:
         lines.append(f"  last validation: {values(last)}  ({last['samples']} samples)")
     if best:
@@ -79,7 +85,8 @@ def _weights(path: Path, best: dict[str, Any] | None) -> list[str]:
     published = published_in(path / CHECKPOINTS)
     marks = dict.fromkeys(published[-1:], "")
     marks |= {checkpoint: " (best)" for checkpoint in published if best and step_of(checkpoint) == best["step"]}
-    return [
-        f"  weights{mark}: {checkpoint / (AVERAGED if (checkpoint / AVERAGED).exists() else MODEL)}"
-        for checkpoint, mark in marks.items()
-    ]
+    files = {
+        checkpoint: next(filter(Path.exists, (checkpoint / AVERAGED, checkpoint / MODEL)), checkpoint)
+        for checkpoint in marks
+    }
+    return [f"  weights{mark}: {files[checkpoint]}" for checkpoint, mark in marks.items()]

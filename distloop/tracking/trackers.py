@@ -86,8 +86,9 @@ class Trackers:
 
     def _end(self, step: int, stop: StopReason | None, metrics: dict[str, Any]) -> None:
         self._close()
-        finished = step == self.run.plan.total_steps
-        self.say(*ending(self.run.path, step, self.run.plan.total_steps, stop, self.run.best.row, metrics))
+        finished = step == self.run.plan.total_steps or stop is StopReason.FINISHED
+        why = self.run.finished_because if stop is StopReason.FINISHED else stop.text if stop else None
+        self.say(*ending(self.run.path, step, self.run.plan.total_steps, finished, why, self.run.best.row, metrics))
         report = None
         if finished and self.config.tracking.report:
             command, environment = own_python("distloop.commands.report", str(self.run.path))

@@ -60,7 +60,7 @@ def rank_main(processes: int, rounds: int, folder: Path) -> None:
     group: Any = dist.new_group(backend="gloo")  # its thread must not meet our collectives
 
     def ours(number: int) -> None:
-        saver.save(LoopState(number), bare_model, None, inner, {})
+        saver.save({"model": bare_model, "optimizer": inner}, LoopState(number), {})
 
     def save_state(number: int) -> None:
         accelerator.save_state(str(folder / f"accelerate-{number}"))

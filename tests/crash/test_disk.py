@@ -264,7 +264,8 @@ def test_whichever_file_meets_the_limit_a_checkpoint_is_whole_or_not_there(
     text = {"text": "x" * 40_000}  # makes the manifest the largest file
     weights = Weights({"weight": torch.ones(64, 64)}, {})
     optimizer = {"state": {0: torch.ones(9000)}}
-    snapshot = Snapshot(weights, weights, optimizer, {"step": 1, "text": "x" * 25_000}, text)
+    modules = {"model": weights, "averaged": weights}
+    snapshot = Snapshot(modules, {"optimizer": optimizer}, {"step": 1, "text": "x" * 25_000}, text)
     folder = tmp_path / "checkpoints"
     published = []
     for size in range(0, 60_000, 3000):

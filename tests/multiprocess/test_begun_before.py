@@ -60,7 +60,7 @@ def test_a_run_begun_by_the_version_before_goes_on_to_the_same_bits(tmp_path: Pa
     for name in ("model.safetensors", "averaged.safetensors"):
         assert_same(load_file(found / name), load_file(expected / name), exactly)
     optimizers = [torch.load(folder / "optimizer.pt", weights_only=True) for folder in (found, expected)]
-    assert_same(optimizers[0], optimizers[1], exactly)
+    assert_same({key: optimizers[0][key] for key in optimizers[1]}, optimizers[1], exactly)  # its names are new
     rows, rows_then = rows_of(tmp_path / "runs/begun_before/metrics.jsonl"), rows_of(expected / "metrics.jsonl")
     assert [(row["kind"], row["step"], row["attempt"]) for row in rows] == [
         (row["kind"], row["step"], row["attempt"]) for row in rows_then

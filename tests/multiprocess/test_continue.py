@@ -146,7 +146,8 @@ def test_an_extended_run_is_not_finished_from_the_moment_its_config_is_replaced(
     config = load_config([*small(tmp_path), "--runs-dir", str(tmp_path / "runs"), "--train.epochs", "4"])
     dataset = fingerprint(load_data(config.data).train)
     lock, status_file = RunLock(), RunStatus(True, total_steps=20)
-    open_directory(dataclasses.replace(config, resume="extend"), lock, status_file, 1, dataset)  # and then it is killed
+    extended = dataclasses.replace(config, resume="extend")
+    open_directory(extended, lock, status_file, 1, dataset, None)  # and then it is killed
     lock.release()
     assert status(tmp_path / "runs" / "run")["state"] == "running"
     train(tmp_path, [*small(tmp_path), "--train.epochs", "4"]).check()

@@ -48,7 +48,7 @@ def test_the_command_is_recorded_without_secrets(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         sys, "argv", ["train.py", "--data.args.token", "abc", "--data.args", "{password: abc, size: 3}"]
     )
-    facts = environment(2, GitFacts(commit="0" * 40))
+    facts = environment(2, GitFacts(commit="0" * 40), None)
     assert facts["command"] == ["train.py", "--data.args.token", "***", "--data.args", "{password: '***', size: 3}"]
     assert (facts["world_size"], facts["git_commit"]) == (2, "0" * 40)
 

@@ -18,7 +18,9 @@ HEAD_OF_FAILURE = ("rank", "node", "step", "phase", "what", "traceback", "others
 def config(record: Record) -> dict[str, Any]:
     """The settings that differ from their defaults, and all settings."""
     settings = dotted(content_of(record.config))
-    defaults = dotted(json.loads(json.dumps(flatten(Config()))))  # with lists for tuples, as in a YAML file
+    defaults = {"own": {}} | dotted(
+        json.loads(json.dumps(flatten(Config())))
+    )  # with lists for tuples, as in a YAML file
     changed = [key for key in settings if key not in KEYS_OF_ONE_RUN and settings[key] != defaults.get(key)]
     return {"settings": settings, "defaults": defaults, "changed": changed}
 

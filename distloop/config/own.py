@@ -1,0 +1,43 @@
+"""The settings that a loop of one's own declares, with their defaults: start(train, own={"alpha": 0.2})."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from distloop.config.settings import Config
+from distloop.errors import UsageError, suggest
+
+
+def with_own(config: Config, declared: Mapping[str, Any]) -> Config:
+    """The config whose `own` has all settings that the loop declares: those given, else their defaults. Raises
+    UsageError for a setting that the loop does not declare, and for a value of another type than its default."""
+    for key, given in config.own.items():
+        if key not in declared:
+            names = suggest(key, list(declared)) if declared else " It declares none: start(train, own={…}) does."
+            raise UsageError(f"own.{key} = {given!r}: the loop declares no such setting.{names}")
+    return dataclasses.replace(config, own={key: _checked(key, config.own, declared[key]) for key in declared})
+
+
+def _checked(key: str, own: Mapping[str, Any], default: Any) -> Any:
+    if not _is_plain(default):
+        raise UsageError(
+            f"own={{{key!r}: …}}: a default is a number, text, True, False, None, or a list or dict of them."
+        )
+    value = own.get(key, default)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if default is not None and type(value) is not type(default):
+        kind, is_one = type(value).__name__, type(default).__name__
+        raise UsageError(
+            f"own.{key} = {value!r} is of type {kind}; the loop's default, {default!r}, is of type {is_one}."
+        )
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    """True if a config file can hold the value, and it is equal to itself when it is read again."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or (isinstance(value, (bool, int, float, str)) and value == value)

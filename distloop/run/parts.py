@@ -1,0 +1,182 @@
+"""The parts of a checkpoint: the modules, optimizers and other objects that a loop saves and loads, by name.
+
+A module's weights go to NAME.safetensors, also an average's, whose count of steps goes to state.json; the state of a
+GradScaler goes there, too. That of an optimizer, and of any other object with state_dict(), goes to NAME.pt.
+"""
+
+import dataclasses
+import io
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from distloop.errors import UsageError
+from distloop.run.checkpoint import STATE, LoopState, Weights, load_weights, read_manifest, weights_of
+from distloop.run.files import Start, read_json
+
+Parts = Mapping[str, Any]
+TAKEN = {*(field.name for field in dataclasses.fields(LoopState)), "time", "finished"}  # keys of state.json
+
+
+def check_parts(parts: Parts) -> None:
+    """Refuse, before the first step, what could not be loaded again. Raises UsageError."""
+    held = names_of_parameters(parts)
+    for name, part in existing(parts):
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or {name, f"{name}_steps"} & TAKEN:
+            raise UsageError(
+                f"parts: {name!r} cannot be a name: use small letters, digits and _, and no key of {STATE}."
+            )
+        if isinstance(part, Optimizer):
+            if any(id(parameter) not in held for group in part.param_groups for parameter in group["params"]):
+                raise UsageError(
+                    f"parts: {name} updates parameters of a module that is not among the parts "
+                    f"({', '.join(parts)}): they would not be saved. Add the module."
+                )
+        elif not hasattr(part, "state_dict") or not hasattr(part, "load_state_dict"):
+            raise UsageError(
+                f"parts: {name} is a {type(part).__name__}, which has no state_dict() and load_state_dict()."
+            )
+        elif not isinstance(part, (nn.Module, torch.amp.GradScaler)):
+            file = io.BytesIO()
+            try:
+                torch.save(part.state_dict(), file)
+                torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+            except (pickle.UnpicklingError, pickle.PicklingError, AttributeError, TypeError) as error:
+                raise UsageError(
+                    f"parts: {name}.state_dict() is not plain data (numbers, text, lists, dicts, tensors), so that it "
+                    f"could not be read again: {str(error).splitlines()[0]}"
+                ) from None
+
+
+def existing(parts: Parts) -> Iterator[tuple[str, Any]]:
+    """The parts that are not None; of a module inside DDP, the module."""
+    for name, part in parts.items():
+        if part is not None:
+            yield name, part.module if isinstance(part, DistributedDataParallel) else part
+
+
+def names_of_parameters(parts: Parts) -> dict[int, str]:
+    """The name of each parameter of the modules among the parts, such as "model.0.weight", by its id."""
+    modules = [(name, part) for name, part in existing(parts) if isinstance(part, nn.Module)]
+    return {id(p): f"{part}.{name}" for part, module in reversed(modules) for name, p in module.named_parameters()}
+
+
+def without_average(module: nn.Module) -> nn.Module:
+    """The module with the averaged weights, of an average; else the module itself."""
+    return module.module if isinstance(module, AveragedModel) else module
+
+
+def groups_of(optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str]]:
+    """The names of the parameters in each of the optimizer's groups."""
+    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def kind_of(optimizer: Optimizer) -> str:
+    """The optimizer's class, also inside Accelerate's wrapper."""
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__
+
+
+def contents_of(parts: Parts, buffers: Any) -> tuple[dict[str, Weights], dict[str, Any], dict[str, Any]]:
+    """Copies of all parts: the weights of modules; the state of optimizers and others; what belongs to state.json."""
+    weights: dict[str, Weights] = {}
+    others: dict[str, Any] = {}
+    state: dict[str, Any] = {"scaler": None, "averaged_steps": 0}
+    for name, part in existing(parts):
+        if isinstance(part, nn.Module):
+            weights[name] = weights_of(without_average(part), buffers.copy, f"{name}/")
+            if isinstance(part, AveragedModel):
+                state[f"{name}_steps"] = int(part.n_averaged)
+        elif isinstance(part, torch.amp.GradScaler):
+            state[name] = part.state_dict()
+        else:
+            others[name] = buffers.copy_tree(name, part.state_dict())
+            if isinstance(part, Optimizer):
+                others[name] |= {"kind": kind_of(part), "parameters": groups_of(part, names_of_parameters(parts))}
+    return weights, others, state
+
+
+def load_start(start: Start, parts: Parts) -> tuple[LoopState, str | None]:
+    """Load the checkpoint or the weights from which an attempt starts. Returns the loop's state and, if the loop had
+    finished early and the process was killed before status.json said so, why it had."""
+    if start.checkpoint:
+        stored = read_json(start.checkpoint / STATE)
+        load_parts(start.checkpoint, parts, stored)
+        same_config = read_manifest(start.checkpoint)["config_sha256"] == start.identity["config_sha256"]
+        finished_because = stored.get("finished") if same_config else None  # else --resume extend goes on
+        state = LoopState(stored["step"], tuple(stored["epoch_sums"]), stored["best"], stored["skipped_steps"])
+        return state, finished_because
+    if start.weights:
+        if "model" not in parts:
+            raise UsageError(f"init_from: this loop has no part named model, but {', '.join(parts)}.")
+        load_weights(start.weights, parts["model"])
+    return LoopState(), None
+
+
+def load_parts(path: Path, parts: Parts, state: Mapping[str, Any]) -> None:
+    """Copy a verified checkpoint, the directory `path` with the contents `state` of state.json, into the parts, in
+    place. Raises UsageError for parts that do not fit. An average that the checkpoint lacks begins anew."""
+    files = {file.stem for file in path.iterdir() if file.suffix in (".safetensors", ".pt")}
+    if unknown := sorted(files - set(parts)):
+        raise UsageError(
+            f"{path} holds {', '.join(unknown)}, which this loop does not load; it has {', '.join(parts)}."
+        )
+    for name, part in existing(parts):
+        if isinstance(part, torch.amp.GradScaler):
+            if state.get(name):
+                part.load_state_dict(state[name])
+        elif name not in files:
+            if not isinstance(part, AveragedModel):
+                held = ", ".join(sorted(files))
+                raise UsageError(f"{path} does not hold {name}, which this loop loads; it holds {held}.")
+        elif isinstance(part, nn.Module):
+            load_weights(path / f"{name}.safetensors", without_average(part))
+            if isinstance(part, AveragedModel):
+                part.n_averaged.fill_(state[f"{name}_steps"])
+        elif isinstance(part, Optimizer):
+            load_optimizer(path / f"{name}.pt", part, names_of_parameters(parts))
+        else:
+            part.load_state_dict(read_plain(path / f"{name}.pt"))
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """The contents of a file of torch.save(). Raises UsageError for one that holds more than data."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{path} cannot be read as plain data, and is not run: {reason}") from None
+
+
+def load_optimizer(path: Path, optimizer: Optimizer, names: Mapping[int, str]) -> None:
+    """Copy the moments in `path` into the optimizer. Its hyperparameters stay those of the config. Raises UsageError
+    for a file of another optimizer, or of other parameters or groups."""
+    stored = read_plain(path)
+    groups = optimizer.state_dict()["param_groups"]
+    there, here = stored.get("parameters"), groups_of(optimizer, names)
+    if (kind := stored.get("kind", kind_of(optimizer))) != kind_of(optimizer):
+        raise UsageError(f"{path} belongs to another optimizer: {kind} there, {kind_of(optimizer)} here.")
+    sizes = [len(group["params"]) for group in stored["param_groups"]]
+    if there is not None and (changed := sorted({n for g in there for n in g} ^ {n for g in here for n in g})):
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UsageError(f"{path} belongs to other parameters: {', '.join(changed[:3])}{more} only there or only here.")
+    if there is None and sum(sizes) != sum(map(len, here)):
+        raise UsageError(f"{path} belongs to other parameters than this model's.")
+    if sizes != [len(group) for group in here] or there not in (None, here):
+        raise UsageError(
+            f"{path} belongs to other groups of parameters: groups of {', '.join(map(str, sizes))} parameters there, "
+            f"of {', '.join(str(len(group)) for group in here)} here, or in another order."
+        )
+    optimizer.load_state_dict({"state": stored["state"], "param_groups": groups})
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            # Fused optimizers need moments with their parameter's memory format, such as channels_last.
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
