@@ -24,6 +24,7 @@ class Ranks:
         self.position = self.roll_call.position
         self.position.code, self.position.compares = code, int(os.environ.get("WORLD_SIZE", 1)) > 1
         self.messages: list[str] = []  # for the console, which does not exist yet
+        self.note: str | None = None  # on errors that a loop of another version may meet
         self.stopped_by: StopReason | None = None
 
     @property
@@ -49,6 +50,9 @@ class Ranks:
 
     def report_failure(self, error: BaseException) -> Verdict:
         """Tell the other ranks of `error`. Returns why the run ends, which one rank prints: the same on all ranks."""
+        if self.note and isinstance(error, (AttributeError, ImportError, TypeError)):
+            error.add_note(self.note)
+            self.note = None  # it is told again when outer contexts close
         return self.roll_call.report_failure(error)
 
     def __enter__(self) -> Ranks:

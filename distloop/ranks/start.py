@@ -75,24 +75,12 @@ def main(train: Train, arguments: list[str], own: Mapping[str, Any] | None = Non
         raise
     except UsageError as error:
         return ranks.report_failure(error).code
-    if _is_of_another_version():
-        ranks.messages.append(f"{train.__code__.co_filename} {_difference()}")
+    if _copied_from not in (None, "", __version__):
+        ranks.note = f"{train.__code__.co_filename} {_difference()}"
+        ranks.messages.append(ranks.note)
     gc.freeze()  # nor does it hold up a step later
     gc.enable()
-    return ranks.exit_code(lambda: _train(train, config, ranks))
-
-
-def _train(train: Train, config: Config, ranks: Ranks) -> None:
-    try:
-        train(config, ranks)
-    except (AttributeError, ImportError, TypeError) as error:  # perhaps of a name or an argument that is gone
-        if _is_of_another_version():
-            error.add_note(f"The loop {_difference()}")
-        raise
-
-
-def _is_of_another_version() -> bool:
-    return _copied_from not in (None, "", __version__)
+    return ranks.exit_code(lambda: train(config, ranks))
 
 
 def _difference() -> str:
