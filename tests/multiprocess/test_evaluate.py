@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
+from torch import nn
 
+from distloop.run.checkpoint import Snapshot, publish
+from distloop.run.parts import contents_of
+from distloop.run.saving import HostBuffers
 from tests.ranks import accelerate_launch, command, train, write_config
 from tests.records import found, rows
 
@@ -90,4 +94,16 @@ def test_a_mistake_is_one_message(tmp_path: Path, arguments: list[str], said: st
     done = command([sys.executable, "-m", "distloop.evaluate", *arguments], tmp_path)
     assert done.returncode == 2
     assert said in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_a_run_whose_loop_saves_no_model_is_refused_in_one_message(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "gan"
+    weights, others, state = contents_of({"generator": nn.Linear(2, 1)}, HostBuffers())
+    path = publish(run / "checkpoints", 3, Snapshot(weights, others, {"step": 3, **state}, {"dataset": {}}))
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"name": "digits"}, "own": {"alpha": 1.0}}))
+    done = command([sys.executable, "-m", "distloop.evaluate", "runs/gan"], tmp_path)
+    assert done.returncode == 2
+    where = path.relative_to(tmp_path)
+    assert f"{where} holds no model.safetensors: its loop saves no part named model" in done.stdout
     assert "Traceback" not in done.stdout

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from distloop.config.comparison import differences, flatten, training_hash
-from distloop.config.load import config_from_mapping, dump, load_config, parse_yaml
+from distloop.config.load import config_from_mapping, dump, load_config
 from distloop.config.own import with_own
 from distloop.config.settings import Config
+from distloop.config.yaml_text import parse_yaml
 from distloop.errors import UsageError
 
 

@@ -49,7 +49,8 @@ def adversaries(seed: int, steps: int = 3) -> dict[str, Any]:
             optimizer.zero_grad()
         average.update(generator)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**seed)
-    parts = {"generator": generator, "discriminator": discriminator, "generator_average": average.averaged}
+    parts: dict[str, Any] = {"generator": generator, "discriminator": discriminator}
+    parts["generator_average"] = average.averaged
     parts |= {"g_optimizer": optimizers[0], "d_optimizer": optimizers[1], "nothing": None}
     return {**parts, "patience": Patience(seed), "d_scaler": scaler}
 
