@@ -72,7 +72,7 @@ def read_run(path: Path) -> Run:
         state, reason = "gone", gone_reason
     elif gone_reason is None and begins_again and state not in ("running", "damaged"):
         state, reason = "starting", None
-    elif state == "finished":
+    elif state == "finished" and status.get("step") == status.get("total_steps"):  # it did not end early
         reason = None
     ranks = _read_ranks(path, owner) if state in ("running", "gone") else []
     saved_step = _whole(status.get("step"))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from distloop import __version__
+from distloop.commands.reading import read_run
 from tests.ranks import REPOSITORY, accelerate_launch, command, write_config
 from tests.records import rows, status
 
@@ -213,6 +214,7 @@ def test_a_loop_may_end_early_as_finished(tmp_path: Path, ranks: int) -> None:
     assert (ended["state"], ended["step"], ended["reason"]) == ("finished", 12, "the loss is low enough")
     assert [row["step"] for row in rows(run, "train")] == list(range(1, 13))
     assert max(path.name for path in (run / "checkpoints").iterdir()) == "step_00000012"
+    assert (read_run(run).state, read_run(run).reason) == ("finished", "the loss is low enough")
     outcome = start(file, ranks=ranks)
     assert outcome.returncode == 0
     assert "runs/run is finished after step 12: the loss is low enough; its metrics are in" in outcome.stdout
