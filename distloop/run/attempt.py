@@ -60,7 +60,7 @@ class Attempt(AttemptBase):
     def end_step(self, step: int) -> StopReason | None:
         """Call it after each step; `step`: how many are done. Returns why all ranks stop now; None: go on."""
         self.clock.add(self.plan.sample_count(step - 1))
-        return self.agreement.reached()
+        return StopReason.FINISHED if self.finished_because else self.agreement.reached()
 
     def load(self, parts: Parts) -> LoopState:
         """Load the run's newest good checkpoint, else the weights of --init-from, else none; returns the loop's state.

@@ -389,3 +389,10 @@ def test_the_other_ranks_save_nothing(tmp_path: Path) -> None:
     run.saver.finish()
     assert not (tmp_path / "checkpoints").exists()
     assert run.published == []
+
+
+def test_a_loop_that_goes_on_after_finish_stops_after_its_next_step(tmp_path: Path) -> None:
+    attempt = saving_attempt(tmp_path)
+    assert attempt.finish("no progress") is StopReason.FINISHED
+    assert attempt.end_step(3) is StopReason.FINISHED
+    attempt.__exit__(None, None, None)
