@@ -12,6 +12,7 @@ COMMANDS = {
     "status": ("status", "a table of runs, or one run in detail"),
     "report": ("report.page", "a run, or several side by side, as one HTML file"),
     "doctor": ("doctor.main", "check machines, devices and network before a big job"),
+    "copy": ("copy", "write the loop to a file of your own, to change it"),
 }
 USAGE = (
     "usage: distloop COMMAND …\n\n"
