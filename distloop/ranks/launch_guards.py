@@ -3,6 +3,8 @@
 import contextlib
 import io
 import os
+import shlex
+import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -120,14 +122,14 @@ def check_world(world_size: int, environ: Mapping[str, str], expected: int | Non
     if tasks > 1 and world_size % tasks:  # a launcher per node makes a multiple of the tasks
         raise UsageError(
             f"srun started {tasks} tasks, but the run has {world_size} processes: each would train on its own.\n"
-            f"Start it with nothing else in between: srun --ntasks={tasks} python -m distloop.train …"
+            f"Start it with nothing else in between: srun --ntasks={tasks} python {own_file() or '-m distloop.train'} …"
         )
 
 
 def right_commands(launch: Launch | None, processes: int | None = None) -> str:
     """The command lines that start `processes` ranks, for a message; by default as many as were asked for."""
     count = processes or (launch.processes if launch else 1)
-    script = launch.script if launch else "distloop/train.py"
+    script = shlex.quote(launch.script) if launch else own_file() or "distloop/train.py"
     if count == 1:
         return f"One process: python {script} …"
     common = (
@@ -135,6 +137,14 @@ def right_commands(launch: Launch | None, processes: int | None = None) -> str:
         f"--mixed_precision no --dynamo_backend no {script} …"
     )
     return f"{count} processes on the CPU: ACCELERATE_USE_CPU=true {common}\n{count} GPUs of this machine: {common}"
+
+
+def own_file() -> str | None:
+    """The file of the user's own that Python runs, as it was typed, quoted for a shell; None for one of distloop's."""
+    file = sys.argv[0]
+    package = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    is_own = file.endswith(".py") and not os.path.realpath(file).startswith(f"{package}{os.sep}")
+    return shlex.quote(file) if is_own else None
 
 
 def check_devices(device: Any, world_size: int) -> None:

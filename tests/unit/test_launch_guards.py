@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from distloop.errors import UsageError
 from distloop.ranks import launch_guards
 from distloop.ranks.launch_guards import Launch, check_launch, check_world, override_launcher, right_commands
+from tests.ranks import REPOSITORY
 
 # ---- Accelerate's launcher -------------------------------------------------------------------------------------
 
@@ -107,6 +109,12 @@ def test_the_launch_is_read_from_the_parents_command_line(
         parent.communicate("\n")
     assert found == launch
     assert capfd.readouterr().err == ""
+
+
+@pytest.fixture(autouse=True)
+def started_as_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by `python -m distloop.train`, where each test would see how pytest was started."""
+    monkeypatch.setattr(sys, "argv", [str(REPOSITORY / "distloop" / "train.py")])
 
 
 RANKS = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -206,6 +214,21 @@ def test_the_right_commands_start_so_many_processes_of_the_users_script() -> Non
     assert right_commands(None, 1) == "One process: python distloop/train.py …"
     assert right_commands(None) == "One process: python distloop/train.py …"
     assert "distloop/train.py" in right_commands(None, 2)
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown"), [("my_train.py", "my_train.py"), ("../my loops/mixup.py", "'../my loops/mixup.py'")]
+)
+def test_the_right_commands_start_a_loop_of_the_users_own(
+    monkeypatch: pytest.MonkeyPatch, typed: str, shown: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [typed, "--name", "x"])
+    assert right_commands(None, 1) == f"One process: python {shown} …"
+    assert right_commands(Launch(1, False, typed)) == f"One process: python {shown} …"
+    for line in right_commands(None, 2).splitlines():
+        assert line.endswith(f" {shown} …")
+    with pytest.raises(UsageError, match=re.escape(f"srun --ntasks=4 python {shown} …")):
+        check_world(2, {"SLURM_STEP_NUM_TASKS": "4"}, 2, None)
 
 
 def test_the_right_commands_are_ones_that_accelerate_reads_as_meant() -> None:
