@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034
 # What the scripts of this folder share. Not run by itself.
 fail() {
   echo "$(basename "$0"): $*" >&2
@@ -11,6 +11,14 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$home/.venv/bin/accelerate" ]; then
 fi
 command -v accelerate >/dev/null ||
   fail "no accelerate here: activate the environment that distloop is installed in, or make one with \`make setup\`"
+
+# TRAIN=my_train.py starts a loop of your own, named as from where you are; `distloop copy` writes one to begin with.
+target=$home/distloop/train.py
+if [ -n "${TRAIN:-}" ]; then
+  [ -f "$TRAIN" ] || fail "TRAIN=$TRAIN: there is no such file in $PWD; without TRAIN, distloop's own loop is started"
+  target=$TRAIN
+  export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} # where it finds distloop, which need not be installed
+fi
 
 # positive NAME: refuse a variable that is no number from 1.
 positive() {

@@ -29,4 +29,4 @@ TORCH_CPP_LOG_LEVEL=FATAL PYTHONPATH=$home \
 world=$((MACHINES * processes))
 launch multi_node --num_machines "$MACHINES" --machine_rank "$MACHINE_RANK" --num_processes "$world" \
   --main_process_ip "$MASTER_ADDR" --main_process_port "$port" --rdzv_conf "timeout=$limit" \
-  "$home/distloop/train.py" --expect-world "$world" "$@"
+  "$target" --expect-world "$world" "$@"

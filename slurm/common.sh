@@ -23,6 +23,14 @@ fail() {
   exit 2
 }
 
+# TRAIN=my_train.py sbatch … starts a loop of your own, named as from where you submit. sbatch hands the variable on to
+# the job, also when it comes back; if you use --export=NONE, say --export=TRAIN=my_train.py in its place.
+target=(-m distloop.train)
+if [ -n "${TRAIN:-}" ]; then
+  case $TRAIN in /*) target=("$TRAIN") ;; *) target=("$SLURM_SUBMIT_DIR/$TRAIN") ;; esac
+  [ -f "${target[0]}" ] || fail "TRAIN=$TRAIN: there is no file ${target[0]}; without TRAIN, distloop's own loop is started"
+fi
+
 # Also beside a step that holds everything, as one on a lost node does: --mem=0 shares its memory.
 on_each_node() {
   srun --overlap --mem=0 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "$@"
@@ -49,7 +57,7 @@ train() {
   # reach each other. (--gpu-bind=none would take CUDA_VISIBLE_DEVICES away, and with it the share.)
   # Ranks end each other and say why: srun waits for that before it kills what is left.
   SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} srun --kill-on-bad-exit=0 --wait=30 \
-    "${python[@]}" -u -m distloop.train --expect-world "$SLURM_NTASKS" "$@" &
+    "${python[@]}" -u "${target[@]}" --expect-world "$SLURM_NTASKS" "$@" &
   step=$!
   trap : TERM USR1 USR2 # meant for the ranks; the script outlives them, to hear how they ended
   wait "$step" || code=$?

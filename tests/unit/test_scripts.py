@@ -117,6 +117,53 @@ def test_a_script_finds_what_belongs_to_it_through_a_link_and_a_path_with_spaces
     assert any(Path(word).samefile(TRAIN) for word in done.words if word.endswith("train.py"))
 
 
+# How TRAIN is typed -> where the file lies, from the folder that one is in.
+OWN_LOOPS = {
+    "my_train.py": "my_train.py",
+    "loops/my_train.py": "loops/my_train.py",
+    "my loops/it's mine.py": "my loops/it's mine.py",
+    "../{here}/my_train.py": "my_train.py",
+    "{folder}/loops/my_train.py": "loops/my_train.py",
+}
+
+
+@pytest.mark.parametrize("typed", OWN_LOOPS)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_loop_of_ones_own_takes_the_place_of_distloops_and_finds_the_package(
+    tmp_path: Path, name: str, typed: str
+) -> None:
+    file = tmp_path / OWN_LOOPS[typed]
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    (tmp_path / "scripts").symlink_to(LAUNCH)
+    typed = typed.format(folder=tmp_path, here=tmp_path.name)
+    variables = {"TRAIN": typed, "PYTHONPATH": "/a/folder of mine"}
+    done = launch(tmp_path, name, "--name", "x", variables=variables, scripts=tmp_path / "scripts")
+    assert done.launched, done.errors
+    without = launch(tmp_path, name, "--name", "x", scripts=tmp_path / "scripts").words
+    place = next(index for index, word in enumerate(without) if word.endswith("/distloop/train.py"))
+    assert done.words[: place + 2] == [*without[:place], typed, without[place + 1]]
+    assert len(done.words) == len(without)
+    assert done.environment["PYTHONPATH"].split(":") == [str(REPOSITORY), "/a/folder of mine"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_without_a_loop_of_ones_own_all_is_distloops(tmp_path: Path, name: str) -> None:
+    for variables in ({}, {"TRAIN": ""}):
+        done = launch(tmp_path, name, variables={"PYTHONPATH": "mine", **variables})
+        assert any(Path(word).samefile(TRAIN) for word in done.words if word.endswith("train.py"))
+        assert done.environment["PYTHONPATH"] == "mine"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("typed", ["my_tarin.py", "a folder", "distloop.train"])
+def test_a_loop_of_ones_own_that_is_not_there_is_refused(tmp_path: Path, name: str, typed: str) -> None:
+    (tmp_path / "a folder").mkdir()
+    done = launch(tmp_path, name, variables={"TRAIN": typed})
+    check_refusal(done, f"{name}: TRAIN={typed}: there is no such file in {tmp_path}")
+    assert not (tmp_path / "met").exists()  # no machine waits for this one either
+
+
 def test_all_gpus_of_the_machine_get_a_process_each(tmp_path: Path) -> None:
     done = launch(tmp_path, "single_node.sh", variables={"GPUS": "4"})
     assert (done.option("--num_processes"), done.option("--expect-world")) == ("4", "4")
