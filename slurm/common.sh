@@ -24,7 +24,7 @@ fail() {
 }
 
 # TRAIN=my_train.py sbatch … starts a loop of your own, named as from where you submit. sbatch hands the variable on to
-# the job, also when it comes back; if you use --export=NONE, say --export=TRAIN=my_train.py in its place.
+# the job, also when it comes back, unless --export is used: --export=ALL,TRAIN=my_train.py does.
 target=(-m distloop.train)
 if [ -n "${TRAIN:-}" ]; then
   case $TRAIN in /*) target=("$TRAIN") ;; *) target=("$SLURM_SUBMIT_DIR/$TRAIN") ;; esac

@@ -1,4 +1,4 @@
-"""For tests of launch/*.sh: the scripts as a user types them, on a machine without a GPU."""
+"""For tests of launch/*.sh: the scripts as a user types them, on a machine without a GPU, and a loop for them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from distloop.commands.copy import copy_of
 from tests.ranks import REPOSITORY, command, free_port
 
 LAUNCH = REPOSITORY / "launch"
@@ -25,6 +26,25 @@ def script(name: str, *, folder: Path = LAUNCH, threads: int | None = None, **va
         settings["OMP_NUM_THREADS"] = threads
     words = [f"{variable}={value}" for variable, value in settings.items()]
     return ["env", "-u", "OMP_NUM_THREADS", *words, str(folder / name)]
+
+
+def own_loop(file: Path) -> Path:
+    """Write a loop of a user's own as `distloop copy` does, with a line more, in a folder that is made if need be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = copy_of((REPOSITORY / "distloop" / "train.py").read_text(), file.name)
+    file.write_text(
+        text.replace(
+            "\n\ndef train(", "\n# All that follows is a line further down than in distloop's.\n\n\ndef train(", 1
+        )
+    )
+    return file
+
+
+def failing_line(file: Path) -> str:
+    """What a message says of the line of the forward pass in a loop: "train.py:95 outputs = task.forward(…)"."""
+    statement = "outputs = task.forward(model, micro.batch)"
+    [number] = [number for number, line in enumerate(file.read_text().splitlines(), 1) if statement in line]
+    return f"{file.name}:{number} {statement}"
 
 
 def machines(processes: int, **variables: object) -> list[list[str]]:

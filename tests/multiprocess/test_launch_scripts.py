@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from distloop.run.checkpoint import published_in, verify
-from tests.launching import LAUNCH, at_once, machines, script
+from tests.launching import LAUNCH, at_once, failing_line, machines, own_loop, script
 from tests.ranks import Ranks, command, free_port, train, write_config
 from tests.records import losses, rows, status
 from tests.stopping import check_nothing_runs, check_stopped, reached, run_of, waiting_run
@@ -29,6 +30,13 @@ SETTINGS: dict[str, Any] = {
     "batch": {"global_size": 64},
     "train": {"steps": STEPS},
     "log": {"every_steps": 1},
+}
+FAILING = {
+    "data": {"name": "tests.failing_code:points", "workers": 0},
+    "model": "linear",
+    "task": "tests.failing_code:Failing",
+    "batch": {"global_size": 16},
+    "train": {"steps": 100000},  # which a rank that is left would go on with
 }
 # What `accelerate config` may have left in a user's home, for other programs.
 OWN_DEFAULTS = {
@@ -125,14 +133,7 @@ def test_one_or_four_ranks_of_a_machine_train_the_run_of_one_process(
 
 @pytest.mark.parametrize("how", ["raise", pytest.param("kill", marks=pytest.mark.long)])
 def test_a_rank_that_fails_ends_the_script_and_is_named(tmp_path: Path, how: str) -> None:
-    settings = {
-        "data": {"name": "tests.failing_code:points", "workers": 0},
-        "model": "linear",
-        "task": "tests.failing_code:Failing",
-        "batch": {"global_size": 16},
-        "train": {"steps": 100000},  # which the rank that is left would go on with
-    }
-    words = ["--config", str(write_config(tmp_path, settings))]
+    words = ["--config", str(write_config(tmp_path, FAILING))]
     done = command([*script("single_node.sh", PROCESSES=2, FAIL=f"forward {how} 1"), *words], tmp_path)
     assert done.returncode != 0
     what = "failed first: ValueError: " if how == "raise" else "was the first to end, without a word: killed"
@@ -149,6 +150,76 @@ def test_a_mistake_of_the_user_is_said_once(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stdout.count("--config mistyped.yaml: no such file") == 1, done.stdout
     assert 'distloop/train.py", line' not in done.stdout
+
+
+# ---- a loop of one's own --------------------------------------------------------------------------------------
+
+NOT_IMPORTABLE = ""  # as PYTHONPATH: distloop, and the tests' tasks, lie where the scripts lie
+
+
+def started_file(run: Path) -> str:
+    return json.loads((run / "environment.json").read_text())["command"][0]
+
+
+def test_a_loop_of_ones_own_trains_the_run_of_one_process(tmp_path: Path, expected: list[float]) -> None:
+    own_loop(tmp_path / "my loops" / "my train.py")
+    variables: dict[str, Any] = {"TRAIN": "my loops/my train.py", "PYTHONPATH": NOT_IMPORTABLE, "PROCESSES": 2}
+    done = command([*script("single_node.sh", **variables), *arguments(tmp_path)], tmp_path)
+    assert done.returncode == 0, done.stdout
+    check_run(tmp_path, expected, 2)
+    assert started_file(tmp_path / "runs" / "run") == "my loops/my train.py"
+
+
+@pytest.mark.long
+def test_a_loop_of_ones_own_on_two_machines_trains_the_run_of_one_process(
+    tmp_path: Path, expected: list[float]
+) -> None:
+    file = own_loop(tmp_path / "my_train.py")
+    commands = machines(1, TRAIN=file, PYTHONPATH=NOT_IMPORTABLE)
+    done = at_once([[*words, *arguments(tmp_path)] for words in commands], tmp_path)
+    assert [machine.returncode for machine in done] == [0, 0], done
+    check_run(tmp_path, expected, 2)
+    assert started_file(tmp_path / "runs" / "run") == str(file)
+
+
+@pytest.mark.long
+def test_a_loop_of_ones_own_is_debugged(tmp_path: Path) -> None:
+    file = own_loop(tmp_path / "my_train.py")
+    variables: dict[str, Any] = {"TRAIN": file, "PYTHONPATH": NOT_IMPORTABLE, "TMPDIR": tmp_path}
+    words = [*script("debug.sh", folder=tmp_path / "scripts", **variables), *arguments(tmp_path)]
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "debug.sh").symlink_to(LAUNCH / "debug.sh")
+    done = command(words, tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert [row["step"] for row in rows(debugged(tmp_path), "train")] == list(range(1, 21))
+    assert started_file(debugged(tmp_path)) == str(file)
+
+
+def test_a_rank_that_fails_in_a_loop_of_ones_own_is_named_with_that_loops_line(tmp_path: Path) -> None:
+    file = own_loop(tmp_path / "my_train.py")
+    variables: dict[str, Any] = {
+        "TRAIN": file.name,
+        "PYTHONPATH": NOT_IMPORTABLE,
+        "PROCESSES": 2,
+        "FAIL": "forward raise 1",
+    }
+    words = ["--config", str(write_config(tmp_path, FAILING))]
+    done = command([*script("single_node.sh", **variables), *words], tmp_path)
+    assert done.returncode != 0
+    [verdict] = [line for line in done.stdout.splitlines() if line.startswith("distloop: rank ")]
+    assert f"({failing_line(file)}), failed first: ValueError: a value that nobody likes" in verdict
+    assert "distloop/train.py" not in done.stdout
+    check_nothing_runs(tmp_path)
+
+
+def test_a_mistake_in_starting_a_loop_of_ones_own_is_answered_with_its_own_command(tmp_path: Path) -> None:
+    own_loop(tmp_path / "my_train.py")
+    config = write_config(tmp_path, SETTINGS)
+    done = command([sys.executable, "my_train.py", "--config", str(config), "--expect-world", "2"], tmp_path)
+    assert done.returncode == 2
+    assert (
+        "--num_processes 2 --main_process_port 0 --mixed_precision no --dynamo_backend no my_train.py …" in done.stdout
+    )
 
 
 # ---- debugging -----------------------------------------------------------------------------------------------
