@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from distloop import __version__
 from distloop.commands.reading import read_run
-from tests.ranks import REPOSITORY, accelerate_launch, command, write_config
-from tests.records import rows, status
+from tests.ranks import (
+    REPOSITORY,
+    accelerate_launch,
+    clean_environment,
+    command,
+    free_port,
+    rank_environment,
+    train,
+    wait_until,
+    write_config,
+)
+from tests.records import found, rows, status
 
 SMALL: dict[str, Any] = {
     "data": "tests.small_code:points",
@@ -55,6 +68,55 @@ def start(file: Path, *arguments: str, ranks: int = 1) -> subprocess.CompletedPr
     words = [sys.executable, str(file)] if ranks == 1 else accelerate_launch(ranks, str(file))
     environment = {"ACCELERATE_USE_CPU": "true"} if ranks > 1 else {}
     return command([*words, "--config", str(config), *arguments], file.parent, environment)
+
+
+# ---- the copy as it is written ------------------------------------------------------------------------------------
+
+COPIED: dict[str, Any] = {
+    "data": "digits",
+    "model": "cnn",
+    "train": {"steps": 30},
+    "batch": {"global_size": 48, "micro_size": 12},
+    "optim": {"ema_decay": 0.9, "clip_norm": 1.0},
+    "checkpoint": {"every_steps": 8},
+    "log": {"every_steps": 1},
+    "tracking": {"report": False},
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_untouched_copy_trains_to_the_packages_bits_through_a_stop_and_a_resume(tmp_path: Path, ranks: int) -> None:
+    config = str(write_config(tmp_path, COPIED))
+    train(tmp_path, ["--config", config], ranks).check()
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    done = command([sys.executable, "-m", "distloop.commands.cli", "copy", "my_train.py"], folder)
+    assert done.returncode == 0, done.stdout
+    task = {"name": "tests.crash_code:Waiting", "args": {"at": 13, "file": str(folder / "go")}}
+    waiting = write_config(folder, {**COPIED, "task": task})
+    words = [sys.executable, "my_train.py", "--config", str(waiting)]
+    for attempt in (1, 2):
+        port = free_port()
+        processes = [
+            subprocess.Popen(words, cwd=folder, env={**clean_environment(), **rank_environment(rank, ranks, port)})
+            for rank in range(ranks)
+        ]
+        if attempt == 1:
+            wait_until((folder / "go.waits").exists, "the thirteenth step")
+            processes[-1].send_signal(signal.SIGTERM)
+            (folder / "go").touch()
+        assert [process.wait(60) for process in processes] == [0] * ranks
+        if attempt == 1:
+            assert status(folder / "runs" / "run")["state"] == "stopped"
+            assert 13 <= status(folder / "runs" / "run")["step"] < 30
+    one, other = tmp_path / "runs" / "run", folder / "runs" / "run"
+    assert [found(row) for row in rows(one, "train")] == [found(row) for row in rows(other, "train")]
+    newest = [run / "checkpoints" / "step_00000030" for run in (one, other)]
+    for name in ("model.safetensors", "averaged.safetensors"):
+        expected, tensors = (load_file(path / name) for path in newest)
+        assert expected.keys() == tensors.keys()
+        assert all(torch.equal(expected[key], tensors[key]) for key in expected), name
+    assert (newest[0] / "optimizer.pt").read_bytes() == (newest[1] / "optimizer.pt").read_bytes()
 
 
 # ---- before the first step -------------------------------------------------------------------------------------
