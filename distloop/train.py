@@ -38,7 +38,7 @@ from distloop.training import (
     due_after,
     norm_and_clip,
     set_lr,
-    settle_buckets,
+    trial_batches,
 )
 
 
@@ -68,7 +68,8 @@ def train(config: Config, ranks: Ranks) -> None:
         if scaler is None:
             optimizer = optimizer.optimizer  # Accelerate's wrapper serves the scaler only, and costs 0.15 ms a step
         # Two trial passes, of which nothing stays: DDP adds gradients up in its final order from the first step on.
-        settle_buckets(config, data, plan, task, model, bare_model, accelerator)
+        for batch in trial_batches(config, data, plan, device, model):
+            accelerator.backward(task.loss(task.forward(model, batch), batch)[0])
 
         # ---- what a checkpoint holds; after this, nothing knows whether the run was interrupted ----------------
         # Loaded are the run's newest whole checkpoint, else --init-from, else the initial weights.

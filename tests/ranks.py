@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -18,10 +19,11 @@ import yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMEOUT = 120
+LOOP = "distloop.train"
 
 _context = multiprocessing.get_context("forkserver")
 # torch._dynamo comes with the first optimizer and takes longer to import than most runs here take.
-_context.set_forkserver_preload(["distloop.train", "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"])
+_context.set_forkserver_preload([LOOP, "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"])
 
 
 @dataclass
@@ -67,7 +69,7 @@ def clean_environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
 
 
-def _rank(arguments: list[str], folder: str, environment: dict[str, str], output: str) -> None:
+def _rank(loop: str, arguments: list[str], folder: str, environment: dict[str, str], output: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -84,12 +86,13 @@ def _rank(arguments: list[str], folder: str, environment: dict[str, str], output
     torch.set_num_threads(1)
     from distloop.ranks import leaving
     from distloop.ranks.start import main
-    from distloop.train import train as train_loop
+
+    target = importlib.import_module(loop)
 
     if "--tracking.report" not in arguments:  # it takes a second or two, which hundreds of runs would pay
         arguments = ["--tracking.no-report", *arguments]
     try:
-        code = main(train_loop, arguments)
+        code = main(target.train, arguments, getattr(target, "OWN", None))
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     if code == 0:
@@ -99,10 +102,15 @@ def _rank(arguments: list[str], folder: str, environment: dict[str, str], output
 
 
 class Ranks:
-    """Ranks of distloop.train that are running in `folder`."""
+    """Ranks that are running in `folder`. `loop`: the module with train() and, if it has settings of its own, OWN."""
 
     def __init__(
-        self, folder: Path, arguments: list[str], world_size: int = 1, environment: dict[str, str] | None = None
+        self,
+        folder: Path,
+        arguments: list[str],
+        world_size: int = 1,
+        environment: dict[str, str] | None = None,
+        loop: str = LOOP,
     ) -> None:
         port = free_port()
         self.outputs = [folder / f".output-{rank}" for rank in range(world_size)]
@@ -110,7 +118,7 @@ class Ranks:
         for rank, output in enumerate(self.outputs):
             output.unlink(missing_ok=True)
             variables = {**clean_environment(), **rank_environment(rank, world_size, port), **(environment or {})}
-            process = _context.Process(target=_rank, args=(arguments, str(folder), variables, str(output)))
+            process = _context.Process(target=_rank, args=(loop, arguments, str(folder), variables, str(output)))
             process.start()
             self.processes.append(process)
 
@@ -138,10 +146,10 @@ class Ranks:
 
 
 def train(
-    folder: Path, arguments: list[str], world_size: int = 1, environment: dict[str, str] | None = None
+    folder: Path, arguments: list[str], world_size: int = 1, environment: dict[str, str] | None = None, loop: str = LOOP
 ) -> Outcome:
-    """Run distloop.train with these arguments on `world_size` ranks, in `folder`."""
-    return Ranks(folder, arguments, world_size, environment).join()
+    """Run a loop with these arguments on `world_size` ranks, in `folder`."""
+    return Ranks(folder, arguments, world_size, environment, loop).join()
 
 
 def wait_until(condition: Callable[[], Any], what: str) -> None:

@@ -121,7 +121,7 @@ def offers_to_model(example: Any, source: DataSource) -> dict[str, Any]:
 def make_loader(
     config: Data,
     source: DataSource,
-    task: ChecksBatches,
+    task: ChecksBatches | None,
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
@@ -133,9 +133,10 @@ def make_loader(
     rank's indices only, so that Accelerate does not shard them. `persistent` keeps the workers between iterations."""
     workers = worker_count(config, dataset)
     in_memory = hasattr(dataset, "batch") and getattr(dataset, "targets", None) is not None
-    is_checked = in_memory and task.checks_targets_only  # try_out() has checked all targets
+    # try_out() has checked all targets that are in memory.
+    check = no_check if task is None or (in_memory and task.checks_targets_only) else task.check
     loader = DataLoader(
-        SeededDataset(dataset, seed, collate_of(config), no_check if is_checked else task.check),
+        SeededDataset(dataset, seed, collate_of(config), check),
         batch_sampler=cast_type(Any, sampler),  # its items go to __getitems__
         num_workers=workers,
         collate_fn=identity,
@@ -180,14 +181,15 @@ class TrainBatches:
         self,
         config: Config,
         source: DataSource,
-        task: ChecksBatches,
+        task: ChecksBatches | None,
         plan: Plan,
         device: torch.device,
         first_step: int,
         position: Position,
         waiting: Callable[[Iterable[Any]], Iterator[Any]] = iter,
     ) -> None:
-        """`waiting` wraps the iterator, to measure how long the loop waits for each batch."""
+        """`task`: checks the batches; None: nobody does. `waiting` wraps the iterator, to measure how long the loop
+        waits for each batch."""
         self.plan, self.seed, self.device, self.position = plan, config.seed, device, position
         self.sampler = MicroBatchSampler(plan, first_step)
         dtype = getattr(torch, config.dtype)

@@ -6,7 +6,7 @@ from distloop import hand_on
 
 if TYPE_CHECKING:
     from distloop.training.due import due_after
-    from distloop.training.gradients import divide_by_weight, norm_and_clip, settle_buckets
+    from distloop.training.gradients import divide_by_weight, norm_and_clip, trial_batches
     from distloop.training.losses import LossSums
     from distloop.training.models import build_model
     from distloop.training.nonfinite import FiniteCheck

@@ -1,11 +1,10 @@
 """The gradient of a step: its division by the weight, its norm, clipping."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
@@ -13,7 +12,6 @@ from distloop.config.settings import Config
 from distloop.data.datasets import DataSource
 from distloop.data.loader import example_batch
 from distloop.data.order import Plan
-from distloop.training.tasks import Task
 
 
 def divide_by_weight(model: nn.Module, weight: Tensor | int, samples: int) -> None:
@@ -32,39 +30,30 @@ def divide_by_weight(model: nn.Module, weight: Tensor | int, samples: int) -> No
     torch._foreach_mul_(gradients, factor)
 
 
-def settle_buckets(
-    config: Config,
-    source: DataSource,
-    plan: Plan,
-    task: Task,
-    model: nn.Module,
-    bare_model: nn.Module,
-    accelerator: Accelerator,
-) -> None:
-    """With several ranks, bring DDP's buckets into the order that they keep: see trial_passes. Collective."""
+def trial_batches(
+    config: Config, source: DataSource, plan: Plan, device: torch.device, *models: nn.Module
+) -> Iterator[Any]:
+    """With several ranks: two batches, for each of which the caller does a forward and a backward pass of the models.
+    Nothing stays of them but the order in which DDP adds gradients up. Collective.
+
+    DDP sorts its buckets, and with them the order of the sums, after the first backward pass. In the first step of
+    each attempt, that would round an interrupted run otherwise than an uninterrupted one. Afterwards the models'
+    gradients are removed and their buffers restored; parameters do not change.
+    """
     if plan.world_size == 1:
         return
     samples = min(plan.micro_batch_size, plan.samples)
     example = example_batch(source, config.data, config.seed, getattr(torch, config.dtype), samples)
-    trial_passes(model, bare_model, task, send_to_device(example, accelerator.device), accelerator.backward)
-
-
-def trial_passes(
-    model: nn.Module, bare_model: nn.Module, task: Task, batch: Any, backward: Callable[[Tensor], None]
-) -> None:
-    """Do two forward and backward passes, after which DDP does not change the order of its sums any more.
-
-    DDP sorts its buckets, and with them the order of the sums, after the first backward pass. In the first step of
-    each attempt, that would round an interrupted run otherwise than an uninterrupted one. Buffers are restored;
-    parameters do not change.
-    """
-    buffers = [buffer.clone() for buffer in bare_model.buffers()]
-    model.train()
+    buffers = [buffer for model in models for buffer in model.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    for model in models:
+        model.train()
     for _ in range(2):
-        backward(task.loss(task.forward(model, batch), batch)[0])
-    model.zero_grad()
-    for buffer, before in zip(bare_model.buffers(), buffers, strict=True):
-        buffer.copy_(before)
+        yield send_to_device(example, device)
+    for model in models:
+        model.zero_grad()
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)
 
 
 def norm_and_clip(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:

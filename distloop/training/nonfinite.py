@@ -33,23 +33,26 @@ class FiniteCheck:
         self,
         policy: Literal["stop", "skip"],
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         scaler: Any,
         plan: Plan,
         skipped_steps: int = 0,
     ) -> None:
-        """`skipped_steps`: those of earlier attempts."""
-        self.policy, self.optimizer, self.scaler, self.plan = policy, optimizer, scaler, plan
+        """`model`: holds all that is trained. `optimizers`: all that update it. `skipped_steps`: those of earlier
+        attempts."""
+        self.policy, self.scaler, self.plan = policy, scaler, plan
+        self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         self.skipped_steps = skipped_steps
         self.unread: list[Step] = []
         self.model = model
         self.skips = policy == "skip" and scaler is None  # a GradScaler skips by itself
         self.buffers_before: list[Tensor] = []
-        if self.skips and optimizer.defaults.get("momentum") and not optimizer.state:
-            # Fused SGD takes its first step's moments from uninitialised memory when it leaves that step out.
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for optimizer in self.optimizers:
+            if self.skips and optimizer.defaults.get("momentum") and not optimizer.state:
+                # Fused SGD takes its first step's moments from uninitialised memory when it leaves that step out.
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def begin_step(self) -> None:
         """Before a step's first forward pass."""
@@ -71,10 +74,11 @@ class FiniteCheck:
         bad = ~torch.isfinite(norm)
         for buffer, before in zip(self.model.buffers(), self.buffers_before, strict=True):
             torch.where(bad, before, buffer, out=buffer)
-        if self.skips and self.optimizer.defaults.get("fused"):
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.to(torch.float32)  # type: ignore[attr-defined]
-        elif self.skips and bool(bad):  # without a fused optimizer (MPS) the host has to look
-            self.optimizer.zero_grad()
+        for optimizer in self.optimizers if self.skips else ():
+            if optimizer.defaults.get("fused"):
+                optimizer.grad_scale, optimizer.found_inf = None, bad.to(torch.float32)  # type: ignore[attr-defined]
+            elif bool(bad):  # without a fused optimizer (MPS) the host has to look
+                optimizer.zero_grad()
         return bad
 
     def after_update(self, optimizer: Any) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from distloop.training.gradients import trial_passes
-from distloop.training.tasks import Regression
+from distloop.config.settings import Config
+from distloop.data.datasets import DataSource, InMemory
+from distloop.data.order import Plan
+from distloop.training.gradients import trial_batches
 
 
 class Network(nn.Module):
@@ -24,21 +24,26 @@ class Network(nn.Module):
         return self.layers(inputs)
 
 
-def test_the_warm_up_changes_neither_parameters_nor_buffers_and_leaves_no_gradient() -> None:
+def test_the_trial_passes_change_neither_parameters_nor_buffers_and_leave_no_gradient() -> None:
     torch.manual_seed(0)
-    model = Network().eval()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    gradients: list[float] = []
+    models = Network().eval(), Network()
+    before = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in models]
+    half = InMemory(torch.randn(20, 3), torch.randn(20, 1))
+    batches = trial_batches(Config(), DataSource(half, half), Plan(20, 16, 2), torch.device("cpu"), *models)
+    sizes = []
+    for inputs, targets in batches:
+        sizes.append(len(inputs))
+        for model in models:
+            assert model.training
+            (model(inputs) - targets).square().sum().backward()
+            assert all(parameter.grad is not None for parameter in model.parameters())
+    assert sizes == [8, 8], "DDP sorts its buckets after the first backward pass: a second one has to see them"
+    for model, state in zip(models, before, strict=True):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, state[name]), name
+        assert all(parameter.grad is None for parameter in model.parameters())
 
-    def backward(loss: Tensor) -> None:
-        loss.backward()
-        gradients.append(float(sum(p.grad.abs().sum() for p in model.parameters() if p.grad is not None)))
 
-    batch: Any = (torch.randn(8, 3), torch.randn(8, 1))
-    trial_passes(model, model, Regression(), batch, backward)
-    assert len(gradients) == 2, "DDP sorts its buckets after the first backward pass: a second one has to see them"
-    assert min(gradients) > 0
-    assert model.training
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-    assert all(parameter.grad is None for parameter in model.parameters())
+def test_one_process_needs_no_trial_pass() -> None:
+    half = InMemory(torch.randn(20, 3), torch.randn(20, 1))
+    assert list(trial_batches(Config(), DataSource(half, half), Plan(20, 16, 1), torch.device("cpu"), Network())) == []

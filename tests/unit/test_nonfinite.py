@@ -204,6 +204,30 @@ def test_a_step_that_is_left_out_is_for_the_optimizer_as_if_it_had_not_been(
             assert torch.equal(found[key][entry], tensor), f"{entry} of {key}"
 
 
+@pytest.mark.usefixtures("filled_memory")
+@pytest.mark.parametrize("fused", [(True, True), (True, False), (False, True)])
+def test_of_several_optimizers_all_leave_the_step_out(fused: tuple[bool, bool]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    optimizers = [
+        torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, fused=f)
+        for layer, f in zip(model, fused, strict=True)
+    ]
+    check = FiniteCheck("skip", model, optimizers, None, Plan(40, 4))
+    for step, norm in enumerate((BAD, GOOD, INFINITE)):
+        before = [parameter.clone() for parameter in model.parameters()]
+        check.begin_step()
+        model(torch.randn(4, 3)).square().sum().backward()
+        check.before_update(step, norm, [norm])
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for parameter, value in zip(model.parameters(), before, strict=True):
+            assert torch.equal(parameter, value) is (norm is not GOOD)
+    assert len(check.check()) == 2
+    assert check.skipped_steps == 2
+
+
 class Scaler:
     """In place of a GradScaler: its presence is enough."""
 

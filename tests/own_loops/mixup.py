@@ -1,0 +1,154 @@
+"""Train a model with mixup: train.py, and a handful of changed lines.
+
+    accelerate launch tests/own_loops/mixup.py --config configs/digits.yaml --own.alpha 0.4
+
+Mixup (Zhang et al. 2018, "mixup: Beyond empirical risk minimization") trains on mixtures of two samples, and on the
+same mixture of their losses. Which samples are mixed depends on the micro-batch, as dropout does.
+"""
+
+from contextlib import nullcontext
+
+from distloop.ranks.start import prepare_process, start
+
+if __name__ == "__main__":
+    # before torch is imported: ranks from Slurm, CPU threads, signals that only ask for a stop
+    prepare_process(copied_from="0.1.0")
+
+import torch
+from torch.distributions import Beta
+
+from distloop.config import Config
+from distloop.data import Plan, TrainBatches, load_data
+from distloop.ranks import Ranks, build_accelerator
+from distloop.run import Best, LoopState, open_run, peak_memory
+from distloop.tracking import Trackers
+from distloop.training import (
+    Average,
+    FiniteCheck,
+    LearningRate,
+    LossSums,
+    Validation,
+    broadcast_buffers,
+    build_model,
+    build_optimizer,
+    build_task,
+    divide_by_weight,
+    due_after,
+    norm_and_clip,
+    set_lr,
+    trial_batches,
+)
+
+OWN = {"alpha": 0.2}  # the loop's own settings: --own.alpha 0.4
+
+
+def train(config: Config, ranks: Ranks) -> None:
+    """Train the config's run to its end, from its beginning or from where it was left."""
+    # ---- what is trained ---------------------------------------------------------------------------------------
+    accelerator = build_accelerator(config, ranks)  # the processes meet here
+    device = accelerator.device
+    data = load_data(config.data)
+    task = build_task(config.task)
+    bare_model = build_model(config, data, task, device)  # the same initial weights on all ranks
+    optimizer = build_optimizer(bare_model, config.optim, device, config.precision)
+    average = Average(bare_model, config.optim.ema_decay)  # of the weights; empty without a decay
+    plan = Plan.of(config, len(data.train), ranks)  # which samples make up each step, and which of them are this rank's
+    learning_rate = LearningRate(config, plan.total_steps)
+    beta = Beta(config.own["alpha"], config.own["alpha"])  # the share of the first sample in a mixture
+    best = Best(config.checkpoint.best, task.best)  # the best validation so far, and by which metric it is
+
+    # run opens and locks the run directory; trackers: console, metrics.jsonl, W&B. They close in the reverse order:
+    # ranks names the rank that failed first, trackers tell W&B, run waits for the last save and gives up the lock.
+    with open_run(config, ranks, plan, data, device, best) as run, Trackers(run, config, ranks) as trackers, ranks:
+        if run.is_finished:
+            return
+
+        # ---- prepared by Accelerate ----------------------------------------------------------------------------
+        model, optimizer = accelerator.prepare(bare_model, optimizer)  # DDP around the model, mixed precision
+        scaler = accelerator.scaler  # of fp16; else None
+        if scaler is None:
+            optimizer = optimizer.optimizer  # Accelerate's wrapper serves the scaler only, and costs 0.15 ms a step
+        # Two trial passes, of which nothing stays: DDP adds gradients up in its final order from the first step on.
+        for batch in trial_batches(config, data, plan, device, model):
+            accelerator.backward(task.loss(task.forward(model, batch), batch)[0])
+
+        # ---- what a checkpoint holds; after this, nothing knows whether the run was interrupted ----------------
+        # Loaded are the run's newest whole checkpoint, else --init-from, else the initial weights.
+        parts = {"model": bare_model, "averaged": average.averaged, "optimizer": optimizer, "scaler": scaler}
+        state = run.load(parts)
+        step, stop_reason, metrics = state.step, run.stop_reason, {}
+        batches = TrainBatches(config, data, task, plan, device, step, ranks.position, run.clock.waiting)
+        validated_model = bare_model
+        if average.module is not None:
+            validated_model = accelerator.prepare_model(average.module, evaluation_mode=True)
+        validate = Validation(config, validated_model, task, data, run, ranks)
+        parameters = [parameter for parameter in bare_model.parameters() if parameter.requires_grad]
+        losses = LossSums(device, state.epoch_sums)
+        finite = FiniteCheck(config.train.on_nonfinite, bare_model, optimizer, scaler, plan, state.skipped_steps)
+        trackers.begin(bare_model, device)
+
+        # ==== THE LOOP ==========================================================================================
+        model.train()
+        while step < plan.total_steps and stop_reason is None:
+            lr = learning_rate(step)
+            set_lr(optimizer, lr)
+            losses.begin_step()
+            finite.begin_step()
+            for micro in batches.of_step(step):  # this rank's share of the step; torch's generators are seeded for each
+                # Ranks exchange gradients once a step, in the backward pass of its last micro-batch.
+                with nullcontext() if micro.is_last else accelerator.no_sync(model):
+                    inputs, labels = micro.batch
+                    share, order = float(beta.sample()), torch.randperm(len(labels), device=device)
+                    mixed = share * inputs + (1 - share) * inputs[order]
+                    outputs = task.forward(model, (mixed, labels))  # forward pass
+                    loss, weight = task.loss(outputs, (mixed, labels))  # loss computation: sums over the micro-batch
+                    loss = share * loss + (1 - share) * task.loss(outputs, (mixed, labels[order]))[0]
+                    accelerator.backward(loss * micro.scale)  # backward pass; scale: processes / samples of the step
+                losses.add(loss, weight, micro.is_empty)
+
+            if scaler is not None:
+                accelerator.unscale_gradients(optimizer)
+            if task.weight != "samples":  # tokens, pixels: how many they were is known only now
+                divide_by_weight(bare_model, losses.step_weight, plan.sample_count(step))
+            gradient_norm = norm_and_clip(parameters, config.optim.clip_norm)  # the norm before clipping
+            left_out = finite.before_update(step, gradient_norm, losses.step_losses)  # a flag, on the device
+            losses.end_step(left_out)
+            optimizer.step()  # parameter update, but for what the flag leaves out
+            optimizer.zero_grad()
+            average.update(bare_model)
+            finite.after_update(optimizer)
+            step += 1
+
+            # ---- when due: stop, log, validate, checkpoint -----------------------------------------------------
+            stop_reason = run.end_step(step)  # None until all ranks have agreed to stop; no step waits for that
+            due = due_after(step, plan, config, stop_reason)
+            if not (due.anything or finite.is_full):
+                continue  # most steps end here, on all ranks alike, and do not wait for the device
+            left_out_steps = finite.check()  # in words; RunFailed on all ranks if on_nonfinite says so
+            trackers.say(*left_out_steps)
+            means = losses.read(memory_gib=peak_memory(device))  # over all ranks
+            if due.log:
+                gradient = {"gradient_norm": float(gradient_norm), "lr": lr, "skipped_steps": finite.skipped_steps}
+                trackers.log("train", step, **means, **gradient, **run.clock.read())
+            if due.end_of_epoch:
+                trackers.log("epoch", step, loss=means["running_loss"])
+                losses.begin_epoch()
+            if due.validation:
+                with run.phase("validation"):
+                    metrics = validate(step)  # all ranks share the work, with rank 0's buffers
+                trackers.log("validate", step, **metrics)
+                best.update(step, metrics)
+            if due.save or stop_reason or best.step == step:
+                with run.phase("checkpoint"):
+                    finite.check_parameters(step, parameters)
+                    broadcast_buffers(bare_model, average.module)  # all go on with what is saved: rank 0's
+                    run.save(parts, LoopState(step, losses.epoch_sums, best.row, finite.skipped_steps))
+
+        if step < plan.total_steps:
+            trackers.say(f"stopping after step {step}: its checkpoint is being written")
+        run.end(step, stop_reason)  # waits for the last checkpoint
+        trackers.end(step, stop_reason, metrics)  # says what came out, and ends report and W&B
+
+
+if __name__ == "__main__":
+    start(train, own=OWN)
