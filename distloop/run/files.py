@@ -1,5 +1,6 @@
 """The names of the files of a run directory, and how small files are written and read. Imports no torch."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -11,6 +12,7 @@ CONFIG, STATUS, METRICS, ENVIRONMENT = "config.yaml", "status.json", "metrics.js
 TIME, VALIDATION, WANDB = "time.json", "validation.json", "wandb.json"
 GIT_DIFF, LOOP = "git.diff", "loop.py"
 CHECKPOINTS, FAILURES, RANKS = "checkpoints", "failures", "failures/ranks.json"
+FIGURES = "figures"  # figures/step_00000120/NAME.png
 
 _one_writer = threading.Lock()  # two threads may write the same file, through the same temporary name
 
@@ -31,12 +33,22 @@ class Start(NamedTuple):
 def write_text(path: Path, text: str, synced: bool = True) -> None:
     """Write a small file under another name and rename it: a reader sees the old or the new text, never a part.
     `synced`: wait until the text is on the disk. Raises OSError."""
+    write_bytes(path, text.encode(), synced)
+
+
+def write_bytes(path: Path, content: bytes, synced: bool = True) -> None:
+    """The same for bytes."""
     aside = path.with_name(f".{path.name}.writing")
     with _one_writer:
-        aside.write_text(text, encoding="utf-8")
-        if synced:
-            sync(aside)
-        aside.replace(path)
+        try:
+            aside.write_bytes(content)
+            if synced:
+                sync(aside)
+            aside.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                aside.unlink()  # a part of it would keep a full disk full
+            raise
 
 
 def write_json(path: Path, content: dict[str, Any], synced: bool = True) -> None:

@@ -4,16 +4,18 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from distloop.errors import UsageError
+from distloop.ranks.sums import describe, plain_number
 from distloop.ranks.talking import say
 from distloop.run.files import write_text
 
 # The keys of a row, with what stands under each. null stands for a number that JSON lacks (nan, infinity).
 KEYS_OF_EVERY_ROW = {
-    "kind": "train, epoch or validate",
+    "kind": "train, epoch, validate or figure",
     "step": "how many steps are done; the row belongs to the last of them",
     "epoch": "the epoch of that step, counted from 1",
     "attempt": "the attempt that wrote the row, counted from 1",
@@ -35,9 +37,46 @@ KEYS_OF_KIND = {
     },
     "epoch": {"loss": "mean training loss of the epoch"},
     "validate": {"samples": "how many samples were validated"},  # and the task's own metrics
+    "figure": {"name": "the picture's name", "file": "its file in the run directory"},
 }
+LOGGED = ("train", "epoch", "validate")  # kinds of rows to which a loop adds values of its own
 NO_METRICS = (*KEYS_OF_EVERY_ROW, *KEYS_OF_KIND["validate"])  # keys of a validate row beside the task's metrics
 SET_ASIDE = "metrics.set_aside.jsonl"
+
+
+def check_row(kind: str, names: Mapping[str, Any]) -> None:
+    """Raise UsageError unless there are rows of this kind, and no name is a key that every row has."""
+    if kind not in LOGGED:
+        raise UsageError(f"trackers.log({kind!r}, …): no such kind of row. Known: {', '.join(LOGGED)}.")
+    if taken := [name for name in names if name in KEYS_OF_EVERY_ROW]:
+        raise UsageError(
+            f"trackers.log({kind!r}, …): {taken[0]} is a key of its own in every row. Give your value another name, "
+            "or your task's metric if it is one."
+        )
+
+
+def plain_values(source: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as Python's numbers, bools and lists of them, from these, NumPy's, or tensors of no dimension, whose
+    device is waited for. None stays: a number that is missing. Raises UsageError for others; it names `source`."""
+    return {name: _plain(source, name, value) for name, value in values.items()}
+
+
+def _plain(source: str, name: str, value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(source, name, each) for each in value]
+    number = plain_number(value)
+    if number is None and value is not None:
+        raise UsageError(
+            f"{source}: {name} is a {describe(value)}. A row takes numbers, and lists of them; "
+            "tolist() makes a list of an array or a tensor."
+        )
+    return number
+
+
+def own_values(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a loop has added to a row, or a task to that of a validation."""
+    known = KEYS_OF_KIND.get(row.get("kind", ""), {})
+    return {key: value for key, value in row.items() if key not in KEYS_OF_EVERY_ROW and key not in known}
 
 
 class MetricsFile:
@@ -50,7 +89,7 @@ class MetricsFile:
 
     def log(self, row: dict[str, Any]) -> None:
         """Write one row. Numbers that JSON does not have (nan, inf) become null."""
-        clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        clean = {key: _without_infinity(value) for key, value in row.items()}
         self.waiting.append((json.dumps(clean) + "\n").encode())
         if (reason := self._write()) and len(self.waiting) == 1:
             say(f"distloop: WARNING: {self.path} cannot be written ({reason}); its rows wait in memory")
@@ -73,6 +112,12 @@ class MetricsFile:
         if self.waiting and self._write():
             say(f"distloop: WARNING: {len(self.waiting)} rows could not be written to {self.path}")
         os.close(self.descriptor)
+
+
+def _without_infinity(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_infinity(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def count_rows(path: Path) -> int:

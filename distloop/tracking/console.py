@@ -5,11 +5,15 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from distloop.ranks.talking import say
+from distloop.run.metrics import own_values
 from distloop.tracking.progress import Progress, metrics_of, number_in
 from distloop.tracking.wording import duration, encodable, number
 
 if TYPE_CHECKING:
     from distloop.tracking.live_view import LiveView
+
+
+LONGEST_LINE = 160  # characters, of a train row with values of the loop's own
 
 
 class Console:
@@ -68,4 +72,9 @@ class Console:
             "{} left": None if left is None else duration(left),
         }
         steps = [f"epoch {row['epoch']}/{progress.epochs}", f"step {row['step']}/{progress.total_steps}"]
-        return steps + [form.format(value) for form, value in values.items() if value]
+        parts = steps + [form.format(value) for form, value in values.items() if value]
+        for name in own_values(row):
+            part = f"{name} {number_in(row, name)}"
+            if len(" · ".join([*parts, part])) <= LONGEST_LINE:
+                parts.append(part)
+        return parts

@@ -17,6 +17,7 @@ from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
 
+from distloop.run.metrics import own_values
 from distloop.tracking.progress import Progress, metrics_of
 from distloop.tracking.wording import UNKNOWN, duration, encodable, number_with_zeros
 
@@ -47,6 +48,7 @@ def layout(progress: Progress, columns: int) -> list[Pieces]:
         ("data wait", (progress.data_wait() or UNKNOWN).ljust(PERCENT)),
         ("memory", (UNKNOWN if memory is None else f"{memory:.3g} GiB").ljust(VALUE)),
     ]
+    own = [(name, _value(value)) for name, value in own_values(train).items()]
     skipped, saved_step = train.get("skipped_steps"), progress.saved_step()
     attempt = [
         ("", str(progress.attempt)),
@@ -59,7 +61,7 @@ def layout(progress: Progress, columns: int) -> list[Pieces]:
     return [
         *_bars(progress, columns),
         first_line,
-        *([_line_of_fields("", rest, columns)[0]] if rest else []),
+        *(_line_of_fields("", fields, columns)[0] for fields in (rest, own) if fields),
         *_validations(progress, columns),
         _line_of_fields("attempt", attempt, columns)[0],
     ]

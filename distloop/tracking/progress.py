@@ -21,7 +21,7 @@ def number_in(row: dict[str, Any], key: str, form: str = "") -> str | None:
     if key not in row:
         return None
     value = math.nan if row[key] is None else row[key]
-    return f"{value:{form}}" if form else number(value)
+    return f"{value:{form}}" if form and isinstance(value, (int, float)) else number(value)
 
 
 @dataclass
@@ -85,4 +85,6 @@ class Progress:
 
     def memory(self) -> float | None:
         """The memory in GiB of the rank that uses most."""
-        return max((value for value in self.train.get("memory_gib") or [] if value is not None), default=None)
+        by_rank = self.train.get("memory_gib")
+        values = by_rank if isinstance(by_rank, list) else [by_rank]
+        return max((value for value in values if value is not None), default=None)

@@ -1,4 +1,4 @@
-"""Console, metrics.jsonl, W&B and report of a run, behind one interface: begin, log a row, say a line, end."""
+"""Console, metrics.jsonl, figures, W&B and report of a run, behind one interface: begin, log, say, end."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from distloop.config.settings import Config
 from distloop.ranks.ranks import Ranks
 from distloop.ranks.stopping import StopReason
 from distloop.run.attempt import Attempt
+from distloop.run.figures import Figures
 from distloop.run.files import METRICS
-from distloop.run.metrics import MetricsFile
+from distloop.run.metrics import MetricsFile, check_row, plain_values
 from distloop.tracking.console import Console
 from distloop.tracking.progress import Progress
 from distloop.tracking.summary import describe, ending
@@ -39,6 +40,7 @@ class Trackers:
         mode = wandb_mode(config.tracking, os.environ) if starts else None
         self.wandb = WandbProcess(run.path, config.tracking, mode) if mode else None
         self.file: MetricsFile | None = None
+        self.figures: Figures | None = None
         self.console: Console | None = None
 
     def begin(self, model: nn.Module, device: torch.device, name: str | None = None) -> None:
@@ -59,20 +61,39 @@ class Trackers:
             )
             self.console = Console(progress)
             self.file = MetricsFile(start.path / METRICS, self.run.check_ownership)
+            self.figures = Figures(start.path, start.step, self.run.check_ownership)
         wandb = self.ranks.from_main(self._wandb_started)
         lines = describe(self.config, start, plan, model, device, name or self.config.model.name)
         self.say(*self.ranks.messages, *start.messages, *lines, *wandb)
 
-    def log(self, kind: str, step: int, **values: Any) -> None:
-        """Log a row. `kind`: train, epoch or validate. `step`: how many steps are done."""
+    def log(self, kind: str, step: int, /, **values: Any) -> None:
+        """Log a row. `kind`: train, epoch or validate. `step`: how many steps are done. `values`: also the loop's own:
+        numbers, of Python or NumPy, tensors of no dimension, lists of them. Rank 0's are logged: add them up over the
+        ranks with sum_over_ranks(). Raises UsageError for others, and for a name that every row has."""
+        check_row(kind, values)
         if self.file is None or self.console is None:
             return
-        epoch = (step - 1) // self.run.plan.steps_per_epoch + 1
-        keys = {"kind": kind, "step": step, "epoch": epoch, "attempt": self.run.start.attempt}
-        keys["time"] = round(time.time(), 3)
-        row = keys | values | keys  # in this order, but a task's metric named "step" must not win
+        row = self._begin_row(kind, step) | plain_values(f"trackers.log({kind!r}, …)", values)
         self.file.log(row)
         self.console.log(row)
+
+    def figure(self, name: str, step: int, picture: Any) -> None:
+        """Show rank 0's picture, of at most 2000 pixels a side, beside the rows of `step`: in report and W&B, and as
+        figures/step_…/NAME.png for the last 20 steps with pictures, of at most 16 each. `picture`: a figure of
+        matplotlib, which the caller closes, an image of PIL, or an array or tensor [height, width],
+        [height, width, 3 or 4] or [1 or 3, height, width], of uint8 or floats from 0 to 1. Raises UsageError for
+        others; where drawing or writing fails, it is said in a line."""
+        if self.file is None or self.figures is None:
+            return
+        with self.run.clock.on("validation"):  # not a part of a step
+            file = self.figures.write(name, step, picture)
+        if file is not None:
+            self.file.log(self._begin_row("figure", step) | {"name": name, "file": file})
+
+    def _begin_row(self, kind: str, step: int) -> dict[str, Any]:
+        epoch = (step - 1) // self.run.plan.steps_per_epoch + 1
+        keys = {"kind": kind, "step": step, "epoch": epoch, "attempt": self.run.start.attempt}
+        return {**keys, "time": round(time.time(), 3)}
 
     def say(self, *lines: str) -> None:
         """Print lines."""

@@ -8,7 +8,9 @@ ASCII = {"·": "-", "×": "x", "…": "...", "–": "-", "—": "-", "→": "->"
 
 
 def number(value: Any) -> str:
-    """0.9806, 1.2e-05, 12345. Anything that is not a number (a task may return a list) becomes str(value)."""
+    """0.9806, 1.2e-05, 12345, and [0.1, 0.25] for a list. Anything else becomes str(value)."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(number, value))}]"
     if not isinstance(value, (int, float)):
         return str(value)
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"

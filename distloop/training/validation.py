@@ -14,6 +14,7 @@ from distloop.data.order import FixedBatchSampler
 from distloop.ranks.places import Position
 from distloop.ranks.ranks import Ranks
 from distloop.run.attempt import Attempt
+from distloop.run.metrics import plain_values
 from distloop.training.details import Details
 from distloop.training.tasks import Task
 
@@ -83,7 +84,7 @@ def validate(
     sums = add_in_batch_order(rows, counts, sampler, device)
     if details is not None:
         details.gather(sampler)
-    return {**task.summary(sums), "samples": int(sums["samples"])}
+    return {**plain_values("task.summary()", task.summary(sums)), "samples": int(sums["samples"])}
 
 
 def add_in_batch_order(

@@ -10,7 +10,7 @@ import pytest
 
 import distloop
 from distloop.commands.report import rows as report_rows
-from distloop.run.metrics import KEYS_OF_EVERY_ROW, KEYS_OF_KIND
+from distloop.run.metrics import KEYS_OF_EVERY_ROW, KEYS_OF_KIND, LOGGED
 from tests.ranks import train, write_config
 
 TASK_METRICS: dict[str, set[str]] = {"train": set(), "epoch": set(), "validate": {"loss", "r2"}}
@@ -25,7 +25,7 @@ def test_the_rows_of_a_run_have_the_keys_that_are_defined_and_the_tasks_metrics(
     settings |= {"batch": {"global_size": 4}, "log": {"every_steps": 1}}
     train(tmp_path, ["--config", str(write_config(tmp_path, settings))], world_size).check()
     rows = [json.loads(line) for line in (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {row["kind"] for row in rows} == set(KEYS_OF_KIND)
+    assert {row["kind"] for row in rows} == set(LOGGED) == set(KEYS_OF_KIND) - {"figure"}
     for row in rows:
         assert set(row) == {*KEYS_OF_EVERY_ROW, *KEYS_OF_KIND[row["kind"]], *TASK_METRICS[row["kind"]]}
 

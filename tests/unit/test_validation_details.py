@@ -20,6 +20,7 @@ from distloop.config.settings import Data
 from distloop.data.datasets import DataSource, InMemory
 from distloop.data.loader import SeededDataset, collate_of, no_check
 from distloop.data.order import FixedBatchSampler, MicroBatch
+from distloop.errors import UsageError
 from distloop.training.details import MISTAKES, Details, png_uri
 from distloop.training.tasks import Classification, Task
 from distloop.training.validation import validate
@@ -71,6 +72,30 @@ def validated(
     details.write(folder, 5, 2)
     path = folder / "validation.json"
     return row, json.loads(path.read_text()) if path.exists() else {}
+
+
+class Measured(Classification):
+    """Gives numbers as NumPy and torchmetrics do."""
+
+    def __init__(self, odd: Any) -> None:
+        super().__init__()
+        self.odd = odd
+
+    def summary(self, sums: dict[str, Tensor]) -> dict[str, Any]:
+        accuracy = sums["correct"] / sums["samples"]
+        return {"loss": sums["loss"] / sums["weight"], "balanced": np.float32(accuracy), "odd": self.odd}
+
+
+def test_metrics_of_numpy_and_torch_are_the_numbers_that_they_are(tmp_path: Path) -> None:
+    task = Measured([torch.tensor(1), np.float64(0.5), None])
+    task.probe(scores()[0][:1])
+    row, _ = validated(*scores(), tmp_path, task)
+    assert [type(value) for value in row.values()] == [float, float, list, int]
+    assert row["odd"] == [1, 0.5, None]
+    task = Measured(torch.zeros(2))
+    task.probe(scores()[0][:1])
+    with pytest.raises(UsageError, match=r"^task\.summary\(\): odd is a Tensor of shape \[2\]\. A row takes numbers"):
+        validated(*scores(), tmp_path, task)
 
 
 def scores(samples: int = 200, classes: int = 5) -> tuple[Tensor, Tensor]:
