@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import shutil
@@ -17,6 +18,14 @@ PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5Erk"
 )
 PICTURE += "Jggg=="
+
+
+def write_figure(run: Path, step: int, name: str, content: bytes | None = None) -> str:
+    """A picture of the loop; returns what its row says of the file."""
+    file = f"figures/step_{step:08d}/{name}.png"
+    (run / file).parent.mkdir(parents=True, exist_ok=True)
+    (run / file).write_bytes(base64.b64decode(PICTURE.partition(",")[2]) if content is None else content)
+    return file
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -49,12 +58,13 @@ def full_run(run: Path, classes: int = 3, lr: float = 0.01, worse: float = 0.0) 
     """A run of two attempts, the second of which has failed, with everything that there can be."""
     rows: list[dict[str, Any]] = []
     for step in range(5, 405, 5):
-        rows.append(train_row(step, attempt=1 if step <= 200 else 2))
+        rows.append(train_row(step, attempt=1 if step <= 200 else 2, penalty=1 / step))
         if step % 100 == 0:
             rows.append(
                 {"kind": "epoch", "step": step, "epoch": step // 100, "attempt": 1, "loss": math.exp(-step / 200)}
             )
             rows.append(validation_row(step, loss=1.2 * math.exp(-step / 200), accuracy=step / 500 - worse))
+    rows.append({"kind": "figure", "step": 400, "name": EVIL, "file": write_figure(run, 400, "script")})
     write_rows(run, rows)
     best = validation_row(400, loss=0.16, accuracy=0.8 - worse)
     status = {"state": "failed", "step": 400, "total_steps": 1000, "best": best, "best_rule": ["accuracy", "max"]}

@@ -20,6 +20,7 @@ from distloop.tracking.wandb.mirror import only_mirror
 from distloop.tracking.wandb.process import WandbProcess, wandb_mode
 from distloop.tracking.wandb.rows import as_logged, parse_row
 from distloop.tracking.wandb.run import WandbRun
+from tests.report_runs import write_figure
 
 SETTINGS = Tracking(start_seconds=30, end_seconds=30)
 
@@ -50,6 +51,27 @@ def test_a_row_is_logged_by_its_kind_with_a_number_for_each_rank(tmp_path: Path)
     ranks = {"train/memory_gib/rank_0": 0.5, "train/memory_gib/rank_1": 0.25}
     assert logged == {"global_step": 20, "epoch": 2, "attempt": 3, "_timestamp": 5.5, "train/loss": 1.0, **ranks}
     assert row["kind"] == "train"
+
+
+def test_lists_of_the_loops_own_are_not_named_after_ranks(tmp_path: Path) -> None:
+    logged = as_logged({"kind": "train", "step": 1, "rates": [0.1, 0.2], "is_odd": True}, tmp_path, 0)
+    assert {key: logged[key] for key in logged if key.startswith("train/")} == {
+        "train/rates/0": 0.1,
+        "train/rates/1": 0.2,
+        "train/is_odd": True,
+    }
+
+
+def test_a_figure_row_is_logged_as_its_picture_or_without_it_if_that_is_gone(tmp_path: Path) -> None:
+    file = write_figure(tmp_path, 3, "a")
+    row = {"kind": "figure", "step": 3, "epoch": 1, "attempt": 2, "name": "a", "file": file}
+    logged = as_logged(row, tmp_path, 3)
+    assert list(logged) == ["global_step", "epoch", "attempt", "redone", "figures/a"]
+    assert (logged["figures/a"].format, logged["global_step"]) == ("png", 3)
+    elsewhere = tmp_path / "elsewhere.png"
+    elsewhere.write_bytes((tmp_path / file).read_bytes())
+    for other in ("figures/step_00000003/gone.png", str(elsewhere), "elsewhere.png", None):
+        assert list(as_logged({**row, "file": other}, tmp_path, 0)) == ["global_step", "epoch", "attempt"]
 
 
 def test_a_row_without_anything_or_of_another_version_is_logged_all_the_same(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from tests.report_runs import (
     validation_detail,
     validation_row,
     without,
+    write_figure,
     write_json,
     write_rows,
 )
@@ -82,8 +83,9 @@ def test_a_full_run_shows_every_section(report: str) -> None:
     for title in HEADINGS:
         assert 'class="quiet"' not in section_of(report, title)[:20], title
     assert "cannot be shown" not in report
-    assert words(section_of(report, "Curves")).count("attempt 2") == 4  # plots
-    assert section_of(report, "Curves").count("<svg") == 4
+    assert words(section_of(report, "Curves")).count("attempt 2") == 5  # plots
+    assert section_of(report, "Curves").count("<svg") == 5
+    assert "<h3>Training penalty</h3>" in section_of(report, "Curves")
     assert section_of(report, "Throughput and memory").count("<svg") == 3
 
 
@@ -121,6 +123,80 @@ def test_mistakes_are_pictures_with_the_names_of_the_classes(report: str) -> Non
     assert section.count("no picture") == 2
 
 
+def page_of(run: Path) -> str:
+    write_report([run], run / "report.html")
+    return (run / "report.html").read_text()
+
+
+def test_values_of_the_loops_own_have_a_curve_where_they_were_logged(tmp_path: Path) -> None:
+    rows = [train_row(step) | ({"penalty": 1 / step} if step % 10 == 0 else {}) for step in range(1, 101)]
+    rows[49]["penalty"], rows[59]["penalty"] = None, "high"
+    rows += [{"kind": "epoch", "step": step, "loss": 1.0, "rates": [0.1, step]} for step in (50, 100)]
+    run = small_run(tmp_path / "run")
+    write_rows(run, [*rows, {"kind": "train", "step": 101, "words": "no number"}])
+    metrics = read_metrics(run)
+    assert list(metrics.own) == ["Training penalty", "Training words", "Epoch rates/0", "Epoch rates/1"]
+    steps, values = metrics.own["Training penalty"].all()
+    assert steps.tolist() == list(range(10, 101, 10))  # no gap at the steps without it
+    assert np.isnan(values).nonzero()[0].tolist() == [4, 5]
+    assert metrics.own["Epoch rates/1"].all().tolist() == [[50, 100], [50, 100]]
+    curves = section_of(page_of(run), "Curves")
+    assert "2 logged values were no numbers, the first at step 50" in words(curves)
+    assert "<h3>Epoch rates/1</h3>" in curves
+    assert "Training words" not in curves  # there is nothing to draw
+
+
+def test_more_values_of_the_loops_own_than_curves_are_counted(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run")
+    own = {f"{name}_{number}": 1.0 for name in ("value", EVIL) for number in range(15)}
+    write_rows(run, [train_row(step) | own | {"list": [0.5] * 1000} for step in (1, 2)])
+    curves = section_of(page_of(run), "Curves")
+    assert (curves.count("<h3>Training "), "<script" in curves) == (20, False)
+    assert "20 more values of the loop have no curve." in words(curves)
+
+
+def test_the_newest_picture_of_each_name_is_shown(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run")
+    files = [("a", 1), ("b", 1), ("a", 2), ("c", 2), ("a", 3)]
+    rows = [{"kind": "figure", "step": s, "name": n, "file": write_figure(run, s, n)} for n, s in files]
+    gone = {"kind": "figure", "step": 3, "name": "gone", "file": "figures/step_00000003/gone.png"}
+    write_rows(run, [train_row(1), *rows, gone])
+    figures = section_of(page_of(run), "Figures")
+    assert re.findall(r'alt="(\w+)"', figures) == ["a", "c", "b"]
+    assert "a · step 3 c · step 2 b · step 1 Not shown, " in words(figures)
+    assert words(figures).endswith("no room in this page: gone.")
+    assert_self_contained(figures)
+
+
+def test_the_pictures_of_a_page_have_a_bounded_size(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run")
+    png = b"\x89PNG\r\n\x1a\n" + bytes(3_000_000)
+    rows = [
+        {"kind": "figure", "step": step, "name": f"n{step}", "file": write_figure(run, step, "n", png)}
+        for step in range(1, 60)
+    ]
+    write_rows(run, rows)
+    page = page_of(run)
+    assert len(page) < 12_000_000
+    assert re.findall(r'alt="(\w+)"', page) == ["n59", "n58"]
+    assert "n57, n56" in words(page)
+    assert "and 37 more" in words(page)
+
+
+@pytest.mark.parametrize("file", ["../secret.png", "{folder}/secret.png", "figures/step_00000001/../../../secret.png"])
+def test_a_figure_row_shows_no_file_from_elsewhere_and_nothing_that_is_no_picture(tmp_path: Path, file: str) -> None:
+    run = small_run(tmp_path / "run")
+    write_figure(tmp_path, 1, "x")
+    (tmp_path / "secret.png").write_bytes((tmp_path / "figures/step_00000001/x.png").read_bytes())
+    text = write_figure(run, 1, "text", b"key = 123")
+    rows = [{"kind": "figure", "step": 1, "name": n, "file": f} for n, f in [("a", file), ("b", text), ("c", 7)]]
+    rows[0]["file"] = file.format(folder=tmp_path)
+    write_rows(run, [*rows, {"kind": "figure", "step": 1}])
+    figures = section_of(page_of(run), "Figures")
+    assert "<img" not in figures
+    assert "None, c, b, a" in words(figures)
+
+
 def test_config_shows_what_differs_from_the_defaults_and_folds_the_rest(report: str) -> None:
     section = section_of(report, "Config")
     shown, _, folded = section.partition("<details>")
@@ -139,7 +215,7 @@ def test_whatever_a_run_says_is_escaped(report: str, comparison: str) -> None:
         assert_self_contained(html)
     for title in ("Confusion matrix", "Classes", "Config", "Config changes", "Environment", "Uncommitted changes"):
         assert "&lt;script&gt;" in section_of(report, title), title
-    for title in ("Failures", "Most confident mistakes"):
+    for title in ("Failures", "Most confident mistakes", "Figures"):
         assert "&lt;script&gt;" in section_of(report, title), title
     assert "<h1>a &amp; &lt;b&gt;</h1>" in report
     assert "http://127.0.0.1" not in report
@@ -287,7 +363,8 @@ def test_several_runs_are_ranked_beside_what_differs(comparison: str) -> None:
     better, worse, new = f"1 better {EVIL} mlp 0.02", f"2 worse {EVIL} mlp 0.1", "– new – cnn 0.5"
     assert table.index(better) < table.index(worse) < table.index(new)
     assert "failed 0.8 400 0.1624 0.8 400 / 1,000 3:20 80.0 % 1003" in table
-    assert section_of(comparison, "Curves").count("<svg") == 4
+    assert section_of(comparison, "Curves").count("<svg") == 5
+    assert "<h3>Training penalty</h3>" in section_of(comparison, "Curves")
     assert "Without any rows in metrics.jsonl: new" in section_of(comparison, "Curves")
     assert "Without time.json: new" in section_of(comparison, "Time")
 

@@ -9,7 +9,7 @@ import numpy as np
 from distloop.commands.ranking import Ranking, rank
 from distloop.commands.reading import metrics_in, read_run
 from distloop.commands.report.curve_plots import Plot
-from distloop.commands.report.curves import Curve
+from distloop.commands.report.curves import MOST_OWN, Curve
 from distloop.commands.report.overview import median_rate
 from distloop.commands.report.plots import SERIES, Trace, draw_curves
 from distloop.commands.report.read import Record, read_record, total_seconds
@@ -65,10 +65,12 @@ def curves(comparison: Comparison) -> dict[str, Any]:
     validation = [[record.metrics.validation.get(name) for record in records] for name in names]
     losses = [record.metrics.train.get("running_loss") for record in records]
     rates = [record.metrics.train.get("lr") for record in records]
+    own = list(dict.fromkeys(title for record in records for title in record.metrics.own))[:MOST_OWN]
     plots = [
         *(_plot(comparison, f"Validation {name}", of_runs) for name, of_runs in zip(names, validation, strict=True)),
         _plot(comparison, "Training loss, running mean", losses, means=True),
         _plot(comparison, "Learning rate", rates, logarithmic=False),
+        *(_plot(comparison, title, [record.metrics.own.get(title) for record in records], means=True) for title in own),
     ]
     legend = [(colour, "line", record.run.name) for colour, record in zip(colours, records, strict=True)]
     note = ""

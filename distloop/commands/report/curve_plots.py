@@ -42,8 +42,13 @@ def curves(record: Record) -> dict[str, Any]:
     if "gradient_norm" in train:
         note = _not_numbers(train["gradient_norm"], "gradient norms")
         plots.append(plot_of(record, "Gradient norm", with_mean(train["gradient_norm"]), note))
+    for title, curve in metrics.own.items():
+        if np.isfinite(curve.all()[1]).any():
+            plots.append(plot_of(record, title, with_mean(curve), _not_numbers(curve, "values")))
+    left_out = f"{len(metrics.own_left_out)} more values of the loop have no curve." if metrics.own_left_out else ""
     damaged = f"{metrics.damaged:,} lines of metrics.jsonl are no rows, and are left out." if metrics.damaged else ""
-    return {"plots": plots, "notes": [("quiet", "" if validation else "No validation yet."), ("note", damaged)]}
+    notes = [("quiet", "" if validation else "No validation yet."), ("note", left_out), ("note", damaged)]
+    return {"plots": plots, "notes": notes}
 
 
 def plot_of(

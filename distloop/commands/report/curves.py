@@ -15,6 +15,8 @@ from distloop.commands.report.rows import MEMORY, SECONDS, TRAIN, Floats, column
 from distloop.run.files import METRICS
 from distloop.run.metrics import NO_METRICS
 
+MOST_OWN = 20  # values of the loop's own that get a curve
+MOST_FIGURES = 400  # names of pictures; a run directory has fewer files of them
 STRETCHES = 600  # per file; a curve has twice as many points, about as many as a plot has pixels
 BLOCK_BYTES = 1 << 20
 
@@ -71,6 +73,12 @@ class Metrics:
     epochs: Curve = field(default_factory=Curve)
     """The mean training loss of each epoch."""
     validation: dict[str, Curve] = field(default_factory=dict)
+    own: dict[str, Curve] = field(default_factory=dict)
+    """Values of the loop's own, such as "Training penalty"."""
+    own_left_out: set[str] = field(default_factory=set)
+    """Those that are too many."""
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """name -> the last figure row of this name; the newest last."""
     seconds: list[Floats] = field(default_factory=list)
     """Blocks of shape [5, stretches]: the last step of each stretch, then its sums of SECONDS."""
     memory: list[Floats] = field(default_factory=list)
@@ -114,9 +122,21 @@ def read_metrics(run: Path, stretches: int = STRETCHES) -> Metrics:
 
 
 def _add_block(metrics: Metrics, lines: list[bytes], stretches: int) -> None:
-    train, others, damaged = read_block(lines)
+    train, own, others, damaged = read_block(lines)
     metrics.rows += len(lines) - damaged
     metrics.damaged += damaged
+    for title, (of_rows, values) in own.items():
+        if title in metrics.own or len(metrics.own) < MOST_OWN:
+            metrics.own.setdefault(title, Curve()).add(of_rows, values, stretches)
+        else:
+            metrics.own_left_out.add(title)
+    for row in others:
+        if row.get("kind") == "figure":
+            name = str(row.get("name"))
+            metrics.figures.pop(name, None)
+            metrics.figures[name] = row
+    for name in list(metrics.figures)[:-MOST_FIGURES]:
+        del metrics.figures[name]
     if train:
         _add_train(metrics, train, stretches)
     epochs = [row for row in others if row.get("kind") == "epoch"]

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from distloop import __version__
 from distloop.commands.reading import is_run, runs_in
-from distloop.commands.report import classes, compare, curve_plots, overview, provenance, resources
+from distloop.commands.report import classes, compare, curve_plots, figures, overview, provenance, resources
 from distloop.commands.report.plots import STYLE
 from distloop.commands.report.read import read_record
 from distloop.commands.report.sections import Section, environment
@@ -21,6 +21,7 @@ REPORT = "report.html"
 TOP = Section("", "top.html", overview.overview)
 SECTIONS = (
     Section("Curves", "plots.html", curve_plots.curves),
+    Section("Figures", "figures.html", figures.figures),
     Section("Time", "time.html", resources.time_accounts),
     Section("Throughput and memory", "plots.html", resources.resources),
     Section("Confusion matrix", "confusion.html", classes.confusion),

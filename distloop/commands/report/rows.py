@@ -3,12 +3,13 @@
 import itertools
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distloop.commands.reading import parse_json
+from distloop.run.metrics import KEYS_OF_EVERY_ROW, KEYS_OF_KIND
 
 Floats = NDArray[np.float64]
 
@@ -16,13 +17,25 @@ TRAIN = ("loss", "running_loss", "lr", "gradient_norm", "samples_per_second")
 SECONDS = ("data_seconds", "compute_seconds", "validation_seconds", "checkpoint_seconds")
 KEYS = ("step", "attempt", "skipped_steps", *TRAIN, *SECONDS)
 MEMORY = "memory_gib"
+OWN = {"train": "Training", "epoch": "Epoch"}  # kinds of rows with values of the loop's own, and what these are called
+MOST_OF_A_LIST = 10
 
 
-def read_block(lines: list[bytes]) -> tuple[dict[str, Floats], list[dict[str, Any]], int]:
-    """The rows in these lines: (columns of the train rows, rows of the other kinds, number of lines that are no rows).
+class Block(NamedTuple):
+    """The rows in some lines. A column has shape [rows]; nan stands for what is no number."""
 
-    A column has shape [rows], that of MEMORY [rows, ranks]; nan stands for what is no number.
-    """
+    train: dict[str, Floats]
+    """Columns of the train rows; that of MEMORY has shape [rows, ranks]."""
+    own: dict[str, tuple[Floats, Floats]]
+    """(steps, values) of the rows that have it, for each value of the loop's own, such as "Training penalty"."""
+    others: list[dict[str, Any]]
+    """The rows of other kinds."""
+    damaged: int
+    """How many lines are no rows."""
+
+
+def read_block(lines: list[bytes]) -> Block:
+    """The rows in these lines."""
     rows = _parse(lines)
     train = [row for row in rows if row.get("kind") == "train"]
     others = [row for row in rows if row.get("kind") != "train"]
@@ -30,7 +43,25 @@ def read_block(lines: list[bytes]) -> tuple[dict[str, Floats], list[dict[str, An
     memory = [row[MEMORY] if isinstance(row.get(MEMORY), list) else [] for row in train]
     if any(memory):  # a row may have none, or another number of ranks
         columns[MEMORY] = np.stack([_numbers(values) for values in itertools.zip_longest(*memory)], axis=1)
-    return columns, others, len(lines) - len(rows)
+    own = _own_columns("train", train) | _own_columns("epoch", [row for row in others if row.get("kind") == "epoch"])
+    return Block(columns, own, others, len(lines) - len(rows))
+
+
+def _own_columns(kind: str, rows: list[dict[str, Any]]) -> dict[str, tuple[Floats, Floats]]:
+    """The columns of the keys that the loop has added to rows of this kind; one for each place of a list."""
+    columns: dict[str, tuple[Floats, Floats]] = {}
+    for key in dict.fromkeys(itertools.chain.from_iterable(rows)):
+        if key in KEYS_OF_EVERY_ROW or key in KEYS_OF_KIND[kind]:
+            continue
+        having = [row for row in rows if key in row]
+        steps, values, title = column(having, "step"), [row[key] for row in having], f"{OWN[kind]} {key}"
+        if any(isinstance(value, list) for value in values):
+            lists = [value[:MOST_OF_A_LIST] if isinstance(value, list) else [] for value in values]
+            for place, each in enumerate(itertools.zip_longest(*lists)):
+                columns[f"{title}/{place}"] = steps, _numbers(each)
+        else:
+            columns[title] = steps, _numbers(values)
+    return columns
 
 
 def column(rows: list[dict[str, Any]], key: str) -> Floats:

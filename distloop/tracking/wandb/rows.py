@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from distloop.run.figures import FILE
 from distloop.run.files import VALIDATION, read_json
 
 ROWS_AT_ONCE = 10_000
@@ -57,9 +58,13 @@ def as_logged(row: dict[str, Any], run: Path, redone_until: int) -> dict[str, An
         logged["_timestamp"] = moment
     if isinstance(step, int) and step <= redone_until:
         logged["redone"] = 1
+    if kind == "figure":
+        with contextlib.suppress(Exception):  # its file is gone: only those of the last steps are kept
+            logged |= figure_of(run, row)
+        return logged
     for name, value in row.items():
         if isinstance(value, list) and all(each is None or isinstance(each, (int, float)) for each in value):
-            prefix = "rank_" if kind == "train" else ""
+            prefix = "rank_" if name == "memory_gib" else ""
             logged |= {f"{kind}/{name}/{prefix}{index}": _nan_for_none(each) for index, each in enumerate(value)}
         else:
             logged[f"{kind}/{name}"] = _nan_for_none(value)
@@ -71,6 +76,15 @@ def as_logged(row: dict[str, Any], run: Path, redone_until: int) -> dict[str, An
 
 def _nan_for_none(value: Any) -> Any:
     return math.nan if value is None else value
+
+
+def figure_of(run: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """The picture of a figure row, by W&B's name. Raises what there is to raise if there is none."""
+    import wandb
+
+    if not FILE.fullmatch(row["file"]):
+        raise ValueError(row["file"])
+    return {f"figures/{row['name']}": wandb.Image(str(run / row["file"]))}
 
 
 def media_of(run: Path, step: int) -> dict[str, Any]:
