@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import tyro
 import yaml
 
 from distloop.config.named_secrets import MASK
+from distloop.config.own import with_own
 from distloop.config.secrets import clean_mapping, masked_keys, remember_secrets
 from distloop.config.settings import Config
 from distloop.config.yaml_text import dump_yaml, parse_yaml
@@ -23,11 +25,12 @@ SECTIONS = [field.name for field in dataclasses.fields(Config) if dataclasses.is
 ALTERNATIVES = (("train.epochs", "train.steps"), ("validate.every_epochs", "validate.every_steps"))
 
 
-def load_config(arguments: list[str], quiet: bool = False) -> Config:
+def load_config(arguments: list[str], quiet: bool = False, own: Mapping[str, Any] | None = None) -> Config:
     """The config of a command line such as ["--config", "configs/digits.yaml", "--optim.lr", "0.1"].
 
-    `quiet`: print neither help nor errors of the command line, since another rank prints them. Raises UsageError for
-    a mistake in the file, SystemExit (0 for --help, 2 for an error) for one on the command line.
+    `quiet`: print neither help nor errors of the command line, since another rank prints them. `own`: the settings that
+    a loop declares; None: any are taken. Raises UsageError for a mistake in the file, SystemExit (0 for --help, 2 for
+    an error) for one on the command line.
     """
     arguments = [_expand_shorthand(argument) for argument in arguments]
     path = _find_config_path(arguments)
@@ -35,14 +38,14 @@ def load_config(arguments: list[str], quiet: bool = False) -> Config:
     arguments = _take_single_arguments(arguments, settings)
     arguments = ["None" if argument == "null" else argument for argument in arguments]  # null is YAML's word
     _choose_alternatives(settings, arguments)
-    base = config_from_mapping(settings, path or "command line")
+    base = with_own(config_from_mapping(settings, path or "command line"), own)  # for --help
     about = "Train a model. Settings come from --config FILE and, over it, from the command line."
     with contextlib.ExitStack() as redirections:
         if quiet:  # tyro's own option for this leaves some messages
             for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
                 redirections.enter_context(redirect(io.StringIO()))
         config = tyro.cli(Config, default=base, args=arguments, prog="distloop train", description=about)
-    config = config_from_mapping(dataclasses.asdict(config), "command line")
+    config = with_own(config_from_mapping(dataclasses.asdict(config), "command line"), own)
     if config.name is None:
         name = Path(config.config).stem if config.config else config.data.name.rpartition(":")[2]
         config = dataclasses.replace(config, name=name)

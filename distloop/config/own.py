@@ -8,9 +8,12 @@ from distloop.config.settings import Config
 from distloop.errors import UsageError, suggest
 
 
-def with_own(config: Config, declared: Mapping[str, Any]) -> Config:
+def with_own(config: Config, declared: Mapping[str, Any] | None) -> Config:
     """The config whose `own` has all settings that the loop declares: those given, else their defaults. Raises
-    UsageError for a setting that the loop does not declare, and for a value of another type than its default."""
+    UsageError for a setting that the loop does not declare, and for a value of another type than its default. None
+    declares nothing and checks nothing: a command that reads the config of any loop."""
+    if declared is None:
+        return config
     for key, given in config.own.items():
         if key not in declared:
             names = suggest(key, list(declared)) if declared else " It declares none: start(train, own={…}) does."

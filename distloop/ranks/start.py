@@ -59,7 +59,6 @@ def main(train: Train, arguments: list[str], own: Mapping[str, Any] | None = Non
     """Call `train` with the config that `arguments` give; returns the exit code: 0 in order, 1 failed, 2 misuse.
     `own`: as for start(). `problem`: a mistake that forbids to train."""
     from distloop.config.load import load_config
-    from distloop.config.own import with_own
 
     watch = stopping.listen()
     speak_clearly()
@@ -67,8 +66,8 @@ def main(train: Train, arguments: list[str], own: Mapping[str, Any] | None = Non
     try:
         if problem is not None:
             raise UsageError(problem)
-        config = load_config(arguments, quiet=not speaks(os.environ))  # all ranks meet the same mistakes; one prints
-        config = with_own(config, own or {})
+        quiet = not speaks(os.environ)  # all ranks meet the same mistakes; one prints them
+        config = load_config(arguments, quiet, own or {})
     except SystemExit as error:  # --help, or a mistake on the command line
         if error.code:
             let_others_speak(watch)

@@ -66,7 +66,7 @@ class Attempt(AttemptBase):
         """Load the run's newest good checkpoint, else the weights of --init-from, else none; returns the loop's state.
         `parts`: modules, optimizers, objects with state_dict() or None, by name; they are changed in place. Raises
         UsageError for parts that do not fit the checkpoint, or that could not be saved."""
-        check_parts(parts)
+        self.start.messages.extend(check_parts(parts))
         state, finished_because = load_start(self.start, parts)
         if finished_because:
             self.stop_reason = self.finish(finished_because)
@@ -125,7 +125,7 @@ class Attempt(AttemptBase):
                 early = "" if start.step == self.plan.total_steps else f" after step {start.step}: {start.messages[0]}"
                 say(
                     f"{self.path} is finished{early}; its metrics are in {self.path / METRICS}. "
-                    "--name NAME trains another run, --resume extend goes on with this one."
+                    "--name NAME trains another run, --resume extend --train.epochs N goes on with this one."
                 )
             return
         self.status.start = start

@@ -26,8 +26,9 @@ Parts = Mapping[str, Any]
 TAKEN = {*(field.name for field in dataclasses.fields(LoopState)), "time", "finished"}  # keys of state.json
 
 
-def check_parts(parts: Parts) -> None:
-    """Refuse, before the first step, what could not be loaded again. Raises UsageError."""
+def check_parts(parts: Parts) -> list[str]:
+    """Refuse, before the first step, what could not be loaded again. Raises UsageError. Returns lines on what may be a
+    mistake."""
     held = names_of_parameters(parts)
     for name, part in existing(parts):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or {name, f"{name}_steps"} & TAKEN:
@@ -52,8 +53,32 @@ def check_parts(parts: Parts) -> None:
             except (pickle.UnpicklingError, pickle.PicklingError, AttributeError, TypeError) as error:
                 raise UsageError(
                     f"parts: {name}.state_dict() is not plain data (numbers, text, lists, dicts, tensors), so that it "
-                    f"could not be read again: {str(error).splitlines()[0]}"
+                    f"could not be read again{_what_is_not_plain(error)}."
                 ) from None
+    return _left_out(parts, held)
+
+
+def _what_is_not_plain(error: Exception) -> str:
+    """What torch's error says of the value; "" if it names none."""
+    found = re.search(r"GLOBAL ([\w.]+)|(Can't pickle .+)", str(error))
+    return f": it holds {found[1]}" if found and found[1] else f": {found[2]}" if found else ""
+
+
+def _left_out(parts: Parts, names: Mapping[int, str]) -> list[str]:
+    """A line for each module of which optimizers update some parameters that require a gradient, and not all. (Of a
+    frozen teacher and an average they update none.)"""
+    optimizers = [part for _, part in existing(parts) if isinstance(part, Optimizer)]
+    updated = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    lines = []
+    for _, part in existing(parts):
+        if isinstance(part, nn.Module):
+            trained = [parameter for parameter in part.parameters() if parameter.requires_grad]
+            left_out = [names[id(parameter)] for parameter in trained if id(parameter) not in updated]
+            if left_out and len(left_out) < len(trained):
+                more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+                which = ", ".join(left_out[:3]) + more
+                lines.append(f"WARNING: no optimizer updates {which}, although they require a gradient")
+    return lines
 
 
 def existing(parts: Parts) -> Iterator[tuple[str, Any]]:
@@ -126,7 +151,8 @@ def load_parts(path: Path, parts: Parts, state: Mapping[str, Any]) -> None:
     files = {file.stem for file in path.iterdir() if file.suffix in (".safetensors", ".pt")}
     if unknown := sorted(files - set(parts)):
         raise UsageError(
-            f"{path} holds {', '.join(unknown)}, which this loop does not load; it has {', '.join(parts)}."
+            f"{path} holds {', '.join(unknown)}, which this loop does not load: its parts are "
+            f"{', '.join(parts)}. Name it, as None if the loop does without, or use --name OTHER."
         )
     for name, part in existing(parts):
         if isinstance(part, torch.amp.GradScaler):
@@ -135,7 +161,7 @@ def load_parts(path: Path, parts: Parts, state: Mapping[str, Any]) -> None:
         elif name not in files:
             if not isinstance(part, AveragedModel):
                 held = ", ".join(sorted(files))
-                raise UsageError(f"{path} does not hold {name}, which this loop loads; it holds {held}.")
+                raise UsageError(f"{path} does not hold {name}, which this loop loads, but {held}. Use --name OTHER.")
         elif isinstance(part, nn.Module):
             load_weights(path / f"{name}.safetensors", without_average(part))
             if isinstance(part, AveragedModel):

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from distloop.training.losses import LossSums
     from distloop.training.models import build_model
     from distloop.training.nonfinite import FiniteCheck
-    from distloop.training.optim import Average, LearningRate, build_optimizer, set_lr
+    from distloop.training.optim import Average, LearningRate, build_optimizer, parameter_groups, set_lr
     from distloop.training.tasks import Task, build_task
     from distloop.training.validation import Validation, broadcast_buffers
 else:

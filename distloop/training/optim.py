@@ -24,9 +24,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
 
 
-def build_optimizer(model: nn.Module, config: Optim, device: torch.device, precision: str) -> torch.optim.Optimizer:
-    """The optimizer that the config names. Raises UsageError for a model without parameters to train."""
-    groups = parameter_groups(model, config.weight_decay)
+def build_optimizer(
+    model: nn.Module | list[dict], config: Optim, device: torch.device, precision: str
+) -> torch.optim.Optimizer:
+    """The optimizer that the config names, for a model or for groups that parameter_groups() made. Raises UsageError if
+    there are no parameters to train."""
+    groups = parameter_groups(model, config.weight_decay) if isinstance(model, nn.Module) else model
     if not groups:
         raise UsageError("The model has no parameters that require a gradient: there is nothing to train.")
     # Fused: one pass over the parameters instead of one operation each. Not with fp16, where the fused optimizers

@@ -384,3 +384,14 @@ def test_without_a_decay_there_is_no_average() -> None:
     average = Average(model, None)
     average.update(model)
     assert (average.averaged, average.module) == (None, None)
+
+
+def test_groups_of_ones_own_keep_their_factors_and_the_configs_optimizer() -> None:
+    body, head = nn.Linear(3, 2), nn.Linear(2, 1)
+    config = Optim(name="adamw", lr=0.1, weight_decay=0.3, betas=(0.5, 0.6))
+    factors = ((body, 1.0), (head, 10.0))
+    groups = [{**group, "factor": factor} for module, factor in factors for group in parameter_groups(module, 0.3)]
+    optimizer = build_optimizer(groups, config, CPU, "no")
+    assert isinstance(optimizer, torch.optim.AdamW)
+    found = [(group["factor"], group["weight_decay"], group["betas"]) for group in optimizer.param_groups]
+    assert found == [(factor, decay, (0.5, 0.6)) for factor in (1.0, 10.0) for decay in (0.3, 0.0)]

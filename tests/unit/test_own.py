@@ -103,3 +103,16 @@ def test_own_settings_belong_to_what_is_trained() -> None:
 def test_without_own_settings_a_run_is_what_it_was_before_there_were_any() -> None:
     assert "own" not in flatten(Config())
     assert training_hash(Config()) == training_hash(Config(own={}))
+
+
+def test_help_shows_the_loops_own_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_config(["--help"], own={"alpha": 0.2})
+    assert "{alpha: 0.2}" in capsys.readouterr().out
+
+
+def test_a_loops_own_settings_are_checked_wherever_they_are_given() -> None:
+    assert load_config(["--own", "{alpha: 1}"], own={"alpha": 0.2, "beta": 3}).own == {"alpha": 1.0, "beta": 3}
+    for arguments in (["--own", "{gamma: 1}"], ["--own.gamma", "1"]):
+        with pytest.raises(UsageError, match=r"own\.gamma = 1: the loop declares no such setting"):
+            load_config(arguments, own={"alpha": 0.2})

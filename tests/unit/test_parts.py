@@ -187,10 +187,13 @@ def test_another_module_is_said_to_be_one(tmp_path: Path) -> None:
 
 def test_a_part_that_only_the_checkpoint_or_only_the_loop_has_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, {**linear(), "teacher": nn.Linear(1, 1)})
-    assert refused(path, linear()) == f"{path} holds teacher, which this loop does not load; it has model, optimizer."
+    assert refused(path, linear()) == (
+        f"{path} holds teacher, which this loop does not load: its parts are model, optimizer. "
+        "Name it, as None if the loop does without, or use --name OTHER."
+    )
     more = {**linear(), "teacher": nn.Linear(1, 1), "patience": Patience()}
     assert refused(path, more) == (
-        f"{path} does not hold patience, which this loop loads; it holds model, optimizer, teacher."
+        f"{path} does not hold patience, which this loop loads, but model, optimizer, teacher. Use --name OTHER."
     )
     load(path, {**linear(), "teacher": None})  # the loop knows it, and does without
 
@@ -221,11 +224,23 @@ def test_an_optimizer_of_parameters_that_no_part_holds_is_refused() -> None:
 def test_an_object_that_cannot_be_saved_is_refused() -> None:
     with pytest.raises(UsageError, match="parts: count is a int, which has no state_dict"):
         check_parts({"count": 3})
-    with pytest.raises(UsageError, match=r"parts: patience\.state_dict\(\) is not plain data"):
+    with pytest.raises(UsageError, match=r"parts: patience\.state_dict\(\) is not plain data .* it holds numpy\.\S+$"):
         check_parts({"patience": Patience(np.zeros(3))})
-    with pytest.raises(UsageError, match=r"parts: patience\.state_dict\(\) is not plain data"):
+    with pytest.raises(UsageError, match=r"parts: patience\.state_dict\(\) is not plain data .*: Can't pickle"):
         check_parts({"patience": Patience(lambda: 1)})
     check_parts({"patience": Patience({"a": [1, 2.5, None, "x", torch.ones(2)]})})
+
+
+def test_parameters_that_no_optimizer_updates_are_named_where_one_updates_others() -> None:
+    parts = linear(groups=[ALL[:1]])
+    which = "model.0.bias, model.1.weight, model.1.bias"
+    assert check_parts(parts) == [f"WARNING: no optimizer updates {which}, although they require a gradient"]
+    for parameter in list(parts["model"].parameters())[1:]:
+        parameter.requires_grad_(False)
+    assert check_parts(parts) == []
+    averaged = AveragedModel(parts["model"], use_buffers=True)
+    assert check_parts({**linear(), "teacher": nn.Linear(1, 1), "averaged": averaged}) == []
+    assert check_parts(adversaries(1)) == []
 
 
 # ---- where an attempt starts -----------------------------------------------------------------------------------
