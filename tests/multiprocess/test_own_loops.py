@@ -9,17 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.distributions import Beta
+from torch.nn.functional import cross_entropy
 
+from distloop.data.batches import to_model
+from distloop.data.datasets import digits
+from distloop.data.order import Order
+from distloop.data.seeding import seed_forward
 from distloop.run.checkpoint import newest_published, published_in, verify
+from distloop.training.models import linear
 from tests.kills import await_moment, has_reached, last_row, newest_step, saves_under_way, started_from
 from tests.own_loops import gan, mixup
 from tests.ranks import Ranks, train, wait_until, write_config
-from tests.records import found, rows, status
+from tests.records import found, largest_difference, losses, rows, status, weights
 from tests.resume_code import stop_in_call
 
 MIXUP, GAN = mixup.__name__, gan.__name__
-MIXUP_STEPS, GAN_STEPS = 60, 150
+MIXUP_STEPS, GAN_STEPS = 60, 200
 STEPS_PER_EPOCH = 44  # 1437 samples in batches of 32
 
 # Dropout and mixup draw from the same generators.
@@ -113,6 +120,38 @@ def test_the_mixup_loop_that_is_stopped_at_random_steps_continues_to_the_same_bi
     assert {row["attempt"] for row in rows(run, "train")} == {1, 2, 3}
 
 
+def test_a_step_of_mixup_is_that_of_the_mixed_inputs_and_of_the_mixed_losses(tmp_path: Path) -> None:
+    """One step on all samples, against the same step written by hand."""
+    source = digits(shift=0)
+    samples = len(source.train)
+    model = linear((1, 8, 8), 10).double()
+    save_file(model.state_dict(), tmp_path / "start.safetensors")
+    settings: dict[str, Any] = {
+        "data": {"name": "digits", "args": {"shift": 0}},
+        "model": "linear",
+        "optim": {"name": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0},
+        "batch": {"global_size": samples},
+        "train": {"steps": 1},
+        "dtype": "float64",
+        "init_from": "start.safetensors",
+        "own": {"alpha": 5.0},
+    }
+    train(tmp_path, ["--config", str(write_config(tmp_path, settings))], loop=MIXUP).check()
+
+    chosen = Order(samples, 0)(0, 0, samples)
+    inputs, labels = to_model((source.train.inputs[chosen], source.train.targets[chosen]), source, torch.float64)
+    seed_forward(0, 0, 0, torch.device("cpu"))
+    share, order = float(Beta(5.0, 5.0).sample()), torch.randperm(samples)
+    assert 0.1 < share < 0.9
+    outputs = model(share * inputs + (1 - share) * inputs[order])
+    loss = share * cross_entropy(outputs, labels) + (1 - share) * cross_entropy(outputs, labels[order])
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    run = tmp_path / "runs" / "run"
+    assert losses(run) == [pytest.approx(float(loss.detach()), rel=1e-12)]
+    assert largest_difference(weights(run), model.state_dict()) < 1e-12
+
+
 def test_alpha_decides_what_is_trained_and_may_not_change_in_a_run(tmp_path: Path) -> None:
     own = {"own": {}, "task": "classification", "train": {"steps": 6}, "checkpoint": {}}
     config = ["--config", str(write_config(tmp_path, {**MIXUP_SETTINGS, **own}))]
@@ -153,10 +192,15 @@ def test_a_checkpoint_of_the_gan_holds_both_networks_and_both_optimizers(whole: 
 def test_each_network_of_the_gan_learns_at_its_own_rate(tmp_path: Path) -> None:
     """Adam's first step changes a parameter by the learning rate, wherever its gradient is not zero."""
     optim = {"name": "adam", "lr": 0.01}
-    settings = {**GAN_SETTINGS, "optim": optim, "train": {"steps": 1}, "own": {"discriminator_rate": 0.25}}
+    settings = {
+        **GAN_SETTINGS,
+        "optim": optim,
+        "train": {"steps": 1},
+        "own": {"hidden": 64, "discriminator_rate": 0.25},
+    }
     train(tmp_path, ["--config", str(write_config(tmp_path, settings))], loop=GAN).check()
     torch.manual_seed(0)
-    before = gan.Gan(16, 64, 64)
+    before = gan.Gan(int(gan.OWN["noise"]), 64, 64)
     newest = newest_published(tmp_path / "runs" / "run" / "checkpoints")
     assert newest is not None
     for name, rate in (("generator", 0.01), ("discriminator", 0.0025)):
@@ -171,7 +215,7 @@ def kill_often(folder: Path, arguments: list[str], world_size: int, kinds: list[
     run = folder / "runs" / arguments[arguments.index("--name") + 1]
     chance = random.Random(seed)
     chance.shuffle(kinds)
-    steps = sorted(chance.sample(range(1, GAN_STEPS - 40), len(kinds)))  # each attempt has something left to do
+    steps = sorted(chance.sample(range(1, GAN_STEPS - 80), len(kinds)))  # each attempt has something left to do
     inside_saves = 0
     for kind, step in zip(kinds, steps, strict=True):
         attempt, _ = last_row(run)

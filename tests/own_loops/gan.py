@@ -1,6 +1,6 @@
 """Train a GAN on small images: train.py with two networks, two optimizers, two learning rates and two losses.
 
-    accelerate launch tests/own_loops/gan.py --config configs/digits.yaml --optim.lr 0.001 --own.hidden 256
+    python gan.py --config configs/digits.yaml --train.epochs 200 --schedule constant --optim.betas 0.5 0.999
 
 A generative adversarial network (Goodfellow et al. 2014): the generator makes images of noise, and the discriminator
 learns to tell them from those of the data set. Both take a step at once.
@@ -40,7 +40,7 @@ from distloop.training import (
 
 # The loop's own settings: how many random numbers an image is made of, the networks' width, and the discriminator's
 # learning rate as a multiple of optim.lr, which is the generator's.
-OWN = {"noise": 16, "hidden": 64, "discriminator_rate": 0.5}
+OWN = {"noise": 32, "hidden": 256, "discriminator_rate": 2.0}
 
 
 class Gan(nn.Module):

@@ -1,6 +1,6 @@
 """Train a model with mixup: train.py, and a handful of changed lines.
 
-    accelerate launch tests/own_loops/mixup.py --config configs/digits.yaml --own.alpha 0.4
+    accelerate launch mixup.py --config configs/digits.yaml --own.alpha 0.4
 
 Mixup (Zhang et al. 2018, "mixup: Beyond empirical risk minimization") trains on mixtures of two samples, and on the
 same mixture of their losses. Which samples are mixed depends on the micro-batch, as dropout does.
