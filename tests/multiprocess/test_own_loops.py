@@ -200,7 +200,7 @@ def test_each_network_of_the_gan_learns_at_its_own_rate(tmp_path: Path) -> None:
     }
     train(tmp_path, ["--config", str(write_config(tmp_path, settings))], loop=GAN).check()
     torch.manual_seed(0)
-    before = gan.Gan(int(gan.OWN["noise"]), 64, 64)
+    before = gan.Gan(int(gan.OWN["noise"]), 64, (1, 8, 8))
     newest = newest_published(tmp_path / "runs" / "run" / "checkpoints")
     assert newest is not None
     for name, rate in (("generator", 0.01), ("discriminator", 0.0025)):

@@ -6,6 +6,7 @@ A generative adversarial network (Goodfellow et al. 2014): the generator makes i
 learns to tell them from those of the data set. Both take a step at once.
 """
 
+import math
 from contextlib import nullcontext
 
 from distloop.ranks.start import prepare_process, start
@@ -46,9 +47,10 @@ OWN = {"noise": 32, "hidden": 256, "discriminator_rate": 2.0}
 class Gan(nn.Module):
     """Both networks in one module, so that DDP exchanges the gradients of both after one backward pass."""
 
-    def __init__(self, noise: int, hidden: int, pixels: int) -> None:
+    def __init__(self, noise: int, hidden: int, shape: tuple[int, ...]) -> None:
+        """`shape`: of an image, [channels, height, width]."""
         super().__init__()
-        self.noise = noise
+        self.noise, self.shape, pixels = noise, shape, math.prod(shape)
         layers: list[nn.Module] = [nn.Linear(noise, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
         self.generator = nn.Sequential(*layers, nn.Linear(hidden, pixels))
         layers = [nn.Linear(pixels, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, hidden), nn.LeakyReLU(0.2)]
@@ -64,6 +66,14 @@ class Gan(nn.Module):
         to_fool = functional_call(self.discriminator, fixed, (generated,))
         return softplus(-to_fool).sum(), softplus(-of_real).sum() + softplus(of_generated).sum()
 
+    @torch.no_grad()
+    def picture(self, generator: nn.Module) -> Tensor:
+        """Sixteen images side by side, [channels, height, 16 × width], made of the same noise each time."""
+        noise = torch.randn(16, self.noise, generator=torch.Generator().manual_seed(0))
+        images = generator(noise.to(next(generator.parameters()))).view(16, *self.shape)
+        images = (images - images.min()) / (images.max() - images.min())
+        return images.permute(1, 2, 0, 3).flatten(2)
+
 
 def train(config: Config, ranks: Ranks) -> None:
     """Train the config's run to its end, from its beginning or from where it was left."""
@@ -74,7 +84,7 @@ def train(config: Config, ranks: Ranks) -> None:
         raise UsageError("precision = 'fp16': this loop has no place for a gradient scaler. Use bf16.")
     data = load_data(config.data)
     torch.manual_seed(config.seed)  # the same initial weights on all ranks
-    bare_model = Gan(config.own["noise"], config.own["hidden"], data.train[0][0].numel())
+    bare_model = Gan(config.own["noise"], config.own["hidden"], tuple(data.train[0][0].shape))
     bare_model = bare_model.to(device, getattr(torch, config.dtype))
     generator_optimizer = build_optimizer(bare_model.generator, config.optim, device, config.precision)
     discriminator_optimizer = build_optimizer(bare_model.discriminator, config.optim, device, config.precision)
@@ -156,6 +166,7 @@ def train(config: Config, ranks: Ranks) -> None:
                 trackers.log("train", step, **means, **gradient, **own, **run.clock.read())
             if due.end_of_epoch:
                 trackers.log("epoch", step, loss=means["running_loss"])
+                trackers.figure("generated", step, bare_model.picture(average.module or bare_model.generator))
                 losses.begin_epoch()
             if due.save or stop_reason:
                 with run.phase("checkpoint"):

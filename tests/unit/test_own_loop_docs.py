@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 import pytest
 
 from distloop import __version__
+from distloop.config import Config
+from distloop.run.attempt import Attempt
+from distloop.tracking import Trackers
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 PAGE = (REPOSITORY / "docs" / "own-loop.md").read_text()
@@ -77,13 +81,13 @@ def chain(node: ast.AST) -> list[str]:
     return [node.id] if isinstance(node, ast.Name) else []
 
 
-def listed() -> list[tuple[str, str]]:
+def listed(title: str = "## The names") -> list[tuple[str, str]]:
     """(name, the module below which it stands) of each line of the list; a name without its arguments."""
     found, module = [], ""
-    for line in section("## The names").splitlines():
+    for line in section(title).splitlines():
         if heading := re.fullmatch(r"### `(.+)`", line):
             module = heading[1]
-        elif item := re.match(r"- `([\w.]+)(?:\([^`]*\))?`: \S", line):
+        elif item := re.match(r"- `([\w.]+)(?:\([^`]*\))?`(?: or `[^`]*`)?: \S", line):
             found.append((item[1], module))
         else:
             assert not line.startswith("-"), f"without a name or without words: {line}"
@@ -103,6 +107,16 @@ def test_each_name_stands_below_the_module_that_it_is_imported_from() -> None:
     for node in imports_in(LOOP_TREE):
         for alias in node.names:
             assert modules[alias.name] == node.module, alias.name
+
+
+def test_the_names_that_the_loop_does_not_use_are_there() -> None:
+    owners = {"config": Config(), "run": Attempt, "trackers": Trackers}
+    names = listed("## More names")
+    assert len(names) == 6
+    for name, module in names:
+        owner, _, attribute = name.rpartition(".")
+        assert hasattr(owners[owner] if owner else importlib.import_module(module), attribute), name
+    assert not {name for name, _ in names} & names_in(LOOP_TREE)
 
 
 @pytest.mark.parametrize(
