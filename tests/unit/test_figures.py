@@ -137,6 +137,7 @@ def test_values_outside_of_0_to_1_are_cut_off_and_said_once(
         (Image.new("RGB", (4000, 10)), (2000, 5)),
         (torch.zeros(3, 1, 2001), (2000, 1)),
         (drawn(40, 20), (2000, 1000)),
+        (Figure(figsize=(700, 350)), (2000, 1000)),  # too large to be drawn as it is
     ],
 )
 def test_a_large_picture_is_made_smaller(written: Callable[[Any], Any], picture: Any, size: tuple[int, int]) -> None:
