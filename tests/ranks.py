@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TIMEOUT = 120
 LOOP = "distloop.train"
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as prepare_process() does, before torch is imported
 _context = multiprocessing.get_context("forkserver")
 # torch._dynamo comes with the first optimizer and takes longer to import than most runs here take.
 _context.set_forkserver_preload([LOOP, "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"])
@@ -64,7 +65,8 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 def clean_environment() -> dict[str, str]:
     """The environment without what a launcher or scheduler around the tests may have put there."""
     prefixes = ("SLURM_", "ACCELERATE_", "PET_", "TORCHELASTIC_")
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    names = (*ranks, "TORCH_CPP_LOG_LEVEL")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(prefixes) and k not in names}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
 

@@ -20,6 +20,7 @@ def prepare_environment() -> None:
         print(f"distloop: {error}", file=sys.stderr)
         leave(2)
     share_cpus(os.environ)
+    hide_stacks(os.environ)
 
 
 def adopt_slurm(environ: MutableMapping[str, str]) -> bool:
@@ -80,6 +81,11 @@ def cpus_per_rank(environ: Mapping[str, str]) -> int:
         return int(environ["SLURM_CPUS_PER_TASK"])
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
     return max(1, bound // int(environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def hide_stacks(environ: MutableMapping[str, str]) -> None:
+    """Leave out torch's warnings about addresses: each has a page of C++ stack, and our message says it in a line."""
+    environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def share_cpus(environ: MutableMapping[str, str]) -> None:

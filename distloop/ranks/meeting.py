@@ -4,6 +4,7 @@ since it reads the environment."""
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import socket
 import sys
@@ -14,7 +15,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from distloop.errors import RunFailed, Unanswered, UsageError
-from distloop.ranks.environment import node_name
+from distloop.ranks.environment import hide_stacks, node_name
+from distloop.ranks.leaving import leave
 
 if TYPE_CHECKING:
     from distloop.config.settings import Ddp
@@ -171,6 +173,7 @@ def main(arguments: list[str]) -> int:
     MACHINES SECONDS."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the script, also when it is killed
+    hide_stacks(os.environ)
     host, port, *numbers = arguments
     try:
         number, machines, limit = (int(value) for value in numbers)
@@ -189,4 +192,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))  # without torch's shutdown, which aborts while a thread of it still asks

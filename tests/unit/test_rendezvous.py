@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socketserver
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -87,17 +87,28 @@ def test_numbers_that_are_none_are_the_users_mistake(capsys: pytest.CaptureFixtu
     assert "MACHINE_RANK = 2 is not one of 0 to 1 (MACHINES = 2)" in capsys.readouterr().err
 
 
-class Web(BaseHTTPRequestHandler):
-    """A server of something else."""
+class Silent(socketserver.BaseRequestHandler):
+    """A server of something else, which waits for more than a store sends."""
 
-    def log_message(self, *arguments: object) -> None:
-        pass
+    def handle(self) -> None:
+        while self.request.recv(4096):
+            pass
 
 
-@contextlib.contextmanager
-def web_server() -> Iterator[int]:
+class Web(socketserver.BaseRequestHandler):
+    """A web server, to which a store's request makes no sense."""
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):
+            self.request.recv(1)
+            self.request.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n<!DOCTYPE html>\n" * 4)
+
+
+@pytest.fixture(params=[Silent, Web])
+def other_program(request: pytest.FixtureRequest) -> Iterator[int]:
     """The port of a program that is no run."""
-    server = HTTPServer(("127.0.0.1", 0), Web)
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), request.param)
+    server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -108,15 +119,13 @@ def web_server() -> Iterator[int]:
         thread.join()
 
 
-def test_a_port_in_use_is_the_users_mistake() -> None:
-    with web_server() as port:
-        assert f"Port {port} of " in (message := Machine(port, 0).ends(2))
-        assert "is in use by another program: choose another MASTER_PORT." in message
+def test_a_port_in_use_is_the_users_mistake(other_program: int) -> None:
+    assert f"Port {other_program} of " in (message := Machine(other_program, 0).ends(2))
+    assert "is in use by another program: choose another MASTER_PORT." in message
 
 
-def test_another_program_at_the_address_is_not_taken_for_the_run() -> None:
-    with web_server() as port:
-        assert f"Port {port} of 127.0.0.1 is not that of a run's machine 0" in Machine(port, 1).ends(1)
+def test_another_program_at_the_address_is_not_taken_for_the_run(other_program: int) -> None:
+    assert f"Port {other_program} of 127.0.0.1 is not that of a run's machine 0" in Machine(other_program, 1).ends(1)
 
 
 # ---- the same for ranks --------------------------------------------------------------------------------------
@@ -176,13 +185,12 @@ def test_a_wrong_address_is_a_mistake(
     assert output.count(f"distloop: {said}") == 1
 
 
-def test_another_program_at_the_port_is_said_by_rank_0_and_by_the_others(tmp_path: Path) -> None:
-    with web_server() as port:
-        (first, said), (second, answer) = ranks(tmp_path, [0, 1], 2, port, LOCAL_RANK="0")
+def test_another_program_at_the_port_is_said_by_rank_0_and_by_the_others(tmp_path: Path, other_program: int) -> None:
+    (first, said), (second, answer) = ranks(tmp_path, [0, 1], 2, other_program, LOCAL_RANK="0")
     assert (first, second) == (2, 1)
-    assert f"Port {port} of " in said
+    assert f"Port {other_program} of " in said
     assert "is in use by another program" in said
-    assert f"Port {port} of 127.0.0.1 is not that of a run's rank 0" in answer
+    assert f"Port {other_program} of 127.0.0.1 is not that of a run's rank 0" in answer
 
 
 # ---- the meeting alone ---------------------------------------------------------------------------------------
