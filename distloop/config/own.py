@@ -1,9 +1,11 @@
 """The settings that a loop of one's own declares, with their defaults: start(train, own={"alpha": 0.2})."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from distloop.config.secrets import clean_mapping
 from distloop.config.settings import Config
 from distloop.errors import UsageError, suggest
 
@@ -24,9 +26,18 @@ def with_own(config: Config, declared: Mapping[str, Any] | None) -> Config:
 def _checked(key: str, own: Mapping[str, Any], default: Any) -> Any:
     if not _is_plain(default):
         raise UsageError(
-            f"own={{{key!r}: …}}: a default is a number, text, True, False, None, or a list or dict of them."
+            f"own={{{key!r}: …}}: a default is a finite number, text, True, False, None, or a list or dict of them."
         )
     value = own.get(key, default)
+    if not _is_plain(value):
+        raise UsageError(
+            f"own.{key} = {value!r}: give finite numbers, text, true, false, or lists or mappings of them."
+        )
+    if clean_mapping({key: value}) != {key: value}:
+        raise UsageError(
+            f"own.{key}: its name or value looks like a secret: the run would not record it, nor a resume compare it. "
+            "Choose another name; read secrets from the environment."
+        )
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if default is not None and type(value) is not type(default):
@@ -43,4 +54,4 @@ def _is_plain(value: Any) -> bool:
         return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
     if isinstance(value, list):
         return all(map(_is_plain, value))
-    return value is None or (isinstance(value, (bool, int, float, str)) and value == value)
+    return value is None or isinstance(value, (int, str)) or (isinstance(value, float) and math.isfinite(value))

@@ -24,7 +24,7 @@ from distloop.run.accounts import TimeAccounts
 from distloop.run.best import Best
 from distloop.run.checkpoint import LoopState
 from distloop.run.clock import Clock
-from distloop.run.directory import open_directory
+from distloop.run.directory import open_directory, record_start
 from distloop.run.failures import FailureRecords
 from distloop.run.files import CHECKPOINTS, FAILURES, METRICS
 from distloop.run.lock import RunLock
@@ -47,8 +47,7 @@ class Attempt(AttemptBase):
         self.status = RunStatus(ranks.is_main, plan.total_steps, best.rule, self.check_ownership)
         self.is_open = self.is_closed = False
         self.finished_because: str | None = None
-        self.stop_reason: StopReason | None = None
-        """FINISHED if an earlier attempt was killed when its loop had called finish()."""
+        self.stop_reason: StopReason | None = None  # after load(): FINISHED if one was killed that had called finish()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -71,6 +70,8 @@ class Attempt(AttemptBase):
         if finished_because:
             self.stop_reason = self.finish(finished_because)
         self.best.row = self.status.best = state.best
+        if self.start.changes and self.ranks.is_main:
+            record_start(self.start, self.config, self.ranks.world_size, self.loop)
         return state
 
     def save(self, parts: Parts, state: LoopState) -> None:
@@ -115,7 +116,7 @@ class Attempt(AttemptBase):
 
     def _open(self) -> None:
         config, ranks, data = self.config, self.ranks, self.source.train
-        loop = LoopSource.of(ranks.position.code.co_filename) if ranks.position.code else None
+        self.loop = loop = LoopSource.of(ranks.position.code.co_filename) if ranks.position.code else None
         self.start = start = ranks.from_main(
             lambda: open_directory(config, self.lock, self.status, ranks.world_size, fingerprint(data), loop)
         )

@@ -156,8 +156,8 @@ def verify(path: Path) -> None:
         raise DamagedCheckpoint(f"its format is version {schema}; this program reads version {SCHEMA}")
     if checksum != digest_of(manifest) or step != step_of(path):
         raise DamagedCheckpoint(f"{MANIFEST} does not have the contents that were written")
-    found_parts = (file.name for file in path.iterdir() if file.suffix in (".safetensors", ".pt"))
-    for name in dict.fromkeys((STATE, *files, *found_parts)):
+    present = (name for name in (MODEL, AVERAGED, OPTIMIZER) if (path / name).exists())
+    for name in dict.fromkeys((STATE, *files, *present)):
         if name not in files or not (path / name).is_file():
             raise DamagedCheckpoint(f"{name} is missing")
         size, checksum = files[name]

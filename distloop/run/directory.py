@@ -48,9 +48,11 @@ def open_directory(
         if redone := set_rows_aside(path / files.METRICS, step):
             messages.append(f"metrics after step {step}, {redone} of them, were set aside: these steps are done again")
         identity = {"config_sha256": training_hash(config), "dataset": dataset}
-        start = Start(path, int(before.get("attempt", 0)) + 1, checkpoint, weights, step, False, messages, identity)
+        attempt = int(before.get("attempt", 0)) + 1
+        start = Start(path, attempt, checkpoint, weights, step, False, messages, identity, changes)
         status.begin(start, before.get("best"))  # first: an extended run is not finished any more
-        _record_start(start, config, changes, world_size, loop)
+        if not changes:  # else once the checkpoint is loaded, which may not fit the changed config
+            record_start(start, config, world_size, loop)
     except OSError as error:
         raise UsageError(
             f"The run directory {path.resolve()} cannot be written: {error.strerror or error}. "
@@ -103,12 +105,11 @@ def _newest_checkpoint(path: Path, total_steps: int, messages: list[str]) -> Pat
     return checkpoint
 
 
-def _record_start(
-    start: Start, config: Config, changes: dict[str, Any], world_size: int, loop: LoopSource | None
-) -> None:
+def record_start(start: Start, config: Config, world_size: int, loop: LoopSource | None) -> None:
+    """Write config.yaml, environment.json, git.diff and loop.py of an attempt, and what it changes. Raises OSError."""
     path = start.path
-    if changes:
-        record = {"after_attempt": start.attempt - 1, "after_step": start.step, "changes": changes}
+    if start.changes:
+        record = {"after_attempt": start.attempt - 1, "after_step": start.step, "changes": start.changes}
         with open(path / "config_changes.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
     # Without the two settings that belong to this start only: users start other attempts with this file.
@@ -148,11 +149,12 @@ def _changes_of_loop(path: Path, loop: LoopSource | None, messages: list[str]) -
     old, new = before.get("loop_sha256"), loop and loop.sha256
     if old is None or old == new:
         return {}
-    kept = path / f"loop_until_attempt_{read_json(path / files.STATUS).get('attempt', 0):04d}.py"
+    where, keeps = loop.path if loop else "without a file", ""
     if (path / files.LOOP).exists():
-        (path / files.LOOP).rename(kept)
-    where = loop.path if loop else "without a file"
-    messages.append(f"the loop ({where}) has another source than in the attempt before, which is kept in {kept}")
+        kept = path / f"loop_until_attempt_{read_json(path / files.STATUS).get('attempt', 0):04d}.py"
+        write_text(kept, (path / files.LOOP).read_text(encoding="utf-8"))
+        keeps = f", which is kept in {kept}"
+    messages.append(f"the loop ({where}) has another source than in the attempt before{keeps}")
     return {"loop_sha256": (old, new)}
 
 

@@ -28,6 +28,7 @@ class Start(NamedTuple):
     finished: bool  # the run was finished before
     messages: list[str]  # for the console
     identity: dict[str, Any]  # what the run trains, for the manifest of each checkpoint
+    changes: dict[str, Any] = {}  # noqa: RUF012 - of the config and the loop, against the attempt before; not changed
 
 
 def write_text(path: Path, text: str, synced: bool = True) -> None:

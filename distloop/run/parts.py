@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from distloop.errors import UsageError
@@ -35,6 +36,11 @@ def check_parts(parts: Parts) -> list[str]:
             raise UsageError(
                 f"parts: {name!r} cannot be a name: use small letters, digits and _, and no key of {STATE}."
             )
+        if isinstance(part, LRScheduler):
+            raise UsageError(
+                f"parts: {name} is a learning-rate scheduler of PyTorch, whose rate would not come back: compute the "
+                "rate from the step, as learning_rate(step) does."
+            )
         if isinstance(part, Optimizer):
             if any(id(parameter) not in held for group in part.param_groups for parameter in group["params"]):
                 raise UsageError(
@@ -46,16 +52,21 @@ def check_parts(parts: Parts) -> list[str]:
                 f"parts: {name} is a {type(part).__name__}, which has no state_dict() and load_state_dict()."
             )
         elif not isinstance(part, (nn.Module, torch.amp.GradScaler)):
-            file = io.BytesIO()
-            try:
-                torch.save(part.state_dict(), file)
-                torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-            except (pickle.UnpicklingError, pickle.PicklingError, AttributeError, TypeError) as error:
-                raise UsageError(
-                    f"parts: {name}.state_dict() is not plain data (numbers, text, lists, dicts, tensors), so that it "
-                    f"could not be read again{_what_is_not_plain(error)}."
-                ) from None
+            check_plain(name, part.state_dict())
     return _left_out(parts, held)
+
+
+def check_plain(name: str, state: Any) -> None:
+    """Refuse an object's state that could be saved and not be read again. Raises UsageError."""
+    file = io.BytesIO()
+    try:
+        torch.save(state, file)
+        torch.load(io.BytesIO(file.getvalue()), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UsageError(
+            f"parts: {name}.state_dict() is not plain data (numbers, text, lists, dicts, tensors), so that it "
+            f"could not be read again{_what_is_not_plain(error)}."
+        ) from None
 
 
 def _what_is_not_plain(error: Exception) -> str:
@@ -125,6 +136,8 @@ def contents_of(parts: Parts, buffers: Any) -> tuple[dict[str, Weights], dict[st
             others[name] = buffers.copy_tree(name, part.state_dict())
             if isinstance(part, Optimizer):
                 others[name] |= {"kind": kind_of(part), "parameters": groups_of(part, names_of_parameters(parts))}
+            else:
+                check_plain(name, others[name])  # at each save: a number may have become NumPy's
     return weights, others, state
 
 
@@ -139,16 +152,16 @@ def load_start(start: Start, parts: Parts) -> tuple[LoopState, str | None]:
         state = LoopState(stored["step"], tuple(stored["epoch_sums"]), stored["best"], stored["skipped_steps"])
         return state, finished_because
     if start.weights:
-        if "model" not in parts:
+        if (model := dict(existing(parts)).get("model")) is None:
             raise UsageError(f"init_from: this loop has no part named model, but {', '.join(parts)}.")
-        load_weights(start.weights, parts["model"])
+        load_weights(start.weights, model)
     return LoopState(), None
 
 
 def load_parts(path: Path, parts: Parts, state: Mapping[str, Any]) -> None:
     """Copy a verified checkpoint, the directory `path` with the contents `state` of state.json, into the parts, in
     place. Raises UsageError for parts that do not fit. An average that the checkpoint lacks begins anew."""
-    files = {file.stem for file in path.iterdir() if file.suffix in (".safetensors", ".pt")}
+    files = {Path(name).stem for name in read_manifest(path)["files"] if name != STATE}
     if unknown := sorted(files - set(parts)):
         raise UsageError(
             f"{path} holds {', '.join(unknown)}, which this loop does not load: its parts are "

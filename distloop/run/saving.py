@@ -4,7 +4,7 @@ import copy
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ class HostBuffers:
     between the computations before and after; ready() waits for that."""
 
     def __init__(self) -> None:
-        self.buffers: dict[str, Tensor] = {}
+        self.buffers: dict[Hashable, Tensor] = {}
         self.event: torch.cuda.Event | None = None
 
-    def copy(self, key: str, tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    def copy(
+        self, key: Hashable, tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> Tensor:
         """A copy of `tensor` in the buffer of this key."""
         buffer = self.buffers.get(key)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
@@ -39,14 +41,14 @@ class HostBuffers:
             self.event = torch.cuda.Event()
         return buffer
 
-    def copy_tree(self, key: str, value: Any) -> Any:
+    def copy_tree(self, key: Hashable, value: Any) -> Any:
         """A copy of nested dicts and lists, with their tensors in buffers."""
         if isinstance(value, Tensor):
             return self.copy(key, value, torch.preserve_format)
         if isinstance(value, dict):
-            return {name: self.copy_tree(f"{key}/{name}", inner) for name, inner in value.items()}
+            return {name: self.copy_tree((key, name), inner) for name, inner in value.items()}
         if isinstance(value, (list, tuple)):
-            return type(value)(self.copy_tree(f"{key}/{place}", inner) for place, inner in enumerate(value))
+            return type(value)(self.copy_tree((key, place), inner) for place, inner in enumerate(value))
         return copy.deepcopy(value)
 
     def record(self) -> None:

@@ -44,14 +44,14 @@ def trial_batches(
         return
     samples = min(plan.micro_batch_size, plan.samples)
     example = example_batch(source, config.data, config.seed, getattr(torch, config.dtype), samples)
-    buffers = [buffer for model in models for buffer in model.buffers()]
-    before = [buffer.clone() for buffer in buffers]
+    before = [buffer.clone() for model in models for buffer in model.buffers()]
     for model in models:
         model.train()
     for _ in range(2):
         yield send_to_device(example, device)
     for model in models:
         model.zero_grad()
+    buffers = (buffer for model in models for buffer in model.buffers())  # now: a forward pass may assign others
     for buffer, value in zip(buffers, before, strict=True):
         buffer.copy_(value)
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distloop.data.order import Plan
-from distloop.errors import RunFailed
+from distloop.errors import RunFailed, UsageError
 
 MOST_UNREAD = 1000  # steps: a bound on what is kept where logging is rare
 
@@ -42,6 +42,10 @@ class FiniteCheck:
         attempts."""
         self.policy, self.scaler, self.plan = policy, scaler, plan
         self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+        if scaler is not None and len(self.optimizers) > 1:
+            raise UsageError(
+                "precision = 'fp16': its gradient scaler serves one optimizer, and this loop has several. Use bf16."
+            )
         self.skipped_steps = skipped_steps
         self.unread: list[Step] = []
         self.model = model

@@ -10,7 +10,7 @@ import pytest
 
 from distloop.config.load import load_config
 from distloop.data.datasets import fingerprint, load_data
-from distloop.run.directory import open_directory
+from distloop.run.directory import open_directory, record_start
 from distloop.run.lock import RunLock
 from distloop.run.status import RunStatus
 from tests.ranks import Ranks, train, wait_until, write_config
@@ -147,7 +147,8 @@ def test_an_extended_run_is_not_finished_from_the_moment_its_config_is_replaced(
     dataset = fingerprint(load_data(config.data).train)
     lock, status_file = RunLock(), RunStatus(True, total_steps=20)
     extended = dataclasses.replace(config, resume="extend")
-    open_directory(extended, lock, status_file, 1, dataset, None)  # and then it is killed
+    start = open_directory(extended, lock, status_file, 1, dataset, None)
+    record_start(start, extended, 1, None)  # and then it is killed
     lock.release()
     assert status(tmp_path / "runs" / "run")["state"] == "running"
     train(tmp_path, [*small(tmp_path), "--train.epochs", "4"]).check()

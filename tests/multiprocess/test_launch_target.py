@@ -149,7 +149,7 @@ def test_a_copy_of_this_version_says_nothing(tmp_path: Path) -> None:
     assert status(tmp_path / "runs" / "run")["reason"] == "all steps are done"
 
 
-GONE = ("    settle_buckets,\n)", "    settle_buckets,\n    gone_since,\n)")
+GONE = ("    trial_batches,\n)", "    trial_batches,\n    gone_since,\n)")
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
@@ -211,6 +211,23 @@ def test_own_settings_reach_the_loop_and_belong_to_what_the_run_trains(tmp_path:
     outcome = start(loop_file(tmp_path, own('{"alpha": 2.0, "note": "x"}'), scaled))
     assert outcome.returncode == 0
     assert "is finished" in outcome.stdout
+
+
+def test_an_extension_that_does_not_fit_the_checkpoint_changes_nothing(tmp_path: Path) -> None:
+    parts = "        state = run.load(parts)\n"
+    more = '        if config.own["more"]:\n            parts["more"] = build_model(config, data, task, device)\n'
+    file = loop_file(tmp_path, own('{"more": False}'), (parts, more + parts))
+    assert start(file).returncode == 0
+    run = tmp_path / "runs" / "run"
+    before = (run / "config.yaml").read_text()
+    outcome = start(file, "--own.more", "true", "--resume", "extend")
+    assert outcome.returncode == 2
+    assert "does not hold more, which this loop loads" in outcome.stdout
+    assert (run / "config.yaml").read_text() == before
+    assert not (run / "config_changes.jsonl").exists()
+    outcome = start(file)
+    assert outcome.returncode == 0, outcome.stdout
+    assert status(run)["state"] == "finished"
 
 
 def test_the_packages_loop_has_no_settings_of_its_own(tmp_path: Path) -> None:

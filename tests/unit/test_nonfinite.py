@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distloop.config.settings import Optim
 from distloop.data.order import Order, Plan
-from distloop.errors import RunFailed
+from distloop.errors import RunFailed, UsageError
 from distloop.training.nonfinite import MOST_UNREAD, FiniteCheck
 from distloop.training.optim import build_optimizer
 
@@ -259,3 +259,10 @@ def test_under_a_scaler_the_optimizer_gets_no_flag_of_ours() -> None:
     check.begin_step()
     check.before_update(0, INFINITE, [GOOD])
     assert not hasattr(optimizer, "found_inf")
+
+
+def test_a_gradient_scaler_serves_one_optimizer() -> None:
+    model = nn.Linear(2, 1)
+    optimizers = [torch.optim.SGD([parameter], lr=0.1) for parameter in model.parameters()]
+    with pytest.raises(UsageError, match="precision = 'fp16': its gradient scaler serves one optimizer"):
+        FiniteCheck("stop", model, optimizers, Scaler(), Plan(40, 4))

@@ -28,14 +28,14 @@ def test_a_setting_that_is_not_given_has_the_loops_default() -> None:
     [(0.2, 1, 1.0), (1, 2, 2), (True, False, False), ("a", "b", "b"), ([1], [], []), ({}, {"a": 1}, {"a": 1})],
 )
 def test_a_value_has_the_type_of_the_default(default: Any, given: Any, found: Any) -> None:
-    value = own({"key": given}, key=default)["key"]
+    value = own({"value": given}, value=default)["value"]
     assert value == found
     assert type(value) is type(default)
 
 
 @pytest.mark.parametrize("given", [1, "text", None, [2.5], {"a": True}])
 def test_a_default_of_none_takes_any_value(given: Any) -> None:
-    assert own({"key": given}, key=None) == {"key": given}
+    assert own({"value": given}, value=None) == {"value": given}
 
 
 @pytest.mark.parametrize(
@@ -44,17 +44,17 @@ def test_a_default_of_none_takes_any_value(given: Any) -> None:
 )
 def test_a_value_of_another_type_is_refused(default: Any, given: Any) -> None:
     with pytest.raises(UsageError) as refusal:
-        own({"key": given}, key=default)
+        own({"value": given}, value=default)
     assert str(refusal.value) == (
-        f"own.key = {given!r} is of type {type(given).__name__}; the loop's default, {default!r}, "
+        f"own.value = {given!r} is of type {type(given).__name__}; the loop's default, {default!r}, "
         f"is of type {type(default).__name__}."
     )
 
 
-@pytest.mark.parametrize("default", [(1, 2), {1, 2}, object, {1: 2}, [float("nan")], b"x"])
+@pytest.mark.parametrize("default", [(1, 2), {1, 2}, object, {1: 2}, [float("nan")], float("inf"), b"x"])
 def test_a_default_that_a_config_file_cannot_hold_is_refused(default: Any) -> None:
-    with pytest.raises(UsageError, match=r"own=\{'key': …\}: a default is a number, text"):
-        own({}, key=default)
+    with pytest.raises(UsageError, match=r"own=\{'value': …\}: a default is a finite number, text"):
+        own({}, value=default)
 
 
 def test_a_setting_that_the_loop_does_not_declare_is_refused_with_the_nearest_name() -> None:
@@ -116,3 +116,20 @@ def test_a_loops_own_settings_are_checked_wherever_they_are_given() -> None:
     for arguments in (["--own", "{gamma: 1}"], ["--own.gamma", "1"]):
         with pytest.raises(UsageError, match=r"own\.gamma = 1: the loop declares no such setting"):
             load_config(arguments, own={"alpha": 0.2})
+
+
+@pytest.mark.parametrize("given", [float("inf"), float("-inf"), float("nan"), [float("inf")]])
+def test_a_number_that_json_lacks_is_refused(given: Any) -> None:
+    with pytest.raises(UsageError, match=r"own\.value = .*: give finite numbers"):
+        own({"value": given}, value=None)
+
+
+@pytest.mark.parametrize("setting", [{"token": "attention"}, {"note": "ghp_0123456789abcdefghijABCDEFGHIJ012345"}])
+def test_what_would_not_be_recorded_as_it_is_is_refused(setting: dict[str, str]) -> None:
+    """A resume with another value would train differently without a word: both are *** in config.yaml."""
+    (name,) = setting
+    with pytest.raises(UsageError, match=rf"own\.{name}: its name or value looks like a secret"):
+        own(setting, **{name: "x"})
+    with pytest.raises(UsageError, match=rf"own\.{name}: its name or value looks like a secret"):
+        own({}, **setting)
+    assert own({"token_count": 3}, token_count=1) == {"token_count": 3}

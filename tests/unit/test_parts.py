@@ -264,3 +264,31 @@ def test_weights_to_start_from_are_those_of_the_part_model(tmp_path: Path) -> No
     assert torch.equal(load_file(path / "model.safetensors")["0.weight"], after["model"][0].weight)
     with pytest.raises(UsageError, match="init_from: this loop has no part named model, but generator"):
         load_start(start(None, path / "model.safetensors"), {"generator": nn.Linear(1, 1)})
+
+
+def test_weights_to_start_from_fit_a_model_inside_ddp_and_not_a_part_that_is_none(tmp_path: Path) -> None:
+    path = save(tmp_path, linear()) / "model.safetensors"
+    with pytest.raises(UsageError, match="init_from: this loop has no part named model, but model, optimizer"):
+        load_start(start(None, path), {**linear(), "model": None})
+
+
+def test_a_scheduler_of_pytorch_is_refused() -> None:
+    parts = linear()
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(parts["optimizer"], 0.5)
+    with pytest.raises(UsageError, match="parts: scheduler is a learning-rate scheduler of PyTorch"):
+        check_parts({**parts, "scheduler": scheduler})
+
+
+def test_a_state_that_is_not_plain_any_more_is_refused_when_it_is_saved(tmp_path: Path) -> None:
+    parts = {**linear(), "patience": Patience(0.5)}
+    check_parts(parts)
+    parts["patience"].waited = np.float64(0.5)
+    with pytest.raises(UsageError, match=r"parts: patience\.state_dict\(\) is not plain data"):
+        save(tmp_path, parts)
+
+
+def test_another_file_in_a_checkpoint_is_nobodys_business(tmp_path: Path) -> None:
+    path = save(tmp_path, linear())
+    torch.save({}, path / "export.pt")
+    verify(path)
+    load(path, linear())
