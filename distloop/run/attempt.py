@@ -26,7 +26,7 @@ from distloop.run.checkpoint import LoopState
 from distloop.run.clock import Clock
 from distloop.run.directory import open_directory, record_start
 from distloop.run.failures import FailureRecords
-from distloop.run.files import CHECKPOINTS, FAILURES, METRICS
+from distloop.run.files import CHECKPOINTS, FAILURES, METRICS, Start
 from distloop.run.lock import RunLock
 from distloop.run.parts import Parts, check_parts, load_start
 from distloop.run.provenance import LoopSource
@@ -47,7 +47,6 @@ class Attempt(AttemptBase):
         self.status = RunStatus(ranks.is_main, plan.total_steps, best.rule, self.check_ownership)
         self.is_open = self.is_closed = False
         self.finished_because: str | None = None
-        self.stop_reason: StopReason | None = None  # after load(): FINISHED if one was killed that had called finish()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -59,16 +58,19 @@ class Attempt(AttemptBase):
     def end_step(self, step: int) -> StopReason | None:
         """Call it after each step; `step`: how many are done. Returns why all ranks stop now; None: go on."""
         self.clock.add(self.plan.sample_count(step - 1))
-        return StopReason.FINISHED if self.finished_because else self.agreement.reached()
+        return self.stop_reason or self.agreement.reached()
+
+    @property
+    def stop_reason(self) -> StopReason | None:
+        """FINISHED once finish() was called, in this attempt or in one that was killed before it said so."""
+        return StopReason.FINISHED if self.finished_because else None
 
     def load(self, parts: Parts) -> LoopState:
         """Load the run's newest good checkpoint, else the weights of --init-from, else none; returns the loop's state.
         `parts`: modules, optimizers, objects with state_dict() or None, by name; they are changed in place. Raises
-        UsageError for parts that do not fit the checkpoint, or that could not be saved."""
+        UsageError for parts that do not fit the checkpoint, or could not be saved."""
         self.start.messages.extend(check_parts(parts))
-        state, finished_because = load_start(self.start, parts)
-        if finished_because:
-            self.stop_reason = self.finish(finished_because)
+        state, self.finished_because = load_start(self.start, parts)
         self.best.row = self.status.best = state.best
         if self.start.changes and self.ranks.is_main:
             record_start(self.start, self.config, self.ranks.world_size, self.loop)
@@ -80,9 +82,8 @@ class Attempt(AttemptBase):
         self.saver.save(parts, state, more)
 
     def finish(self, reason: str) -> StopReason:
-        """End the run after this step as finished, although steps are left: returns what to set stop_reason to. All
-        ranks call it after the same step, since they decide by numbers that are the same on all, as validate()'s are.
-        The loop then saves, and the same command says that the run is finished, and why."""
+        """End the run after this step as finished: returns what to set stop_reason to, before the loop saves. All ranks
+        call it alike: they decide by numbers that are the same on all, as validate()'s are."""
         self.finished_because = reason
         return StopReason.FINISHED
 
@@ -98,9 +99,9 @@ class Attempt(AttemptBase):
             raise RunFailed(f"Stopped after step {step} (checkpoint.on_failure): a checkpoint could not be written.")
         if self.ranks.is_main:
             (self.path / STOP).unlink(missing_ok=True)
-        why = self.finished_because if step < self.plan.total_steps else None
-        self.status.end(*(("stopped", stopped_by.text) if stopped_by else ("finished", why or "all steps are done")))
-        self.accounts.write("stopped" if stopped_by else "finished")
+        state = "stopped" if stopped_by else "finished"
+        self.status.end(state, stopped_by.text if stopped_by else self.finished_because or "all steps are done")
+        self.accounts.write(state)
         self.agreement.close()
         self.ranks.stopped_by = stopped_by
 
@@ -116,18 +117,14 @@ class Attempt(AttemptBase):
 
     def _open(self) -> None:
         config, ranks, data = self.config, self.ranks, self.source.train
-        self.loop = loop = LoopSource.of(ranks.position.code.co_filename) if ranks.position.code else None
+        self.loop = LoopSource.of(ranks.position.code) if ranks.is_main else None
         self.start = start = ranks.from_main(
-            lambda: open_directory(config, self.lock, self.status, ranks.world_size, fingerprint(data), loop)
+            lambda: open_directory(config, self.lock, self.status, ranks.world_size, fingerprint(data), self.loop)
         )
         self.is_finished = start.finished  # before this attempt
         if self.is_finished:
             if ranks.is_main:
-                early = "" if start.step == self.plan.total_steps else f" after step {start.step}: {start.messages[0]}"
-                say(
-                    f"{self.path} is finished{early}; its metrics are in {self.path / METRICS}. "
-                    "--name NAME trains another run, --resume extend --train.epochs N goes on with this one."
-                )
+                _say_finished(start, self.plan.total_steps)
             return
         self.status.start = start
         self.records = FailureRecords(self.path / FAILURES, start.attempt, ranks.rank)
@@ -184,6 +181,14 @@ class Attempt(AttemptBase):
             say(f"distloop: {self.path} was taken over by {taken_over_by}; ending here.")
             self.ranks.roll_call.leave("its run directory was taken over")
             end_at_once(1)
+
+
+def _say_finished(start: Start, total_steps: int) -> None:
+    early = "" if start.step == total_steps else f" after step {start.step}: {start.messages[0]}"
+    say(
+        f"{start.path} is finished{early}; its metrics are in {start.path / METRICS}. "
+        "--name NAME trains another run, --resume extend --train.epochs N goes on with this one."
+    )
 
 
 open_run = Attempt  # for train(): with open_run(…) as run

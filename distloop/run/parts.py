@@ -125,6 +125,7 @@ def contents_of(parts: Parts, buffers: Any) -> tuple[dict[str, Weights], dict[st
     weights: dict[str, Weights] = {}
     others: dict[str, Any] = {}
     state: dict[str, Any] = {"scaler": None, "averaged_steps": 0}
+    names = names_of_parameters(parts)
     for name, part in existing(parts):
         if isinstance(part, nn.Module):
             weights[name] = weights_of(without_average(part), buffers.copy, f"{name}/")
@@ -135,7 +136,7 @@ def contents_of(parts: Parts, buffers: Any) -> tuple[dict[str, Weights], dict[st
         else:
             others[name] = buffers.copy_tree(name, part.state_dict())
             if isinstance(part, Optimizer):
-                others[name] |= {"kind": kind_of(part), "parameters": groups_of(part, names_of_parameters(parts))}
+                others[name] |= {"kind": kind_of(part), "parameters": groups_of(part, names)}
             else:
                 check_plain(name, others[name])  # at each save: a number may have become NumPy's
     return weights, others, state

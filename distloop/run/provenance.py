@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,14 +42,17 @@ class LoopSource(NamedTuple):
     text: str  # without secrets
 
     @classmethod
-    def of(cls, path: str) -> "LoopSource | None":
-        """Read the file; None if there is none, as for a loop that is typed in."""
+    def of(cls, code: types.CodeType | None) -> "LoopSource | None":
+        """Read the file that the code is from; None if there is none, as for a loop that is typed in."""
+        if code is None:
+            return None
+        path = Path(code.co_filename)
         try:
-            content = Path(path).read_bytes()
+            content = path.read_bytes()
         except OSError:
             return None
         text = clean_text(content.decode(errors="replace"))
-        return cls(str(Path(path).resolve()), hashlib.sha256(content).hexdigest(), text)
+        return cls(str(path.resolve()), hashlib.sha256(content).hexdigest(), text)
 
 
 def environment(world_size: int, git: GitFacts, loop: LoopSource | None) -> dict[str, Any]:

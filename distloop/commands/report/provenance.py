@@ -18,9 +18,8 @@ HEAD_OF_FAILURE = ("rank", "node", "step", "phase", "what", "traceback", "others
 def config(record: Record) -> dict[str, Any]:
     """The settings that differ from their defaults, and all settings."""
     settings = dotted(content_of(record.config))
-    defaults = {"own": {}} | dotted(
-        json.loads(json.dumps(flatten(Config())))
-    )  # with lists for tuples, as in a YAML file
+    as_in_a_file = json.loads(json.dumps(flatten(Config())))  # with lists for tuples
+    defaults = {"own": {}} | dotted(as_in_a_file)
     changed = [key for key in settings if key not in KEYS_OF_ONE_RUN and settings[key] != defaults.get(key)]
     return {"settings": settings, "defaults": defaults, "changed": changed}
 
