@@ -20,8 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.failing_code import FAILING_STEP, ways_to_fail
-from tests.ranks import REPOSITORY, accelerate_launch, clean_environment, write_config
+from tests.lab.failing import FAILING_STEP, ways_to_fail
+from tests.tools.ranks import REPOSITORY, accelerate_launch, clean_environment, write_config
 
 WAYS = ("raise", "kill", "os._exit", "segfault", "suspend", "loop")
 LIMIT = 10
@@ -54,7 +54,7 @@ def fail(ours: bool, how: str, rank: int, processes: int) -> tuple[float, bool]:
         folder = Path(name)
         environment = {**clean_environment(), "FAIL": f"forward {how} {rank}", "ACCELERATE_USE_CPU": "true"}
         if ours:
-            code = "tests.failing_code"
+            code = "tests.lab.failing"
             config = {
                 "data": {"name": f"{code}:points"},
                 "model": {"name": "linear"},

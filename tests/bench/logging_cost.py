@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import clean_environment
+from tests.tools.ranks import clean_environment
 
 BATCH, WARM_UP, EVERY, TYPICAL_STEP = 64, 200, 20, 3000.0  # steps between two rows; us
 MODES: dict[str, list[str]] = {

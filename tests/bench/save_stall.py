@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import clean_environment, free_port, rank_environment
+from tests.tools.ranks import clean_environment, free_port, rank_environment
 
 LAYERS, WIDTH = 24, 2048  # 24 × (2048 × 2048 + 2048) = 100.7 million
 

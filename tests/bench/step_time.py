@@ -18,7 +18,7 @@ import tempfile
 import time
 import warnings
 
-from tests.ranks import clean_environment, free_port, rank_environment
+from tests.tools.ranks import clean_environment, free_port, rank_environment
 
 BATCH, WARM_UP = 64, 100
 

@@ -29,9 +29,9 @@ from distloop.run.checkpoint import (
     verify,
 )
 from distloop.run.metrics import MetricsFile
-from tests.crash_code import limit_files, make_read_only, make_writable, mount, mount_is_allowed, no_limit
-from tests.ranks import Outcome, Ranks, train, wait_until, write_config
-from tests.records import largest_difference, rows, status, weights
+from tests.lab.crashing import limit_files, make_read_only, make_writable, mount, mount_is_allowed, no_limit
+from tests.tools.ranks import Outcome, Ranks, train, wait_until, write_config
+from tests.tools.records import largest_difference, rows, status, weights
 
 # A checkpoint is 105 kB of weights, 210 kB of optimizer and three small files. They are due after 5, 10, 15, … steps.
 SETTINGS: dict[str, Any] = {
@@ -49,7 +49,7 @@ def arguments(folder: Path, steps: int = STEPS, **checkpoint: Any) -> list[str]:
         **SETTINGS,
         "train": {"steps": steps},
         "checkpoint": {"every_steps": 5, **checkpoint},
-        "task": "tests.crash_code:NoRoom",
+        "task": "tests.lab.crashing:NoRoom",
     }
     return ["--config", str(write_config(folder, settings))]
 
@@ -425,7 +425,7 @@ def test_a_run_does_not_run_code_that_is_in_its_checkpoint(
 
 
 def test_what_a_killed_save_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
-    task = {"name": "tests.crash_code:Waiting", "args": {"at": 2, "file": str(tmp_path / "go")}}
+    task = {"name": "tests.lab.crashing:Waiting", "args": {"at": 2, "file": str(tmp_path / "go")}}
     settings = {**SETTINGS, "train": {"steps": 9}, "checkpoint": {"every_steps": 3}, "task": task}
     folder = tmp_path / "runs" / "run" / "checkpoints"
     for leftover in (".writing_step_00000003", ".replaced_step_00000002", ".writing_step_00000099"):

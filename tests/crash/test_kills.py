@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from distloop.run.checkpoint import verify
-from tests.kills import await_moment, has_reached, last_row, newest_step, saves_under_way, started_from
-from tests.ranks import Ranks, train, wait_until, write_config
-from tests.records import found, largest_difference, rows, status, weights
+from tests.tools.kills import await_moment, has_reached, last_row, newest_step, saves_under_way, started_from
+from tests.tools.ranks import Ranks, train, wait_until, write_config
+from tests.tools.records import found, largest_difference, rows, status, weights
 
 KILLS, IN_START_UP, IN_SAVE = 20, 4, 9  # of the last ones a few may come too late, when the save has just ended
 STEPS = 300

@@ -18,15 +18,15 @@ import pytest
 from distloop.errors import UsageError
 from distloop.run import lock as lock_module
 from distloop.run.lock import LOCK, RunLock
-from tests.ranks import Ranks, train, wait_until, write_config
-from tests.records import rows, status
+from tests.tools.ranks import Ranks, train, wait_until, write_config
+from tests.tools.records import rows, status
 
 # ---- whole runs --------------------------------------------------------------------------------------------------
 
 
 def waiting_run(folder: Path, at: int = 3, **settings: Any) -> list[str]:
     """A run that waits after the update of step `at` for the file `go`."""
-    task = {"name": "tests.crash_code:Waiting", "args": {"at": at, "file": str(folder / "go")}}
+    task = {"name": "tests.lab.crashing:Waiting", "args": {"at": at, "file": str(folder / "go")}}
     base = {"data": "digits", "model": "mlp", "train": {"steps": 9}, "checkpoint": {"every_steps": 2}}
     return ["--config", str(write_config(folder, {**base, "log": {"every_steps": 1}, "task": task, **settings}))]
 
@@ -143,7 +143,7 @@ def test_the_lock_is_gone_when_the_run_is_over(tmp_path: Path, how: str) -> None
     assert [str(path) for path in runs.rglob("*lock*")] == []
 
 
-FAILING = {"task": "tests.failing_code:FailingTask", "train": {"steps": 5}}
+FAILING = {"task": "tests.lab.failing:FailingTask", "train": {"steps": 5}}
 
 
 @pytest.mark.parametrize("text", ["", "not JSON", "{}", "[1]", "\x00\xff", '{"processes": "SAME"}'])

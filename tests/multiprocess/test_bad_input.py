@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from distloop.data.order import Order
-from tests.bad_user_code import SAMPLES, WRONG_LABEL
-from tests.ranks import REPOSITORY, Outcome, accelerate_launch, command, train, write_config
+from tests.lab.wrong import SAMPLES, WRONG_LABEL
+from tests.tools.ranks import REPOSITORY, Outcome, accelerate_launch, command, train, write_config
 
 BASE: dict[str, Any] = {
     "device": "cpu",
@@ -21,7 +21,7 @@ BASE: dict[str, Any] = {
     "train": {"steps": 4},
     "log": {"every_steps": 1},
 }
-USER = "tests.bad_user_code"
+USER = "tests.lab.wrong"
 OWN_DATA = {"data": f"{USER}:rows", "task": "classification"}
 # Where there is internet, a download has to fail all the same: nothing listens on this port.
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
@@ -100,7 +100,7 @@ MISTAKES = {
     ),
     "a module that does not import": Mistake(
         ("model.name", "RuntimeError: the user's module is broken", "bad_user_code_that_fails.py, line 3"),
-        {"model": "tests.bad_user_code_that_fails:net"},
+        {"model": "tests.lab.raises_at_import:net"},
     ),
     "no such attribute": Mistake(
         (f"data.name = '{USER}:rowz'", "no callable 'rowz'", "Did you mean 'rows'"), {"data": f"{USER}:rowz"}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.ranks import train
+from tests.tools.ranks import train
 
 BEFORE = Path(__file__).resolve().parent.parent / "begun_before"
 FINISHED = "runs/begun_before/checkpoints/step_00000069"

@@ -13,8 +13,8 @@ from distloop.data.datasets import fingerprint, load_data
 from distloop.run.directory import open_directory, record_start
 from distloop.run.lock import RunLock
 from distloop.run.status import RunStatus
-from tests.ranks import Ranks, train, wait_until, write_config
-from tests.records import largest_difference, losses, rows, status, weights
+from tests.tools.ranks import Ranks, train, wait_until, write_config
+from tests.tools.records import largest_difference, losses, rows, status, weights
 
 # Everything that could carry a state: augmentation, BatchNorm, dropout, momentum, accumulation, clipping.
 SETTINGS = {
@@ -156,7 +156,7 @@ def test_an_extended_run_is_not_finished_from_the_moment_its_config_is_replaced(
 
 
 def test_data_of_another_size_is_refused(tmp_path: Path) -> None:
-    settings = {"data": {"name": "tests.small_code:points", "args": {"samples": 16}}, "batch": {"global_size": 4}}
+    settings = {"data": {"name": "tests.lab.points:points", "args": {"samples": 16}}, "batch": {"global_size": 4}}
     arguments = small(tmp_path, **settings)
     train(tmp_path, arguments).check()
     (tmp_path / "runs" / "run" / "status.json").unlink()  # as if it had been killed
@@ -190,7 +190,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_says_so_in_its_status(tmp_path: Path) -> None:
-    outcome = train(tmp_path, small(tmp_path, task="tests.failing_code:FailingTask", train={"steps": 5}))
+    outcome = train(tmp_path, small(tmp_path, task="tests.lab.failing:FailingTask", train={"steps": 5}))
     assert outcome.codes == [1]
     assert status(tmp_path / "runs" / "run")["state"] == "failed"
     assert "the third step is too much" in status(tmp_path / "runs" / "run")["reason"]

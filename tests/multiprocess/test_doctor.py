@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.crash_code import make_read_only, make_writable, mount_is_allowed
+from tests.lab.crashing import make_read_only, make_writable, mount_is_allowed
 from tests.multiprocess.test_launch_forms import ACCELERATE, QUIET, WRONG_FORMS
-from tests.ranks import (
+from tests.tools.ranks import (
     REPOSITORY,
     accelerate_launch,
     clean_environment,

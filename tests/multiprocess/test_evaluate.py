@@ -14,10 +14,10 @@ from torch import nn
 from distloop.run.checkpoint import Snapshot, publish
 from distloop.run.parts import contents_of
 from distloop.run.saving import HostBuffers
-from tests.ranks import accelerate_launch, command, train, write_config
-from tests.records import found, rows
+from tests.tools.ranks import accelerate_launch, command, train, write_config
+from tests.tools.records import found, rows
 
-BATCH_NORM = "tests.evaluate_code:Net"
+BATCH_NORM = "tests.lab.evaluating:Net"
 CPU = {"ACCELERATE_USE_CPU": "true"}
 
 
@@ -70,7 +70,7 @@ def test_another_checkpoint_of_a_run_that_was_moved_and_other_data(tmp_path: Pat
     moved = run.rename(tmp_path / "elsewhere")
     found = evaluate(tmp_path, 1, str(moved / "checkpoints" / f"step_{first['step']:08d}"))
     assert (found["step"], found["loss"], found["accuracy"]) == (first["step"], first["loss"], first["accuracy"])
-    other = evaluate(tmp_path, 1, "elsewhere", "--data.name", "tests.evaluate_code:noise")
+    other = evaluate(tmp_path, 1, "elsewhere", "--data.name", "tests.lab.evaluating:noise")
     assert other["samples"] == 100
     assert other["loss"] != last_validation(moved)["loss"]
 

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from distloop.run.checkpoint import published_in, step_of, verify
-from tests.ranks import Outcome, train, write_config
-from tests.records import found, largest_difference, losses, rows, status, weights
-from tests.resume_code import stop_in_call, store_points
+from tests.lab.resuming import stop_in_call, store_points
+from tests.tools.ranks import Outcome, train, write_config
+from tests.tools.records import found, largest_difference, losses, rows, status, weights
 
 # Everything that could carry a state: augmentation, BatchNorm, dropout, moments, accumulation, clipping, averaging.
 SETTINGS: dict[str, Any] = {
     "data": "digits",
     "model": {"name": "cnn", "args": {"width": 8, "norm": "batch", "dropout": 0.3}},
-    "task": "tests.resume_code:StoppedClassification",
+    "task": "tests.lab.resuming:StoppedClassification",
     "optim": {"name": "adamw", "clip_norm": 1.0, "ema_decay": 0.99},
     "batch": {"global_size": 64, "micro_size": 8},
     "train": {"steps": 36},
@@ -32,7 +32,7 @@ STEPS_PER_EPOCH = 22
 SMALL: dict[str, Any] = {
     "data": "diabetes",
     "model": "linear",
-    "task": "tests.resume_code:StoppedRegression",
+    "task": "tests.lab.resuming:StoppedRegression",
     "log": {"every_steps": 1},
 }
 
@@ -137,14 +137,19 @@ def test_any_run_that_is_stopped_twice_continues_to_the_same_bits(
 
 
 LANGUAGE_MODEL = {
-    "data": {"name": "tests.user_code:lines", "collate": "tests.user_code:pad", "args": {"samples": 320}, "workers": 0},
-    "model": "tests.user_code:LanguageModel",
-    "task": "tests.resume_code:StoppedNextLetter",
+    "data": {
+        "name": "tests.lab.user_code:lines",
+        "collate": "tests.lab.user_code:pad",
+        "args": {"samples": 320},
+        "workers": 0,
+    },
+    "model": "tests.lab.user_code:LanguageModel",
+    "task": "tests.lab.resuming:StoppedNextLetter",
     "batch": {"global_size": 16, "micro_size": 4},
     "train": {"steps": 16},
     "validate": {"every_steps": 8},
 }
-CHANNELS_LAST = {"model": "tests.resume_code:channels_last", "train": {"steps": 30}}
+CHANNELS_LAST = {"model": "tests.lab.resuming:channels_last", "train": {"steps": 30}}
 # 1437 samples make 13 steps of 104 and one of 85, which two ranks share unevenly; in that one the signal comes.
 SHORT_STEPS = {"batch": {"global_size": 104, "micro_size": 26, "remainder": "train"}, "train": {"steps": 34}}
 SGD = {"name": "sgd", "lr": 0.05, "ema_decay": 0.9}
@@ -203,9 +208,9 @@ def test_four_two_one_and_three_ranks_continue_one_run_with_the_same_samples_in_
     (tmp_path / "seen").mkdir()
     settings = {
         **SETTINGS,
-        "data": "tests.resume_code:indexed_digits",
+        "data": "tests.lab.resuming:indexed_digits",
         "model": {"name": "mlp", "args": {"hidden": 32}},
-        "task": {"name": "tests.resume_code:RecordedClassification", "args": {"folder": "seen"}},
+        "task": {"name": "tests.lab.resuming:RecordedClassification", "args": {"folder": "seen"}},
         "dtype": "float64",
         "batch": {"global_size": 24, "micro_size": 6},
         "train": {"steps": 150},
@@ -261,7 +266,7 @@ def test_a_run_that_was_moved_continues_from_its_directory_alone(tmp_path: Path)
 
 
 def test_data_of_other_contents_is_refused_or_recorded(tmp_path: Path) -> None:
-    data = {"name": "tests.resume_code:stored_points", "args": {"file": "points.pt"}}
+    data = {"name": "tests.lab.resuming:stored_points", "args": {"file": "points.pt"}}
     settings = {**SMALL, "data": data, "batch": {"global_size": 4}, "train": {"epochs": 50}}
     arguments = ["--config", str(write_config(tmp_path, settings)), "--name", "run"]
     store_points(tmp_path / "points.pt", seed=1)

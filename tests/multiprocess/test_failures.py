@@ -15,10 +15,10 @@ import pytest
 
 from distloop.run.checkpoint import newest_good, published_in, step_of, verify
 from distloop.run.lock import RunLock
-from tests.failing_code import FAILING_STEP, GLOBAL_BATCH
-from tests.ranks import Outcome, Ranks, train, wait_until, write_config
-from tests.records import rows, status
-from tests.stopping import check_nothing_runs
+from tests.lab.failing import FAILING_STEP, GLOBAL_BATCH
+from tests.tools.ranks import Outcome, Ranks, train, wait_until, write_config
+from tests.tools.records import rows, status
+from tests.tools.stopping import check_nothing_runs
 
 STEPS = 12
 LIMIT = 5  # ddp.timeout_seconds
@@ -94,11 +94,11 @@ def cases() -> list[Any]:
 
 
 def failing_run(folder: Path, **changes: Any) -> list[str]:
-    """The arguments of a run of tests.failing_code, for RUN in `folder`."""
+    """The arguments of a run of tests.lab.failing, for RUN in `folder`."""
     settings: dict[str, Any] = {
-        "data": {"name": "tests.failing_code:points", "workers": 0},
-        "model": {"name": "tests.failing_code:linear"},
-        "task": {"name": "tests.failing_code:Failing"},
+        "data": {"name": "tests.lab.failing:points", "workers": 0},
+        "model": {"name": "tests.lab.failing:linear"},
+        "task": {"name": "tests.lab.failing:Failing"},
         "device": "cpu",
         "batch": {"global_size": GLOBAL_BATCH},
         "train": {"steps": STEPS},
@@ -168,7 +168,7 @@ def check_said(outcome: Outcome, rank: int, where: str, says: str, trace: str) -
 def test_who_failed_first_is_named_and_the_next_start_continues(tmp_path: Path, case: Case) -> None:
     place, how, culprit, world_size = case
     workers = 2 if place == "worker" or how in ("kill", "segfault") else 0  # which have copies of all sockets
-    data = {"name": "tests.failing_code:points", "workers": workers}
+    data = {"name": "tests.lab.failing:points", "workers": workers}
     arguments = failing_run(tmp_path, data=data)
     with FailingRanks(tmp_path, arguments, world_size, fail(place, how, culprit)) as ranks:
         outcome = join_the_living(ranks, culprit if how == "suspend" else None)
@@ -229,9 +229,9 @@ def test_a_users_mistake_on_one_rank_in_mid_run_is_said_once_with_exit_code_2(
     arguments = failing_run(tmp_path)
     with FailingRanks(tmp_path, arguments, world_size, fail("forward", "mistake", rank)) as ranks:
         outcome = join_the_living(ranks)
-    ended_by_mistake(outcome, "distloop: tests.failing_code: this is used wrongly; use it rightly.")
+    ended_by_mistake(outcome, "distloop: tests.lab.failing: this is used wrongly; use it rightly.")
     assert status(run_of(tmp_path))["state"] == "failed"
-    assert status(run_of(tmp_path))["reason"] == "tests.failing_code: this is used wrongly; use it rightly."
+    assert status(run_of(tmp_path))["reason"] == "tests.lab.failing: this is used wrongly; use it rightly."
     check_continues(tmp_path, arguments, world_size)
 
 

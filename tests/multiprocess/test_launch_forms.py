@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.ranks import REPOSITORY, accelerate_launch, command, free_port, rank_environment, train, write_config
-from tests.records import losses
+from tests.tools.ranks import REPOSITORY, accelerate_launch, command, free_port, rank_environment, train, write_config
+from tests.tools.records import losses
 
 SETTINGS = {
     "data": "diabetes",

@@ -16,25 +16,25 @@ import pytest
 import yaml
 
 from distloop.run.checkpoint import published_in, verify
-from tests.launching import LAUNCH, at_once, failing_line, machines, own_loop, script
-from tests.ranks import Ranks, command, free_port, train, write_config
-from tests.records import losses, rows, status
-from tests.stopping import check_nothing_runs, check_stopped, reached, run_of, waiting_run
+from tests.tools.launching import LAUNCH, at_once, failing_line, machines, own_loop, script
+from tests.tools.ranks import Ranks, command, free_port, train, write_config
+from tests.tools.records import losses, rows, status
+from tests.tools.stopping import check_nothing_runs, check_stopped, reached, run_of, waiting_run
 
 STEPS = 30
 SETTINGS: dict[str, Any] = {
     "data": "digits",
     "model": {"name": "mlp", "args": {"hidden": 32, "layers": 1}},
-    "task": "tests.launch_code:Noting",
+    "task": "tests.lab.launched:Noting",
     "optim": {"name": "sgd", "lr": 0.1},
     "batch": {"global_size": 64},
     "train": {"steps": STEPS},
     "log": {"every_steps": 1},
 }
 FAILING = {
-    "data": {"name": "tests.failing_code:points", "workers": 0},
+    "data": {"name": "tests.lab.failing:points", "workers": 0},
     "model": "linear",
-    "task": "tests.failing_code:Failing",
+    "task": "tests.lab.failing:Failing",
     "batch": {"global_size": 16},
     "train": {"steps": 100000},  # which a rank that is left would go on with
 }
@@ -248,8 +248,8 @@ def test_debug_is_a_few_steps_of_one_process_each_logged_with_anomaly_detection(
 
 @pytest.mark.long
 def test_debug_shows_the_whole_traceback_of_a_mistake_in_the_users_code(tmp_path: Path) -> None:
-    settings = {**SETTINGS, "model": "linear", "task": "tests.failing_code:Failing"}
-    settings["data"] = {"name": "tests.failing_code:points", "workers": 2}
+    settings = {**SETTINGS, "model": "linear", "task": "tests.lab.failing:Failing"}
+    settings["data"] = {"name": "tests.lab.failing:points", "workers": 2}
     words = [
         *script("debug.sh", TMPDIR=tmp_path, FAIL="data raise 0"),
         "--config",
@@ -259,7 +259,7 @@ def test_debug_shows_the_whole_traceback_of_a_mistake_in_the_users_code(tmp_path
     assert done.returncode != 0
     assert done.stdout.count("Traceback") == 1, done.stdout  # in one piece, not from a loader worker, nor a launcher's
     trace = done.stdout[done.stdout.index("Traceback") :]
-    order = ["train.py", "failing_code.py", "in ways_to_fail", "ValueError: a value that nobody likes"]
+    order = ["train.py", "failing.py", "in ways_to_fail", "ValueError: a value that nobody likes"]
     places = [trace.index(text) for text in order]
     assert places == sorted(places)
 
@@ -364,7 +364,7 @@ def test_machines_that_were_given_different_numbers_of_processes_say_so(tmp_path
 
 @pytest.mark.parametrize("world_size", [8, pytest.param(16, marks=pytest.mark.long)])
 def test_many_ranks_start_train_stop_and_continue(tmp_path: Path, world_size: int) -> None:
-    data = {"name": "tests.stopping_code:points", "workers": 0}
+    data = {"name": "tests.lab.stopping:points", "workers": 0}
     words = waiting_run(tmp_path, data=data, validate={"every_steps": 8, "batch_size": 1})
     with Ranks(tmp_path, words, world_size) as ranks:
         reached(tmp_path, 4)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from distloop import __version__
 from distloop.commands.reading import read_run
-from tests.ranks import (
+from tests.tools.ranks import (
     REPOSITORY,
     accelerate_launch,
     clean_environment,
@@ -27,10 +27,10 @@ from tests.ranks import (
     wait_until,
     write_config,
 )
-from tests.records import found, rows, status
+from tests.tools.records import found, rows, status
 
 SMALL: dict[str, Any] = {
-    "data": "tests.small_code:points",
+    "data": "tests.lab.points:points",
     "model": "linear",
     "task": "regression",
     "batch": {"global_size": 4},
@@ -92,7 +92,7 @@ def test_the_untouched_copy_trains_to_the_packages_bits_through_a_stop_and_a_res
     folder.mkdir()
     done = command([sys.executable, "-m", "distloop.commands.cli", "copy", "my_train.py"], folder)
     assert done.returncode == 0, done.stdout
-    task = {"name": "tests.crash_code:Waiting", "args": {"at": 13, "file": str(folder / "go")}}
+    task = {"name": "tests.lab.crashing:Waiting", "args": {"at": 13, "file": str(folder / "go")}}
     waiting = write_config(folder, {**COPIED, "task": task})
     words = [sys.executable, "my_train.py", "--config", str(waiting)]
     for attempt in (1, 2):

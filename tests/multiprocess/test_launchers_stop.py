@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from distloop.run.checkpoint import published_in, step_of, verify
-from tests.launching import machines, script
-from tests.ranks import accelerate_launch, clean_environment, wait_until
-from tests.records import rows, status
-from tests.stopping import NOTICE, check_nothing_runs, processes_of, reached, run_of, waiting_run
+from tests.tools.launching import machines, script
+from tests.tools.ranks import accelerate_launch, clean_environment, wait_until
+from tests.tools.records import rows, status
+from tests.tools.stopping import NOTICE, check_nothing_runs, processes_of, reached, run_of, waiting_run
 
 TRAIN = [sys.executable, "-m", "distloop.train"]
 CPU = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}

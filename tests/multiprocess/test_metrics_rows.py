@@ -11,7 +11,7 @@ import pytest
 import distloop
 from distloop.commands.report import rows as report_rows
 from distloop.run.metrics import KEYS_OF_EVERY_ROW, KEYS_OF_KIND, LOGGED
-from tests.ranks import train, write_config
+from tests.tools.ranks import train, write_config
 
 TASK_METRICS: dict[str, set[str]] = {"train": set(), "epoch": set(), "validate": {"loss", "r2"}}
 DEFINED = {*KEYS_OF_EVERY_ROW, *(key for keys in KEYS_OF_KIND.values() for key in keys)}
@@ -21,7 +21,7 @@ DEFINED = {*KEYS_OF_EVERY_ROW, *(key for keys in KEYS_OF_KIND.values() for key i
 def test_the_rows_of_a_run_have_the_keys_that_are_defined_and_the_tasks_metrics(
     tmp_path: Path, world_size: int
 ) -> None:
-    settings = {"data": "tests.small_code:points", "model": "linear", "task": "regression", "train": {"epochs": 2}}
+    settings = {"data": "tests.lab.points:points", "model": "linear", "task": "regression", "train": {"epochs": 2}}
     settings |= {"batch": {"global_size": 4}, "log": {"every_steps": 1}}
     train(tmp_path, ["--config", str(write_config(tmp_path, settings))], world_size).check()
     rows = [json.loads(line) for line in (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]

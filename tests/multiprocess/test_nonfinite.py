@@ -15,16 +15,16 @@ from torch.nn import functional
 from distloop.data.order import Order
 from distloop.run.checkpoint import published_in, step_of, verify
 from distloop.training.optim import parameter_groups
-from tests.nonfinite_code import SAMPLES, network, points
-from tests.ranks import Outcome, train, write_config
-from tests.records import largest_difference, losses, rows, status, weights
-from tests.resume_code import stop_in_call
+from tests.lab.nonfinite import SAMPLES, network, points
+from tests.lab.resuming import stop_in_call
+from tests.tools.ranks import Outcome, train, write_config
+from tests.tools.records import largest_difference, losses, rows, status, weights
 
 GLOBAL_BATCH, STEPS_PER_EPOCH = 12, SAMPLES // 12
 SETTINGS: dict[str, Any] = {
-    "data": {"name": "tests.nonfinite_code:points"},
-    "model": "tests.nonfinite_code:network",
-    "task": {"name": "tests.nonfinite_code:Watched"},
+    "data": {"name": "tests.lab.nonfinite:points"},
+    "model": "tests.lab.nonfinite:network",
+    "task": {"name": "tests.lab.nonfinite:Watched"},
     "optim": {"name": "adamw", "lr": 0.01, "clip_norm": 0.5},
     "schedule": {"name": "constant"},
     "dtype": "float64",
@@ -48,12 +48,12 @@ def start(folder: Path, settings: dict[str, Any], world_size: int, *more: str, *
 
 
 def with_bad_data(sample: int, value: str = "nan", **changes: Any) -> dict[str, Any]:
-    data = {"name": "tests.nonfinite_code:points", "args": {"bad": [sample], "value": value}}
+    data = {"name": "tests.lab.nonfinite:points", "args": {"bad": [sample], "value": value}}
     return {**SETTINGS, "data": data, **changes}
 
 
 def with_bad_loss(sample: int, how: str, **changes: Any) -> dict[str, Any]:
-    task = {"name": "tests.nonfinite_code:Watched", "args": {"loss_of": [sample], "how": how}}
+    task = {"name": "tests.lab.nonfinite:Watched", "args": {"loss_of": [sample], "how": how}}
     return {**SETTINGS, "task": task, **changes}
 
 
@@ -262,7 +262,7 @@ def test_a_step_that_is_left_out_leaves_no_trace(
     (tmp_path / "seen").mkdir()
     sample = micro_batch(bad_step, world_size)[2]
     settings = with_bad_data(sample) if how in ("data", "tokens") else with_bad_loss(sample, how)
-    task = {"name": "tests.nonfinite_code:Watched", **(settings["task"])}
+    task = {"name": "tests.lab.nonfinite:Watched", **(settings["task"])}
     task["args"] = {**task.get("args", {}), "folder": "seen"}
     task["name"] += "Tokens" if how == "tokens" else ""
     settings |= {
@@ -311,7 +311,7 @@ def test_a_step_that_is_left_out_leaves_no_trace(
 
 def test_steps_that_were_left_out_are_counted_once_over_attempts(tmp_path: Path) -> None:
     first, second = micro_batch(2, 1)[0], micro_batch(5, 4)[1]
-    data = {"name": "tests.nonfinite_code:points", "args": {"bad": [first, second]}}
+    data = {"name": "tests.lab.nonfinite:points", "args": {"bad": [first, second]}}
     settings = {**SETTINGS, "data": data, "train": {"steps": 8, "on_nonfinite": "skip"}}
     settings |= {"log": {"every_steps": 1}, "checkpoint": {"every_steps": 100}}
     start(tmp_path, settings, 2, "--name", "whole").check()

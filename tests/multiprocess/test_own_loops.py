@@ -1,4 +1,4 @@
-"""Loops of one's own, in tests/own_loops: what the package promises of its loop holds for them."""
+"""Loops of one's own, in tests/lab/loops: what the package promises of its loop holds for them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from distloop.data.order import Order
 from distloop.data.seeding import seed_forward
 from distloop.run.checkpoint import newest_published, published_in, verify
 from distloop.training.models import linear
-from tests.kills import await_moment, has_reached, last_row, newest_step, saves_under_way, started_from
-from tests.own_loops import gan, mixup
-from tests.ranks import Ranks, train, wait_until, write_config
-from tests.records import found, largest_difference, losses, rows, status, weights
-from tests.resume_code import stop_in_call
+from tests.lab.loops import gan, mixup
+from tests.lab.resuming import stop_in_call
+from tests.tools.kills import await_moment, has_reached, last_row, newest_step, saves_under_way, started_from
+from tests.tools.ranks import Ranks, train, wait_until, write_config
+from tests.tools.records import found, largest_difference, losses, rows, status, weights
 
 MIXUP, GAN = mixup.__name__, gan.__name__
 MIXUP_STEPS, GAN_STEPS = 60, 200
@@ -33,7 +33,7 @@ STEPS_PER_EPOCH = 44  # 1437 samples in batches of 32
 MIXUP_SETTINGS: dict[str, Any] = {
     "data": "digits",
     "model": {"name": "cnn", "args": {"width": 8, "dropout": 0.3}},
-    "task": "tests.resume_code:StoppedClassification",
+    "task": "tests.lab.resuming:StoppedClassification",
     "optim": {"ema_decay": 0.99},
     "batch": {"global_size": 32, "micro_size": 16},
     "train": {"steps": MIXUP_STEPS},

@@ -15,18 +15,18 @@ from PIL import Image
 
 from distloop.commands.report.page import main as report
 from distloop.run.figures import STEPS_KEPT
-from tests.own_numbers_code import SHADE
-from tests.ranks import Ranks, train, wait_until
-from tests.records import rows, status
-from tests.stopping import arrived, check_nothing_runs, hold, let_go, processes_of, run_of, waiting_run
-from tests.wandb_server import Server
+from tests.lab.own_numbers import SHADE
+from tests.tools.ranks import Ranks, train, wait_until
+from tests.tools.records import rows, status
+from tests.tools.stopping import arrived, check_nothing_runs, hold, let_go, processes_of, run_of, waiting_run
+from tests.tools.wandb_server import Server
 
-LOOP = "tests.own_numbers_code"
+LOOP = "tests.lab.own_numbers"
 STEPS = 16  # of four samples, an epoch; a save every four steps, a validation every two
 
 
 def arguments(folder: Path, *more: str, steps: int = STEPS, **changes: Any) -> list[str]:
-    settings: dict[str, Any] = {"data": {"name": "tests.stopping_code:points"}, "batch": {"global_size": 4}}
+    settings: dict[str, Any] = {"data": {"name": "tests.lab.stopping:points"}, "batch": {"global_size": 4}}
     settings |= {"validate": {"every_steps": 2, "batch_size": 4}, "checkpoint": {"every_steps": 4}}
     return [*waiting_run(folder, **{**settings, "train": {"steps": steps}, **changes}), *more]
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.ranks import REPOSITORY, accelerate_launch, command, train
-from tests.records import losses, rows, status
+from tests.tools.ranks import REPOSITORY, accelerate_launch, command, train
+from tests.tools.records import losses, rows, status
 
 CONFIGS = REPOSITORY / "configs"
 SAMPLE = Path(os.environ.get("DISTLOOP_FASHION_MNIST", REPOSITORY.parent / "shared" / "data" / "fashion_mnist_sample"))
@@ -69,7 +69,7 @@ def test_cifar10_trains_on_its_files(tmp_path: Path) -> None:
         pixels = generator.integers(0, 256, (4, 3072), dtype=np.uint8)
         (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [0, 3, 6, 9]}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {number}" for number in range(10)]}))
-    arguments = ["--config", str(CONFIGS / "cifar10.yaml"), "--data", "tests.user_code:small_cifar10"]
+    arguments = ["--config", str(CONFIGS / "cifar10.yaml"), "--data", "tests.lab.user_code:small_cifar10"]
     arguments += ["--batch.global-size", "8", "--train.steps", "2", "--log.every-steps", "1"]
     train(tmp_path, [*arguments, "--schedule.warmup-steps", "1"]).check()
     check_two_steps(tmp_path / "runs" / "cifar10", 4, 10)

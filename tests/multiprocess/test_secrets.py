@@ -14,9 +14,9 @@ from distloop.commands.evaluate import config_of
 from distloop.errors import UsageError
 from distloop.ranks.roll_call import RollCall
 from distloop.ranks.stopping import WatchWithoutSaving
-from tests.ranks import Outcome, command, train, write_config
-from tests.records import status
-from tests.wandb_server import Server
+from tests.tools.ranks import Outcome, command, train, write_config
+from tests.tools.records import status
+from tests.tools.wandb_server import Server
 
 ARGV = {
     "planted-argv-7f3a": ["--data.args.token", "planted-argv-7f3a"],
@@ -42,7 +42,7 @@ CODE = """
 import os
 
 import distloop.tasks
-from tests.small_code import points
+from tests.lab.points import points
 
 
 def make(token, login, more, api_key=""):

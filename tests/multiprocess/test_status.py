@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from distloop.commands.reading import read_run
-from tests.ranks import Ranks, command, train, wait_until, write_config
+from tests.tools.ranks import Ranks, command, train, wait_until, write_config
 
-TASK = {"name": "tests.crash_code:Waiting"}
+TASK = {"name": "tests.lab.crashing:Waiting"}
 SETTINGS = {"data": "digits", "model": "mlp", "train": {"steps": 60}, "checkpoint": {"every_steps": 2}}
 
 

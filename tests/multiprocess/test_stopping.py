@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from distloop.run.checkpoint import newest_good, step_of
-from tests.ranks import REPOSITORY, Ranks, clean_environment, free_port, rank_environment, train, wait_until
-from tests.records import rows, status
-from tests.stopping import (
+from tests.tools.ranks import REPOSITORY, Ranks, clean_environment, free_port, rank_environment, train, wait_until
+from tests.tools.records import rows, status
+from tests.tools.stopping import (
     NOTICE,
     STEPS,
     arrived,
@@ -170,7 +170,7 @@ def test_a_signal_during_the_imports_is_kept(tmp_path: Path, name: str, world_si
 def test_a_signal_to_the_whole_group_does_not_take_the_loader_workers_away(
     tmp_path: Path, name: str, world_size: int
 ) -> None:
-    data = {"name": "tests.stopping_code:points", "workers": 2, "args": {"own_group": True, "slow_disk": True}}
+    data = {"name": "tests.lab.stopping:points", "workers": 2, "args": {"own_group": True, "slow_disk": True}}
     arguments = waiting_run(tmp_path, data=data)
     hold(tmp_path, "step")
     ranks = Ranks(tmp_path, arguments, world_size)
@@ -186,7 +186,7 @@ def test_a_signal_to_the_whole_group_does_not_take_the_loader_workers_away(
 
 
 def test_a_signal_to_the_group_while_loader_workers_start_does_not_take_them_away(tmp_path: Path) -> None:
-    data = {"name": "tests.stopping_code:points", "workers": 2, "args": {"own_group": True, "slow_workers": True}}
+    data = {"name": "tests.lab.stopping:points", "workers": 2, "args": {"own_group": True, "slow_workers": True}}
     arguments = waiting_run(tmp_path, data=data)
     hold(tmp_path, "worker")
     ranks = Ranks(tmp_path, arguments)
@@ -204,7 +204,7 @@ def test_a_signal_to_the_group_leaves_workers_from_a_forkserver_alone(tmp_path: 
     args = {"own_group": True, "workers": "forkserver"}
     arguments = waiting_run(
         tmp_path,
-        data={"name": "tests.stopping_code:points", "workers": 2, "args": args},
+        data={"name": "tests.lab.stopping:points", "workers": 2, "args": args},
         validate={"every_steps": 4, "batch_size": 1},  # more batches than are loaded ahead
     )
     hold(tmp_path, "validation")
@@ -336,7 +336,7 @@ def endless(folder: Path, stop: dict[str, float], **task: float) -> list[str]:
         folder,
         train={"steps": 100_000},
         stop={"reserve_seconds": 0, **stop},
-        task={"name": "tests.stopping_code:Waiting", "args": task},
+        task={"name": "tests.lab.stopping:Waiting", "args": task},
         validate={"every_steps": 5, "batch_size": 8},
     )
 

@@ -15,8 +15,8 @@ from distloop.data.order import Order
 from distloop.data.seeding import uniforms
 from distloop.training.models import mlp
 from distloop.training.optim import lr_at
-from tests.ranks import train, write_config
-from tests.records import largest_difference, losses, weights
+from tests.tools.ranks import train, write_config
+from tests.tools.records import largest_difference, losses, weights
 
 STEPS, GLOBAL_BATCH, LR = 50, 64, 0.1
 

@@ -16,18 +16,18 @@ import pytest
 
 from distloop.run.accounts import attempts, goodput, totals
 from distloop.run.checkpoint import published_in, step_of
-from tests.ranks import Ranks, clean_environment, train, wait_until, write_config
-from tests.records import rows, status
-from tests.time_code import BATCH, slept
+from tests.lab.timing import BATCH, slept
+from tests.tools.ranks import Ranks, clean_environment, train, wait_until, write_config
+from tests.tools.records import rows, status
 
 STEPS, SAVED = 16, 4
 SHARE, SLACK = 0.01, 0.8  # seconds: the system takes some tenths to end a process, and a killed one wrote before that
 OVERHEAD = 1.0  # what an account may have besides what was slept, on a machine that does other things as well
 
 SETTINGS: dict[str, Any] = {
-    "data": {"name": "tests.time_code:points", "collate": "tests.time_code:collate", "workers": 0},
-    "model": "tests.time_code:Model",
-    "task": "tests.time_code:Task",
+    "data": {"name": "tests.lab.timing:points", "collate": "tests.lab.timing:collate", "workers": 0},
+    "model": "tests.lab.timing:Model",
+    "task": "tests.lab.timing:Task",
     "device": "cpu",
     "batch": {"global_size": BATCH},
     "train": {"steps": STEPS},

@@ -20,14 +20,14 @@ from distloop.data.datasets import digits
 from distloop.data.order import Order
 from distloop.data.seeding import seed_sample, uniforms
 from distloop.run import checkpoint
-from tests import user_code
-from tests.ranks import REPOSITORY, command, train, write_config
-from tests.records import largest_difference, losses, rows, weights
+from tests.lab import user_code
+from tests.tools.ranks import REPOSITORY, command, train, write_config
+from tests.tools.records import largest_difference, losses, rows, weights
 
 LANGUAGE = {
-    "data": {"name": "tests.user_code:lines", "collate": "tests.user_code:pad", "workers": 0},
-    "model": {"name": "tests.user_code:LanguageModel", "args": {"width": 16}},
-    "task": "tests.user_code:NextLetter",
+    "data": {"name": "tests.lab.user_code:lines", "collate": "tests.lab.user_code:pad", "workers": 0},
+    "model": {"name": "tests.lab.user_code:LanguageModel", "args": {"width": 16}},
+    "task": "tests.lab.user_code:NextLetter",
     "optim": {"name": "sgd", "lr": 0.5, "momentum": 0.9, "weight_decay": 0},
     "schedule": "constant",
     "batch": {"global_size": 16},
@@ -36,9 +36,9 @@ LANGUAGE = {
     "log": {"every_steps": 1},
 }
 SEGMENTATION = {
-    "data": {"name": "tests.user_code:shapes", "workers": 0},
-    "model": {"name": "tests.user_code:segmenter", "args": {"width": 8}},
-    "task": "tests.user_code:Segmentation",
+    "data": {"name": "tests.lab.user_code:shapes", "workers": 0},
+    "model": {"name": "tests.lab.user_code:segmenter", "args": {"width": 8}},
+    "task": "tests.lab.user_code:Segmentation",
     "optim": {"name": "sgd", "lr": 0.5, "momentum": 0.9, "weight_decay": 0},
     "schedule": "constant",
     "batch": {"global_size": 12},
@@ -184,9 +184,9 @@ def test_batches_need_no_tensor_with_the_samples_first(tmp_path: Path, collate: 
     settings = {
         **LANGUAGE,
         "train": {"steps": 2},
-        "model": {"name": "tests.user_code:LanguageModel", "args": arguments},
+        "model": {"name": "tests.lab.user_code:LanguageModel", "args": arguments},
     }
-    settings["data"] = {**LANGUAGE["data"], "collate": f"tests.user_code:{collate}"}  # type: ignore[dict-item]
+    settings["data"] = {**LANGUAGE["data"], "collate": f"tests.lab.user_code:{collate}"}  # type: ignore[dict-item]
     train(tmp_path, ["--config", str(write_config(tmp_path, settings))]).check()
     assert rows(tmp_path / "runs" / "run", "validate")[-1]["samples"] == 37
 
@@ -219,7 +219,7 @@ def test_a_users_random_transforms_depend_on_seed_epoch_and_index_alone(tmp_path
         **SEGMENTATION,
         "seed": 3,
         "train": {"steps": 6},
-        "task": {"name": "tests.user_code:RecordedSegmentation"},
+        "task": {"name": "tests.lab.user_code:RecordedSegmentation"},
     }
     source, order = user_code.shapes(), Order(48, 3)
 
@@ -238,7 +238,7 @@ def test_a_users_random_transforms_depend_on_seed_epoch_and_index_alone(tmp_path
 
 def test_the_digits_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
     settings = {
-        "data": "tests.user_code:recorded_digits",
+        "data": "tests.lab.user_code:recorded_digits",
         "model": "linear",
         "seed": 3,
         "batch": {"global_size": 240},
@@ -288,7 +288,7 @@ def recorded(
 
 def test_dropout_depends_on_the_place_of_the_micro_batch_in_the_global_batch(tmp_path: Path) -> None:
     settings = {**SEGMENTATION, "dtype": "float64", "train": {"steps": 8}}
-    settings["model"] = {"name": "tests.user_code:segmenter", "args": {"dropout": 0.5}}
+    settings["model"] = {"name": "tests.lab.user_code:segmenter", "args": {"dropout": 0.5}}
     forms: dict[str, tuple[int, list[str]]] = {
         "one": (1, ["--batch.micro-size", "3"]),
         "one-with-workers": (1, ["--batch.micro-size", "3", "--data.workers", "1"]),
@@ -303,7 +303,7 @@ def test_dropout_depends_on_the_place_of_the_micro_batch_in_the_global_batch(tmp
 
 
 def test_a_users_check_sees_the_batches_of_data_in_memory(tmp_path: Path) -> None:
-    settings = {"data": "digits", "model": "linear", "task": "tests.user_code:NoBlackImages", "train": {"steps": 2}}
+    settings = {"data": "digits", "model": "linear", "task": "tests.lab.user_code:NoBlackImages", "train": {"steps": 2}}
     outcome = train(tmp_path, ["--config", str(write_config(tmp_path, settings))])
     assert outcome.codes == [2], outcome.output
     assert "has a black corner" in outcome.output

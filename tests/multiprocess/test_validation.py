@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from distloop.training.tasks import Classification
-from tests.ranks import train, write_config
-from tests.records import found, rows
+from tests.tools.ranks import train, write_config
+from tests.tools.records import found, rows
 
 
 def validations(tmp_path: Path, world_size: int, arguments: list[str]) -> list[dict[str, float]]:
@@ -99,7 +99,7 @@ def test_a_checkpoint_gives_the_same_numbers_on_any_number_of_ranks(tmp_path: Pa
     train(tmp_path, [*config, "--name", "first"]).check()
     again = [*config, "--init-from", str(tmp_path / "runs" / "first"), "--train.steps", "1", "--optim.lr", "1e-15"]
     again += ["--batch.global-size", "48", "--batch.micro-size", "12", "--validate.batch-size", "7"]
-    again += ["--task", "tests.statistics_code:FrozenStatistics"]
+    again += ["--task", "tests.lab.frozen_statistics:FrozenStatistics"]
     reference = validations(tmp_path, 1, again)[0]
     for world_size in (2, 3, 4):
         row = validations(tmp_path, world_size, again)[0]

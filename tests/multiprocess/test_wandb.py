@@ -23,12 +23,12 @@ from PIL import Image
 from distloop.config.settings import Tracking
 from distloop.config.yaml_text import dump_yaml
 from distloop.tracking.wandb.mirror import only_mirror
-from tests.crash_code import fill, make_read_only, mount, mount_is_allowed
-from tests.ranks import REPOSITORY, Outcome, Ranks, clean_environment, command, free_port, train, wait_until
-from tests.records import status, weights
-from tests.stopping import arrived, check_nothing_runs, hold, let_go, processes_of, run_of, waiting_run
-from tests.wandb_files import parts
-from tests.wandb_server import KEY, Run, Server
+from tests.lab.crashing import fill, make_read_only, mount, mount_is_allowed
+from tests.tools.ranks import REPOSITORY, Outcome, Ranks, clean_environment, command, free_port, train, wait_until
+from tests.tools.records import status, weights
+from tests.tools.stopping import arrived, check_nothing_runs, hold, let_go, processes_of, run_of, waiting_run
+from tests.tools.wandb_files import parts
+from tests.tools.wandb_server import KEY, Run, Server
 
 # 16 steps an epoch, a row each; a run waits in the seventh step of its attempt while a test says so.
 STEPS = 40
@@ -56,7 +56,7 @@ def nothing_is_left(tmp_path: Path) -> Iterator[None]:
 
 def arguments(folder: Path, *more: str, tracking: dict[str, Any] | None = None, **changes: Any) -> list[str]:
     settings = {"wandb": "online", "report": False, "start_seconds": 60, **(tracking or {})}
-    data = {"name": "tests.stopping_code:points"}
+    data = {"name": "tests.lab.stopping:points"}
     same = {"data": data, "batch": {"global_size": 4}, "train": {"steps": STEPS}, "checkpoint": {"every_steps": 4}}
     return [*waiting_run(folder, **{**same, "tracking": settings, **changes}), *more]
 
@@ -243,7 +243,7 @@ def test_a_run_that_was_killed_before_it_had_saved_anything_begins_anew(tmp_path
 def test_an_attempt_that_fails_is_shown_as_failed(tmp_path: Path, server: Server, world_size: int) -> None:
     """By an exception of the user's; on two ranks, since the other one was killed."""
     variables = environment(server, tmp_path)
-    task = {"name": "tests.failing_code:FailingTask"} if world_size == 1 else None
+    task = {"name": "tests.lab.failing:FailingTask"} if world_size == 1 else None
     words = arguments(tmp_path, **({"task": task} if task else {}))
     hold(tmp_path, "step")
     with Ranks(tmp_path, words, world_size, variables) as ranks:

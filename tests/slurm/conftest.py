@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from tests.slurm.cluster import Cluster, missing
+from tests.tools.slurm_cluster import Cluster, missing
 
 
 @pytest.fixture(scope="session")

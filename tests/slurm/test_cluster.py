@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, cgroup_missing, missing
+from tests.tools.slurm_cluster import Cluster, cgroup_missing, missing
 
 
 def script(folder: Path, text: str) -> Path:

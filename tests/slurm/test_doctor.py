@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.slurm.cluster import Cluster
+from tests.tools.slurm_cluster import Cluster
 
 
 def test_doctor_sees_all_ranks_of_both_nodes_and_the_directory_they_share(cluster: Cluster, tmp_path: Path) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import write_config
-from tests.records import status
-from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import submit
-from tests.stopping import run_of
+from tests.tools.ranks import write_config
+from tests.tools.records import status
+from tests.tools.slurm_cluster import Cluster
+from tests.tools.slurm_jobs import submit
+from tests.tools.stopping import run_of
 
 SETTINGS = {
-    "data": {"name": "tests.small_code:points", "workers": 1},
+    "data": {"name": "tests.lab.points:points", "workers": 1},
     "model": "linear",
     "batch": {"global_size": 16},
     "train": {"steps": 60},
@@ -39,7 +39,7 @@ IN_CI = ("is killed", "exits with 0")
 
 @pytest.mark.parametrize("how", [pytest.param(how, marks=() if how in IN_CI else pytest.mark.long) for how in SAID])
 def test_a_failed_rank_ends_the_job_and_is_named(cluster: Cluster, tmp_path: Path, how: str) -> None:
-    task = {"name": "tests.slurm.user_code:Failing", "args": {"how": how}}
+    task = {"name": "tests.lab.on_slurm:Failing", "args": {"how": how}}
     config = str(write_config(tmp_path, {**SETTINGS, "task": task}))
     # Short for the suspended one only: the others may be slow.
     limit = 5 if how == "is suspended" else 100

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import command, train, write_config
-from tests.records import losses, rows, status
-from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import GENEROUS, SCRIPTS, held_run, submit
-from tests.stopping import let_go, run_of
+from tests.tools.ranks import command, train, write_config
+from tests.tools.records import losses, rows, status
+from tests.tools.slurm_cluster import Cluster
+from tests.tools.slurm_jobs import GENEROUS, SCRIPTS, held_run, submit
+from tests.tools.stopping import let_go, run_of
 
 DIGITS: dict[str, Any] = {
     "data": "digits",
@@ -41,7 +41,7 @@ def reference_losses(folder: Path) -> list[float]:
 
 
 def noting(folder: Path, name: str) -> list[str]:
-    task = {"name": "tests.slurm.user_code:Noting", "args": {"name": name}}
+    task = {"name": "tests.lab.on_slurm:Noting", "args": {"name": name}}
     return ["--config", str(write_config(folder, {**DIGITS, "task": task}, name))]
 
 
@@ -195,7 +195,7 @@ def test_data_is_staged_to_the_node_and_removed_again(cluster: Cluster, tmp_path
         with tarfile.open(tmp_path / "shared.tar", "w") as archive:
             archive.add(source / "points.pt", "points.pt")
         source = tmp_path / "shared.tar"
-    settings = {**DIGITS, "data": "tests.slurm.user_code:stored", "model": "linear", "task": "regression"}
+    settings = {**DIGITS, "data": "tests.lab.on_slurm:stored", "model": "linear", "task": "regression"}
     config = str(write_config(tmp_path, {**settings, "batch": {"global_size": 16}}))
     environment = {"DISTLOOP_STAGE": str(source), "TMPDIR": str(tmp_path)}
     job = submit(cluster, tmp_path, "single_node", "--config", config, tasks=2, environment=environment)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import failing_line, own_loop
-from tests.ranks import train, write_config
-from tests.records import losses, status
-from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import GENEROUS, SCRIPTS, finished_in, heard, held_run, stopped, submit
 from tests.slurm.test_failures import RANK_1, SETTINGS
 from tests.slurm.test_jobs import DIGITS, check_same, reference_losses
-from tests.stopping import let_go, run_of
+from tests.tools.launching import failing_line, own_loop
+from tests.tools.ranks import train, write_config
+from tests.tools.records import losses, status
+from tests.tools.slurm_cluster import Cluster
+from tests.tools.slurm_jobs import GENEROUS, SCRIPTS, finished_in, heard, held_run, stopped, submit
+from tests.tools.stopping import let_go, run_of
 
 
 def check_file(run: Path, file: Path) -> None:
@@ -82,7 +82,7 @@ def test_the_other_scripts_train_it_too(cluster: Cluster, tmp_path: Path) -> Non
 
 def test_a_rank_that_raises_is_named_with_the_line_of_that_loop(cluster: Cluster, tmp_path: Path) -> None:
     file = own_loop(tmp_path / "my_train.py")
-    task = {"name": "tests.slurm.user_code:Failing", "args": {"how": "raises"}}
+    task = {"name": "tests.lab.on_slurm:Failing", "args": {"how": "raises"}}
     config = str(write_config(tmp_path, {**SETTINGS, "task": task}))
     job = submit(cluster, tmp_path, "multi_node", "--config", config, environment={"TRAIN": file.name})
     found = job.wait()

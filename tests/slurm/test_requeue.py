@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import train
-from tests.records import losses, status
-from tests.slurm.cluster import Cluster, cgroup_missing, missing
-from tests.slurm.jobs import Job, finished_in, heard, held_run, stopped, submit
-from tests.stopping import NOTICE, let_go, run_of
+from tests.tools.ranks import train
+from tests.tools.records import losses, status
+from tests.tools.slurm_cluster import Cluster, cgroup_missing, missing
+from tests.tools.slurm_jobs import Job, finished_in, heard, held_run, stopped, submit
+from tests.tools.stopping import NOTICE, let_go, run_of
 
 NO_CGROUP = missing() or cgroup_missing()
 cgroup = pytest.param(
@@ -83,7 +83,7 @@ def test_three_warnings_later_the_run_is_whole_and_no_step_was_done_twice(signal
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_time_limits_of_a_minute_are_outlived(signalled: Cluster, tmp_path: Path) -> None:
-    arguments = held_run(tmp_path, task={"name": "tests.stopping_code:Waiting", "args": {"step_seconds": 2.0}})
+    arguments = held_run(tmp_path, task={"name": "tests.lab.stopping:Waiting", "args": {"step_seconds": 2.0}})
     let_go(tmp_path, "step")
     options = ["--time=1", "--signal=USR2@25"]
     job = submit(signalled, tmp_path, "multi_node", *arguments, "--stop.reserve-seconds", "0", options=options)

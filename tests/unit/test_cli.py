@@ -9,7 +9,7 @@ from subprocess import CompletedProcess
 import pytest
 
 from distloop import __version__
-from tests.ranks import command
+from tests.tools.ranks import command
 
 
 def distloop(folder: Path, *words: str) -> CompletedProcess[str]:

@@ -16,7 +16,7 @@ from distloop.ranks.attempt_base import AttemptBase
 from distloop.ranks.environment import adopt_slurm, first_host, share_cpus
 from distloop.ranks.roll_call import RollCall
 from distloop.ranks.stopping import Watch
-from tests.ranks import command
+from tests.tools.ranks import command
 
 NO_WATCH = cast(Watch, SimpleNamespace(attempt=AttemptBase(), wish=None))
 

@@ -16,7 +16,7 @@ from distloop.config.load import check, config_from_mapping, dump, load_config, 
 from distloop.config.settings import Batch, Config, Data, Model, Optim, Schedule, Task, Train
 from distloop.config.yaml_text import parse_yaml
 from distloop.errors import UsageError
-from tests.ranks import REPOSITORY
+from tests.tools.ranks import REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
@@ -55,7 +55,7 @@ def test_the_run_is_named_after_the_file_unless_it_is_given_a_name(tmp_path: Pat
 
 
 def test_without_a_file_or_a_name_the_run_is_named_after_the_callable_of_its_data() -> None:
-    assert load_config(["--data", "tests.user_code:digits_head"]).name == "digits_head"
+    assert load_config(["--data", "tests.lab.user_code:digits_head"]).name == "digits_head"
 
 
 def test_of_several_files_the_last_one_counts(tmp_path: Path) -> None:

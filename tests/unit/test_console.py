@@ -24,7 +24,7 @@ from distloop.tracking.console import Console
 from distloop.tracking.live_view import GIVE_BACK, layout
 from distloop.tracking.progress import Progress, number_in
 from distloop.tracking.wording import encodable
-from tests.ranks import wait_until
+from tests.tools.ranks import wait_until
 
 TRAIN = {
     "kind": "train",

@@ -14,7 +14,7 @@ import pytest
 from distloop import __version__
 from distloop.commands import copy
 from distloop.errors import RunFailed
-from tests.ranks import REPOSITORY, command
+from tests.tools.ranks import REPOSITORY, command
 
 LOOP = (REPOSITORY / "distloop" / "train.py").read_text()
 

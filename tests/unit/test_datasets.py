@@ -28,7 +28,7 @@ from distloop.data.datasets import DataSource, InMemory, cifar10, diabetes, digi
 from distloop.data.loader import SeededDataset, collate_of, no_check
 from distloop.data.order import MicroBatch
 from distloop.errors import UsageError
-from tests.ranks import free_port
+from tests.tools.ranks import free_port
 
 Uint8s = NDArray[np.uint8]
 
@@ -523,4 +523,4 @@ def test_folders_of_pictures_are_known_by_names_and_labels_wherever_they_are(tmp
 
 def test_of_other_data_sets_the_length_is_known() -> None:
     assert fingerprint([(1, 2), (3, 4)]) == {"samples": 2}
-    assert fingerprint(load_data(Data("tests.user_code:lines", args={"samples": 12})).train) == {"samples": 12}
+    assert fingerprint(load_data(Data("tests.lab.user_code:lines", args={"samples": 12})).train) == {"samples": 12}

@@ -14,7 +14,7 @@ import pytest
 
 from distloop.run import failures
 from distloop.run.failures import FailureRecords
-from tests.ranks import clean_environment
+from tests.tools.ranks import clean_environment
 
 TABLE = [{"rank": rank, "node": "n" * 20, "pid": 7, "step": 5, "phase": "x", "line": ""} for rank in range(64)]
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from distloop.errors import RunFailed, UsageError
 from distloop.ranks.places import Place, Position
 from distloop.ranks.verdicts import End, describe_error, is_consequence, verdict_on
-from tests import ranks
+from tests.tools import ranks
 
 
 def raised(error: BaseException) -> BaseException:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import clean_environment, command, write_config
+from tests.tools.ranks import clean_environment, command, write_config
 
 HEAVY = {"wandb", "matplotlib", "sklearn", "torchvision", "rich", "pandas", "torch._dynamo"}
-SMALL = {"data": "tests.small_code:points", "model": "linear", "task": "regression"}
+SMALL = {"data": "tests.lab.points:points", "model": "linear", "task": "regression"}
 ALL_OFF, ALL_ON = {"wandb": "off", "report": False}, {"wandb": "offline", "report": True}
 
 
@@ -54,7 +54,7 @@ def read_to_end(screen: Any) -> None:
     ("settings", "used"),  # scikit-learn imports rich, and pandas where it is there; optimizers import dynamo
     [
         pytest.param(
-            {"data": "tests.user_code:digits_head", "model": "mlp", "tracking": ALL_OFF},
+            {"data": "tests.lab.user_code:digits_head", "model": "mlp", "tracking": ALL_OFF},
             {"sklearn", "rich", "pandas", "torch._dynamo"},
             id="digits",
         ),

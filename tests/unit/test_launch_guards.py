@@ -12,7 +12,7 @@ import pytest
 from distloop.errors import UsageError
 from distloop.ranks import launch_guards
 from distloop.ranks.launch_guards import Launch, check_launch, check_world, override_launcher, right_commands
-from tests.ranks import REPOSITORY
+from tests.tools.ranks import REPOSITORY
 
 # ---- Accelerate's launcher -------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from distloop.tracking.wandb.mirror import only_mirror
 from distloop.tracking.wandb.process import WandbProcess, wandb_mode
 from distloop.tracking.wandb.rows import as_logged, parse_row
 from distloop.tracking.wandb.run import WandbRun
-from tests.report_runs import write_figure
+from tests.tools.report_runs import write_figure
 
 SETTINGS = Tracking(start_seconds=30, end_seconds=30)
 

@@ -20,7 +20,7 @@ from distloop.tracking import Trackers
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 PAGE = (REPOSITORY / "docs" / "own-loop.md").read_text()
 LOOP = REPOSITORY / "distloop" / "train.py"
-OWN_LOOPS = REPOSITORY / "tests" / "own_loops"
+OWN_LOOPS = REPOSITORY / "tests" / "lab" / "loops"
 
 # What train() gets from PyTorch and Accelerate, whose attributes are described there.
 NOT_OURS = {"accelerator", "bare_model", "optimizer"}
@@ -148,7 +148,7 @@ def test_what_is_not_the_packages_is_none_of_its_names(line: str) -> None:
 
 
 def difference(name: str) -> list[str]:
-    """The lines of the unified diff from train.py to a loop in tests/own_loops, without its head."""
+    """The lines of the unified diff from train.py to a loop in tests/lab/loops, without its head."""
     loop, own = (path.read_text().splitlines() for path in (LOOP, OWN_LOOPS / name))
     return list(difflib.unified_diff(loop, own, lineterm=""))[2:]
 

@@ -20,7 +20,7 @@ from distloop.config.secrets import clean_command, clean_mapping, clean_text, ma
 from distloop.config.settings import Config
 from distloop.config.yaml_text import parse_yaml
 from distloop.errors import UsageError
-from tests.ranks import command
+from tests.tools.ranks import command
 
 HEX_40 = "0123456789abcdef0123456789abcdef01234567"
 JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P"

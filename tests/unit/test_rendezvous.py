@@ -17,7 +17,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from distloop.config.settings import Ddp
 from distloop.errors import RunFailed, UsageError
 from distloop.ranks import meeting
-from tests.ranks import clean_environment, free_port, train
+from tests.tools.ranks import clean_environment, free_port, train
 
 SECONDS = 2  # how long they wait for each other
 SOON = 60  # for an import of torch and the rest, beyond the limit

@@ -19,9 +19,9 @@ from distloop.commands.report.curves import read_metrics
 from distloop.commands.report.page import SECTIONS, main, write_report
 from distloop.commands.report.plots import Trace, draw_curves
 from distloop.tracking.wording import number_on_axis
-from tests.ranks import REPOSITORY
-from tests.report_in_browser import open_page
-from tests.report_runs import (
+from tests.tools.browser import open_page
+from tests.tools.ranks import REPOSITORY
+from tests.tools.report_runs import (
     EVIL,
     PICTURE,
     full_run,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from distloop.commands.requeue import decide
-from tests.ranks import clean_environment, write_config
+from tests.tools.ranks import clean_environment, write_config
 
 STATUS = {
     "state": "stopped",

@@ -22,7 +22,7 @@ from distloop.ranks.attempt_base import AttemptBase
 from distloop.ranks.roll_call import RollCall
 from distloop.ranks.verdicts import Verdict
 from distloop.run.failures import FailureRecords
-from tests.ranks import wait_until
+from tests.tools.ranks import wait_until
 
 LIMIT = 100.0  # seconds: for tests that do not wait for it
 

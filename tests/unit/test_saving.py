@@ -31,7 +31,7 @@ from distloop.run.lock import LOCK
 from distloop.run.parts import load_parts
 from distloop.run.saving import HostBuffers, Saver
 from distloop.training.optim import Average
-from tests.records import status
+from tests.tools.records import status
 
 # ---- copies ----------------------------------------------------------------------------------------------------
 

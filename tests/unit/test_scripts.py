@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from tests.launching import LAUNCH
-from tests.ranks import REPOSITORY, clean_environment
+from tests.tools.launching import LAUNCH
+from tests.tools.ranks import REPOSITORY, clean_environment
 
 CONFIGS = sorted((LAUNCH / "accelerate").glob("*.yaml"))
 SCRIPTS = ["debug.sh", "single_node.sh", "multi_node.sh"]

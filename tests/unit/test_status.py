@@ -26,7 +26,7 @@ from distloop.commands.reading import read_run
 from distloop.commands.status import columns, fit, main
 from distloop.run import checkpoint
 from distloop.run.lock import LOCK, RunLock
-from tests.ranks import REPOSITORY, clean_environment, command
+from tests.tools.ranks import REPOSITORY, clean_environment, command
 
 BEST = {"step": 40, "loss": 0.5, "accuracy": 0.9, "samples": 360}
 

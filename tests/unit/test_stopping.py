@@ -26,8 +26,8 @@ from distloop.ranks.agreement import MOST_STEPS_BETWEEN, Agreement
 from distloop.ranks.attempt_base import AttemptBase
 from distloop.ranks.leaving import SIGNALS
 from distloop.ranks.stopping import StopReason, Watch
-from tests import ranks
-from tests.ranks import command, wait_until
+from tests.tools import ranks
+from tests.tools.ranks import command, wait_until
 
 
 def apart(function: Callable[..., Any], *arguments: Any, processes: int = 1) -> list[Any]:

@@ -1,6 +1,6 @@
 """A small W&B backend on loopback: what wandb-core asks of a server to log a run, and ways to misbehave.
 
-    with Server() as server:                       # or: python -m tests.wandb_server PORT
+    with Server() as server:                       # or: python -m tests.tools.wandb_server PORT
         environment = server.environment(home)     # for a process that logs to it
 
 What arrived is in `server.runs`. Faults are set at any time: `server.fault = "hang" | "500" | "401" | "drop"`.

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 TIMEOUT = 120
 LOOP = "distloop.train"
 

@@ -59,7 +59,7 @@ def ways_to_fail(how: str) -> None:
     if how == "collective":
         torch.distributed.barrier()  # one that the others do not call
     if how == "mistake":
-        raise UsageError("tests.failing_code: this is used wrongly; use it rightly.")
+        raise UsageError("tests.lab.failing: this is used wrongly; use it rightly.")
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "os._exit":

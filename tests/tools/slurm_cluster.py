@@ -1,7 +1,7 @@
 """A real Slurm cluster in one folder: munged, slurmctld and two nodes with two pretend GPUs each, on loopback.
 
-`python -m tests.slurm.cluster` starts one to play with. It needs root and Debian's slurmctld, slurmd, slurm-client
-and munge, and neither systemd nor /etc/slurm.
+`python -m tests.tools.slurm_cluster` starts one to play with. It needs root and Debian's slurmctld, slurmd,
+slurm-client and munge, and neither systemd nor /etc/slurm.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import REPOSITORY, clean_environment, free_port
+from tests.tools.ranks import REPOSITORY, clean_environment, free_port
 
 NODES = ("n1", "n2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")

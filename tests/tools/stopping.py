@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from distloop.run.checkpoint import published_in, step_of, verify
-from tests.ranks import wait_until, write_config
-from tests.records import rows, status
+from tests.tools.ranks import wait_until, write_config
+from tests.tools.records import rows, status
 
 STEPS = 60
 NOTICE = "finishing what is going on, then saving and stopping"
@@ -18,11 +18,11 @@ SECONDS_TO_GO = 10.0  # what a process may outlive the one that it works for
 
 
 def waiting_run(folder: Path, **changes: Any) -> list[str]:
-    """The arguments of a run of tests.stopping_code with two loader workers on each rank, for RUN in `folder`."""
+    """The arguments of a run of tests.lab.stopping with two loader workers on each rank, for RUN in `folder`."""
     settings: dict[str, Any] = {
-        "data": {"name": "tests.stopping_code:points", "workers": 2, "args": {"slow_disk": True}},
+        "data": {"name": "tests.lab.stopping:points", "workers": 2, "args": {"slow_disk": True}},
         "model": "linear",
-        "task": {"name": "tests.stopping_code:Waiting", "args": {}},
+        "task": {"name": "tests.lab.stopping:Waiting", "args": {}},
         "device": "cpu",
         "batch": {"global_size": 16},
         "train": {"steps": STEPS},

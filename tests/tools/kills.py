@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from distloop.run.checkpoint import newest_published, step_of
-from tests.ranks import Ranks
+from tests.tools.ranks import Ranks
 
 
 def last_row(run: Path) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch import nn
 from distloop.data.datasets import DataSource, InMemory, digits
 from distloop.training.models import cnn
 from distloop.training.tasks import Classification, Regression
-from tests.user_code import NextLetter, digest
+from tests.lab.user_code import NextLetter, digest
 
 
 def stop_in_call(number: int, rank: int = 0, signal_name: str = "SIGTERM") -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distloop.commands.copy import copy_of
-from tests.ranks import REPOSITORY, command, free_port
+from tests.tools.ranks import REPOSITORY, command, free_port
 
 LAUNCH = REPOSITORY / "launch"
 

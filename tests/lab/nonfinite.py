@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distloop.data.datasets import DataSource, InMemory
 from distloop.training.tasks import Classification
-from tests.resume_code import StopsItself
+from tests.lab.resuming import StopsItself
 
 SAMPLES, FEATURES, CLASSES = 96, 6, 3
 VALUES = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "none": 0.5}

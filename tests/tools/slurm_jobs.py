@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from distloop.run.checkpoint import published_in, step_of, verify
-from tests.ranks import REPOSITORY
-from tests.records import rows, status
-from tests.slurm.cluster import Cluster
-from tests.stopping import NOTICE, hold, let_go, run_of, waiting_run
+from tests.tools.ranks import REPOSITORY
+from tests.tools.records import rows, status
+from tests.tools.slurm_cluster import Cluster
+from tests.tools.stopping import NOTICE, hold, let_go, run_of, waiting_run
 
 SCRIPTS = REPOSITORY / "slurm"
 GENEROUS = 150  # seconds, for anything that a job does by itself
@@ -38,7 +38,7 @@ class Job:
         self.cluster.wait_until(condition, lambda: f"{what}; {self.cluster.job(self.number)}\n{self.log}", timeout)
 
     def arrived(self, place: str, ranks: Iterable[int]) -> None:
-        """Wait until these ranks wait at the place (see tests/stopping_code.py)."""
+        """Wait until these ranks wait at the place (see tests/lab/stopping.py)."""
         files = [self.folder / f"at-{place}-{rank}" for rank in ranks]
         self.until(lambda: all(file.exists() for file in files), f"ranks {ranks} at {place}")
         for file in files:
@@ -76,7 +76,7 @@ def submit(
 def held_run(folder: Path, **changes: Any) -> list[str]:
     """The arguments of a run of sixty steps that waits in its fifth or seventh, and in all later ones, until let go."""
     hold(folder, "step")
-    data = {"name": "tests.stopping_code:points", "workers": 1}
+    data = {"name": "tests.lab.stopping:points", "workers": 1}
     return [*waiting_run(folder, data=data, **changes), "--device", "cpu"]
 
 
