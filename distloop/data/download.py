@@ -1,8 +1,6 @@
 """Load torchvision's data sets from the disk, or download them once per machine, or say how to get the files."""
 
-import fcntl
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,23 +52,16 @@ def _in_one_line(error: Exception) -> str:
 @contextmanager
 def download_lock(root: Path) -> Iterator[None]:
     """Hold the lock on downloads to `root`. Raises UsageError that names its holder after WAIT_SECONDS."""
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / ".download.lock", "a+") as lock:
-        deadline = time.monotonic() + WAIT_SECONDS
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    lock.seek(0)
-                    holder = lock.read().strip()
-                    raise UsageError(
-                        f"Waited {WAIT_SECONDS} s for {holder} to download data to {root}; look what it does, or "
-                        "download beforehand."
-                    ) from None
-                time.sleep(0.2)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        lock.flush()
+    from filelock import FileLock, Timeout  # most runs find their data
+
+    path = root / ".download.lock"
+    try:
+        lock = FileLock(path, timeout=WAIT_SECONDS, poll_interval=0.2, fallback_to_soft=False).acquire()
+    except Timeout:
+        raise UsageError(
+            f"Waited {WAIT_SECONDS} s for {path.read_text().strip()} to download data to {root}; look what it does, or "
+            "download beforehand."
+        ) from None
+    with lock:
+        path.write_text(f"process {os.getpid()} on {os.uname().nodename}\n")  # for those who wait
         yield

@@ -55,9 +55,10 @@ def override_launcher(environ: MutableMapping[str, str], precision: str) -> list
 
 def launched_by() -> Launch | None:
     """The parent's command line, read by Accelerate's own parser; None if it is no `accelerate launch`."""
+    import psutil
+
     try:
-        with open(f"/proc/{os.getppid()}/cmdline") as file:
-            words = file.read().split("\0")[:-1]
+        words = psutil.Process(os.getppid()).cmdline()
         if (first_argument := _first_argument(words)) is None:
             return None
         from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -66,7 +67,7 @@ def launched_by() -> Launch | None:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words[first_argument:]))
         return Launch(int(arguments.num_processes), bool(arguments.multi_gpu), str(arguments.training_script))
-    except (Exception, SystemExit):  # another operating system, launcher or version of Accelerate
+    except (Exception, SystemExit):  # a parent that may not be read; another launcher or version of Accelerate
         return None
 
 

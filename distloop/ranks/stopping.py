@@ -105,13 +105,13 @@ class Watch:
         self.failing = False  # leave_within() has set a time limit
         self._interrupted = False  # by a second Ctrl-C
         self._leave: tuple[float, int, str | None] | None = None  # when the process ends, exit code, why it failed
-        self._launcher = launcher(os.environ)
         self._wakeup, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         for number in SIGNALS:
             if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # `command &` in a script
                 signal.signal(number, self._in_main_thread)
+        self._launcher = launcher(os.environ)  # now that signals are received: it takes some time
         threading.Thread(target=self._run, name="distloop-watch", daemon=True).start()
 
     def look_for(self, run: Path, settings: Stop, environ: Mapping[str, str]) -> None:
@@ -228,11 +228,13 @@ class WatchWithoutSaving(Watch):
 
 def launcher(environ: Mapping[str, str]) -> int | None:
     """The parent's process id if it is a launcher, -1 if a launcher was the parent and has died, else None."""
+    import psutil
+
     parent = os.getppid()
     try:
-        words = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return None  # another operating system
+        words = psutil.Process(parent).cmdline()
+    except (OSError, psutil.Error):  # another user's, or outside of this container
+        return None
     if any(LAUNCHERS.search(word) for word in words[:4]):
         return parent
     return -1 if parent == 1 and {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & set(environ) else None

@@ -1,13 +1,11 @@
 """Where the time of an attempt goes: each second belongs to one account. Also samples per second."""
 
-import os
 import resource
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,11 +98,14 @@ class Clock:
 
 
 def process_age() -> float:
-    """Seconds since this process started; 0 where that cannot be read (it can on Linux)."""
+    """Seconds since this process started; 0 where that cannot be read."""
+    import psutil
+
     try:
-        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        # Since boot: psutil knows the time of the boot to a second only, and the clock may be set meanwhile.
+        started = psutil.Process().create_time() - psutil.boot_time()
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
-    except (OSError, ValueError, IndexError, AttributeError):
+    except (psutil.Error, OSError, RuntimeError, AttributeError):  # AttributeError: no such clock on macOS
         return 0.0
 
 

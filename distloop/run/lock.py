@@ -1,7 +1,10 @@
 """The lock of a run directory: a file that names the owner, with a heartbeat.
 The owner counts the heartbeat up. A process that sees no change for DEAD_SECONDS of its own clock takes over: so the
 clocks and process numbers of two machines are never compared. On the same machine, and after a requeue of the same
-Slurm job, no wait is needed."""
+Slurm job, no wait is needed.
+
+Not filelock's SoftFileLease: it takes two machines of one name for the same, waits for ever for a lock that was cut
+short, sees only at its second beat that it was taken over, and cannot name a job or move with its folder."""
 
 import contextlib
 import json
@@ -218,7 +221,8 @@ def _process_space() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine started, in clock ticks since boot; None if it does not run."""
+    """When a process of this machine started, in clock ticks since boot; None if it does not run. Not by psutil: its
+    time changes when the clock is set, and another user's process that the system hides does not exist for it."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -100,7 +100,8 @@ def git_facts() -> GitFacts:
 
 
 def _git(folder: Path, arguments: tuple[str, ...], limit: int, until: float) -> str | None:
-    """The output of git, cut after limit + 1 bytes; None if it fails or takes too long."""
+    """The output of git, cut after limit + 1 bytes; None if it fails or takes too long. Not by subprocess.run(): that
+    reads without a limit, and at its time limit ends git but not the programs that git has started."""
     try:
         git = subprocess.Popen(
             ("git", "-C", str(folder), *arguments),
@@ -112,24 +113,20 @@ def _git(folder: Path, arguments: tuple[str, ...], limit: int, until: float) -> 
         )
     except OSError:
         return None
-    assert git.stdout is not None
-    timer = threading.Timer(max(0.0, until - time.monotonic()), _kill, [git])
+    timer = threading.Timer(max(0.0, until - time.monotonic()), _kill_group, [git.pid])
     timer.start()
-    try:
+    with git:  # waits for its end
+        assert git.stdout is not None
         output = git.stdout.read(limit + 1)
         if len(output) > limit:
-            _kill(git)
-        git.wait()
-    finally:
-        timer.cancel()
-        git.stdout.close()
+            _kill_group(git.pid)
+    timer.cancel()
     return output.decode(errors="replace") if len(output) > limit or git.returncode == 0 else None
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(OSError):  # all have ended
+        os.killpg(leader, signal.SIGKILL)
 
 
 def _cut(text: str, limit: int) -> str:

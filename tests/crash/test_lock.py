@@ -169,6 +169,9 @@ def other_machine() -> RunLock:
     return lock
 
 
+NO_PROCESS = 2**22 + 1  # above the greatest number that Linux gives
+
+
 def owner_of(folder: Path) -> str:
     return json.loads((folder / LOCK).read_text())["token"]
 
@@ -229,6 +232,36 @@ def test_the_clock_of_the_owner_does_not_count(tmp_path: Path) -> None:
         second.identity["processes"] = "a third"
         assert second.acquire(tmp_path)
         second.release()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_machine_of_the_same_name_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    """As copies of one image are. A number that no process has here says nothing about a process there."""
+    owner = other_machine()
+    owner.identity.update(machine=os.uname().nodename, pid=NO_PROCESS)
+    owner.acquire(tmp_path)
+    begun = time.monotonic()
+    assert RunLock().acquire(tmp_path)
+    assert time.monotonic() - begun >= lock_module.DEAD_SECONDS
+
+
+def test_an_owner_of_another_user_that_the_system_hides_is_alive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clusters mount /proc with hidepid=2: then only the attempt to signal a process tells that it is there."""
+
+    def forbidden(pid: int, _: int) -> None:
+        if pid == NO_PROCESS:
+            raise PermissionError
+
+    owner = RunLock()
+    owner.identity["pid"] = NO_PROCESS
+    owner.acquire(tmp_path)
+    assert lock_module.why_gone(tmp_path, owner.identity) == f"process {NO_PROCESS} on {os.uname().nodename} has ended"
+    monkeypatch.setattr(os, "kill", forbidden)
+    assert lock_module.why_gone(tmp_path, owner.identity) is None
+    with pytest.raises(UsageError, match="belongs to a run that is going on"):
+        RunLock().acquire(tmp_path)
 
 
 def test_the_limits_are_some_seconds_long() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -204,11 +206,20 @@ def test_a_process_is_as_old_as_the_system_says() -> None:
     assert after == pytest.approx(before, abs=0.02)  # the same beginning, whenever it is asked for
 
 
-@pytest.mark.parametrize("content", ["", "1 (a) S", "1 (a) S " + "x " * 30])
+def test_the_age_of_a_process_is_more_exact_than_the_time_of_the_boot() -> None:
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    assert process_age() == pytest.approx(seconds, abs=0.1)
+
+
+@pytest.mark.parametrize("error", [psutil.AccessDenied(), RuntimeError("btime"), OSError(2, "no /proc/stat")])
 def test_a_system_that_does_not_say_how_old_a_process_is_is_no_error(
-    monkeypatch: pytest.MonkeyPatch, content: str
+    monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda *_: content)
+    def refuse() -> float:
+        raise error
+
+    monkeypatch.setattr(psutil, "boot_time", refuse)
     assert process_age() == 0.0
 
 

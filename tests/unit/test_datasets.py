@@ -5,9 +5,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import multiprocessing
+import os
 import pickle
 import re
 import struct
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +28,7 @@ from torchvision.datasets import CIFAR10, FashionMNIST
 from distloop.config.settings import Data
 from distloop.data.batches import to_model
 from distloop.data.datasets import DataSource, InMemory, cifar10, diabetes, digits, fingerprint, load_data
+from distloop.data.download import download_lock
 from distloop.data.loader import SeededDataset, collate_of, no_check
 from distloop.data.order import MicroBatch
 from distloop.errors import UsageError
@@ -166,6 +170,27 @@ def test_missing_files_are_explained(
     assert f"import {torchvision_name} as D" in code[1]
     assert "root" not in code[1]
     assert "'data'" in code[1]
+
+
+def test_who_waits_for_a_download_too_long_is_told_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distloop.data.download.WAIT_SECONDS", 0.5)
+    root = tmp_path / "data"
+    code = "import sys, pathlib; from distloop.data.download import download_lock\n"
+    code += "with download_lock(pathlib.Path(sys.argv[1])): print('has it', flush=True); input()"
+    for _ in range(2):  # the second one replaces the first one's name
+        with subprocess.Popen(
+            [sys.executable, "-c", code, root], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as holder:
+            assert holder.stdout
+            assert holder.stdout.readline() == b"has it\n"
+            name = f"process {holder.pid} on {os.uname().nodename}"
+            for _ in range(2):  # who waits leaves the name where it is
+                with pytest.raises(UsageError) as caught, download_lock(root):
+                    pass
+                assert str(caught.value).startswith(f"Waited 0.5 s for {name} to download data to {root}; ")
+            holder.kill()
+    with download_lock(root):  # that of a killed process is free
+        pass
 
 
 @pytest.mark.usefixtures("no_network")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 import distloop
 from distloop.run import provenance as module
 from distloop.run.provenance import MOST_DIFF, GitFacts, environment, git_facts
+from tests.tools.ranks import wait_until
 
 TOKEN = "hf_0123456789abcdefghij"
 
@@ -133,8 +138,10 @@ def test_a_repository_without_a_commit_has_no_diff(tmp_path: Path, monkeypatch: 
     assert git_facts() == GitFacts(folder=str(tmp_path / "new"))
 
 
-@pytest.mark.parametrize("behaviour", ["sleep 1000", "sleep 1000 & wait", "yes"])
-def test_a_git_that_does_not_end_is_ended(repository: Path, monkeypatch: pytest.MonkeyPatch, behaviour: str) -> None:
+@pytest.mark.parametrize("behaviour", ["sleep 1000", "sleep 1000 & wait", "sleep 1000 & exit 1", "yes"])
+def test_a_git_that_does_not_end_is_ended_with_what_it_has_started(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, behaviour: str
+) -> None:
     programs = repository.parent / "programs"
     programs.mkdir()
     fake = programs / "git"
@@ -142,6 +149,20 @@ def test_a_git_that_does_not_end_is_ended(repository: Path, monkeypatch: pytest.
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
     monkeypatch.setattr(module, "GIT_SECONDS", 1.0)
+    monkeypatch.setenv("FROM_THIS_TEST", str(programs))
+    begun = time.monotonic()
     facts = git_facts()
+    assert time.monotonic() - begun < 60
     assert facts.folder == str(repository)
     assert (facts.diff is None) == ("sleep" in behaviour)
+    wait_until(lambda: not started_here(str(programs)), "the end of all that git has started")
+
+
+def started_here(mark: str) -> list[psutil.Process]:
+    """The programs that run with FROM_THIS_TEST=mark."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # gone, or another user's
+            if process.environ().get("FROM_THIS_TEST") == mark and process.pid != os.getpid():
+                found.append(process)
+    return found

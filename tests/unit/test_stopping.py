@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -443,6 +444,29 @@ def test_one_process_answers_at_the_end_of_the_step() -> None:
 def test_launchers_are_known_by_their_command_line(
     monkeypatch: pytest.MonkeyPatch, words: list[str], expected: bool
 ) -> None:
-    shown = "\0".join([*words, ""]).encode()
-    monkeypatch.setattr(stopping, "Path", lambda path: SimpleNamespace(read_bytes=lambda: shown))
+    parents = []
+
+    def cmdline(process: psutil.Process) -> list[str]:
+        parents.append(process.pid)
+        return words
+
+    monkeypatch.setattr(psutil.Process, "cmdline", cmdline)
     assert stopping.launcher({}) == (os.getppid() if expected else None)
+    assert parents == [os.getppid()]
+
+
+@pytest.mark.parametrize("error", [psutil.NoSuchProcess(1), psutil.AccessDenied(1), OSError(23, "Too many open files")])
+def test_a_parent_that_may_not_be_read_is_no_launcher(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refuse(_: psutil.Process) -> None:
+        raise error
+
+    monkeypatch.setattr(psutil.Process, "cmdline", refuse)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert stopping.launcher({"TORCHELASTIC_RUN_ID": "7"}) is None
+
+
+def test_a_launcher_that_has_died_is_known_by_its_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda _: ["/sbin/init"])
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert stopping.launcher({"TORCHELASTIC_RUN_ID": "7"}) == -1
+    assert stopping.launcher({}) is None

@@ -8,17 +8,18 @@ JSON object a line: how the mirror has started, and how it has ended.
 """
 
 import contextlib
-import fcntl
+import errno
 import json
 import os
 import select
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from distloop.config.yaml_text import parse_yaml
 from distloop.run.files import CONFIG, STATUS, WANDB, read_json
@@ -29,27 +30,26 @@ from distloop.tracking.wandb.session import WandbError, one_line
 POLL_SECONDS = 0.5
 KILLED_SECONDS = 5.0  # to end in after training was killed: the next attempt may follow at once
 OTHER_SECONDS = 8.0  # to wait for the mirror of an earlier attempt
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system without them: go on without one
 SIGNALS_OF_TRAINING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def only_mirror(run: Path, seconds: float) -> Iterator[bool]:
     """True while this process is the only one that uploads the run; False if another still does so after `seconds`."""
-    deadline = time.monotonic() + seconds
-    with open(run / f".{WANDB}.lock", "w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() < deadline:
-                    time.sleep(0.1)
-                    continue
-                yield False
-                return
-            except OSError:  # a file system without locks
-                pass
-            yield True
-            return
+    lock = FileLock(run / f".{WANDB}.lock", timeout=seconds, poll_interval=0.1, fallback_to_soft=False)
+    is_only = True
+    try:
+        lock.acquire()
+    except Timeout:
+        is_only = False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
+        yield is_only
+    finally:
+        lock.release()
 
 
 def mirror_training(path: Path, mode: str, answer: Callable[..., None]) -> None:
