@@ -1,8 +1,8 @@
-"""`python -m distloop.status`: commands/status.py."""
+"""`python -m distloop.status`: the same as `distloop status`."""
 
 import sys
 
-from distloop.commands.status import main
+from distloop.commands.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(["status", *sys.argv[1:]])

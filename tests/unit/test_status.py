@@ -14,16 +14,17 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 
 from distloop.commands import reading as runs
 from distloop.commands.reading import read_run
-from distloop.commands.status import columns, fit, main
+from distloop.commands.status import main
 from distloop.run import checkpoint
 from distloop.run.lock import LOCK, RunLock
 from tests.tools.ranks import REPOSITORY, clean_environment, command
@@ -43,7 +44,7 @@ def make_run(folder: Path, name: str, state: str = "finished", config: str = "",
     written = {"state": state, "step": 40, "attempt": 1, "reason": None, "written": ago(30), "total_steps": 100}
     known = {"first_step": 0, "best": BEST, "best_rule": ["accuracy", "max"], "slurm_job": None, "slurm_restart": 0}
     (path / "status.json").write_text(json.dumps({**written, **known, **status}))
-    (path / "config.yaml").write_text(f"name: '{name}'\n{config}")
+    (path / "config.yaml").write_text(f"name: {name!r}\n{config}")
     return path
 
 
@@ -411,7 +412,7 @@ def test_a_reader_that_leaves_early_gets_no_traceback(tmp_path: Path) -> None:
     assert said[1] == "0"
 
 
-@pytest.mark.parametrize("width", [60, 80, 160])
+@pytest.mark.parametrize("width", [40, 80, 160])
 @pytest.mark.parametrize("sort", [[], ["--sort", "accuracy"]])
 def test_a_terminal_is_filled_and_never_overflown(tmp_path: Path, width: int, sort: list[str]) -> None:
     long_name = "a-run-with-a-rather-long-name-as-sweeps-have-them-lr3e-4"
@@ -438,7 +439,7 @@ def test_a_terminal_is_filled_and_never_overflown(tmp_path: Path, width: int, so
     assert max(map(len, lines)) <= width
     shown = "\n".join(lines)
     assert "[red]run" in shown
-    assert "begin xxx" in shown
+    assert "begin" in shown
     assert ("seed=1" in shown) == bool(sort)
     place = 1 if sort else 0
     first = next(index for index, line in enumerate(lines) if "a-run" in line)
@@ -451,13 +452,70 @@ def test_a_terminal_is_filled_and_never_overflown(tmp_path: Path, width: int, so
     assert ("Slurm job" in shown) == (width == 160)
 
 
-@pytest.mark.parametrize("width", range(60, 240, 7))
-def test_columns_fit_and_the_needed_ones_are_never_left_out(tmp_path: Path, width: int) -> None:
-    run = read_run(make_run(tmp_path, "a-run-with-a-rather-long-name", "failed", reason="x" * 500, slurm_job="48211"))
-    widths = fit(columns([run], None), width)
-    assert sum(widths.values()) + 2 * (len(widths) - 1) <= width
-    assert {"run", "state", "step", "best"} <= set(widths)
-    assert width < 130 or sum(widths.values()) + 2 * (len(widths) - 1) == width  # the reason takes what is left
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
+    """Prints on a terminal of a width without colours; returns the lines."""
+
+    def lines(width: int, *arguments: str) -> list[str]:
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("NO_COLOR", "1")
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        assert main(list(arguments)) == 0
+        return re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+
+    return lines
+
+
+@pytest.mark.parametrize("width", range(40, 240, 8))
+def test_columns_fit_and_the_needed_ones_are_never_left_out(
+    tmp_path: Path, terminal: Callable[..., list[str]], width: int
+) -> None:
+    make_run(tmp_path, "a-run-with-a-rather-long-name", "failed", reason="x" * 500, slurm_job="48211")
+    lines = terminal(width, str(tmp_path))
+    needed = {"run", "state", "step"} | ({"best"} if width >= 60 else set())
+    assert needed <= set(lines[0].split())
+    assert "40/100 40%" in lines[1]
+    assert max(map(cell_len, lines)) <= width
+    assert width < 130 or cell_len(lines[1].rstrip()) == width  # the reason takes what is left
+    if "reason" not in lines[0]:
+        assert width < 130
+        assert "".join(lines[lines.index("") :]).count("x") == 500  # below the table it is whole
+
+
+NASTY = "[red]x\x1b[2J\r\n\u202e\udcff[bold]"
+SHOWN = r"[red]x\x1b[2J\r\n\u202e\udcff[bold]"
+
+
+@pytest.mark.parametrize("width", [0, 40, 80, 200])
+def test_whatever_a_directory_says_is_shown_and_not_obeyed(
+    tmp_path: Path, terminal: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], width: int
+) -> None:
+    """A terminal does not do what names and texts of a run say, and a row stays a row; width 0: in a pipe."""
+    run = make_run(tmp_path, NASTY, "failed", reason=NASTY, attempt=1, best={"step": 4, NASTY: 1.0})
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps({**status, "best_rule": [NASTY, "max"], "slurm_job": "\x1b[31m"}))
+    (run / "failures" / "attempt_0001.json").write_text(json.dumps({"node": NASTY, "traceback": "\x1b]0;x\a\ty"}))
+    with open(run / "metrics.jsonl", "w") as file:
+        file.write(json.dumps({"kind": "validate", "step": 4, NASTY: 1.0}) + "\n")
+    make_run(tmp_path, "漢字の名前" * 12)
+
+    def lines(*arguments: str) -> list[str]:
+        if width:
+            return terminal(width, *arguments)
+        assert main(list(arguments)) == 0
+        return capsys.readouterr().out.splitlines()
+
+    for arguments in ([str(tmp_path)], [str(tmp_path), "--sort", NASTY], [str(run)]):
+        shown = lines(*arguments)
+        assert all(line.isprintable() for line in shown)
+        if width:
+            assert max(map(cell_len, shown)) <= width
+        else:
+            assert SHOWN in "\n".join(shown)
+            assert any(line.strip().startswith(SHOWN) or SHOWN in line for line in shown)
+    assert main([str(tmp_path), "--sort", "unknown"]) == 2
+    assert SHOWN in capsys.readouterr().err
 
 
 def test_neither_torch_nor_rich_is_imported_where_there_is_no_terminal(tmp_path: Path) -> None:
