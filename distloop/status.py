@@ -1,8 +1,8 @@
-"""`python -m distloop.status`: the same as `distloop status`."""
+"""`python -m distloop.status`: commands/status.py."""
 
 import sys
 
-from distloop.commands.cli import main
+from distloop.commands.status import main
 
 if __name__ == "__main__":
-    main(["status", *sys.argv[1:]])
+    sys.exit(main(sys.argv[1:]))
