@@ -101,7 +101,7 @@ def details(run: Run) -> str:
     metrics = [f"{name} {number(value)}" for name, value in reading.metrics_in(last or {}).items()]
     ranks = [f"{_place(rank)} · process {rank.get('pid')}" for rank in run.ranks[:MOST_RANKS]]
     others = len(run.ranks) - MOST_RANKS
-    traceback = str(failure.get("traceback") or "").expandtabs(4).splitlines()[-MOST_LINES:] if failure else []
+    traceback = str(failure.get("traceback") or "").splitlines()[-MOST_LINES:] if failure else []
     goes_on = f"goes on after step {steps[-1]}" if steps else "begins it again"
     lines = {
         "directory": [str(run.path)],

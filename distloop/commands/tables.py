@@ -6,7 +6,7 @@ What run directories and other machines say is shown as text: markup as it stand
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -82,10 +82,10 @@ def fitting(columns: Sequence[Column], width: int, least_width: Callable[[Column
     return shown
 
 
-def entries(rows: Sequence[tuple[Parts, str]]) -> str:
+def entries(rows: Iterable[tuple[Parts, str]]) -> str:
     """Heads, each with a text of one or more lines beside it, as text for sys.stdout. Empty texts are left out."""
     clean = [
-        ([(printable(part), style) for part, style in head], "\n".join(map(printable, text.split("\n"))))
+        ([(printable(part), style) for part, style in head], "\n".join(map(printable, text.expandtabs(4).split("\n"))))
         for head, text in rows
         if text
     ]
