@@ -11,7 +11,7 @@ from typing import Any
 from distloop.commands import reading
 from distloop.commands.ranking import Ranking, natural_order, rank
 from distloop.commands.reading import Run, seconds_since
-from distloop.commands.tables import Column, entries, printable, table
+from distloop.commands.tables import Column, Entry, entries, printable, table
 from distloop.errors import UsageError
 from distloop.tracking.wording import UNKNOWN, age, encodable, number
 
@@ -91,7 +91,8 @@ def _below(runs: list[Run], without_room: list[Column]) -> str:
     """The settings and reasons for which the table has no room."""
     texts = [column.cells for column in without_room if column.overflow != "cut"]
     lines = ["\n".join(cells[index] for cells in texts if cells[index] != UNKNOWN) for index in range(len(runs))]
-    return entries([([(run.name, STYLES.get(run.state, ""))], text) for run, text in zip(runs, lines, strict=True)])
+    heads = [[(run.name, STYLES.get(run.state, ""))] for run in runs]
+    return entries(map(Entry, heads, lines))
 
 
 def details(run: Run) -> str:
@@ -113,7 +114,7 @@ def details(run: Run) -> str:
         "this attempt": [f"began after step {run.first_step}"] if run.first_step else [],
         "ranks" if run.state == "running" else "ranks were": [*ranks, *([f"and {others} more"] if others > 0 else [])],
     }
-    return entries([([(title, "")], "\n".join(texts)) for title, texts in lines.items()])
+    return entries(Entry([(title, "")], "\n".join(texts)) for title, texts in lines.items())
 
 
 def _parser() -> argparse.ArgumentParser:

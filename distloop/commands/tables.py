@@ -35,6 +35,16 @@ class Column(NamedTuple):
     several lines. fill: the column takes the room that others leave, and its cells end with an ellipsis."""
 
 
+class Entry(NamedTuple):
+    """A head with a text beside it."""
+
+    head: Parts
+    text: str
+    """One or more lines."""
+    commands: str = ""
+    """Lines below the text. They are not folded, so that one can copy a command from a terminal."""
+
+
 def printable(text: str) -> str:
     """The text with escapes, such as \\n and \\x1b, for characters that end a line, move the cursor or are not seen."""
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
@@ -82,21 +92,21 @@ def fitting(columns: Sequence[Column], width: int, least_width: Callable[[Column
     return shown
 
 
-def entries(rows: Iterable[tuple[Parts, str]]) -> str:
-    """Heads, each with a text of one or more lines beside it, as text for sys.stdout. Empty texts are left out."""
+def entries(rows: Iterable[Entry]) -> str:
+    """Heads, each with its text beside it, as text for sys.stdout. Entries without a text are left out."""
     clean = [
-        ([(printable(part), style) for part, style in head], "\n".join(map(printable, text.expandtabs(4).split("\n"))))
-        for head, text in rows
-        if text
+        Entry([(printable(part), style) for part, style in row.head], _printable_lines(row.text), row.commands)
+        for row in rows
+        if row.text
     ]
     if not clean:
         return ""
     if not sys.stdout.isatty():
-        heads = _plain_column(["".join(part for part, _ in head) for head, _ in clean])
+        heads = _plain_column(["".join(part for part, _ in row.head) for row in clean])
         return "\n".join(
             f"  {'' if index else head:<{len(head)}}  {line}".rstrip()
-            for head, (_, text) in zip(heads, clean, strict=True)
-            for index, line in enumerate(text.split("\n"))
+            for head, row in zip(heads, clean, strict=True)
+            for index, line in enumerate([*row.text.splitlines(), *_printable_lines(row.commands).splitlines()])
         )
     from rich.console import Console
     from rich.padding import Padding
@@ -104,15 +114,25 @@ def entries(rows: Iterable[tuple[Parts, str]]) -> str:
     from rich.text import Text
 
     console = Console()
-    if console.width < NARROW:
-        pairs = [(Text.assemble(*head), Padding(Text(text), (0, 0, 0, 4))) for head, text in clean]
-        return _drawn(console, *(Padding(part, (0, 0, 0, 2)) for pair in pairs for part in pair))
-    grid = Table.grid(padding=(0, GAP, 0, 0))
-    grid.add_column(max_width=console.width // 3, overflow="fold")
-    grid.add_column(overflow="fold")
-    for head, text in clean:
-        grid.add_row(Text.assemble(*head), Text(text))
-    return _drawn(console, Padding(grid, (0, 0, 0, 2)))
+    titles = [Text.assemble(*row.head) for row in clean]
+    head_width = min(console.width // 3, max(head.cell_len for head in titles))
+    indent = 6 if console.width < NARROW else 2 + head_width + GAP
+    parts: list[RenderableType] = []
+    for head, row in zip(titles, clean, strict=True):
+        if console.width < NARROW:
+            parts += [Padding(head, (0, 0, 0, 2)), Padding(Text(row.text), (0, 0, 0, indent))]
+        else:
+            grid = Table.grid(padding=(0, GAP, 0, 0))
+            grid.add_column(width=head_width, overflow="fold")
+            grid.add_column(overflow="fold")
+            grid.add_row(head, Text(row.text))
+            parts.append(Padding(grid, (0, 0, 0, 2)))
+        parts += [Text(" " * indent + line) for line in _printable_lines(row.commands).splitlines()]
+    return _drawn(console, *parts)
+
+
+def _printable_lines(text: str) -> str:
+    return "\n".join(map(printable, text.expandtabs(4).split("\n")))
 
 
 def _plain_column(cells: list[str], align_right: bool = False) -> list[str]:
@@ -121,8 +141,10 @@ def _plain_column(cells: list[str], align_right: bool = False) -> list[str]:
 
 
 def _drawn(console: Console, *parts: RenderableType) -> str:
-    """What rich would print."""
+    """What rich prints. It does not fold a Text."""
+    from rich.text import Text
+
     with console.capture() as capture:
         for part in parts:
-            console.print(part)
+            console.print(part, soft_wrap=isinstance(part, Text))
     return capture.get().rstrip("\n")

@@ -265,13 +265,17 @@ def test_on_a_terminal_the_table_fits_and_nothing_is_cut(
     report = Report(as_json=False)
     report.results = [
         Result(OK, "shared memory", " ".join(found)),
-        Result(FAIL, "b", "[red]\x1b[2J", f"{'x' * 200}\nlast"),
+        Result(FAIL, "b", "[red]\x1b[2J", f"{'x' * 200} last"),
+        Result(WARN, "launch", "wrong", "right:\npython -m distloop.train " + "--word " * 40),
     ]
     report.show()
     output = capsys.readouterr().out
     assert "\x1b[32mok" in output
     assert "\x1b[31mfail" in output
     lines = re.sub(r"\x1b\[[0-9;]*m", "", output).splitlines()
+    (command,) = [line for line in lines if line.endswith(" python -m distloop.train " + "--word " * 40)]
+    lines.remove(command)  # whole on a line, to be copied
+    assert lines.pop() == "distloop doctor: fail (1 fail, 1 warn, 1 ok)"
     assert max(map(len, lines)) <= width
     words = " ".join(lines).split()
     assert [word for word in words if word.startswith("word")] == found

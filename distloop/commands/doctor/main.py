@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distloop.commands.doctor.results import FAIL, OK, WARN, Result, judge, nodes_of
-from distloop.commands.tables import Parts, entries
+from distloop.commands.tables import Entry, entries
 from distloop.errors import RunFailed, UsageError
 from distloop.ranks import stopping, talking
 from distloop.ranks.attempt_base import AttemptBase
@@ -59,15 +59,17 @@ class Report(AttemptBase):
             elif self.is_due:
                 counts = collections.Counter(result.verdict for result in self.results)
                 summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in (FAIL, WARN, OK) if counts[verdict])
-                talking.say(f"{entries(map(row, self.results))}\ndistloop doctor: {self.verdict} ({summary})")
+                talking.say(f"{entries(map(entry, self.results))}\ndistloop doctor: {self.verdict} ({summary})")
             self.is_due = False
 
 
-def row(result: Result) -> tuple[Parts, str]:
-    """A row of the table for `entries`."""
-    advice = "\n-> " + result.advice.replace("\n", "\n   ") if result.advice else ""
+def entry(result: Result) -> Entry:
+    """The result as a row of the table."""
     head = [(f"{result.verdict:<4}", STYLES[result.verdict]), (f"  {result.check}", "")]
-    return head, result.found + advice
+    advice = "-> " + result.advice.replace("\n", "\n   ") if result.advice else ""
+    if result.check == "launch":  # its advice is the right command
+        return Entry(head, result.found, advice)
+    return Entry(head, f"{result.found}\n{advice}".rstrip())
 
 
 def examine(options: argparse.Namespace, given: dict[str, str], roll_call: RollCall, report: Report) -> int:
