@@ -67,14 +67,15 @@ def columns(runs: list[Run], ranking: Ranking | None, with_reasons: bool = True)
         shown.append(Column("#", places, align_right=True))
     shown.append(Column("run", [run.name for run in runs], least_width=20, overflow="fold"))
     styles = [STYLES.get(run.state, "") for run in runs]
-    shown.append(Column("state", [run.state for run in runs], styles))
+    shown.append(Column("state", [run.state for run in runs], styles, least_width=8))
     if ranking:
         if ranking.is_metric:
             values = [f"{number(best[0])} @{best[1]}" if best else UNKNOWN for best in ranking.values]
-            shown.append(Column(ranking.by, values))
+            shown.append(Column(ranking.by, values, least_width=16, overflow="fold"))
         differs = list(map(_pairs, ranking.settings))
         shown.append(Column("differs", differs, drop_order=7, least_width=20, overflow="fold"))
-    shown.append(Column("step", list(map(_progress, runs)), align_right=True, drop_order=6 if ranking else 0))
+    order = 6 if ranking else 0
+    shown.append(Column("step", list(map(_progress, runs)), align_right=True, drop_order=order, least_width=20))
     if not ranking or any(run.best_rule and run.best_rule[0] != ranking.by for run in runs):
         shown.append(Column("best", list(map(_best, runs)), drop_order=4 if ranking else 6))
     shown.append(Column("written", [age(seconds_since(run.written)) for run in runs], align_right=True, drop_order=5))
