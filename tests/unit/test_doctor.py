@@ -71,6 +71,7 @@ def test_healthy_ranks_are_ok_on_every_line() -> None:
         lines = judge(checks.CHECKS, found)
         assert {line.verdict for line in lines} == {OK}, lines
         assert len({line.check for line in lines}) == 10
+    assert checks.code(facts(1))[0].found == "commit 1234567, files abc in /code"
 
 
 def test_what_a_rank_finds_is_plain_json_with_all_that_the_checks_read() -> None:

@@ -97,6 +97,21 @@ def as_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[st
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
+    """Prints on a terminal of a width without colours; returns the lines."""
+
+    def lines(width: int, *arguments: str) -> list[str]:
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("NO_COLOR", "1")
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        assert main(list(arguments)) == 0
+        return re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+
+    return lines
+
+
 # ---- states ------------------------------------------------------------------------------------------------------
 
 
@@ -337,6 +352,22 @@ def test_what_the_runs_of_a_sweep_differ_in_is_shown_and_nothing_else(
     assert "differs" not in table(capsys, str(tmp_path), "--sort", "name")["a"]
 
 
+def test_what_is_tried_out_comes_first_and_a_pipe_gets_all_of_it(
+    tmp_path: Path, terminal: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(3):
+        args = ", ".join(f"argument{each}: {number // 2}" for each in range(6))
+        make_run(tmp_path, f"run-{number}", config=f"model: {{args: {{{args}}}}}\noptim: {{lr: {number}}}\n")
+    arguments = [str(tmp_path), "--sort", "name"]
+    assert list(table(capsys, *arguments)["run-2"]["differs"].split()) == [
+        "optim.lr=2",
+        *(f"model.args.argument{each}=1" for each in range(6)),
+    ]
+    assert "optim.lr=2 model.args.argument0=1 model.args.argument1=1 …" in " ".join(
+        terminal(160, *arguments)[3].split()
+    )
+
+
 # ---- one run, no run, output -------------------------------------------------------------------------------------
 
 
@@ -355,6 +386,7 @@ def test_a_runs_own_directory_gives_its_row_and_its_details(tmp_path: Path, caps
         r"  this attempt +began after step 20",
         r"  reason +RunFailed: the gradient of step 41 is not finite",
         r" +on rank 3",
+        r"  to continue +the same command goes on after step 40",
         r"  failed first +rank 3 on n2 · step 41 · backward pass\n( +first\n){7} +last",
     ):
         assert re.search(f"^{line}$", text, re.MULTILINE), text
@@ -401,6 +433,9 @@ def test_into_a_pipe_go_whole_lines_without_colours_or_spaces_at_their_ends(tmp_
     assert lines[2].endswith(f"  {reason}")
     assert lines == [line.rstrip() for line in lines]
     assert "\x1b" not in done.stdout
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    done = command([sys.executable, "-m", "distloop.status", str(tmp_path)], tmp_path, ascii_only)
+    assert done.stdout.splitlines()[1].endswith("  -"), done.stdout
 
 
 def test_a_reader_that_leaves_early_gets_no_traceback(tmp_path: Path) -> None:
@@ -452,35 +487,31 @@ def test_a_terminal_is_filled_and_never_overflown(tmp_path: Path, width: int, so
     assert ("Slurm job" in shown) == (width == 160)
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
-    """Prints on a terminal of a width without colours; returns the lines."""
-
-    def lines(width: int, *arguments: str) -> list[str]:
-        monkeypatch.setenv("COLUMNS", str(width))
-        monkeypatch.setenv("TERM", "xterm")
-        monkeypatch.setenv("NO_COLOR", "1")
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-        assert main(list(arguments)) == 0
-        return re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
-
-    return lines
-
-
 @pytest.mark.parametrize("width", range(40, 240, 8))
 def test_columns_fit_and_the_needed_ones_are_never_left_out(
-    tmp_path: Path, terminal: Callable[..., list[str]], width: int
+    tmp_path: Path, terminal: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], width: int
 ) -> None:
     make_run(tmp_path, "a-run-with-a-rather-long-name", "failed", reason="x" * 500, slurm_job="48211")
+    assert main([str(tmp_path)]) == 0
+    whole = capsys.readouterr().out.splitlines()
     lines = terminal(width, str(tmp_path))
     needed = {"run", "state", "step"} | ({"best"} if width >= 60 else set())
     assert needed <= set(lines[0].split())
     assert "40/100 40%" in lines[1]
     assert max(map(cell_len, lines)) <= width
-    assert width < 130 or cell_len(lines[1].rstrip()) == width  # the reason takes what is left
+    if width >= 130:  # the reason takes what is left
+        assert lines[0].index("reason") == whole[0].index("reason")
+        assert cell_len(lines[1].rstrip()) == width
     if "reason" not in lines[0]:
         assert width < 130
         assert "".join(lines[lines.index("") :]).count("x") == 500  # below the table it is whole
+
+
+def test_wide_characters_have_their_room(tmp_path: Path, terminal: Callable[..., list[str]]) -> None:
+    make_run(tmp_path, "漢字" * 5)
+    title, line = terminal(62, str(tmp_path))
+    assert line.startswith("漢字" * 5)  # 20 columns wide: another column is dropped, and the name not folded
+    assert "attempt" not in title
 
 
 NASTY = "[red]x\x1b[2J\r\n\u202e\udcff[bold]"
@@ -511,7 +542,9 @@ def test_whatever_a_directory_says_is_shown_and_not_obeyed(
         assert all(line.isprintable() for line in shown)
         if width:
             assert max(map(cell_len, shown)) <= width
-            assert "[red]x" in " ".join(shown)  # what one run says leaves room for the names of others
+            if arguments[-1] == str(tmp_path):  # what one run says leaves room for the names of others
+                assert shown[0].index("state") >= 10
+            assert width < 200 or SHOWN in shown[0] or arguments[-1] != NASTY
         else:
             assert SHOWN in "\n".join(shown)
     assert main([str(tmp_path), "--sort", "unknown"]) == 2
