@@ -23,21 +23,24 @@ USAGE = (
 
 def main(words: list[str] | None = None) -> None:
     """Run the command that the command line, or `words`, names; ends the process with the command's exit code."""
-    from distloop.ranks import leaving, talking
+    from distloop.ranks import talking
 
     talking.speak_clearly()
     word, *arguments = (sys.argv[1:] if words is None else words) or [""]
     if word == "train":
+        from distloop.ranks.leaving import leave
         from distloop.ranks.start import main, prepare_process
 
         prepare_process()  # before the long imports: from here on a signal is a wish to stop, not the end
         from distloop.train import train
 
-        leaving.leave(main(train, arguments))
+        leave(main(train, arguments))
     elif word in COMMANDS:
         code = importlib.import_module(f"distloop.commands.{COMMANDS[word][0]}").main(arguments)
         if word in ("evaluate", "doctor"):
-            leaving.leave(code)
+            from distloop.ranks.leaving import leave
+
+            leave(code)
         elif word == "sync":
             sys.stdout.flush()
             os._exit(code)  # wandb's own exit hooks may wait for a server

@@ -83,14 +83,18 @@ def rank(runs: list[Run], by: str, reverse: bool = False) -> Ranking:
 
 
 def settings_that_differ(runs: list[Run]) -> list[dict[str, str]]:
-    """By run its settings that differ, as {"optim.lr": "0.1"}; without those that do not change what is trained."""
+    """By run its settings that differ, as {"optim.lr": "0.1"}; without those that do not change what is trained.
+
+    Those with the most different values come first: in a sweep they are what is tried out.
+    """
     configs = [_settings(run.path / CONFIG) for run in runs]
-    differing = []
+    values = {}
     for key in dict.fromkeys(key for config in configs for key in config):
         # An argument may be missing in a config. Any other setting is only missing if the version did not have it.
         having = [config for config in configs if key in config or (config and ".args." in key)]
-        if len({config.get(key) for config in having}) > 1 and not is_one_of(key, FREE_KEYS):
-            differing.append(key)
+        values[key] = {config.get(key) for config in having}
+    differing = [key for key in values if len(values[key]) > 1 and not is_one_of(key, FREE_KEYS)]
+    differing.sort(key=lambda key: -len(values[key]))
     return [{key: config[key] for key in differing if key in config} for config in configs]
 
 

@@ -1,8 +1,4 @@
-"""`distloop status`: a table of runs, ranked by a metric on request.
-
-On a terminal the table has colours and fits the width. In a pipe its lines are whole, with two or more spaces between
-columns.
-"""
+"""`distloop status`: a table of runs, ranked by a metric on request; below a single run its details."""
 
 import argparse
 import dataclasses
@@ -10,34 +6,30 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from distloop.commands import reading
 from distloop.commands.ranking import Ranking, natural_order, rank
 from distloop.commands.reading import Run, seconds_since
+from distloop.commands.tables import Column, Entry, entries, printable, table
 from distloop.errors import UsageError
-from distloop.tracking.wording import UNKNOWN, age, number
+from distloop.tracking.wording import UNKNOWN, age, encodable, number
 
 STYLES = {"running": "green", "starting": "cyan", "stopped": "yellow", "failed": "red", "gone": "red", "damaged": "red"}
-FOLDED = ("run", "differs")  # columns that a narrow terminal folds into several lines, where it cuts others
-DIFFERS_WIDTH = 60
+DIFFERS_WIDTH = 60  # characters on a terminal
 MOST_RANKS, MOST_LINES = 16, 8
+HELP = """\
+A table of runs, or one run in detail.
 
-
-class Column(NamedTuple):
-    """A column of the table."""
-
-    title: str
-    cells: list[str]
-    align_right: bool = False
-    drop_order: int = 0
-    """A narrow terminal drops columns in the order of this number; 0: the column is never dropped."""
-    least_width: int = 1000
-    """The width to which the column may be cut or folded."""
-
-    @property
-    def width(self) -> int:
-        return max(map(len, [self.title, *self.cells]))
+  state    running, finished, stopped (to be continued), failed, starting;
+           gone: status.json says running, but its process is not there;
+           damaged: status.json cannot be read
+  step     how many steps are done, of all; saved ones if it is not running
+  best     the best validation so far @ the step after which it was
+  written  when status.json was: at the start, the last save or the end
+  differs  (with --sort) the settings in which the runs differ, without those
+           that do not change what is trained
+"""
 
 
 def main(arguments: list[str]) -> int:
@@ -49,19 +41,19 @@ def main(arguments: list[str]) -> int:
         runs = [reading.read_run(folder)] if single else _runs_in(folder)
         ranking = rank(runs, options.sort, options.reverse) if options.sort and runs else None
     except UsageError as error:
-        print(f"distloop: {error}", file=sys.stderr)
+        print(f"distloop: {printable(str(error))}", file=sys.stderr)
         return 2
     runs = ranking.runs if ranking else runs
+    if options.json:
+        text = json.dumps([_as_json(run, index, ranking, single) for index, run in enumerate(runs)], indent=1)
+    elif not runs:
+        text = f"no runs in {printable(str(folder.resolve()))}"
+    else:
+        text, without_room = table(columns(runs, ranking, with_reasons=not single))
+        below = details(runs[0]) if single else _below(runs, without_room)
+        text += f"\n\n{below}" if below else ""
     try:
-        if options.json:
-            print(json.dumps([_as_json(run, index, ranking, single) for index, run in enumerate(runs)], indent=1))
-        elif not runs:
-            print(f"no runs in {folder.resolve()}")
-        else:
-            _print_table(columns(runs, ranking, with_reasons=not single), runs)
-            if single:
-                print("\n" + "\n".join(details(runs[0])))
-        sys.stdout.flush()
+        print(encodable(text, sys.stdout.encoding), flush=True)
     except BrokenPipeError:  # as in `distloop status | head`; Python would print the error again when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -69,74 +61,68 @@ def main(arguments: list[str]) -> int:
 
 def columns(runs: list[Run], ranking: Ranking | None, with_reasons: bool = True) -> list[Column]:
     """The columns of the table. A column in which no run has a value is left out."""
-    table = []
+    shown = []
     if ranking:
-        places = [ranking.place(index) for index in range(len(runs))]
-        table.append(Column("#", [_text(place) for place in places], align_right=True))
-    table.append(Column("run", [run.name for run in runs], least_width=20))
-    table.append(Column("state", [run.state for run in runs]))
+        places = [_text(ranking.place(index)) for index in range(len(runs))]
+        shown.append(Column("#", places, align_right=True))
+    shown.append(Column("run", [run.name for run in runs], least_width=20, overflow="fold"))
+    styles = [STYLES.get(run.state, "") for run in runs]
+    shown.append(Column("state", [run.state for run in runs], styles, least_width=8))
     if ranking:
         if ranking.is_metric:
             values = [f"{number(best[0])} @{best[1]}" if best else UNKNOWN for best in ranking.values]
-            table.append(Column(ranking.by, values))
-        table.append(Column("differs", list(map(_pairs, ranking.settings)), least_width=24))
-    table.append(Column("step", list(map(_progress, runs)), align_right=True, drop_order=6 if ranking else 0))
+            shown.append(Column(ranking.by, values, least_width=16, overflow="fold"))
+        differs = list(map(_pairs, ranking.settings))
+        shown.append(Column("differs", differs, drop_order=7, least_width=20, overflow="fold"))
+    order = 6 if ranking else 0
+    shown.append(Column("step", list(map(_progress, runs)), align_right=True, drop_order=order, least_width=20))
     if not ranking or any(run.best_rule and run.best_rule[0] != ranking.by for run in runs):
-        table.append(Column("best", list(map(_best, runs)), drop_order=4 if ranking else 0))
-    table.append(Column("written", [age(seconds_since(run.written)) for run in runs], align_right=True, drop_order=5))
-    table.append(Column("attempt", [_text(run.attempt) for run in runs], align_right=True, drop_order=3))
-    table.append(Column("Slurm job", list(map(_job, runs)), drop_order=2))
+        shown.append(Column("best", list(map(_best, runs)), drop_order=4 if ranking else 6))
+    shown.append(Column("written", [age(seconds_since(run.written)) for run in runs], align_right=True, drop_order=5))
+    shown.append(Column("attempt", [_text(run.attempt) for run in runs], align_right=True, drop_order=3))
+    shown.append(Column("Slurm job", list(map(_job, runs)), drop_order=2))
     if with_reasons:
         reasons = [(run.reason or "").strip().partition("\n")[0] or UNKNOWN for run in runs]
-        table.append(Column("reason", reasons, drop_order=1, least_width=30))
+        shown.append(Column("reason", reasons, drop_order=1, overflow="fill"))
     required = ("run", "state", "step", "written", "attempt")
-    return [column for column in table if column.title in required or set(column.cells) != {UNKNOWN}]
+    return [column for column in shown if column.title in required or set(column.cells) != {UNKNOWN}]
 
 
-def fit(table: list[Column], width: int) -> dict[str, int]:
-    """title -> width, for the columns that fit into a terminal of this width."""
-    widths = {column.title: min(column.width, column.least_width) for column in table}
-    for column in sorted(table, key=lambda column: column.drop_order):
-        if column.drop_order and sum(widths.values()) + 2 * (len(widths) - 1) > width:
-            del widths[column.title]
-    spare = width - sum(widths.values()) - 2 * (len(widths) - 1)
-    for column in table:
-        if column.title in widths:
-            growth = min(max(0, spare), column.width - widths[column.title])
-            widths[column.title] += growth
-            spare -= growth
-    return widths
+def _below(runs: list[Run], without_room: list[Column]) -> str:
+    """The settings and reasons for which the table has no room."""
+    texts = [column.cells for column in without_room if column.overflow != "cut"]
+    lines = ["\n".join(cells[index] for cells in texts if cells[index] != UNKNOWN) for index in range(len(runs))]
+    heads = [[(run.name, STYLES.get(run.state, ""))] for run in runs]
+    return entries(map(Entry, heads, lines))
 
 
-def details(run: Run) -> list[str]:
-    """The lines about a single run below its row."""
+def details(run: Run) -> str:
+    """What the table does not show of a single run."""
     last, failure = reading.last_validation(run.path), reading.failure_of(run)
-    steps = ", ".join(map(str, reading.checkpoint_steps(run.path)))
+    steps = reading.checkpoint_steps(run.path)
     metrics = [f"{name} {number(value)}" for name, value in reading.metrics_in(last or {}).items()]
     ranks = [f"{_place(rank)} · process {rank.get('pid')}" for rank in run.ranks[:MOST_RANKS]]
     others = len(run.ranks) - MOST_RANKS
     traceback = str(failure.get("traceback") or "").splitlines()[-MOST_LINES:] if failure else []
+    goes_on = f"goes on after step {steps[-1]}" if steps else "begins it again"
     lines = {
         "directory": [str(run.path)],
-        "checkpoints": [f"step {steps}" if steps else "none"],
-        "last validation": [f"step {last['step']} · {' · '.join(metrics)}"] if last else [],
-        "this attempt": [f"began after step {run.first_step}"] if run.first_step else [],
-        "ranks": [*ranks, *([f"and {others} more"] if others > 0 else [])],
         "reason": (run.reason or "").strip().splitlines()[:MOST_LINES],
         "failed first": [_place(failure), *traceback] if failure else [],
+        "checkpoints": [f"step {', '.join(map(str, steps))}" if steps else "none"],
+        "to continue": [f"the same command {goes_on}"] if run.state in ("stopped", "failed", "gone") else [],
+        "last validation": [f"step {last['step']} · {' · '.join(metrics)}"] if last else [],
+        "this attempt": [f"began after step {run.first_step}"] if run.first_step else [],
+        "ranks" if run.state == "running" else "ranks were": [*ranks, *([f"and {others} more"] if others > 0 else [])],
     }
-    return [
-        f"  {'' if index else title:<16}  {text}".rstrip()
-        for title, texts in lines.items()
-        for index, text in enumerate(texts)
-    ]
+    return entries(Entry([(title, "")], "\n".join(texts)) for title, texts in lines.items())
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="distloop status",
-        description="A table of runs, or one run in detail. A run that says it is running, but whose process is not "
-        "there, is shown as gone.",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -158,49 +144,6 @@ def _runs_in(folder: Path) -> list[Run]:
         raise UsageError(f"{folder} is a file. Give the folder that holds your runs, or a run's own.") from None
     except OSError as error:
         raise UsageError(f"{folder} cannot be read: {error.strerror}.") from None
-
-
-def _print_table(table: list[Column], runs: list[Run]) -> None:
-    if not sys.stdout.isatty():
-        print("\n".join(plain_lines(table)))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    styles = [STYLES.get(run.state, "") for run in runs]
-    widths = fit(table, console.width)
-    rich_table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    columns = [column for column in table if column.title in widths]
-    for column in columns:
-        fold = column.title in FOLDED
-        rich_table.add_column(
-            Text(column.title),
-            justify="right" if column.align_right else "left",
-            width=widths[column.title],
-            no_wrap=not fold,
-            overflow="fold" if fold else "ellipsis",
-        )
-    for index, style in enumerate(styles):
-        rich_table.add_row(*(Text(column.cells[index], style if column.title == "state" else "") for column in columns))
-    console.print(rich_table)
-    for column in table:
-        if column.title == "reason" and column not in columns:  # it has no room beside the other columns
-            console.print()
-            for run, style, reason in zip(runs, styles, column.cells, strict=True):
-                if reason != UNKNOWN:
-                    line = Text.assemble((run.name, style), f": {reason}")
-                    console.print(line, no_wrap=True, overflow="ellipsis")
-
-
-def plain_lines(table: list[Column]) -> list[str]:
-    """The table as lines, without trailing spaces."""
-    padded = [
-        [f"{cell:{'>' if column.align_right else '<'}{column.width}}" for cell in (column.title, *column.cells)]
-        for column in table
-    ]
-    return ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
 
 
 def _as_json(run: Run, index: int, ranking: Ranking | None, detailed: bool) -> dict[str, Any]:
@@ -237,17 +180,13 @@ def _job(run: Run) -> str:
 
 
 def _pairs(settings: dict[str, str]) -> str:
-    """ "optim.lr=0.1 seed=2", cut to DIFFERS_WIDTH with an ellipsis."""
+    """ "optim.lr=0.1 seed=2"; on a terminal those that have room in DIFFERS_WIDTH, and an ellipsis."""
     pairs = [f"{key}={value}" for key, value in settings.items()]
     fitting = len(pairs)
-    while len(" ".join(pairs[:fitting])) > DIFFERS_WIDTH:
+    while sys.stdout.isatty() and len(" ".join(pairs[:fitting])) > DIFFERS_WIDTH:
         fitting -= 1
     return " ".join([*pairs[:fitting], *(["…"] if fitting < len(pairs) else [])]) or UNKNOWN
 
 
 def _text(value: int | str | None) -> str:
     return UNKNOWN if value is None else str(value)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

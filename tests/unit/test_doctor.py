@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import sys
 from typing import Any
 
 import pytest
 
 from distloop.commands.doctor import checks
-from distloop.commands.doctor import measure as together
 from distloop.commands.doctor.checks import GIB
 from distloop.commands.doctor.facts import find_facts, unknown_interfaces
 from distloop.commands.doctor.main import Report, advice_on_address
-from distloop.commands.doctor.results import FAIL, OK, WARN, Result, ranks_text, where
+from distloop.commands.doctor.results import FAIL, OK, WARN, Result, judge, ranks_text, where
 from distloop.tracking.wording import memory_size
 
 HEALTHY: dict[str, Any] = {
@@ -67,9 +68,10 @@ def line_of(lines: list[Result], verdict: str) -> Result:
 
 def test_healthy_ranks_are_ok_on_every_line() -> None:
     for found in (facts(1), facts(4), on_gpus(4)):
-        lines = checks.check_facts(found)
+        lines = judge(checks.CHECKS, found)
         assert {line.verdict for line in lines} == {OK}, lines
         assert len({line.check for line in lines}) == 10
+    assert checks.code(facts(1))[0].found == "commit 1234567, files abc in /code"
 
 
 def test_what_a_rank_finds_is_plain_json_with_all_that_the_checks_read() -> None:
@@ -77,14 +79,14 @@ def test_what_a_rank_finds_is_plain_json_with_all_that_the_checks_read() -> None
     assert set(found) == set(HEALTHY)
     assert json.loads(json.dumps(found)) == found
     assert found["settings"] == {"NCCL_ALGO": "Ring"}  # no secrets
-    checks.check_facts([found])
+    judge(checks.CHECKS, [found])
 
 
 def test_ranks_are_named_in_spans_and_with_their_nodes() -> None:
     assert ranks_text([3]) == "rank 3"
     assert ranks_text([5, 0, 1, 2]) == "ranks 0-2, 5"
-    assert where(facts(4), [1, 2]) == "ranks 1-2 on n1, n2"
-    assert where(facts(12), range(12)) == "ranks 0-11 on n1, n2, n3, n4 and 2 more"
+    assert where(facts(4)[1:3]) == "ranks 1-2 on n1, n2"
+    assert where(facts(12)) == "ranks 0-11 on n1, n2, n3, n4 and 2 more"
 
 
 @pytest.mark.parametrize(
@@ -196,28 +198,40 @@ def test_an_address_that_is_another_machine_on_each_node_is_pointed_out() -> Non
     assert advice_on_address({**variables, "LOCAL_WORLD_SIZE": "4"}) == ""
 
 
+def measured(found: list[dict[str, Any]], key: str, values: list[Any], device: str = "cpu") -> list[dict[str, Any]]:
+    """Ranks that have measured these values."""
+    return [{**fact, "measured_on": device, key: value} for fact, value in zip(found, values, strict=True)]
+
+
 def test_the_slowest_rank_is_named_with_its_node() -> None:
-    assert together.slowest_rank(facts(4), [1.0, 1.1, 1.0, 1.2], "cpu")[0].verdict == OK
-    line = line_of(together.slowest_rank(facts(4), [1.0, 1.0, 1.0, 2.0], "cpu"), WARN)
-    assert "slowest is rank 3 on n2, 2.00 times the median" in line.found
-    assert "slowest is rank 1 on n1, 2.00" in line_of(together.slowest_rank(facts(2), [1.0, 2.0], "cpu"), WARN).found
+    def speed(*seconds: float) -> list[Result]:
+        return checks.speed(measured(facts(len(seconds)), "product_seconds", list(seconds)))
+
+    assert speed(1.0, 1.1, 1.0, 1.2)[0].verdict == OK
+    assert "slowest is rank 3 on n2, 2.00 times the median" in line_of(speed(1.0, 1.0, 1.0, 2.0), WARN).found
+    assert "slowest is rank 1 on n1, 2.00" in line_of(speed(1.0, 2.0), WARN).found
 
 
 def test_the_time_of_an_all_reduce_is_that_of_the_slowest_rank() -> None:
-    answers = [({4096: 1e-4, 2**20: 1e-3}, True), ({4096: 2e-4, 2**20: 2e-3}, True)]
-    line = together.all_reduce(facts(2), answers, "cpu")[0]
+    answers = [
+        {"seconds": {4096: 1e-4, 2**20: 1e-3}, "is_right": True},
+        {"seconds": {4096: 2e-4, 2**20: 2e-3}, "is_right": True},
+    ]
+    line = checks.all_reduce(measured(facts(2), "all_reduce", answers))[0]
     assert line.found == "gloo, 2 ranks: 4 KiB in 200 µs; 1 MiB in 2 ms, 0.52 GB/s"
     assert line.verdict == OK
-    assert line_of(together.all_reduce(on_gpus(2), answers, "cuda"), WARN).found.startswith("NCCL, 2 ranks")
-    answers[1] = (answers[1][0], False)
-    assert line_of(together.all_reduce(facts(2), answers, "cpu"), FAIL).found == "the sum is wrong on rank 1 on n1"
+    on_cuda = checks.all_reduce(measured(on_gpus(2), "all_reduce", answers, "cuda"))
+    assert line_of(on_cuda, WARN).found.startswith("NCCL, 2 ranks")
+    answers[1]["is_right"] = False
+    wrong = checks.all_reduce(measured(facts(2), "all_reduce", answers))
+    assert line_of(wrong, FAIL).found == "the sum is wrong on rank 1 on n1"
 
 
 def test_a_file_that_rank_0_does_not_see_is_a_fail() -> None:
     answers = [{"path": "/runs", "problem": "", "seconds": 0.1} for _ in range(4)]
-    assert "within 100 ms" in together.runs_dir(facts(4), answers)[0].found
+    assert "within 100 ms" in checks.runs_dir(measured(facts(4), "runs_dir", answers))[0].found
     answers[2] |= {"problem": "is written to, but rank 0 does not see it", "seconds": 30.0}
-    line = line_of(together.runs_dir(facts(4), answers), FAIL)
+    line = line_of(checks.runs_dir(measured(facts(4), "runs_dir", answers)), FAIL)
     assert line.found == "/runs is written to, but rank 0 does not see it: rank 2 on n2, after 30 s"
 
 
@@ -239,3 +253,33 @@ def test_the_table_is_shown_once_and_ends_with_the_sum(capsys: pytest.CaptureFix
         "                -> x\n"
         "distloop doctor: fail (1 fail, 1 warn, 1 ok)\n"
     )
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_on_a_terminal_the_table_fits_and_nothing_is_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    for variable, value in (("COLUMNS", str(width)), ("TERM", "xterm-256color"), ("NO_COLOR", "")):
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    found = [f"word{number}" for number in range(60)]
+    report = Report(as_json=False)
+    report.results = [
+        Result(OK, "shared memory", " ".join(found)),
+        Result(FAIL, "b", "[red]\x1b[2J", f"{'x' * 200} last"),
+        Result(WARN, "launch", "wrong", "right:\npython -m distloop.train " + "--word " * 40),
+    ]
+    report.show()
+    output = capsys.readouterr().out
+    assert "\x1b[32mok" in output
+    assert "\x1b[31mfail" in output
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", output).splitlines()
+    (command,) = [line for line in lines if line.endswith(" python -m distloop.train " + "--word " * 40)]
+    lines.remove(command)  # whole on a line, to be copied
+    assert lines.pop() == "distloop doctor: fail (1 fail, 1 warn, 1 ok)"
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    assert [word for word in words if word.startswith("word")] == found
+    assert r"[red]\x1b[2J" in words
+    assert "".join(lines).count("x") == 200 + 1
+    assert words.index("last") > words.index("->")

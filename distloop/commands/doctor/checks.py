@@ -1,37 +1,34 @@
-"""The checks of `distloop doctor` on the facts of all ranks: each gives verdicts on one subject, and advice."""
+"""The checks of `distloop doctor`: each judges one subject by the facts of all ranks, and gives advice."""
 
-from collections.abc import Mapping
-from typing import Any
+import statistics
 
+from distloop.commands.doctor.measure import MATRIX_SIZES
 from distloop.commands.doctor.results import (
-    FAIL,
-    OK,
-    WARN,
+    Check,
+    Fact,
     Facts,
     Result,
+    by_value,
+    fail,
     group,
     names_text,
     nodes_of,
-    ranks_by_value,
-    ranks_text,
+    ok,
     spread_text,
+    warn,
     warn_if,
     where,
 )
 from distloop.commands.doctor.variables import variables
-from distloop.tracking.wording import memory_size, plural
+from distloop.tracking.wording import memory_size, plural, short_duration
 
 GIB = 2**30
 LEAST_SHARED_MEMORY = GIB
 LEAST_MEMORY_PER_RANK = GIB
 LEAST_FREE = {"run directory": 10 * GIB, "/tmp": GIB}
 LEAST_LIMITS = {"open files": (4096, "ulimit -n 65536"), "processes": (4096, "ulimit -u 65536")}
-
-
-def check_facts(facts: Facts) -> list[Result]:
-    """The results of all checks of this file."""
-    checks = (launch, versions, code, devices, cpus, memory, disks, shared_memory, limits, variables)
-    return [result for check in checks for result in check(facts)]
+SLOW_RATIO = 1.3  # of the slowest rank's time to the median: all ranks of a run wait for the slowest
+LEAST_GPU_BANDWIDTH = 1e9  # bytes a second between GPUs; plain Ethernet gives less
 
 
 def launch(facts: Facts) -> list[Result]:
@@ -39,15 +36,15 @@ def launch(facts: Facts) -> list[Result]:
     problems = [fact["launch"] for fact in facts if fact["launch"]]
     if problems:
         problem, _, advice = problems[0].partition("\n")
-        return [Result(FAIL, "launch", problem, advice)]
+        return [fail(problem, advice)]
     warnings = sorted({warning for fact in facts for warning in fact["launch_warnings"]})
     if warnings:
-        return [Result(WARN, "launch", "; ".join(warnings), "Harmless if the config asks for the same.")]
+        return [warn("; ".join(warnings), "Harmless if the config asks for the same.")]
     if len(facts) == 1:
-        return [Result(OK, "launch", f"one process on {facts[0]['node']}")]
-    places = [f"{ranks_text(ranks)} on {node}" for node, ranks in nodes_of(facts).items()]
+        return [ok(f"one process on {facts[0]['node']}")]
+    places = list(map(where, nodes_of(facts).values()))
     more = f" and {len(places) - 8} more nodes" if len(places) > 8 else ""
-    return [Result(OK, "launch", ", ".join(places[:8]) + more)]
+    return [ok(", ".join(places[:8]) + more)]
 
 
 def versions(facts: Facts) -> list[Result]:
@@ -56,89 +53,77 @@ def versions(facts: Facts) -> list[Result]:
     advice = "Use one environment on all nodes: a virtual environment on a shared disk, or a container."
     for name in facts[0]["versions"]:
         if spread := spread_text(facts, [fact["versions"][name] for fact in facts]):
-            results.append(Result(FAIL, "versions", f"{name} differs: {spread}", advice))
+            results.append(fail(f"{name} differs: {spread}", advice))
     if spread := spread_text(facts, [fact["driver"] for fact in facts]):
-        results.append(Result(WARN, "versions", f"the GPU driver differs: {spread}", "Ask for nodes of one kind."))
+        results.append(warn(f"the GPU driver differs: {spread}", "Ask for nodes of one kind."))
     items = {**facts[0]["versions"], "driver": facts[0]["driver"]}
-    finding = ", ".join(f"{name} {version}" for name, version in items.items() if version)
-    return results or [Result(OK, "versions", finding + (", the same on all ranks" if len(facts) > 1 else ""))]
+    found = ", ".join(f"{name} {version}" for name, version in items.items() if version)
+    return results or [ok(found + (", the same on all ranks" if len(facts) > 1 else ""))]
 
 
 def code(facts: Facts) -> list[Result]:
     """Whether all ranks run the same code."""
 
-    def text(fact: Mapping[str, Any]) -> str:
+    def text(fact: Fact) -> str:
         copy = fact["code"]
-        if copy["commit"] is None:
-            return f"files {copy['digest']} in {copy['folder']}"
-        changes = " with changes" if copy["changed"] else ""
-        return f"commit {copy['commit']}{changes} ({copy['digest']}) in {copy['folder']}"
+        commit = copy["commit"] and f"commit {copy['commit']}{' with changes' if copy['changed'] else ''}, "
+        return f"{commit or ''}files {copy['digest']} in {copy['folder']}"
 
     if len({fact["code"]["digest"] for fact in facts}) > 1:
-        finding = f"the ranks run different code: {spread_text(facts, [text(fact) for fact in facts])}"
         advice = "Start all ranks from one copy of the code, on a shared disk, or bring the copies to one commit."
-        return [Result(FAIL, "code", finding, advice)]
-    return [Result(OK, "code", text(facts[0]))]
+        return [fail(f"the ranks run different code: {spread_text(facts, map(text, facts))}", advice)]
+    return [ok(text(facts[0]))]
 
 
 def devices(facts: Facts) -> list[Result]:
     """Whether each rank has a GPU of its own, and GPUs are of one kind and free."""
-    gpus = {rank: fact["gpu"] for rank, fact in enumerate(facts) if fact["gpu"]}
-    without = [rank for rank in range(len(facts)) if rank not in gpus]
+    without = [fact for fact in facts if not fact["gpu"]]
     driver, wanted = facts[0]["driver"], facts[0]["wants_device"]
-    if without and (gpus or wanted == "cuda"):
+    if not without:
+        return _gpus(facts)
+    if len(without) < len(facts) or wanted == "cuda":
         advice = "See that each task is given a GPU (nvidia-smi there, CUDA_VISIBLE_DEVICES, Slurm's --gpus-per-node)."
-        return [Result(FAIL, "devices", f"no GPU for {where(facts, without)}", advice)]
-    if gpus:
-        return _gpus(facts, gpus)
+        return [fail(f"no GPU for {where(without)}", advice)]
     if driver and wanted == "auto":
-        finding = f"the CPU: there is a GPU driver ({driver}), but PyTorch {facts[0]['versions']['torch']} sees no GPU"
-        advice = "Install a PyTorch for this driver's CUDA; see CUDA_VISIBLE_DEVICES."
-        return [Result(WARN, "devices", finding, advice)]
-    return [Result(OK, "devices", "the CPU")]
+        found = f"the CPU: there is a GPU driver ({driver}), but PyTorch {facts[0]['versions']['torch']} sees no GPU"
+        return [warn(found, "Install a PyTorch for this driver's CUDA; see CUDA_VISIBLE_DEVICES.")]
+    return [ok("the CPU")]
 
 
-def _gpus(facts: Facts, gpus: dict[int, dict[str, Any]]) -> list[Result]:
+def _gpus(facts: Facts) -> list[Result]:
     results = []
     advice = "Start at most one process per GPU; CUDA_VISIBLE_DEVICES must differ between tasks that see one each."
-    ranks_of = group(((facts[rank]["host"], gpu["uuid"]), rank) for rank, gpu in gpus.items())
-    for (_, uuid), ranks in ranks_of.items():
+    for (_, uuid), ranks in group(((fact["host"], fact["gpu"]["uuid"]), fact) for fact in facts).items():
         if len(ranks) > 1:
-            finding = f"{where(facts, ranks)} are on one GPU ({uuid})"
-            results.append(Result(FAIL, "devices", finding, advice))
-    if spread := spread_text(facts, [gpu["name"] for gpu in gpus.values()]):
-        advice = "All wait for the slowest: ask for nodes of one kind."
-        results.append(Result(WARN, "devices", f"GPUs differ: {spread}", advice))
-    counts = group(
-        ((max(gpus[rank]["visible"] for rank in ranks), len(ranks)), node) for node, ranks in nodes_of(facts).items()
-    )
-    for (visible, count), nodes in counts.items():
+            results.append(fail(f"{where(ranks)} are on one GPU ({uuid})", advice))
+    if spread := spread_text(facts, [fact["gpu"]["name"] for fact in facts]):
+        results.append(warn(f"GPUs differ: {spread}", "All wait for the slowest: ask for nodes of one kind."))
+    nodes = nodes_of(facts).items()
+    counts = group(((max(fact["gpu"]["visible"] for fact in ranks), len(ranks)), node) for node, ranks in nodes)
+    for (visible, count), names in counts.items():
         if visible > count:
-            finding = f"{visible} GPUs are shown to {plural(count, 'rank')}: {names_text(nodes)}"
-            results.append(Result(WARN, "devices", finding, "Start one process per GPU to use them all."))
-    busy = [rank for rank, gpu in gpus.items() if gpu["free"] < 0.9 * gpu["total"]]
+            found = f"{visible} GPUs are shown to {plural(count, 'rank')}: {names_text(names)}"
+            results.append(warn(found, "Start one process per GPU to use them all."))
+    busy = [fact for fact in facts if fact["gpu"]["free"] < 0.9 * fact["gpu"]["total"]]
     if busy:
-        least = min(gpus[rank]["free"] for rank in busy)
-        finding = f"GPU memory is in use by others for {where(facts, busy)}: {memory_size(least)} free"
-        results.append(Result(WARN, "devices", finding, "See what runs there (nvidia-smi), or ask for exclusive GPUs."))
-    name = f"{gpus[0]['name']}, {memory_size(gpus[0]['total'])}"
-    return results or [Result(OK, "devices", f"{len(gpus)} × {name}" if len(gpus) > 1 else name)]
+        least = memory_size(min(fact["gpu"]["free"] for fact in busy))
+        found = f"GPU memory is in use by others for {where(busy)}: {least} free"
+        results.append(warn(found, "See what runs there (nvidia-smi), or ask for exclusive GPUs."))
+    name = f"{facts[0]['gpu']['name']}, {memory_size(facts[0]['gpu']['total'])}"
+    return results or [ok(f"{len(facts)} × {name}" if len(facts) > 1 else name)]
 
 
 def cpus(facts: Facts) -> list[Result]:
     """Whether the ranks of a node have as many CPUs as they start threads."""
     results = []
-    asked_for = [fact["slurm_cpus_per_task"] or "" for fact in facts]
-    short = [r for r, fact in enumerate(facts) if asked_for[r].isdecimal() and len(fact["cpus"]) < int(asked_for[r])]
+    asked_for = [(fact, fact["slurm_cpus_per_task"] or "") for fact in facts]
+    short = [fact for fact, asked in asked_for if asked.isdecimal() and len(fact["cpus"]) < int(asked)]
     if short:
-        finding = (
-            f"SLURM_CPUS_PER_TASK is {asked_for[short[0]]}, but {where(facts, short)} may use "
-            f"{len(facts[short[0]]['cpus'])} of the node's CPUs"
-        )
         advice = "srun does not take over --cpus-per-task: export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK before it."
-        results.append(Result(WARN, "CPUs", finding, advice))
-    nodes_by_counts = group((_counts([facts[rank] for rank in ranks]), node) for node, ranks in nodes_of(facts).items())
-    for (ranks_there, threads, cpu_count, device), nodes in nodes_by_counts.items():
+        found = f"{where(short)} may use {len(short[0]['cpus'])} of the node's CPUs"
+        results.append(warn(f"SLURM_CPUS_PER_TASK is {short[0]['slurm_cpus_per_task']}, but {found}", advice))
+    for counts, nodes in group((_counts(ranks), node) for node, ranks in nodes_of(facts).items()).items():
+        ranks_there, threads, cpu_count, device = counts
         advice = f"export OMP_NUM_THREADS={max(1, cpu_count // ranks_there)}"
         if ranks_there > cpu_count:
             advice = "Ask for at least one CPU per rank (Slurm: --cpus-per-task)."
@@ -148,11 +133,10 @@ def cpus(facts: Facts) -> list[Result]:
             advice += ": launchers set 1 where it is not set."
         else:
             continue
-        counts = f"{plural(ranks_there, 'rank')} with {plural(threads, 'thread')} on {cpu_count} CPUs"
-        results.append(Result(WARN, "CPUs", f"{counts}: {names_text(nodes)}", advice))
-    each = ranks_by_value([f"{len(fact['cpus'])} CPUs and {plural(fact['threads'], 'thread')}" for fact in facts])
-    finding = "; ".join(f"{text} for {where(facts, ranks)}" for text, ranks in each.items())
-    return results or [Result(OK, "CPUs", finding)]
+        found = f"{plural(ranks_there, 'rank')} with {plural(threads, 'thread')} on {cpu_count} CPUs"
+        results.append(warn(f"{found}: {names_text(nodes)}", advice))
+    each = by_value(facts, [f"{len(fact['cpus'])} CPUs and {plural(fact['threads'], 'thread')}" for fact in facts])
+    return results or [ok("; ".join(f"{text} for {where(ranks)}" for text, ranks in each.items()))]
 
 
 def _counts(facts: Facts) -> tuple[int, int, int, str]:
@@ -163,17 +147,11 @@ def _counts(facts: Facts) -> tuple[int, int, int, str]:
 
 def memory(facts: Facts) -> list[Result]:
     """How much memory the node with the least memory per rank has left."""
-    nodes = [
-        (facts[ranks[0]]["memory"] / len(ranks), node, len(ranks))
-        for node, ranks in nodes_of(facts).items()
-        if facts[ranks[0]]["memory"] is not None
-    ]
-    if not nodes:
-        return []
-    per_rank, node, count = min(nodes, key=lambda each: each[0])
-    finding = f"{memory_size(per_rank * count)} left on {node}, for {plural(count, 'rank')} and loader workers"
+    ranks = min(nodes_of(facts).values(), key=lambda ranks: ranks[0]["memory"] / len(ranks))
+    left = ranks[0]["memory"]
+    found = f"{memory_size(left)} left on {ranks[0]['node']}, for {plural(len(ranks), 'rank')} and loader workers"
     advice = "Ask for more memory (Slurm: --mem), or start fewer ranks per node."
-    return [warn_if(per_rank < LEAST_MEMORY_PER_RANK, "memory", finding, advice)]
+    return [warn_if(left / len(ranks) < LEAST_MEMORY_PER_RANK, found, advice)]
 
 
 def disks(facts: Facts) -> list[Result]:
@@ -184,39 +162,105 @@ def disks(facts: Facts) -> list[Result]:
         if readable:
             disk, node = min(readable, key=lambda each: each[0]["free"])
             of_node = f" of {node}" if len(nodes_of(facts)) > 1 else ""
-            finding = f"{memory_size(disk['free'])} free in {disk['path']}{of_node}"
             advice = f"Make room: {memory_size(least)} is little enough."
-            results.append(warn_if(disk["free"] < least, "disk", finding, advice))
+            found = f"{memory_size(disk['free'])} free in {disk['path']}{of_node}"
+            results.append(warn_if(disk["free"] < least, found, advice))
     return results
 
 
 def shared_memory(facts: Facts) -> list[Result]:
     """How much shared memory loader workers have."""
-    sizes = [(fact["shared_memory"], fact["node"]) for fact in facts if fact["shared_memory"] is not None]
-    if not sizes:
+    having = [fact for fact in facts if fact["shared_memory"] is not None]
+    if not having:
         return []
-    size, node = min(sizes, key=lambda each: each[0])
-    finding = f"{memory_size(size)} free in /dev/shm of {node}"
+    fact = min(having, key=lambda fact: fact["shared_memory"])
+    found = f"{memory_size(fact['shared_memory'])} free in /dev/shm of {fact['node']}"
     advice = "Loader workers hand batches over in it: docker run --shm-size=16g (or --ipc=host), or data.workers 0."
-    return [warn_if(size < LEAST_SHARED_MEMORY, "shared memory", finding, advice)]
+    return [warn_if(fact["shared_memory"] < LEAST_SHARED_MEMORY, found, advice)]
 
 
 def limits(facts: Facts) -> list[Result]:
     """Limits of the process: open files, processes, locked memory."""
     results = []
 
-    def text(name: str, rank: int) -> str:
-        value = facts[rank]["limits"][name]
+    def text(name: str, fact: Fact) -> str:
+        value = fact["limits"][name]
         return f"{name} " + ("unlimited" if value is None else memory_size(value) if "memory" in name else str(value))
 
-    for name, (least, advice) in LEAST_LIMITS.items():
-        low = [rank for rank, fact in enumerate(facts) if (fact["limits"][name] or least) < least]
-        if low:
-            advice += " before the start, or ask whoever keeps the machine."
-            results.append(Result(WARN, "limits", f"{text(name, low[0])} for {where(facts, low)}", advice))
-    locked = [rank for rank, fact in enumerate(facts) if fact["rdma"] and fact["limits"]["locked memory"] is not None]
-    if locked:
-        finding = f"{text('locked memory', locked[0])} for {where(facts, locked)}"
+    for name, (least, command) in LEAST_LIMITS.items():
+        if low := [fact for fact in facts if (fact["limits"][name] or least) < least]:
+            advice = f"{command} before the start, or ask whoever keeps the machine."
+            results.append(warn(f"{text(name, low[0])} for {where(low)}", advice))
+    if locked := [fact for fact in facts if fact["rdma"] and fact["limits"]["locked memory"] is not None]:
         advice = "InfiniBand needs it: ulimit -l unlimited (Slurm: LimitMEMLOCK=infinity for slurmd)."
-        results.append(Result(WARN, "limits", finding, advice))
-    return results or [Result(OK, "limits", ", ".join(text(name, 0) for name in facts[0]["limits"]))]
+        results.append(warn(f"{text('locked memory', locked[0])} for {where(locked)}", advice))
+    return results or [ok(", ".join(text(name, facts[0]) for name in facts[0]["limits"]))]
+
+
+def runs_dir(facts: Facts) -> list[Result]:
+    """Whether all ranks write to one folder of runs and see each other's files there."""
+    results = []
+    first = facts[0]["runs_dir"]
+    for problem, ranks in by_value(facts, [fact["runs_dir"]["problem"] for fact in facts]).items():
+        if problem:
+            path, seconds = ranks[0]["runs_dir"]["path"], ranks[0]["runs_dir"]["seconds"]
+            found = f"{path} {problem}: {where(ranks)}" + (f", after {seconds:.0f} s" if seconds >= 1 else "")
+            if path != first["path"]:
+                found += f" (rank 0 on {facts[0]['node']} has {first['path']})"
+            advice = "Give --runs-dir an absolute path on a disk that all nodes share and you may write to."
+            results.append(fail(found, advice))
+    found = f"{first['path']} can be written"
+    if len(facts) > 1:
+        seen = short_duration(max(fact["runs_dir"]["seconds"] for fact in facts))
+        found = f"{first['path']} is shared by all ranks and can be written; a file is seen within {seen}"
+    return results or [ok(found)]
+
+
+def speed(facts: Facts) -> list[Result]:
+    """Whether a rank computes more slowly than the others."""
+    seconds = [fact["product_seconds"] for fact in facts]
+    median, slowest = statistics.median_low(seconds), max(seconds)  # median_low: of two ranks the faster one
+    found = f"{2 * MATRIX_SIZES[facts[0]['measured_on']] ** 3 / median / 1e9:,.0f} GFLOP/s in float32"
+    if len(facts) > 1:
+        rank = where([facts[seconds.index(slowest)]])
+        found += f" at the median; slowest is {rank}, {slowest / median:.2f} times the median"
+    advice = (
+        "All wait for it: see what else runs there, its clock and temperature, its CPU binding; run doctor again, "
+        "and leave the node out if it stays so (Slurm: --exclude)."
+    )
+    return [warn_if(slowest / median > SLOW_RATIO, found, advice)]
+
+
+def all_reduce(facts: Facts) -> list[Result]:
+    """Whether sums over several ranks are right, and how fast they are."""
+    if wrong := [fact for fact in facts if not fact["all_reduce"]["is_right"]]:
+        advice = "Do not train on these nodes before this is understood (NCCL_DEBUG=INFO says which way data goes)."
+        return [fail(f"the sum is wrong on {where(wrong)}", advice)]
+    parts, bandwidth, device = [], 0.0, facts[0]["measured_on"]
+    for size in facts[0]["all_reduce"]["seconds"]:
+        seconds = max(fact["all_reduce"]["seconds"][size] for fact in facts)
+        # Each rank must send and receive at least so many bytes, with any algorithm.
+        bandwidth = 2 * (len(facts) - 1) / len(facts) * size / seconds
+        rate = f", {bandwidth / 1e9:.2g} GB/s" if size >= 2**20 else ""
+        parts.append(f"{memory_size(size)} in {short_duration(seconds)}{rate}")
+    found = f"{'NCCL' if device == 'cuda' else 'gloo'}, {len(facts)} ranks: {'; '.join(parts)}"
+    advice = "Less than a fast network gives: NCCL_DEBUG=INFO says which one is used (NCCL_SOCKET_IFNAME, NCCL_IB_HCA)."
+    return [warn_if(device == "cuda" and bandwidth < LEAST_GPU_BANDWIDTH, found, advice)]
+
+
+CHECKS: dict[str, Check] = {
+    "launch": launch,
+    "versions": versions,
+    "code": code,
+    "devices": devices,
+    "CPUs": cpus,
+    "memory": memory,
+    "disk": disks,
+    "shared memory": shared_memory,
+    "limits": limits,
+    "environment": variables,
+}
+"""Of what each rank finds alone."""
+
+MEASUREMENTS: dict[str, Check] = {"run directory": runs_dir, "speed": speed, "all-reduce": all_reduce}
+"""Of what the ranks measure together."""

@@ -12,6 +12,7 @@ import argparse
 import collections
 import contextlib
 import functools
+import io
 import json
 import os
 import sys
@@ -19,14 +20,15 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from distloop.commands.doctor.results import FAIL, OK, WARN, Result, nodes_of
+from distloop.commands.doctor.results import FAIL, OK, WARN, Result, judge, nodes_of
+from distloop.commands.tables import Entry, entries
 from distloop.errors import RunFailed, UsageError
 from distloop.ranks import stopping, talking
 from distloop.ranks.attempt_base import AttemptBase
 from distloop.ranks.environment import prepare_environment
 from distloop.ranks.roll_call import RollCall
 
-COLOURS = {OK: "32", WARN: "33", FAIL: "31"}
+STYLES = {OK: "green", WARN: "yellow", FAIL: "red"}
 
 
 class Report(AttemptBase):
@@ -55,20 +57,19 @@ class Report(AttemptBase):
                 results = [result._asdict() for result in self.results]
                 talking.say(json.dumps({"verdict": self.verdict, **self.facts, "lines": results}, indent=1))
             elif self.is_due:
-                talking.say(self._table(sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+                counts = collections.Counter(result.verdict for result in self.results)
+                summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in (FAIL, WARN, OK) if counts[verdict])
+                talking.say(f"{entries(map(entry, self.results))}\ndistloop doctor: {self.verdict} ({summary})")
             self.is_due = False
 
-    def _table(self, in_colour: bool) -> str:
-        lines = []
-        width = max(len(result.check) for result in self.results)
-        indent = "\n" + " " * (8 + width + 2)
-        for verdict, check, finding, advice in self.results:
-            before, after = (f"\033[{COLOURS[verdict]}m", "\033[0m") if in_colour else ("", "")
-            finding += "\n-> " + advice.replace("\n", "\n   ") if advice else ""
-            lines.append(f"  {before}{verdict:<4}{after}  {check:<{width}}  " + finding.replace("\n", indent))
-        counts = collections.Counter(result.verdict for result in self.results)
-        summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in (FAIL, WARN, OK) if counts[verdict])
-        return "\n".join([*lines, f"distloop doctor: {self.verdict} ({summary})"])
+
+def entry(result: Result) -> Entry:
+    """The result as a row of the table."""
+    head = [(f"{result.verdict:<4}", STYLES[result.verdict]), (f"  {result.check}", "")]
+    advice = "-> " + result.advice.replace("\n", "\n   ") if result.advice else ""
+    if result.check == "launch":  # its advice is the right command
+        return Entry(head, result.found, advice)
+    return Entry(head, f"{result.found}\n{advice}".rstrip())
 
 
 def examine(options: argparse.Namespace, given: dict[str, str], roll_call: RollCall, report: Report) -> int:
@@ -78,21 +79,21 @@ def examine(options: argparse.Namespace, given: dict[str, str], roll_call: RollC
     import torch.distributed as dist
 
     from distloop.commands.doctor import measure
-    from distloop.commands.doctor.checks import check_facts
+    from distloop.commands.doctor.checks import CHECKS, MEASUREMENTS
     from distloop.commands.doctor.facts import find_facts
     from distloop.config.settings import Ddp
     from distloop.ranks import launch_guards, meeting
 
     here.enter("looking around")
-    facts = find_facts(given, options.runs_dir, options.device, options.expect_world)
-    for variable in facts["unknown_interfaces"]:
+    own_facts = find_facts(given, options.runs_dir, options.device, options.expect_world)
+    for variable in own_facts["unknown_interfaces"]:
         os.environ.pop(variable)  # ranks would not find each other; a check reports it
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if any(name not in os.environ for name in launch_guards.RANK_VARIABLES):
         rank, world_size = 0, 1  # a check reports what is missing
     report.is_due = rank == 0
     limits = Ddp(join_seconds=options.join_seconds, timeout_seconds=options.check_seconds)
-    not_measured = ""
+    not_measured = "one process: nothing to reduce"
     if world_size > 1:
         here.enter("meeting the other ranks")
         try:
@@ -104,23 +105,28 @@ def examine(options: argparse.Namespace, given: dict[str, str], roll_call: RollC
             rank, world_size, not_measured = 0, 1, "no group: not measured"
 
     gather = functools.partial(measure.gather, here, world_size)
-    facts_of_ranks = gather("looking around", lambda: facts)
-    report.facts = {"world_size": world_size, "nodes": list(nodes_of(facts_of_ranks)), "ranks": facts_of_ranks}
-    report.results += check_facts(facts_of_ranks)
-    answers = measure.share_runs_dir(gather, rank, options.runs_dir, options.check_seconds / 2)
-    report.results += measure.runs_dir(facts_of_ranks, answers)
+    facts = gather("looking around", lambda: own_facts)
+    report.facts = {"world_size": world_size, "nodes": list(nodes_of(facts)), "ranks": facts}
+    report.results += judge(CHECKS, facts)
 
+    def add(check: str, key: str, values: list[Any]) -> None:
+        """Add what the ranks have measured to their facts, and what the check says about it to the results."""
+        for fact, value in zip(facts, values, strict=True):
+            fact[key] = value
+        report.results += judge({check: MEASUREMENTS[check]}, facts)
+
+    add("run directory", "runs_dir", measure.share_runs_dir(gather, rank, options.runs_dir, options.check_seconds / 2))
     # All ranks choose the same device. Two ranks on one GPU would end in an error of NCCL.
-    gpus = {(fact["host"], fact["gpu"]["uuid"]) for fact in facts_of_ranks if fact["gpu"]}
+    gpus = {(fact["host"], fact["gpu"]["uuid"]) for fact in facts if fact["gpu"]}
     device = "cuda" if len(gpus) == world_size else "cpu"
-    seconds = gather("matrix product", lambda: measure.matrix_product_seconds(device))
-    report.results += measure.slowest_rank(facts_of_ranks, seconds, device)
+    for fact in facts:
+        fact["measured_on"] = device
+    add("speed", "product_seconds", gather("matrix product", lambda: measure.matrix_product_seconds(device)))
     if world_size > 1:
         group = dist.new_group(backend="nccl" if device == "cuda" else "gloo", timeout=meeting.group_timeout(limits))
-        times = gather("all-reduce", lambda: measure.all_reduce_seconds(device, group))
-        report.results += measure.all_reduce(facts_of_ranks, times, device)
+        add("all-reduce", "all_reduce", gather("all-reduce", lambda: measure.all_reduce_seconds(device, group)))
     else:
-        report.results.append(Result(OK, "all-reduce", not_measured or "one process: nothing to reduce"))
+        report.results.append(Result(OK, "all-reduce", not_measured))
 
     report.show()
     # The exit code comes last: a launcher ends all ranks when the first one fails.
@@ -153,11 +159,8 @@ def parse(arguments: list[str], quiet: bool) -> argparse.Namespace:
     add("--join-seconds", default=120, **seconds, help="limit of the wait for all ranks (%(default)s)")
     add("--check-seconds", default=60, **seconds, help="limit of the wait for one rank (%(default)s)")
     add("--json", action="store_true", help="for scripts: all that each rank found, too")
-    with contextlib.ExitStack() as silence:
-        if quiet:
-            nowhere = silence.enter_context(open(os.devnull, "w"))
-            silence.enter_context(contextlib.redirect_stdout(nowhere))
-            silence.enter_context(contextlib.redirect_stderr(nowhere))
+    nowhere = io.StringIO() if quiet else None
+    with contextlib.redirect_stdout(nowhere or sys.stdout), contextlib.redirect_stderr(nowhere or sys.stderr):
         return parser.parse_args(arguments)
 
 

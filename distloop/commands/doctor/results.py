@@ -1,30 +1,53 @@
-"""The result of a check of `distloop doctor`, and how results name ranks and nodes."""
+"""What checks of `distloop doctor` find, and how they name ranks and nodes."""
 
+import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 
-Facts = Sequence[Mapping[str, Any]]  # what find_facts of facts.py returns on each rank, by rank
+Fact = Mapping[
+    str, Any
+]  # of a rank: what find_facts of facts.py returns, and measurements under the keys of measure.py
+Facts = Sequence[Fact]  # of all ranks, or of some
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
 class Result(NamedTuple):
-    """The result of one check: a line of the table, an object in the JSON."""
+    """A result of a check: a row of the table, an object in the JSON."""
 
     verdict: str
     check: str
+    """The name of the check; judge() fills it in."""
     found: str
     """A sentence for people."""
     advice: str = ""
     """What to do; empty if the verdict is ok."""
 
 
-def warn_if(is_bad: bool, check: str, finding: str, advice: str) -> Result:
-    """A result with the verdict warn and the advice, or with the verdict ok."""
-    return Result(WARN, check, finding, advice) if is_bad else Result(OK, check, finding)
+Check = Callable[[Facts], list[Result]]
+
+
+def judge(checks: Mapping[str, Check], facts: Facts) -> list[Result]:
+    """The results of all checks, which are given by name."""
+    return [result._replace(check=name) for name, check in checks.items() for result in check(facts)]
+
+
+ok = functools.partial(Result, OK, "")  # ok(found)
+warn = functools.partial(Result, WARN, "")  # warn(found, advice)
+fail = functools.partial(Result, FAIL, "")  # fail(found, advice)
+
+
+def warn_if(is_bad: bool, found: str, advice: str) -> Result:
+    """A warning with the advice, or ok."""
+    return warn(found, advice) if is_bad else ok(found)
+
+
+def where(facts: Facts) -> str:
+    """ "ranks 2-3 on n2"."""
+    return f"{ranks_text(fact['rank'] for fact in facts)} on {names_text(nodes_of(facts))}"
 
 
 def ranks_text(ranks: Iterable[int]) -> str:
@@ -38,32 +61,27 @@ def ranks_text(ranks: Iterable[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(texts)}"
 
 
-def where(facts: Facts, ranks: Iterable[int]) -> str:
-    """ "ranks 2-3 on n2"."""
-    ranks = list(ranks)
-    return f"{ranks_text(ranks)} on {names_text(list(dict.fromkeys(facts[rank]['node'] for rank in ranks)))}"
-
-
-def names_text(names: Sequence[str]) -> str:
+def names_text(names: Iterable[str]) -> str:
     """ "n1, n2, n3, n4 and 2 more"."""
+    names = list(names)
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def spread_text(facts: Facts, values: Sequence[Any]) -> str:
+def spread_text(facts: Facts, values: Iterable[Any]) -> str:
     """ "2.14 on ranks 0-2 on n1, n2; 2.13 on rank 3 on n2"; "" if all ranks have the same value."""
-    groups = ranks_by_value(values)
-    return "; ".join(f"{value} on {where(facts, groups[value])}" for value in groups) if len(groups) > 1 else ""
+    groups = by_value(facts, values)
+    return "; ".join(f"{text} on {where(ranks)}" for text, ranks in groups.items()) if len(groups) > 1 else ""
 
 
-def ranks_by_value(values: Sequence[Any]) -> dict[str, list[int]]:
-    """value -> the ranks that have it, the commonest value first. `values` are given by rank."""
-    groups = group((str(value), rank) for rank, value in enumerate(values))
+def by_value(facts: Facts, values: Iterable[Any]) -> dict[str, list[Fact]]:
+    """value as text -> the ranks that have it, the commonest value first. `values` are given in the ranks' order."""
+    groups = group(zip(map(str, values), facts, strict=True))
     return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
 
 
-def nodes_of(facts: Facts) -> dict[str, list[int]]:
+def nodes_of(facts: Facts) -> dict[str, list[Fact]]:
     """node -> its ranks."""
-    return group((fact["node"], rank) for rank, fact in enumerate(facts))
+    return group((fact["node"], fact) for fact in facts)
 
 
 def group(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:

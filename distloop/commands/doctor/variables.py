@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from distloop.commands.doctor.results import FAIL, OK, WARN, Facts, Result, spread_text, where
+from distloop.commands.doctor.results import Facts, Result, fail, ok, spread_text, warn, where
 
 
 def _is_on(value: str) -> bool:
@@ -26,30 +26,21 @@ BAD_SETTINGS: dict[str, tuple[Callable[[str], bool], str]] = {
 def variables(facts: Facts) -> list[Result]:
     """Variables and files that change how PyTorch, NCCL or Accelerate work."""
     results = []
-    for variable, (is_bad, advice) in BAD_SETTINGS.items():
-        values = [fact["settings"].get(variable) for fact in facts]
-        bad = [rank for rank, value in enumerate(values) if value is not None and is_bad(value)]
-        if bad:
-            finding = f"{variable}={values[bad[0]]} for {where(facts, bad)}"
-            results.append(Result(WARN, "environment", finding, advice))
-    hidden = [rank for rank, fact in enumerate(facts) if fact["settings"].get("CUDA_VISIBLE_DEVICES") == ""]
+    for name, (is_bad, advice) in BAD_SETTINGS.items():
+        if bad := [fact for fact in facts if name in fact["settings"] and is_bad(fact["settings"][name])]:
+            results.append(warn(f"{name}={bad[0]['settings'][name]} for {where(bad)}", advice))
+    hidden = [fact for fact in facts if fact["settings"].get("CUDA_VISIBLE_DEVICES") == ""]
     if hidden and facts[0]["wants_device"] != "cpu":
-        finding = f"CUDA_VISIBLE_DEVICES is set and empty for {where(facts, hidden)}: all GPUs are hidden"
-        results.append(Result(WARN, "environment", finding, "Unset it, or say --device cpu if that is meant."))
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        wrong = [rank for rank, fact in enumerate(facts) if variable in fact["unknown_interfaces"]]
-        if wrong:
-            value = facts[wrong[0]]["unknown_interfaces"][variable]
-            finding = f"{variable}={value} names no network interface of {where(facts, wrong)}"
-            advice = "Unset it, or name one that `ip link` shows on that node."
-            results.append(Result(FAIL, "environment", finding, advice))
+        found = f"CUDA_VISIBLE_DEVICES is set and empty for {where(hidden)}: all GPUs are hidden"
+        results.append(warn(found, "Unset it, or say --device cpu if that is meant."))
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if wrong := [fact for fact in facts if name in fact["unknown_interfaces"]]:
+            found = f"{name}={wrong[0]['unknown_interfaces'][name]} names no network interface of {where(wrong)}"
+            results.append(fail(found, "Unset it, or name one that `ip link` shows on that node."))
     for name in sorted({name for fact in facts for name in fact["settings"] if "NCCL_" in name}):
         if spread := spread_text(facts, [fact["settings"].get(name, "unset") for fact in facts]):
-            advice = "Export it alike on all nodes, or nowhere."
-            results.append(Result(WARN, "environment", f"{name} differs: {spread}", advice))
-    file = next((fact["accelerate_config"] for fact in facts if fact["accelerate_config"]), None)
-    if file:
-        finding = f"{file} decides what a bare `accelerate launch` is not told"
+            results.append(warn(f"{name} differs: {spread}", "Export it alike on all nodes, or nowhere."))
+    if file := next((fact["accelerate_config"] for fact in facts if fact["accelerate_config"]), None):
         advice = "Give `accelerate launch --config_file launch/accelerate/….yaml`, as the scripts in launch/ do."
-        results.append(Result(WARN, "environment", finding, advice))
-    return results or [Result(OK, "environment", "no setting that is known to be bad")]
+        results.append(warn(f"{file} decides what a bare `accelerate launch` is not told", advice))
+    return results or [ok("no setting that is known to be bad")]
