@@ -19,7 +19,7 @@ from distloop.commands.report.curves import read_metrics
 from distloop.commands.report.page import SECTIONS, main, write_report
 from distloop.commands.report.plots import Trace, draw_curves
 from distloop.tracking.wording import number_on_axis
-from tests.tools.browser import open_page
+from tests.tools.browser import measure, open_page
 from tests.tools.ranks import REPOSITORY
 from tests.tools.report_runs import (
     EVIL,
@@ -331,21 +331,33 @@ def test_thinning_keeps_spikes_gaps_ends_and_means(tmp_path: Path) -> None:
     assert (metrics.rows, metrics.damaged, metrics.last_step) == (20_000, 0, 19_999)
 
 
-def test_a_long_file_is_read_without_holding_its_rows(tmp_path: Path) -> None:
+def test_a_long_file_is_read_in_little_time_and_without_holding_its_rows(tmp_path: Path) -> None:
     line = json.dumps(train_row(5)) + "\n"
     (tmp_path / "metrics.jsonl").write_text(line * 100_000)  # 35 MB; its rows would take 150 MB
     program = (
-        "import sys; from pathlib import Path; from distloop.commands.report.curves import read_metrics\n"
+        "import sys, time; from pathlib import Path; from distloop.commands.report.curves import read_metrics\n"
         "use = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) // 1024\n"
-        "before = use()\n"
-        "metrics = read_metrics(Path(sys.argv[1])); print(metrics.rows, use() - before)"
+        "before, began = use(), time.process_time()\n"
+        "metrics = read_metrics(Path(sys.argv[1]))\n"
+        "print(metrics.rows, use() - before, round(1000 * (time.process_time() - began)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, cwd=REPOSITORY, check=True
     )
-    rows, mebibytes = map(int, done.stdout.split())
+    rows, mebibytes, milliseconds = map(int, done.stdout.split())
     assert rows == 100_000
     assert mebibytes < 60
+    assert milliseconds < 1000  # 10 s of CPU for a million rows; it takes about a third of that
+
+
+def test_a_row_that_is_valid_json_is_read_whatever_it_holds(tmp_path: Path) -> None:
+    odd = [{"words": "\udcff"}, {"words": "ä\ud83d"}, {"deep": json.loads("[" * 300 + "]" * 300)}, {"large": 10**40}]
+    write_rows(tmp_path, [train_row(step, **each) for step, each in enumerate(odd, 1)])
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 5, "loss": NaN}\n{"step": 6, "loss": 01}\n{"step": 7, "loss": "\xff"}\n\n7\n{"step": 8')
+    metrics = read_metrics(tmp_path)
+    assert metrics.train["loss"].all()[0].tolist() == [1, 2, 3, 4]
+    assert (metrics.rows, metrics.damaged) == (5, 5)
 
 
 def test_the_ranks_of_a_world_that_changes_each_keep_their_memory(tmp_path: Path) -> None:
@@ -491,3 +503,68 @@ def test_a_browser_would_be_heard_to_complain_and_to_ask(tmp_path: Path, report:
     assert opened.requests == []
     file.write_text(report.replace("http-equiv", "x").replace("</body>", f"{outside}</body>"))
     assert open_page(file, tmp_path).requests
+
+
+# How wide the page is and how much of it is used: by sections that stand side by side, and by plots in a section.
+USED_WIDTH = """(() => {
+    const rows = selector => {
+        const used = {};
+        for (const each of document.querySelectorAll(selector)) {
+            const box = each.getBoundingClientRect();
+            used[Math.round(box.top)] = (used[Math.round(box.top)] || 0) + box.width / window.innerWidth;
+        }
+        return Object.values(used);
+    };
+    return {
+        overflow: document.documentElement.scrollWidth - window.innerWidth,
+        sections: Math.min(...rows("section:not(.empty)")),
+        plots: Math.max(...rows("#curves svg")),
+        rows: rows("#curves svg").length,
+    };
+})()"""
+
+
+@pytest.mark.parametrize("which", ["report", "comparison"])
+def test_the_page_uses_the_width_of_its_window_and_never_more(
+    tmp_path: Path, request: pytest.FixtureRequest, which: str
+) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(request.getfixturevalue(which))
+    found = measure(file, tmp_path, [400, 800, 1440, 1920], USED_WIDTH)
+    for width, used in found.items():
+        assert used["overflow"] <= 0, width
+        assert used["sections"] > 0.85, width
+        assert used["plots"] > 0.8, width
+    assert [used["rows"] for used in found.values()] == [5, 5, 2, 2]  # rows of five plots
+
+
+# Backgrounds and words of all that can be seen, as [red, green, blue], and how far the page is too wide.
+COLOURS = """(() => {
+    const seen = [...document.querySelectorAll("body, body *")].filter(each => each.checkVisibility());
+    const colours = name => seen.map(each => window.getComputedStyle(each)[name].match(/[\\d.]+/g).map(Number));
+    const opaque = colours("backgroundColor").filter((each, i) => each[3] !== 0 && !seen[i].matches("i, .matrix *"));
+    return {
+        backgrounds: opaque,
+        words: colours("color"),
+        strokes: seen.filter(each => each.tagName == "path").map(each => window.getComputedStyle(each).stroke),
+        overflow: document.documentElement.scrollWidth - window.innerWidth,
+    };
+})()"""
+DARK = "--blink-settings=preferredColorScheme=0"
+
+
+def test_print_is_dark_on_white_also_for_a_reader_with_a_dark_screen(tmp_path: Path, report: str) -> None:
+    swapped = {
+        "@media print": "@media screen",
+        "@media screen": "@media print",
+    }  # the browser shows what it would print
+    file = tmp_path / "page.html"
+    file.write_text(report)
+    screen = measure(file, tmp_path, [700], COLOURS, DARK)[700]
+    file.write_text(re.sub("|".join(swapped), lambda media: swapped[media[0]], report))
+    paper = measure(file, tmp_path, [700], COLOURS, DARK)[700]
+    assert max(map(max, screen["backgrounds"])) < 100 < 200 < max(map(max, screen["words"]))
+    assert min(map(min, paper["backgrounds"])) > 220
+    assert sum(sum(words[:3]) < 3 * 150 for words in paper["words"]) > 0.9 * len(paper["words"])
+    assert paper["overflow"] <= 0
+    assert not set(screen["strokes"]) & set(paper["strokes"]) - {"none"}  # curves follow the page

@@ -4,7 +4,6 @@ Rows are thinned by stretches. Of each stretch the smallest and the largest valu
 in a million stays visible; the mean of each stretch makes a second curve.
 """
 
-import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,8 +100,6 @@ def read_metrics(run: Path, stretches: int = STRETCHES) -> Metrics:
     """The curves of the run in the directory `run`. Raises nothing: see Metrics.damaged and Metrics.problem."""
     metrics = Metrics()
     path = run / METRICS
-    is_collecting = gc.isenabled()
-    gc.disable()  # searching millions of short-lived rows for cycles would take a fifth of the time
     try:
         size = max(1, path.stat().st_size)
         with open(path, "rb") as file:
@@ -113,9 +110,6 @@ def read_metrics(run: Path, stretches: int = STRETCHES) -> Metrics:
         metrics.problem = f"There is no {METRICS} yet."
     except OSError as error:
         metrics.problem = f"{METRICS} cannot be read: {error.strerror}."
-    finally:
-        if is_collecting:
-            gc.enable()
     if not metrics.problem and not metrics.rows:
         metrics.problem = f"{METRICS} has no rows yet." if not metrics.damaged else f"{METRICS} is damaged."
     return metrics

@@ -1,12 +1,12 @@
 """Parse lines of metrics.jsonl into columns of numbers."""
 
 import itertools
-import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic_core import from_json
 
 from distloop.commands.reading import parse_json
 from distloop.run.metrics import KEYS_OF_EVERY_ROW, KEYS_OF_KIND
@@ -70,13 +70,15 @@ def column(rows: list[dict[str, Any]], key: str) -> Floats:
 
 
 def _parse(lines: list[bytes]) -> list[dict[str, Any]]:
-    try:
-        values = json.loads(b"[" + b",".join(lines) + b"]")  # one call costs less than many
-    except (ValueError, RecursionError):
-        values = []
-    if len(values) != len(lines):
-        values = list(map(parse_json, lines))
+    values = map(_parse_line, lines)
     return [row for row in values if type(row) is dict and type(row.get("step")) is int and abs(row["step"]) < 2**53]
+
+
+def _parse_line(line: bytes) -> Any:
+    try:
+        return from_json(line)  # in a third of the time of Python's json
+    except ValueError:
+        return parse_json(line)  # a line that is none, or has half a character, which from_json refuses
 
 
 def _numbers(values: Sequence[Any]) -> Floats:
