@@ -1,19 +1,26 @@
 """What --help and docs/config.md say about each setting: its type, default and text, as settings.py has them."""
 
 import ast
-import dataclasses
 import inspect
 import itertools
+import shutil
+import textwrap
 import types
 import typing
 from typing import Any, Literal, NamedTuple
 
 from distloop.config import settings
-from distloop.config.settings import Config
+from distloop.config.references import recorded
+from distloop.config.settings import SECTIONS, Config, types_of_settings
 from distloop.config.yaml_text import dump_yaml
 
 WORDS = {str: "text", int: "integer", float: "number", bool: "true | false", type(None): "null", dict: "mapping"}
 BOUNDS = {"ge": "≥", "gt": ">", "lt": "<"}
+INDENT = 8 * " "
+HEAD = """usage: distloop train [--config FILE] [--SETTING VALUE] …
+
+Settings come from --config FILE and, over it, from the command line. What takes a mapping takes one of its keys, too:
+--model.args.width 64. A value env:NAME is read from that environment variable, and recorded as env:NAME."""
 
 
 class Setting(NamedTuple):
@@ -31,16 +38,29 @@ class Setting(NamedTuple):
 
 def settings_help(config: Config | None = None) -> list[Setting]:
     """All settings in the order of settings.py, those of no section first. `default`: what `config` has, if given."""
-    config, texts, rows = config or Config(), _texts_below_fields(), []
-    sections = [field.name for field in dataclasses.fields(config) if dataclasses.is_dataclass(field.default)]
-    for section in ("", *sections):
-        owner: Any = getattr(config, section) if section else config
-        hints = typing.get_type_hints(type(owner), include_extras=True)
-        for name in filter(lambda name: section or name not in sections, hints):
-            default = dump_yaml(getattr(owner, name), in_one_line=True).removesuffix("...\n").strip()
-            text = texts[type(owner).__name__, name]
-            rows.append(Setting(f"{section}.{name}".lstrip("."), type_text(hints[name]), default, text))
+    values, texts, rows = recorded(config or Config()), _texts_below_fields(), []
+    for key, hint in types_of_settings().items():
+        section, _, name = key.rpartition(".")
+        owner = SECTIONS.get(section, Config)
+        value = (values[section] if section else values)[name]
+        default = dump_yaml(value, in_one_line=True).removesuffix("...\n").strip()
+        rows.append(Setting(key, type_text(hint), default, texts[owner.__name__, name]))
     return rows
+
+
+def help_text(config: Config) -> str:
+    """What --help prints, with the values of `config` as defaults."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    lines, section = [HEAD], "the run"
+    for key, kind, default, text in settings_help(config):
+        before, section = section, key.rpartition(".")[0] or "the run"
+        if section != before or len(lines) == 1:
+            lines.append(f"\n{section}:")
+        flag = "--" + key.replace("_", "-")
+        off = flag.replace(".", ".no-") if "." in flag else f"--no-{flag[2:]}"
+        lines.append(f"  {flag}, {off}" if kind == WORDS[bool] else f"  {flag} {kind}")
+        lines += textwrap.wrap(f"{text} (default: {default})", width, initial_indent=INDENT, subsequent_indent=INDENT)
+    return "\n".join(lines)
 
 
 def type_text(hint: Any) -> str:

@@ -48,6 +48,10 @@ BARE = re.compile(
 NO_VALUE = re.compile(
     r"lambda(?![\w.-])|(?:str|int|float|bool|bytes|Any|[Nn]one|null|[Tt]rue|[Ff]alse)(?=\s*+(?:[,;)}\]|:#\"']|$))"
 )
+# env:NAME, and after it the end of the line, what closes around it, a comment, or another flag.
+REFERENCE = re.compile(
+    r"(?P<quote>\\*+[\"'`]|)env:[A-Za-z_][A-Za-z0-9_]*+(?P=quote)[ \t]*+(?=[,;)}\]#\\]|[\"'`](?!\w)|--|$)"
+)
 NUMBER = re.compile(r"[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?")
 CODE = re.compile(r"self\.|[A-Za-z_][\w.]*[(\[]")
 OPENING = re.compile(r"(?:[|>][-+0-9]*|[(\[{\\])?\s*(?:#.*)?")  # its value is on the next lines
@@ -108,6 +112,8 @@ def _clean_line(line: str, indent: int) -> tuple[str, int | str | None]:
             break
         annotation = ANNOTATION.match(line, start) if match["sign"] == ":" else None
         start = annotation.end() if annotation else start
+        if REFERENCE.match(line, start):
+            continue
         opening = QUOTE.match(line, start)
         if opening:
             value, end = _mask_strings(line, opening)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distloop.config.named_secrets import MASK, SHORTEST, WORD, clean_named, secrecy
+from distloop.config.references import REFERENCE, FromEnvironment, recorded
 
 # Under a name with one of these words 40 hexadecimal digits are no key.
 COMMITS = {"commit", "revision", "rev", "sha", "sha1", "hash", "digest", "checksum"}
@@ -54,6 +55,8 @@ def remember_secrets(settings: Any, name: str = "") -> None:
     elif isinstance(settings, (list, tuple)):
         for value in settings:
             remember_secrets(value, name)
+    elif isinstance(settings, FromEnvironment):
+        _remembered.add(str(settings))
     elif settings is not None and clean_mapping(settings, name, {}) == MASK:
         value = str(settings)
         if secrecy(name) == "strong" or not re.fullmatch("[a-z_]+", value):
@@ -73,6 +76,8 @@ def clean_mapping(value: Any, name: str = "", environ: Mapping[str, str] = os.en
         return {_clean_unnamed(key, environ) if isinstance(key, str) else key: one for key, one in inner.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(clean_mapping(inner, name, environ) for inner in value)
+    if isinstance(value, str) and REFERENCE.fullmatch(recorded(value)):
+        return recorded(value)
     strength = secrecy(name)
     if isinstance(value, (str, bytes)) and value and strength:
         return MASK
