@@ -32,7 +32,7 @@ def read_command_line(words: list[str]) -> list[Given]:
     while queue:
         flag, equals, text = (word := queue.popleft()).partition("=")
         if not flag.startswith("--"):
-            raise UsageError(f"command line: {word!r}: expected a setting, as in --optim.lr 0.1 or --compile.")
+            raise UsageError(f"command line: {word!r}: expected a setting, as in --optim.lr 0.1; --help lists them.")
         key = flag[2:].replace("-", "_")
         key = f"{key}.name" if key in NAMED else key
         switched_on = re.sub(r"(^|\.)no_(\w+)$", r"\1\2", key)

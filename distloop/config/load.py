@@ -91,7 +91,7 @@ def config_from_mapping(settings: dict[str, Any], source: str, given: Sequence[G
         for problem in error.errors():
             key, names = _dotted_key(problem["loc"])
             if problem["type"] == "unexpected_keyword_argument":
-                text = f"there is no such setting.{suggest(str(problem['loc'][-1]), names)}"
+                text = f"there is no such setting.{suggest(str(problem['loc'][-1]), names) or ' --help lists them.'}"
             else:
                 text = problem["msg"][0].lower() + problem["msg"][1:]
             problems.setdefault(key, (problem["input"], []))[1].append(text)
@@ -114,8 +114,7 @@ def dump_without_secrets(config: Config) -> str:
 
 def check(config: Config) -> None:
     """Raise UsageError for settings that do not go together."""
-    masked = dict.fromkeys(masked_keys(recorded(config)))
-    if masked:
+    if masked := masked_keys(recorded(config)):
         options = dict.fromkeys("--" + ".".join(key.split(".")[:3]) for key in masked)  # --data.args.KEY at most
         raise UsageError(
             f"In place of {', '.join(masked)} the config has {MASK}, as a run's copy of it does where a value looks "
