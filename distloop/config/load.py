@@ -35,7 +35,7 @@ def load_config(arguments: list[str], quiet: bool = False, own: Mapping[str, Any
     wants_help = not HELP.isdisjoint(arguments)
     given = read_command_line([word for word in arguments if word not in HELP])
     file = read_environment({key: value for key, value in given if key == "config"}).get("config")
-    source = file or COMMAND_LINE
+    source = recorded(file) or COMMAND_LINE
     settings: dict[str, Any] = read_yaml(Path(file)) if file else {}
     _choose_alternatives(settings, given)
     for key, value in given:

@@ -52,7 +52,7 @@ def remember_secrets(settings: Any) -> None:
     fewer than 8 characters, nor ordinary words (`key: filename`), which other texts contain, too."""
     for key, value in _leaves(settings):
         if isinstance(value, FromEnvironment):
-            _remembered.add(str(value))
+            _remembered.update([str(value), *value.splitlines()])
         elif value is None or clean_mapping(value, key, {}) != MASK:
             continue
         elif secrecy(key) == "strong" or not re.fullmatch("[a-z_]+", str(value)):
@@ -72,8 +72,8 @@ def clean_mapping(value: Any, name: str = "", environ: Mapping[str, str] = os.en
         return {_clean_unnamed(key, environ) if isinstance(key, str) else key: one for key, one in inner.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(clean_mapping(inner, name, environ) for inner in value)
-    if isinstance(value, str) and REFERENCE.fullmatch(recorded(value)):
-        return recorded(value)
+    if isinstance(value, str) and REFERENCE.fullmatch(reference := recorded(value)):
+        return reference
     strength = secrecy(name)
     if isinstance(value, (str, bytes)) and value and strength:
         return MASK

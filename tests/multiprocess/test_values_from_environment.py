@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,7 +55,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(project: Path, *words: str, world_size: int = 1, **environment: str) -> Outcome:
+def start(project: Path, *words: str, world_size: Any = 1, **environment: str) -> Outcome:
     arguments = ["--config", "run.yaml", "--task.args.what", "env:WHAT", *words]
     return train(project, arguments, world_size, {**VALUES, "RATE": "0.05", **environment})
 
