@@ -241,5 +241,5 @@ def test_an_elastic_launcher_does_not_end_the_rank_that_is_still_to_speak(tmp_pa
     words = [*accelerate_launch(2, str(tmp_path / "slow.py")), *arguments]
     done = command(words, tmp_path, {"ACCELERATE_USE_CPU": "true"})
     assert done.returncode != 0
-    message = "--config nowhere.yaml: no such file" if "--config" in arguments else "Error parsing --optim.lr"
+    message = "--config nowhere.yaml: no such file" if "--config" in arguments else "command line: optim.lr = 'fast'"
     assert done.stdout.count(message) == 1, done.stdout
