@@ -108,9 +108,6 @@ def main(arguments: list[str] | None = None) -> int:
     ranks = Ranks(WatchWithoutSaving())
     try:
         config = config_of(path, settings, not speaks(os.environ))
-    except SystemExit as error:  # --help, or a mistake on the command line
-        let_others_speak()
-        return int(error.code or 0)
     except UsageError as error:
         return ranks.report_failure(error).code
     return ranks.exit_code(lambda: show(path, evaluate(path, config, ranks), "--json" in arguments, ranks))

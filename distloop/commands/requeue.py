@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
         config = load_config(arguments, quiet=True)
         file = path_of(config) / STATUS
         status = json.loads(file.read_text()) if file.exists() else {}
-    except SystemExit:  # --help, or a mistake on the command line: the ranks have printed the answer
+    except SystemExit:  # --help: the ranks have printed the answer
         return DONE
     except (UsageError, OSError, ValueError) as error:
         print(f"distloop: not requeued: {error}", file=sys.stderr)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from distloop.config.references import recorded
 from distloop.config.secrets import clean_mapping
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ FIXED_KEYS = ("seed", "dtype", "data.name", "model", "optim.name", "batch.global
 
 def flatten(config: Config) -> dict[str, Any]:
     """The config as {"optim.lr": 0.001, …}; `args` stay whole mappings. Without own settings there is no key own."""
-    flat = dotted(dataclasses.asdict(config), levels=2)
+    flat = dotted(recorded(config), levels=2)
     return {key: value for key, value in flat.items() if key != "own"}
 
 

@@ -1,26 +1,27 @@
 """Read a YAML file and the command line into a checked Config."""
 
-import contextlib
 import dataclasses
 import functools
-import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pydantic
-import tyro
 import yaml
 
+from distloop.config.command_line import HELP, Given, read_command_line
+from distloop.config.comparison import is_one_of
+from distloop.config.help import help_text
 from distloop.config.named_secrets import MASK
 from distloop.config.own import with_own
+from distloop.config.references import read_environment, recorded
 from distloop.config.secrets import clean_mapping, masked_keys, remember_secrets
-from distloop.config.settings import Config
+from distloop.config.settings import SECTIONS, Config, types_of_settings
 from distloop.config.yaml_text import dump_yaml, parse_yaml
 from distloop.errors import UsageError, suggest
 
-SECTIONS = [field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default)]
+COMMAND_LINE = "command line"
 # Exactly one setting of each pair has a value. One on the command line replaces the other one in the file.
 ALTERNATIVES = (("train.epochs", "train.steps"), ("validate.every_epochs", "validate.every_steps"))
 
@@ -28,24 +29,22 @@ ALTERNATIVES = (("train.epochs", "train.steps"), ("validate.every_epochs", "vali
 def load_config(arguments: list[str], quiet: bool = False, own: Mapping[str, Any] | None = None) -> Config:
     """The config of a command line such as ["--config", "configs/digits.yaml", "--optim.lr", "0.1"].
 
-    `quiet`: print neither help nor errors of the command line, since another rank prints them. `own`: the settings that
-    a loop declares; None: any are taken. Raises UsageError for a mistake in the file, SystemExit (0 for --help, 2 for
-    an error) for one on the command line.
+    `own`: the settings that a loop declares; None: any are taken. With --help among the arguments, print what the
+    settings are, unless `quiet` since another rank does, and leave with code 0. Raises UsageError for any mistake.
     """
-    arguments = [_expand_shorthand(argument) for argument in arguments]
-    path = _find_config_path(arguments)
-    settings: dict[str, Any] = read_yaml(Path(path)) if path else {}
-    arguments = _take_single_arguments(arguments, settings)
-    arguments = ["None" if argument == "null" else argument for argument in arguments]  # null is YAML's word
-    _choose_alternatives(settings, arguments)
-    base = with_own(config_from_mapping(settings, path or "command line"), own)  # for --help
-    about = "Train a model. Settings come from --config FILE and, over it, from the command line."
-    with contextlib.ExitStack() as redirections:
-        if quiet:  # tyro's own option for this leaves some messages
-            for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
-                redirections.enter_context(redirect(io.StringIO()))
-        config = tyro.cli(Config, default=base, args=arguments, prog="distloop train", description=about)
-    config = with_own(config_from_mapping(dataclasses.asdict(config), "command line"), own)
+    wants_help = not HELP.isdisjoint(arguments)
+    given = read_command_line([word for word in arguments if word not in HELP])
+    file = read_environment({key: value for key, value in given if key == "config"}).get("config")
+    source = recorded(file) or COMMAND_LINE
+    settings: dict[str, Any] = read_yaml(Path(file)) if file else {}
+    _choose_alternatives(settings, given)
+    for key, value in given:
+        _put(settings, key, value, source)
+    config = with_own(config_from_mapping(read_environment(settings), source, given), own)
+    if wants_help:
+        if not quiet:
+            print(help_text(config))
+        raise SystemExit(0)
     if config.name is None:
         name = Path(config.config).stem if config.config else config.data.name.rpartition(":")[2]
         config = dataclasses.replace(config, name=name)
@@ -76,9 +75,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def config_from_mapping(settings: dict[str, Any], source: str) -> Config:
-    """A Config made of nested mappings. Raises UsageError that names each wrong key of `source`, a file, and its value.
-    A section that is one word is its name: `model: mlp` for `model: {name: mlp}`."""
+def config_from_mapping(settings: dict[str, Any], source: str, given: Sequence[Given] = ()) -> Config:
+    """A Config made of nested mappings. Raises UsageError that names each wrong key, its value, and its source: the
+    command line if `given` has the key, else `source`, a file. A section that is one word is its name: `model: mlp` for
+    `model: {name: mlp}`."""
     settings = {
         key: {"name": value} if key in SECTIONS and isinstance(value, str) else value
         for key, value in settings.items()
@@ -91,28 +91,30 @@ def config_from_mapping(settings: dict[str, Any], source: str) -> Config:
         for problem in error.errors():
             key, names = _dotted_key(problem["loc"])
             if problem["type"] == "unexpected_keyword_argument":
-                text = f"there is no such setting.{suggest(str(problem['loc'][-1]), names)}"
+                text = f"there is no such setting.{suggest(str(problem['loc'][-1]), names) or ' --help lists them.'}"
             else:
                 text = problem["msg"][0].lower() + problem["msg"][1:]
             problems.setdefault(key, (problem["input"], []))[1].append(text)
-        lines = [f"{key} = {value!r}: {' or '.join(texts)}" for key, (value, texts) in problems.items()]
-        raise UsageError("\n".join(f"{source}: {line}" for line in lines)) from None
+        lines = []
+        for key, (value, texts) in problems.items():
+            here = any(is_one_of(one.key, (key,)) or is_one_of(key, (one.key,)) for one in given)
+            lines.append(f"{COMMAND_LINE if here else source}: {key} = {value!r}: {' or '.join(texts)}")
+        raise UsageError("\n".join(lines)) from None
 
 
 def dump(config: Config) -> str:
     """The config as YAML, for config_from_mapping()."""
-    return dump_yaml(_adapter().dump_python(config, mode="json"))
+    return dump_yaml(recorded(config))
 
 
 def dump_without_secrets(config: Config) -> str:
     """The config as YAML with *** for each secret. check() refuses a config with *** in it."""
-    return dump_yaml(clean_mapping(_adapter().dump_python(config, mode="json")))
+    return dump_yaml(clean_mapping(recorded(config)))
 
 
 def check(config: Config) -> None:
     """Raise UsageError for settings that do not go together."""
-    masked = dict.fromkeys(masked_keys(dataclasses.asdict(config)))
-    if masked:
+    if masked := masked_keys(recorded(config)):
         options = dict.fromkeys("--" + ".".join(key.split(".")[:3]) for key in masked)  # --data.args.KEY at most
         raise UsageError(
             f"In place of {', '.join(masked)} the config has {MASK}, as a run's copy of it does where a value looks "
@@ -155,62 +157,33 @@ def _dotted_key(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
         if not dataclasses.is_dataclass(fields.get(str(part))):
             break
         owner = fields[str(part)]
-    return ".".join(names), list(fields)
+    return ".".join(names), [*fields, *(types_of_settings() if owner is Config else ())]
 
 
-def _expand_shorthand(argument: str) -> str:
-    """--model mlp -> --model.name mlp."""
-    flag, equals, value = argument.partition("=")
-    has_name = flag.startswith("--") and flag[2:] in ("data", "model", "task", "optim", "schedule")
-    return f"{flag}.name{equals}{value}" if has_name else argument
+def _put(settings: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Put the value of a setting on the command line into the settings of the file."""
+    *outer, name = key.split(".")
+    inner = settings
+    for number, part in enumerate(outer):
+        below = inner.get(part)
+        if number == 0 and part in SECTIONS and isinstance(below, str):
+            below = {"name": below}
+        if not isinstance(below, dict | None):
+            place = ".".join(outer[: number + 1])
+            raise UsageError(f"{source}: {place} = {below!r}: input should be a mapping, so that --{key} can be set.")
+        inner[part] = inner = dict(below or {})
+    inner[name] = value
 
 
-def _find_config_path(arguments: list[str]) -> str | None:
-    for position, argument in reversed(list(enumerate(arguments))):  # the last --config wins, as with any flag
-        flag, equals, value = argument.partition("=")
-        if flag == "--config":
-            if not equals and position + 1 == len(arguments):
-                raise UsageError("--config needs a file, as in --config configs/digits.yaml")
-            return value if equals else arguments[position + 1]
-    return None
-
-
-def _take_single_arguments(arguments: list[str], settings: dict[str, Any]) -> list[str]:
-    """Move each --SECTION.args.KEY VALUE and --own.KEY VALUE from the arguments to the settings; return the others."""
-    rest: list[str] = []
-    queue = iter(arguments)
-    for argument in queue:
-        match = re.fullmatch(r"--(?:(\w+)\.args|own)\.([\w-]+)(?:=(.*))?", argument, re.DOTALL)
-        if match is None:
-            rest.append(argument)
-            continue
-        section, key, value = match.groups()
-        if value is None and (value := next(queue, None)) is None:
-            raise UsageError(f"{argument} needs a value.")
-        inner = settings.get(section or "own") or {}
-        inner = {"name": inner} if section and isinstance(inner, str) else inner
-        earlier = inner if section is None else inner.get("args") or {} if isinstance(inner, dict) else None
-        if not isinstance(earlier, dict):
-            place = f"{section}.args" if section else "own"
-            raise UsageError(f"{place}: the file has something else than a mapping there, so {argument} cannot be set.")
-        try:
-            changed = {**earlier, key.replace("-", "_"): parse_yaml(value)}
-        except yaml.YAMLError:
-            raise UsageError(f"{argument}: {value!r} is not valid YAML.") from None
-        settings[section or "own"] = {**inner, "args": changed} if section else changed
-    return rest
-
-
-def _choose_alternatives(settings: dict[str, Any], arguments: list[str]) -> None:
+def _choose_alternatives(settings: dict[str, Any], given: list[Given]) -> None:
     """Clear the other setting of a pair if exactly one is set on the command line or, if none is there, in the file."""
-    flags = {argument.partition("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
     for pair in ALTERNATIVES:
         section = pair[0].split(".")[0]
         inner = settings.get(section) or {}
         if not isinstance(inner, dict):
             continue
         names = [key.split(".")[1] for key in pair]
-        chosen = [name for name in names if f"{section}.{name}" in flags]
+        chosen = [name for name in names if f"{section}.{name}" in dict(given)]
         chosen = chosen or [name for name in names if inner.get(name) is not None]
         if len(chosen) == 1:
             settings[section] = {**inner, **{name: None for name in names if name not in chosen}}

@@ -38,8 +38,9 @@ NAMED = re.compile(
 BEGINNING = re.compile(r"[-+ \t>#*]*+(?:(?:export|ENV)[ \t]++)?+[\"'\\]*+")  # of a line, before a name
 ANNOTATION = re.compile(r"(?:str|bytes|int|float|bool|Any|Optional)(?![\w.-])[\w.\[\]| ]{0,60}?=(?!=)[ \t]*+")
 QUOTE = re.compile(r"[A-Za-z]{0,2}(?P<quote>\\*+(?:\"\"\"|'''|[\"'`]))")
-TO_QUOTE = {quote: re.compile(rf"(?:[^{quote}\\]|\\.)*+{quote}") for quote in "\"'`"}
-NEXT_STRING = re.compile(r"[ \t]*+\+?[ \t]*+(?=[A-Za-z]{0,2}[\"'])")  # Python joins it to the one before
+STRING = r"""[A-Za-z]{0,2}(?!\"{3}|'{3}|`{3})(?:"(?:[^"\\]|\\.)*+"|'(?:[^'\\]|\\.)*+'|`(?:[^`\\]|\\.)*+`)"""
+NEXT_STRING = re.compile(r"[ \t]*+\+?[ \t]*+[A-Za-z]{0,2}[\"']")
+STRINGS = re.compile(rf"{STRING}(?:[ \t]*+\+?[ \t]*+{STRING})*+")  # Python joins them
 CLOSING = re.compile(r"[\s,;)}\]\"'\\]*+")
 BARE = re.compile(
     r"(?:(?i:bearer|basic|digest|token)[ \t]++)?+"  # of an Authorization header
@@ -47,6 +48,10 @@ BARE = re.compile(
 )
 NO_VALUE = re.compile(
     r"lambda(?![\w.-])|(?:str|int|float|bool|bytes|Any|[Nn]one|null|[Tt]rue|[Ff]alse)(?=\s*+(?:[,;)}\]|:#\"']|$))"
+)
+# env:NAME, and after it the end of the line, what closes around it, a comment, or another flag.
+REFERENCE = re.compile(
+    r"(?P<quote>\\*+[\"'`]|)env:[A-Za-z_][A-Za-z0-9_]*+(?P=quote)[ \t]*+(?=[,;)}\]#\\]|[\"'`](?!\w)|--|$)"
 )
 NUMBER = re.compile(r"[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?")
 CODE = re.compile(r"self\.|[A-Za-z_][\w.]*[(\[]")
@@ -108,6 +113,8 @@ def _clean_line(line: str, indent: int) -> tuple[str, int | str | None]:
             break
         annotation = ANNOTATION.match(line, start) if match["sign"] == ":" else None
         start = annotation.end() if annotation else start
+        if REFERENCE.match(line, start):
+            continue
         opening = QUOTE.match(line, start)
         if opening:
             value, end = _mask_strings(line, opening)
@@ -127,19 +134,14 @@ def _clean_line(line: str, indent: int) -> tuple[str, int | str | None]:
 
 def _mask_strings(line: str, opening: re.Match[str]) -> tuple[str, int]:
     """The masked text of the strings that begin with `opening`, and where the last one ends; -1: not on this line."""
-    first, empty = opening, True
-    while True:
-        quote = opening["quote"]
-        closing = TO_QUOTE.get(quote, re.compile(f".*?{re.escape(quote)}", re.DOTALL)).match(line, opening.end())
-        if closing is None:
-            return "", -1
-        end = closing.end()
-        empty = empty and end == opening.end() + len(quote)
-        gap = NEXT_STRING.match(line, end)
-        next_opening = QUOTE.match(line, gap.end()) if gap and quote in TO_QUOTE else None
-        if next_opening is None:
-            return (first[0] + quote if empty else f"{first[0]}{MASK}{quote}"), end
-        opening = next_opening
+    quote, start = opening["quote"], opening.end()
+    if len(quote) > 1:  # with backslashes before it, or tripled
+        end = line.find(quote, start) + len(quote)
+        return (f"{opening[0]}{MASK if end > start + len(quote) else ''}{quote}", end) if end >= start else ("", -1)
+    strings = STRINGS.match(line, opening.start())
+    if strings is None or NEXT_STRING.match(line, strings.end()):
+        return "", -1
+    return f"{opening[0]}{MASK if strings.end() > start + 1 else ''}{strings[0][-1]}", strings.end()
 
 
 def _is_not_secret(line: str, start: int, value: str, strength: str, sign: str | None) -> bool:

@@ -5,8 +5,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
+from distloop.config.references import FromEnvironment, recorded
 from distloop.config.secrets import clean_mapping
 from distloop.config.settings import Config
+from distloop.config.yaml_text import parse_yaml
 from distloop.errors import UsageError, suggest
 
 
@@ -29,23 +33,34 @@ def _checked(key: str, own: Mapping[str, Any], default: Any) -> Any:
             f"own={{{key!r}: …}}: a default is a finite number, text, True, False, None, or a list or dict of them."
         )
     value = own.get(key, default)
+    if isinstance(value, FromEnvironment) and not isinstance(default, str | None):
+        value = _number(value)
     if not _is_plain(value):
         raise UsageError(
             f"own.{key} = {value!r}: give finite numbers, text, true, false, or lists or mappings of them."
         )
-    if clean_mapping({key: value}) != {key: value}:
+    if clean_mapping({key: value}) != recorded({key: value}):
         raise UsageError(
             f"own.{key}: its name or value looks like a secret: the run would not record it, nor a resume compare it. "
-            "Choose another name; read secrets from the environment."
+            "Choose another name, or give it as env:NAME, which is read from the environment and recorded by its name."
         )
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if default is not None and type(value) is not type(default):
-        kind, is_one = type(value).__name__, type(default).__name__
+    if default is not None and type(recorded(value)) is not type(default):
+        kind, is_one = type(recorded(value)).__name__, type(default).__name__
         raise UsageError(
             f"own.{key} = {value!r} is of type {kind}; the loop's default, {default!r}, is of type {is_one}."
         )
     return value
+
+
+def _number(text: FromEnvironment) -> Any:
+    """The number or truth value that the text is, and that is recorded, since a resume compares it; else the text."""
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError:
+        return text
+    return value if isinstance(value, int | float) else text
 
 
 def _is_plain(value: Any) -> bool:

@@ -5,6 +5,7 @@ user:password@host). The values of environment variables and settings with such 
 a value is masked: a false mask costs little, a leak much.
 """
 
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distloop.config.named_secrets import MASK, SHORTEST, WORD, clean_named, secrecy
+from distloop.config.references import REFERENCE, FromEnvironment, recorded
 
 # Under a name with one of these words 40 hexadecimal digits are no key.
 COMMITS = {"commit", "revision", "rev", "sha", "sha1", "hash", "digest", "checksum"}
@@ -45,19 +47,16 @@ CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # auth:make_data is a ca
 _remembered: set[str] = set()
 
 
-def remember_secrets(settings: Any, name: str = "") -> None:
-    """Mask the secrets of these settings in all texts from now on. `name`: the dotted key of `settings`. Not those of
+def remember_secrets(settings: Any) -> None:
+    """Mask the secrets of these settings, and what is from the environment, in all texts from now on. Not those of
     fewer than 8 characters, nor ordinary words (`key: filename`), which other texts contain, too."""
-    if isinstance(settings, Mapping):
-        for key, value in settings.items():
-            remember_secrets(value, f"{name}.{key}")
-    elif isinstance(settings, (list, tuple)):
-        for value in settings:
-            remember_secrets(value, name)
-    elif settings is not None and clean_mapping(settings, name, {}) == MASK:
-        value = str(settings)
-        if secrecy(name) == "strong" or not re.fullmatch("[a-z_]+", value):
-            _remembered.add(value)
+    for key, value in _leaves(settings):
+        if isinstance(value, FromEnvironment):
+            _remembered.update([str(value), *value.splitlines()])
+        elif value is None or clean_mapping(value, key, {}) != MASK:
+            continue
+        elif secrecy(key) == "strong" or not re.fullmatch("[a-z_]+", str(value)):
+            _remembered.add(str(value))
 
 
 def clean_text(text: str, environ: Mapping[str, str] = os.environ, commits: bool = False) -> str:
@@ -73,6 +72,8 @@ def clean_mapping(value: Any, name: str = "", environ: Mapping[str, str] = os.en
         return {_clean_unnamed(key, environ) if isinstance(key, str) else key: one for key, one in inner.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(clean_mapping(inner, name, environ) for inner in value)
+    if isinstance(value, str) and REFERENCE.fullmatch(reference := recorded(value)):
+        return reference
     strength = secrecy(name)
     if isinstance(value, (str, bytes)) and value and strength:
         return MASK
@@ -88,16 +89,13 @@ def clean_mapping(value: Any, name: str = "", environ: Mapping[str, str] = os.en
 def clean_command(words: list[str], environ: Mapping[str, str] = os.environ) -> list[str]:
     """A command line with *** for each secret, also inside YAML: --data.args '{token: …}'."""
     cleaned = []
-    flag = ""  # the flag whose value the next word may be
-    for word in words:
+    for before, word in itertools.pairwise(["", *words]):
+        flag = before if before.startswith("-") and "=" not in before else ""  # whose value the word may be
         name, equals, value = word.partition("=")
-        if not word.startswith("-") or secrecy(flag):
-            cleaned.append(_clean_word(word, flag, environ))
-        elif equals:
-            cleaned.append(f"{name}={_clean_word(value, name, environ)}")
+        if word.startswith("-") and equals and not secrecy(flag):
+            cleaned.append(f"{name}={_clean_value(value, name, environ)}")
         else:
-            cleaned.append(_clean_unnamed(word, environ))
-        flag = word if word.startswith("-") and not equals else ""
+            cleaned.append(_clean_value(word, flag, environ))
     return cleaned
 
 
@@ -112,16 +110,21 @@ def unmask(old: Any, new: Any) -> Any:
     return old
 
 
-def masked_keys(value: Any, name: str = "") -> Iterator[str]:
+def masked_keys(settings: Any) -> list[str]:
     """The dotted keys of the settings that hold a masked secret."""
+    return list(dict.fromkeys(key for key, value in _leaves(settings) if isinstance(value, str) and MASK in value))
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, plain value) of all that is in nested mappings and lists."""
     if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from masked_keys(inner, f"{name}.{key}" if name else str(key))
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}".lstrip("."))
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            yield from masked_keys(inner, name)
-    elif isinstance(value, str) and MASK in value:
-        yield name
+            yield from _leaves(inner, key)
+    else:
+        yield key, value
 
 
 def _fits(masked: str, text: str) -> bool:
@@ -130,7 +133,7 @@ def _fits(masked: str, text: str) -> bool:
     return re.fullmatch(f"{first}{''.join(f'(?>.*?{part})' for part in middle)}.*{last}", text, re.DOTALL) is not None
 
 
-def _clean_word(word: str, flag: str, environ: Mapping[str, str]) -> str:
+def _clean_value(word: str, flag: str, environ: Mapping[str, str]) -> str:
     """A word of a command line, which may be the value of `flag`, with *** for each secret."""
     from distloop.config.yaml_text import dump_yaml, parse_yaml
 
@@ -139,9 +142,9 @@ def _clean_word(word: str, flag: str, environ: Mapping[str, str]) -> str:
     except Exception:  # it is no YAML, but a string
         value = word
     cleaned = clean_mapping(value, flag, environ)
-    if isinstance(value, (Mapping, list)):
-        return clean_text(word, environ) if cleaned == value else dump_yaml(cleaned, in_one_line=True).strip()
-    return word if cleaned == value else str(cleaned)
+    if not isinstance(value, (Mapping, list)):
+        return word if cleaned == value else str(cleaned)
+    return clean_text(word, environ) if cleaned == value else dump_yaml(cleaned, in_one_line=True).strip()
 
 
 def _clean_unnamed(text: str, environ: Mapping[str, str], commits: bool = False) -> str:

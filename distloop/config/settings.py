@@ -9,11 +9,10 @@ import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
-import yaml
 from annotated_types import Ge, Gt, Lt
-from tyro.constructors import PrimitiveConstructorSpec
+from pydantic import WrapValidator
 
-from distloop.config.yaml_text import dump_yaml, parse_yaml
+from distloop.config.references import FromEnvironment
 
 Section = TypeVar("Section")
 
@@ -32,25 +31,11 @@ NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 
 
-def _from_command_line(strings: list[str]) -> Any:
-    try:
-        return parse_yaml(strings[0])
-    except yaml.YAMLError:
-        raise ValueError(f"{strings[0]!r} is not valid YAML") from None
-
-
-# Keyword arguments of a data set, model or task, or a loop's own settings. The command line takes the mapping as YAML
-# (--model.args '{hidden: 64}'), or one key of it (--model.args.hidden 64; load.py handles these).
-Arguments = Annotated[
-    dict[str, Any],
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="{YAML MAPPING}",
-        instance_from_str=_from_command_line,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [dump_yaml(value, in_one_line=True).strip()],
-    ),
-]
+# Text that may be env:NAME: the setting has the variable's value, and the reference is recorded. What is not Text has
+# a plain value, which is recorded, since a resume compares what is trained: numbers, choices, and callables' names.
+Text = Annotated[str, WrapValidator(lambda text, check: text if isinstance(text, FromEnvironment) else check(text))]
+# Keyword arguments of a data set, model or task, or a loop's own settings.
+Arguments = dict[str, Any]
 no_arguments = functools.partial(dataclasses.field, default_factory=dict)
 
 
@@ -58,7 +43,7 @@ no_arguments = functools.partial(dataclasses.field, default_factory=dict)
 class Data:
     name: str = "digits"
     """diabetes | digits | fashion_mnist | cifar10 | image_folder, or module:callable of your own."""
-    root: str = "data"
+    root: Text = "data"
     """Folder of data sets that live in files."""
     workers: NonNegativeInt | Literal["auto"] = "auto"
     """Loader processes per rank. auto: none for data in memory, else the CPUs this process may use, shared
@@ -171,7 +156,7 @@ class Checkpoint:
     """How many of the latest checkpoints are kept."""
     keep_every_steps: PositiveInt | None = None
     """Save after every so many steps, and keep these for good."""
-    best: str | None = None
+    best: Text | None = None
     """The validation metric of the checkpoint that is kept as the best, such as "max accuracy" or "min loss".
     null: the task's own."""
     on_failure: Literal["continue", "stop"] = "continue"
@@ -201,15 +186,15 @@ class Tracking:
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases. offline: into the run directory, without an account; `distloop sync RUN` uploads it.
     WANDB_MODE=offline in the environment makes online offline."""
-    project: str = "distloop"
+    project: Text = "distloop"
     """Project there."""
-    entity: str | None = None
+    entity: Text | None = None
     """User or team there; null: the account's own."""
-    group: str | None = None
+    group: Text | None = None
     """Runs with the same group stand together."""
-    tags: tuple[str, ...] = ()
+    tags: tuple[Text, ...] = ()
     """Tags of the run."""
-    notes: str | None = None
+    notes: Text | None = None
     """What is special about the run."""
     start_seconds: PositiveFloat = 15.0
     """How long training waits for W&B at the start, before it goes on offline."""
@@ -231,11 +216,11 @@ class Ddp:
 
 @section
 class Config:
-    config: str | None = None
+    config: Text | None = None
     """YAML file with any of these settings; the command line wins over it."""
-    name: str | None = None
+    name: Text | None = None
     """Name of the run and of its directory (default: the config file's stem)."""
-    runs_dir: str = "runs"
+    runs_dir: Text = "runs"
     """Folder of run directories."""
     seed: NonNegativeInt = 0
     """Fixes the order of samples, augmentations, initial weights and dropout."""
@@ -252,7 +237,7 @@ class Config:
     resume: Literal["auto", "never", "extend"] = "auto"
     """auto: continue the run of this name. never: move it aside and start anew. extend: continue it although
     the config now trains differently."""
-    init_from: str | None = None
+    init_from: Text | None = None
     """Weights to start from: a run directory, a checkpoint or a .safetensors file."""
     expect_world: PositiveInt | None = None
     """Refuse to train unless there are exactly so many processes."""
@@ -277,3 +262,18 @@ class Config:
 def path_of(config: Config) -> Path:
     """The run's directory."""
     return Path(config.runs_dir) / str(config.name)
+
+
+# The sections' classes by their names.
+SECTIONS: dict[str, Any] = {
+    field.name: field.type for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)
+}
+
+
+@functools.cache
+def types_of_settings() -> dict[str, Any]:
+    """The type of each setting by its dotted name, those of no section first."""
+    found = {field.name: field.type for field in dataclasses.fields(Config) if field.name not in SECTIONS}
+    for name, cls in SECTIONS.items():
+        found |= {f"{name}.{field.name}": field.type for field in dataclasses.fields(cls)}
+    return found

@@ -14,7 +14,7 @@ from distloop.ranks import stopping
 from distloop.ranks.environment import prepare_environment
 from distloop.ranks.leaving import leave
 from distloop.ranks.ranks import Ranks
-from distloop.ranks.talking import let_others_speak, speak_clearly, speaks
+from distloop.ranks.talking import speak_clearly, speaks
 
 if TYPE_CHECKING:  # the config's libraries are imported once this process listens to signals
     from distloop.config.settings import Config
@@ -66,12 +66,7 @@ def main(train: Train, arguments: list[str], own: Mapping[str, Any] | None = Non
     try:
         if problem is not None:
             raise UsageError(problem)
-        quiet = not speaks(os.environ)  # all ranks meet the same mistakes; one prints them
-        config = load_config(arguments, quiet, own or {})
-    except SystemExit as error:  # --help, or a mistake on the command line
-        if error.code:
-            let_others_speak(watch)
-        raise
+        config = load_config(arguments, not speaks(os.environ), own or {})
     except UsageError as error:
         return ranks.report_failure(error).code
     if _copied_from not in (None, "", __version__):

@@ -7,6 +7,7 @@ from typing import Any
 
 from distloop.config.comparison import FIXED_KEYS, differences, is_one_of, training_hash
 from distloop.config.load import config_from_mapping, dump_without_secrets, read_yaml
+from distloop.config.references import recorded
 from distloop.config.secrets import clean_mapping, unmask
 from distloop.config.settings import Config, path_of
 from distloop.errors import UsageError
@@ -162,7 +163,7 @@ def _changes(path: Path, config: Config) -> dict[str, tuple[Any, Any]]:
     """The settings that --resume extend changes. Raises UsageError for a change that --resume does not allow."""
     try:
         # The file has *** for each secret: this config's secrets count as unchanged.
-        settings = unmask(clean_mapping(read_yaml(path / files.CONFIG)), dataclasses.asdict(config))
+        settings = unmask(clean_mapping(read_yaml(path / files.CONFIG)), recorded(config))
         changed = differences(config_from_mapping(settings, str(path / files.CONFIG)), config)
     except UsageError as error:
         raise UsageError(f"The run in {path} has a config that this version does not read: {error}") from None

@@ -81,7 +81,7 @@ def test_another_checkpoint_of_a_run_that_was_moved_and_other_data(tmp_path: Pat
         ([], "usage: distloop evaluate"),
         (["nothing"], "nothing is no folder"),
         (["empty"], "lies in no run's folder"),
-        (["runs/run/checkpoints/step_00000046", "--bogus", "1"], "Unrecognized options"),
+        (["runs/run/checkpoints/step_00000046", "--bogus", "1"], "command line: bogus = 1: there is no such setting."),
         (["runs/damaged"], "holds no checkpoint"),
     ],
 )

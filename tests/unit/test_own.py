@@ -81,7 +81,7 @@ def test_the_command_line_counts_over_the_file(tmp_path: Any) -> None:
     file.write_text("own:\n")
     assert load_config(["--config", str(file)]).own == {}
     file.write_text("own: [1]\n")
-    with pytest.raises(UsageError, match=r"own: the file has something else than a mapping there, so --own\.alpha"):
+    with pytest.raises(UsageError, match=r"run\.yaml: own = \[1\]: input should be a mapping, so that --own\.alpha"):
         load_config(["--config", str(file), "--own.alpha", "0.5"])
     with pytest.raises(UsageError, match="own = "):
         load_config(["--config", str(file)])

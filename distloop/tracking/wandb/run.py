@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from distloop.config.references import read_environment
 from distloop.run.files import METRICS, WANDB, read_json, write_text
 from distloop.run.metrics import count_rows, set_aside_until
 from distloop.tracking.wandb import session
@@ -36,8 +37,9 @@ class WandbRun:
     """
 
     def __init__(self, run: Path, settings: dict[str, Any], mode: str) -> None:
-        """`settings`: the section `tracking` of the run's config. `mode`: online | offline."""
-        self.path, self.settings, self.mode = run, settings, mode
+        """`settings`: the section `tracking` of config.yaml. `mode`: online | offline. Raises UsageError for a setting
+        env:NAME without such a variable."""
+        self.path, self.settings, self.mode = run, read_environment(settings, "tracking"), mode
         self.output = io.StringIO()
         self.state = _read_state(run)
         self._write_state()

@@ -1,0 +1,75 @@
+"""Read the words of a command line: --optim.lr 0.1 --model mlp --model.args.width 64 --tracking.tags a b --compile."""
+
+import re
+import typing
+from collections import deque
+from typing import Any, NamedTuple
+
+import yaml
+
+from distloop.config.settings import Text, types_of_settings
+from distloop.config.yaml_text import parse_yaml
+from distloop.errors import UsageError
+
+HELP = {"-h", "--help"}
+NAMED = ("data", "model", "task", "optim", "schedule")  # --model mlp is --model.name mlp
+IN_MAPPING = re.compile(r"(?:\w+\.args|own)\.[\w.]+")  # one argument, or one of a loop's own settings
+
+
+class Given(NamedTuple):
+    """A setting on the command line."""
+
+    key: str
+    """Its dotted name: optim.lr."""
+    value: Any
+
+
+def read_command_line(words: list[str]) -> list[Given]:
+    """The settings in these words, in order. Raises UsageError for words that give none. If there are such settings,
+    and may have such values, is checked later, together with those of the file."""
+    queue = deque(word for word in words if word != "--")
+    given = []
+    while queue:
+        flag, equals, text = (word := queue.popleft()).partition("=")
+        if not flag.startswith("--"):
+            raise UsageError(f"command line: {word!r}: expected a setting, as in --optim.lr 0.1; --help lists them.")
+        key = flag[2:].replace("-", "_")
+        key = f"{key}.name" if key in NAMED else key
+        switched_on = re.sub(r"(^|\.)no_(\w+)$", r"\1\2", key)
+        if switched_on != key and types_of_settings().get(switched_on) is bool and not equals:
+            given.append(Given(switched_on, False))
+            continue
+        kind = Any if IN_MAPPING.fullmatch(key) else types_of_settings().get(key)
+        texts = [text] if equals else []
+        takes_many = kind is None or typing.get_origin(kind) is tuple
+        while queue and (takes_many or not texts) and (kind is Any or not queue[0].startswith("--")):
+            texts.append(queue.popleft())
+        if not texts and kind not in (None, bool) and not takes_many:
+            raise UsageError(f"command line: {flag} needs a value.")
+        given.append(Given(key, _value(key, kind, texts)))
+    return given
+
+
+def _value(key: str, kind: Any, texts: list[str]) -> Any:
+    """The value that these words give a setting of type `kind`; None: there is no such setting."""
+    if typing.get_origin(kind) is tuple:
+        return texts if Text in typing.get_args(kind) else [_from_yaml(key, text) for text in texts]
+    if kind is None and len(texts) > 1:
+        return texts
+    if not texts:
+        return True
+    is_mapping = kind is Any or typing.get_origin(kind) is dict
+    if texts == ["None"] and not is_mapping:
+        return None
+    if not is_mapping and {str, Text} & {kind, *typing.get_args(kind)} and texts != ["null"]:
+        return texts[0]  # as it is: --name 5
+    return _from_yaml(key, texts[0], is_mapping)
+
+
+def _from_yaml(key: str, text: str, is_checked: bool = False) -> Any:
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError:
+        if is_checked:
+            raise UsageError(f"command line: {key} = {text!r}: it is not valid YAML") from None
+        return text  # a later check says what is meant
