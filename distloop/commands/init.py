@@ -12,7 +12,7 @@ from distloop.commands.copy import PACKAGE, copy_of, write
 from distloop.errors import RunFailed, UsageError
 
 LOOP = "my_train.py"
-# What is written, by its name in the project's folder: whole folders of the repository, what its folder examples/ has,
+# What is written, by its name in the folder: whole folders of the repository, all that its folder examples/ has,
 # and a copy of the loop.
 WRITTEN = {
     "README.md": "what to type",
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     """Write to the folder that the command line names; returns the exit code: 0 written, 1 failed, 2 wrong usage."""
     parser = argparse.ArgumentParser(
         prog="distloop init",
-        description="Write what a project of your own begins with: configs, scripts for one machine, several and Slurm, "
+        description="Write what a project of your own begins with: configs, scripts for machines and for Slurm, "
         "an example of data, model and task, and a copy of the loop. An existing file is never replaced.",
         allow_abbrev=False,
     )
@@ -68,8 +68,9 @@ def check(folder: Path, texts: dict[Path, str]) -> None:
     """Raise UsageError unless all files may be written to `folder`, where nothing is in their way."""
     if folder.resolve().is_relative_to(PACKAGE):
         raise UsageError(f"{folder} is a part of distloop itself ({PACKAGE}): name a folder of your own.")
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise UsageError(f"{folder} is there, and no folder: name another, such as my_project.")
+    for path in (folder, *folder.parents):
+        if os.path.lexists(path) and not path.is_dir():
+            raise UsageError(f"{path} is there, and no folder: name another, such as my_project.")
     there = [place for place in texts if os.path.lexists(folder / place)]
     parents = {parent for place in texts for parent in place.parents}
     there += [place for place in parents if os.path.lexists(folder / place) and not (folder / place).is_dir()]
