@@ -1,4 +1,4 @@
-"""`distloop init`: what it says, and that it overwrites nothing. What it writes is tested from a wheel: test_package.py."""
+"""`distloop init`: what it says, and that it overwrites nothing. test_package.py tests what it writes from a wheel."""
 
 from __future__ import annotations
 
