@@ -53,12 +53,13 @@ def project() -> dict[Path, str]:
     origin = PACKAGE / "project"  # in an installed distloop; in a checkout they lie beside the package
     if not origin.is_dir():
         origin = PACKAGE.parent
-    texts = {Path(LOOP): copy_of((PACKAGE / "train.py").read_text(encoding="utf-8"), LOOP)}
+    texts = {}
     for folder in ("configs", "launch", "slurm", "examples"):
         base = origin / folder if folder == "examples" else origin
         for file in sorted((origin / folder).rglob("*")):
             if file.is_file() and "__pycache__" not in file.parts:  # pip compiles what it installs
                 texts[file.relative_to(base)] = file.read_text(encoding="utf-8")
+    texts[Path(LOOP)] = copy_of((PACKAGE / "train.py").read_text(encoding="utf-8"), LOOP)
     if absent := WRITTEN.keys() - {place.parts[0] for place in texts}:
         raise RunFailed(f"{', '.join(sorted(absent))}: not in {origin}. Install distloop again.")
     return texts

@@ -152,7 +152,7 @@ def test_what_there_is_no_room_for_leaves_nothing(here: Path, capsys: pytest.Cap
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 2
-    assert "cannot be written: File too large" in capsys.readouterr().err
+    assert "mine/slurm/common.sh cannot be written: File too large" in capsys.readouterr().err
     assert list(here.iterdir()) == []
 
 
