@@ -157,7 +157,7 @@ def test_digits_are_trained_by_a_script_with_the_projects_own_loop(
 
 def test_without_the_package_a_script_says_what_is_missing(installed: Installed, project: Path, tmp_path: Path) -> None:
     for name in ("accelerate", "python"):  # an environment with Accelerate and without distloop
-        (tmp_path / name).write_text('#!/bin/sh\nexec /usr/bin/env -i python3 -S "$@"\n')
+        (tmp_path / name).write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
         (tmp_path / name).chmod(0o755)
     done = installed.run(project, "launch/single_node.sh", PATH=f"{tmp_path}:/usr/bin:/bin")
     assert done.returncode == 2

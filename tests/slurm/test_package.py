@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def test_a_job_without_the_package_is_refused_before_anything_starts(
     cluster: Cluster, installed: Installed, tmp_path: Path
 ) -> None:
     project = installed.project(tmp_path / "project")
-    (tmp_path / "python").write_text('#!/bin/sh\nexec /usr/bin/env -i python3 -S "$@"\n')
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
     (tmp_path / "python").chmod(0o755)
     variables = {"PYTHONPATH": "", "PATH": f"{tmp_path}:/usr/bin:/bin"}
     log = submit(cluster, project, variables, *TRAIN_MINE).ends("FAILED", "2:0")

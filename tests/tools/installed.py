@@ -74,7 +74,10 @@ class Installed:
         return folder
 
     def check_imported(self, output: str, processes: int) -> None:
-        """So many processes have imported a project's mine.py, and distloop from the wheel."""
+        """At least so many processes have imported a project's mine.py, all with distloop from the wheel.
+
+        Loader workers are among them where Python does not fork them: from 3.14 on.
+        """
         said = [line.removeprefix("distloop is ") for line in output.splitlines() if line.startswith("distloop is ")]
-        assert len(said) == processes, output
+        assert len(said) >= processes, output
         assert all(Path(file).samefile(self.package / "__init__.py") for file in said), output  # through links, too
