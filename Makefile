@@ -7,7 +7,7 @@ PROCS  ?= 1
 ARGS   ?=
 
 BIN := .venv/bin
-SHELL_SCRIPTS := launch/*.sh slurm/*.sbatch slurm/common.sh .ci/run
+SHELL_SCRIPTS := launch/*.sh slurm/*.sbatch slurm/common.sh .ci/run .ci/wheel
 # One process: a GPU if there is one; without a launcher, which would end at Ctrl-C before the run has saved.
 # Several: as many GPUs, or that many processes on the CPU.
 SEVERAL := $(BIN)/accelerate launch --quiet --num_machines 1 --main_process_port 0 --mixed_precision no \

@@ -5,13 +5,21 @@ from typing import TYPE_CHECKING
 from distloop import hand_on
 
 if TYPE_CHECKING:
-    from distloop.training.due import due_after
-    from distloop.training.gradients import divide_by_weight, norm_and_clip, trial_batches
-    from distloop.training.losses import LossSums
-    from distloop.training.models import build_model
-    from distloop.training.nonfinite import FiniteCheck
-    from distloop.training.optim import Average, LearningRate, build_optimizer, parameter_groups, set_lr
-    from distloop.training.tasks import Task, build_task
-    from distloop.training.validation import Validation, broadcast_buffers
+    from distloop.training.due import due_after as due_after
+    from distloop.training.gradients import divide_by_weight as divide_by_weight
+    from distloop.training.gradients import norm_and_clip as norm_and_clip
+    from distloop.training.gradients import trial_batches as trial_batches
+    from distloop.training.losses import LossSums as LossSums
+    from distloop.training.models import build_model as build_model
+    from distloop.training.nonfinite import FiniteCheck as FiniteCheck
+    from distloop.training.optim import Average as Average
+    from distloop.training.optim import LearningRate as LearningRate
+    from distloop.training.optim import build_optimizer as build_optimizer
+    from distloop.training.optim import parameter_groups as parameter_groups
+    from distloop.training.optim import set_lr as set_lr
+    from distloop.training.tasks import Task as Task
+    from distloop.training.tasks import build_task as build_task
+    from distloop.training.validation import Validation as Validation
+    from distloop.training.validation import broadcast_buffers as broadcast_buffers
 else:
     __getattr__ = hand_on(__name__, __file__)

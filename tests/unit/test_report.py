@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from html import unescape
 from pathlib import Path
 
@@ -239,15 +238,6 @@ def test_names_that_a_run_chooses_are_escaped_once(tmp_path: Path) -> None:
         assert "cannot be shown" not in html
         assert "<script" not in html
         assert "&amp;lt;" not in html
-
-
-def test_every_template_is_part_of_the_package() -> None:
-    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
-    patterns = settings["package-data"]["distloop.commands.report"]
-    package = REPOSITORY / "distloop" / "commands" / "report"
-    packed = {file for pattern in patterns for file in package.glob(pattern)}
-    assert packed >= {file for file in package.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
-    assert packed
 
 
 def test_the_page_is_the_same_in_every_encoding(run: Path, report: str) -> None:

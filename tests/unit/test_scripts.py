@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -162,6 +163,38 @@ def test_a_loop_of_ones_own_that_is_not_there_is_refused(tmp_path: Path, name: s
     done = launch(tmp_path, name, variables={"TRAIN": typed})
     check_refusal(done, f"{name}: TRAIN={typed}: there is no such file in {tmp_path}")
     assert not (tmp_path / "met").exists()  # no machine waits for this one either
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with the scripts and without the package, as `distloop init` writes it."""
+    shutil.copytree(LAUNCH, tmp_path / "my project" / "launch")
+    return tmp_path / "my project"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_without_a_checkout_start_the_loop_of_the_installed_package(project: Path, name: str) -> None:
+    done = launch(project, name, "--name", "x", scripts=project / "launch")
+    assert done.launched, done.errors
+    place = done.words.index("-m")
+    assert done.words[place : place + 3] == ["-m", "distloop.train", "--expect-world"]
+    assert Path(done.option("--config_file")).is_relative_to(project / "launch")
+    (project / "my_train.py").touch()
+    done = launch(project, name, variables={"TRAIN": "my_train.py"}, scripts=project / "launch")
+    assert "-m" not in done.words
+    assert "my_train.py" in done.words
+
+
+def test_the_environment_beside_the_scripts_is_taken_unless_one_is_active(project: Path) -> None:
+    (project / ".venv" / "bin").mkdir(parents=True)
+    for program in ("accelerate", "python"):
+        (project / ".venv" / "bin" / program).write_text("#!/bin/bash\necho $0 >>taken\n")
+        (project / ".venv" / "bin" / program).chmod(0o755)
+    assert launch(project, "debug.sh", scripts=project / "launch").launched
+    assert not (project / "taken").exists()
+    launch(project, "debug.sh", variables={"VIRTUAL_ENV": ""}, scripts=project / "launch")
+    programs = [str(project / ".venv" / "bin" / program) for program in ("python", "accelerate")]
+    assert (project / "taken").read_text().splitlines() == programs
 
 
 def test_all_gpus_of_the_machine_get_a_process_each(tmp_path: Path) -> None:

@@ -1,0 +1,52 @@
+""".github/workflows/ci.yml: a file for GitHub that this repository's own commands do the work of."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import tomllib
+from typing import Any
+
+import yaml
+
+from tests.tools.ranks import REPOSITORY, command
+
+WORKFLOW: dict[str, Any] = yaml.safe_load((REPOSITORY / ".github" / "workflows" / "ci.yml").read_text())
+[JOB] = WORKFLOW["jobs"].values()
+COMMANDS = [line for step in JOB["steps"] for line in step.get("run", "").splitlines()]
+
+
+def test_it_runs_for_what_is_pushed_and_proposed() -> None:
+    assert set(WORKFLOW["on"]) == {"push", "pull_request"}
+    assert JOB["steps"][0]["uses"].startswith("actions/checkout@")
+
+
+def test_each_command_can_be_started() -> None:
+    for line in COMMANDS:
+        program = shlex.split(line)[0]
+        if "/" in program:
+            assert os.access(REPOSITORY / program, os.X_OK), line
+        else:
+            assert shutil.which(program), line
+    assert {".ci/run", ".ci/wheel"} <= set(COMMANDS)
+
+
+def test_ci_lints_and_tests_by_targets_that_make_knows() -> None:
+    targets = re.findall(r"^make (\S+)", (REPOSITORY / ".ci" / "run").read_text(), re.MULTILINE)
+    assert targets == ["lint", "test"]
+    done = command(["make", "--dry-run", *targets], REPOSITORY)
+    assert done.returncode == 0, done.stdout
+    assert "ruff check" in done.stdout
+    assert "pytest" in done.stdout
+
+
+def test_the_versions_of_python_are_those_that_the_package_names() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    versions = JOB["strategy"]["matrix"]["python"]
+    prefix = "Programming Language :: Python :: 3."
+    named = [line.removeprefix(prefix) for line in project["classifiers"] if line.startswith(prefix)]
+    assert versions == [f"3.{minor}" for minor in named]
+    assert project["requires-python"] == f">={versions[0]}"
+    assert "${{ matrix.python }}" in JOB["container"]["image"]
