@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from distloop import hand_on
 
 if TYPE_CHECKING:
+    from distloop.config.help import settings_help
     from distloop.config.load import load_config
     from distloop.config.settings import (
         Batch,
