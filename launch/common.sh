@@ -7,17 +7,22 @@ fail() {
 
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$home/.venv/bin/accelerate" ]; then
-  PATH=$home/.venv/bin:$PATH # made by `make train`
+  PATH=$home/.venv/bin:$PATH # made by `make train`, or by you
 fi
 command -v accelerate >/dev/null ||
-  fail "no accelerate here: activate the environment that distloop is installed in, or make one with \`make setup\`"
+  fail "no accelerate here: activate the environment that distloop is installed in (a checkout: \`make setup\`)"
 
 # TRAIN=my_train.py starts a loop of your own, named as from where you are; `distloop copy` writes one to begin with.
-target=$home/distloop/train.py
+target=("$home/distloop/train.py")
+if [ ! -f "${target[0]}" ]; then # no checkout, but a folder that `distloop init` wrote
+  target=(-m distloop.train)
+  problem=$(python -c 'import distloop' 2>&1) ||
+    fail "python has no distloop (${problem##*$'\n'}): activate the environment that distloop is installed in"
+fi
 if [ -n "${TRAIN:-}" ]; then
   [ -f "$TRAIN" ] || fail "TRAIN=$TRAIN: there is no such file in $PWD; without TRAIN, distloop's own loop is started"
-  target=$TRAIN
-  export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} # where it finds distloop, which need not be installed
+  target=("$TRAIN")
+  export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} # a checkout need not be installed
 fi
 
 # positive NAME: refuse a variable that is no number from 1.

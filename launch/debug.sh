@@ -11,6 +11,6 @@ source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 prepare 1
 export CUDA_LAUNCH_BLOCKING=1 PYTHONFAULTHANDLER=1
 
-launch single_gpu "$target" --expect-world 1 --runs-dir "$(mktemp -d)" \
+launch single_gpu "${target[@]}" --expect-world 1 --runs-dir "$(mktemp -d)" \
   --data.workers 0 --train.epochs null --train.steps 20 --schedule.warmup-steps 0 --train.detect-anomaly --log.every-steps 1 \
   --tracking.wandb off --tracking.no-report "$@"

@@ -23,10 +23,10 @@ processes=${PROCESSES:-$available} port=${MASTER_PORT:-29500}
 prepare "$processes"
 
 # Who is missing, and where, before launchers wait for each other without a word.
-TORCH_CPP_LOG_LEVEL=FATAL PYTHONPATH=$home \
+TORCH_CPP_LOG_LEVEL=FATAL PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} \
   python -m distloop.ranks.meeting "$MASTER_ADDR" "$port" "$MACHINE_RANK" "$MACHINES" "$limit"
 
 world=$((MACHINES * processes))
 launch multi_node --num_machines "$MACHINES" --machine_rank "$MACHINE_RANK" --num_processes "$world" \
   --main_process_ip "$MASTER_ADDR" --main_process_port "$port" --rdzv_conf "timeout=$limit" \
-  "$target" --expect-world "$world" "$@"
+  "${target[@]}" --expect-world "$world" "$@"

@@ -14,4 +14,4 @@ fi
 processes=${PROCESSES:-$available}
 prepare "$processes"
 
-launch $kind --num_processes "$processes" "$target" --expect-world "$processes" "$@"
+launch $kind --num_processes "$processes" "${target[@]}" --expect-world "$processes" "$@"

@@ -6,7 +6,7 @@
 # source /path/to/venv/bin/activate
 # python=(apptainer exec --nv --bind "$PWD" /path/to/image.sif python)
 python=(python)
-if [ -x "$home/.venv/bin/python" ]; then python=("$home/.venv/bin/python"); fi # made by `make train`
+if [ -x "$home/.venv/bin/python" ]; then python=("$home/.venv/bin/python"); fi # made by `make train`, or by you
 
 # Nodes often have no internet: W&B, if tracking.wandb asks for it, writes into the run directory. Afterwards, where
 # there is some: distloop sync runs/NAME
@@ -16,7 +16,7 @@ export WANDB_MODE=${WANDB_MODE:-offline}
 stage_to=${DISTLOOP_STAGE_TO:-${TMPDIR:-/tmp}/distloop-$SLURM_JOB_ID}
 # ---------------------------------------------------------------------------------------------------------------
 
-export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} # the package need not be installed
+export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} # a checkout need not be installed
 
 fail() {
   echo "distloop: $*" >&2
@@ -30,6 +30,10 @@ if [ -n "${TRAIN:-}" ]; then
   case $TRAIN in /*) target=("$TRAIN") ;; *) target=("$SLURM_SUBMIT_DIR/$TRAIN") ;; esac
   [ -f "${target[0]}" ] || fail "TRAIN=$TRAIN: there is no file ${target[0]}; without TRAIN, distloop's own loop is started"
 fi
+
+problem=$("${python[@]}" -c 'import distloop' 2>&1) ||
+  fail "${python[*]} has no distloop (${problem##*$'\n'}): activate the environment that distloop is installed in before" \
+    "you submit, or set it up in $home/slurm/common.sh"
 
 # Also beside a step that holds everything, as one on a lost node does: --mem=0 shares its memory.
 on_each_node() {

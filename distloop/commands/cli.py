@@ -6,6 +6,7 @@ import sys
 
 # word -> (module of this package, what it does). A module is imported only when it is asked for.
 COMMANDS = {
+    "init": ("init", "write configs, scripts, an example and the loop to a folder of your own"),
     "train": ("", "train a model, or continue a run"),
     "evaluate": ("evaluate", "validate a run's weights again, or on other data"),
     "sync": ("sync", "upload to W&B what stayed offline or never arrived"),
