@@ -15,7 +15,7 @@ import pytest
 from tests.tools.documents import PAGES, REPOSITORY, Block, blocks_of, environment, working_copy
 from tests.tools.ranks import free_port
 from tests.tools.records import status
-from tests.tools.slurm_cluster import Cluster
+from tests.tools.slurm_cluster import ENDED, Cluster
 from tests.tools.slurm_jobs import GENEROUS
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page) if block.is_for_slurm and block.needs is None]
@@ -59,18 +59,20 @@ def run(cluster: Cluster, folder: Path, text: str) -> str:
         words, cwd=folder, env=variables, text=True, capture_output=True, timeout=GENEROUS, check=False
     )
     assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
-    logs = []
-    for number in re.findall(r"Submitted batch job (\d+)", done.stdout):
-        jobs: list[dict[str, str]] = []
-
-        def ended(number: str = number) -> bool:
-            jobs[:] = cluster.jobs(number)
-            return all(job["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING") for job in jobs)
-
-        cluster.wait_until(ended, lambda: str(jobs), GENEROUS)
-        logs += [Path(job["StdOut"]).read_text() for job in jobs]
-        assert {(job["JobState"], job["ExitCode"]) for job in jobs} == {("COMPLETED", "0:0")}, "\n".join(logs)
+    logs = [log_of(cluster, number) for number in re.findall(r"Submitted batch job (\d+)", done.stdout)]
     return "\n".join([done.stdout, *logs])
+
+
+def log_of(cluster: Cluster, number: str) -> str:
+    """Wait until a job, or each of an array, has ended well; returns what it has printed."""
+    cluster.wait_until(
+        lambda: all(job["JobState"] in ENDED for job in cluster.jobs(number)),
+        lambda: str(cluster.jobs(number)),
+        GENEROUS,
+    )
+    log = "\n".join(Path(job["StdOut"]).read_text() for job in cluster.jobs(number))
+    assert {(job["JobState"], job["ExitCode"]) for job in cluster.jobs(number)} == {("COMPLETED", "0:0")}, log
+    return log
 
 
 def test_a_reader_can_type_what_the_readme_says(cluster: Cluster, folder: Path) -> None:

@@ -160,25 +160,21 @@ def run_page(page: Path, folder: Path) -> dict[Block, str]:
     """
     variables, printed = environment(folder), {}
     blocks = [block for block in blocks_of(page) if block.needs is None and not block.is_for_slurm]
-    waiting: tuple[Block, subprocess.Popen[bytes]] | None = None
+    running: list[tuple[Block, subprocess.Popen[bytes], Path]] = []
     for number, block in enumerate(blocks):
-        output = folder / f".output-{number}"
         if block.file:
             (folder / block.file).write_text(block.text)
         elif block.language in ("sh", "python"):
             text = block.text if block.language == "sh" else f"python - <<'END'\n{block.text}END"
+            output = folder / f".output-{number}"
             process = start(text, folder, variables, output)
-            if block.language == "sh" and any(other.beside for other in blocks[number + 1 : number + 2]):
-                waiting = block, process
-                metrics = folder / "runs" / "digits" / "metrics.jsonl"
-                wait_until(
-                    lambda metrics=metrics, process=process: metrics.exists() or process.poll() is not None, "it"
-                )
+            running.append((block, process, output))
+            if blocks[number + 1 : number + 2] and blocks[number + 1].beside:
+                wait_until((folder / "runs" / "digits" / "metrics.jsonl").exists, f"{block} to train")
                 continue
-            ended = [(block, process), *([waiting] if waiting else [])]
-            waiting = None
-            for one, process in ended:
-                code = process.wait(300)
-                printed[one] = (folder / f".output-{blocks.index(one)}").read_text()
+            for one, started, file in running:
+                code = started.wait(300)
+                printed[one] = file.read_text()
                 assert code == 0, f"{one}: exit code {code}\n{one.text}\n{printed[one]}"
+            running.clear()
     return printed
