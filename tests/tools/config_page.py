@@ -16,7 +16,8 @@ HEAD = """\
 
 - To set one on the command line: `--optim.lr 0.1 --train.epochs 5 --model.args.width 64`
 - To set them in a file: `--config my.yaml`, with the sections below as its keys; the command line wins over it
-- To see them in a terminal: `python -m distloop.train --help`
+- To start from a recipe: `--config configs/digits.yaml`; [these](#the-recipes) are there
+- To see all settings in a terminal: `python -m distloop.train --help`
 - To give no value where one is optional: `null`
 
 This page is generated from the help of the settings: `python -m tests.tools.config_page`. The defaults are those of
@@ -34,7 +35,22 @@ train: {epochs: 2}
 
 ```sh
 python -m distloop.train --config my.yaml --optim.lr 0.05
+python -m distloop.train --help
 ```
+
+## The recipes
+
+Each recipe in `configs/` is a file with settings.
+
+| config | what | needs |
+|---|---|---|
+| `linear_regression.yaml` | `nn.Linear`, mean squared error, SGD on scikit-learn's diabetes data | seconds |
+| `digits.yaml` | a small CNN on scikit-learn's digits: the default | seconds |
+| `fashion_mnist.yaml` | a small CNN on 60 000 garments | 30 MB download |
+| `cifar10.yaml` | ResNet-18 in its 32-pixel form | 170 MB download, a GPU |
+| `imagenet.yaml` | torchvision's ResNet-50 on `data/imagenet/{train,val}/CLASS/` | the pictures, GPUs |
+
+## Names, arguments, secrets
 
 `data`, `model` and `task` take `args`, which go to the data set, model or task; one of them is set by its name, as
 `--model.args.width 64`. A setting that is text takes `env:NAME`, too: its value is then read from the environment, and

@@ -137,6 +137,19 @@ def test_settings_and_commands_that_a_page_names_exist(page: Path) -> None:
         assert target in targets, target
 
 
+def test_the_messages_that_are_explained_are_said() -> None:
+    page = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
+    said = "\n".join(
+        path.read_text() for folder in ("distloop", "slurm") for path in (REPOSITORY / folder).rglob("*.*y*")
+    )
+    said += (REPOSITORY / "slurm" / "common.sh").read_text()
+    messages = re.findall(r"^\| ([^|`]+?) \|", page, re.MULTILINE)[1:]
+    assert len(messages) > 10
+    for message in messages:
+        for part in message.split(" … "):
+            assert part.replace("\\*\\*\\*", "{MASK}") in said, part
+
+
 @by_name
 def test_python_and_shell_that_a_page_shows_as_a_file_are_right(page: Path) -> None:
     for block in blocks_of(page):
