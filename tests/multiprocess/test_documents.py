@@ -16,9 +16,13 @@ from tests.tools.ranks import free_port
 from tests.tools.records import rows, status
 
 DOCS = REPOSITORY / "docs"
-RUN = [page for page in PAGES if any(block.language in ("sh", "python") for block in blocks_of(page))]
-# Pages with a test of their own; what it adds is that the commands did what the page says.
-OTHERS = [page for page in RUN if page.name not in ("README.md", "checkpoints.md", "own-code.md")]
+# Those without a test of their own here, which looks at what came out as well.
+OTHERS = [
+    page
+    for page in PAGES
+    if any(block.is_typed for block in blocks_of(page))
+    and page.name not in ("README.md", "checkpoints.md", "own-code.md")
+]
 
 
 def finished(folder: Path, *names: str) -> None:

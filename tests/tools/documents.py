@@ -23,6 +23,7 @@ from PIL import Image
 from tests.tools.ranks import REPOSITORY, clean_environment, wait_until
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PARTS_OF_A_LOOP = "own-loop.md"  # what its Python is; tests/unit/test_own_loop_docs.py holds that page
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARKER = re.compile(r"<!-- (needs|beside): (.+) -->\n\Z")
 FILE_NAME = re.compile(r"(?:#!.*\n)?# ([\w-]+\.(?:py|yaml|sbatch))\b")  # in the first comment of a block
@@ -47,7 +48,13 @@ class Block:
 
     @property
     def is_for_slurm(self) -> bool:
-        return re.search(r"\b(sbatch|srun) ", self.text) is not None
+        return self.language == "sh" and re.search(r"\b(sbatch|srun) ", self.text) is not None
+
+    @property
+    def is_typed(self) -> bool:
+        """Whether it is run in the working copy: commands, and Python that shows no file."""
+        runs = self.language == "sh" or (self.language == "python" and self.page != PARTS_OF_A_LOOP)
+        return runs and not (self.file or self.needs or self.is_for_slurm)
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -159,12 +166,12 @@ def run_page(page: Path, folder: Path) -> dict[Block, str]:
     Returns what each block printed. AssertionError with that if one fails. Leaves out what needs more or is for Slurm.
     """
     variables, printed = environment(folder), {}
-    blocks = [block for block in blocks_of(page) if block.needs is None and not block.is_for_slurm]
+    blocks = blocks_of(page)
     running: list[tuple[Block, subprocess.Popen[bytes], Path]] = []
     for number, block in enumerate(blocks):
         if block.file:
             (folder / block.file).write_text(block.text)
-        elif block.language in ("sh", "python"):
+        elif block.is_typed:
             text = block.text if block.language == "sh" else f"python - <<'END'\n{block.text}END"
             output = folder / f".output-{number}"
             process = start(text, folder, variables, output)

@@ -14,7 +14,7 @@ import pytest
 from distloop.commands.cli import COMMANDS
 from distloop.config.help import settings_help
 from tests.tools import config_page
-from tests.tools.documents import PAGES, REPOSITORY, blocks_of, without_blocks
+from tests.tools.documents import PAGES, PARTS_OF_A_LOOP, REPOSITORY, blocks_of, without_blocks
 
 ALL_PAGES = [*PAGES, REPOSITORY / "CHANGELOG.md", REPOSITORY / "tests" / "README.md"]
 DOCS = [page for page in PAGES if page.parent != REPOSITORY]
@@ -125,7 +125,7 @@ def test_settings_and_commands_that_a_page_names_exist(page: Path) -> None:
         is_argument = section == "own" or f"{section}.{name.partition('.')[0]}" in keys
         assert is_argument or f"{section}.{name.removeprefix('no_')}" in keys, option
     sections = "|".join(sorted({key.partition(".")[0] for key in keys if "." in key}))
-    if page.name != "own-loop.md":  # which has objects of the same names
+    if page.name != PARTS_OF_A_LOOP:  # where loop objects have such names
         for key in re.findall(rf"`((?:{sections})\.[a-z_]+)\b[^`(]*`", text):
             assert key in keys, key
     commands = [block.text for block in blocks_of(page) if block.language == "sh"]
@@ -153,7 +153,7 @@ def test_the_messages_that_are_explained_are_said() -> None:
 @by_name
 def test_python_and_shell_that_a_page_shows_as_a_file_are_right(page: Path) -> None:
     for block in blocks_of(page):
-        if block.language == "python" and page.name != "own-loop.md":  # which has parts of a loop
+        if block.language == "python" and page.name != PARTS_OF_A_LOOP:
             ast.parse(block.text)
         if block.language in ("sh", "bash"):
             subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
