@@ -15,6 +15,7 @@ from tests.tools.documents import PAGES, REPOSITORY, Block, blocks_of, environme
 from tests.tools.ranks import free_port
 from tests.tools.records import rows, status
 
+pytestmark = pytest.mark.timeout(900)  # each test is a whole page, command after command
 DOCS = REPOSITORY / "docs"
 # Those without a test of their own here, which looks at what came out as well.
 OTHERS = [

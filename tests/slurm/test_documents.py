@@ -18,6 +18,7 @@ from tests.tools.records import status
 from tests.tools.slurm_cluster import ENDED, Cluster
 from tests.tools.slurm_jobs import GENEROUS
 
+pytestmark = pytest.mark.timeout(600)  # several jobs, one after the other
 BLOCKS = [block for page in PAGES for block in blocks_of(page) if block.is_for_slurm and block.needs is None]
 OF_README = [block for block in BLOCKS if block.page == "README.md"]
 OF_DOCS = [block for block in BLOCKS if block.language == "sh" and block.page != "README.md"]
