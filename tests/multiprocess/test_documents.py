@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.documents import PAGES, REPOSITORY, Block, blocks_of, environment, run_page, start, working_copy
-from tests.tools.ranks import free_port
+from tests.tools.documents import PAGES, Block, blocks_of, environment, run_page, start, working_copy
+from tests.tools.ranks import REPOSITORY, free_port
 from tests.tools.records import rows, status
 
 pytestmark = pytest.mark.timeout(900)  # each test is a whole page, command after command

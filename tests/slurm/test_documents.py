@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.documents import PAGES, REPOSITORY, Block, blocks_of, environment, working_copy
-from tests.tools.ranks import free_port
+from tests.tools.documents import PAGES, Block, blocks_of, environment, working_copy
+from tests.tools.ranks import REPOSITORY, free_port
 from tests.tools.records import status
 from tests.tools.slurm_cluster import ENDED, Cluster
 from tests.tools.slurm_jobs import GENEROUS

@@ -14,7 +14,8 @@ import pytest
 from distloop.commands.cli import COMMANDS
 from distloop.config.help import settings_help
 from tests.tools import config_page
-from tests.tools.documents import PAGES, PARTS_OF_A_LOOP, REPOSITORY, blocks_of, without_blocks
+from tests.tools.documents import PAGES, PARTS_OF_A_LOOP, blocks_of, without_blocks
+from tests.tools.ranks import REPOSITORY
 
 ALL_PAGES = [*PAGES, REPOSITORY / "CHANGELOG.md", REPOSITORY / "tests" / "README.md"]
 DOCS = [page for page in PAGES if page.parent != REPOSITORY]
