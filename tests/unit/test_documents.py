@@ -25,7 +25,6 @@ NEEDS = {
     "two machines",
     "the archive",
     "an account at W&B",
-    "a data set with a token",
     "8 GB of free memory and some minutes",
     "some minutes",
 }
