@@ -7,13 +7,14 @@ import ast
 import re
 import subprocess
 from pathlib import Path
+from types import ModuleType
 from urllib.parse import unquote
 
 import pytest
 
 from distloop.commands.cli import COMMANDS
 from distloop.config.help import settings_help
-from tests.tools import config_page
+from tests.tools import config_page, files_page
 from tests.tools.documents import PAGES, PARTS_OF_A_LOOP, blocks_of, without_blocks
 from tests.tools.ranks import REPOSITORY
 
@@ -21,13 +22,7 @@ ALL_PAGES = [*PAGES, REPOSITORY / "CHANGELOG.md", REPOSITORY / "tests" / "README
 DOCS = [page for page in PAGES if page.parent != REPOSITORY]
 LANGUAGES = {"sh", "text", "python", "yaml", "bash", "diff"}
 # What excuses a block of commands from being run. Each new one is a decision.
-NEEDS = {
-    "two machines",
-    "the archive",
-    "an account at W&B",
-    "8 GB of free memory and some minutes",
-    "some minutes",
-}
+NEEDS = {"two machines", "the archive", "an account at W&B", "8 GB of free memory and some minutes", "some minutes"}
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 by_name = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -107,15 +102,6 @@ def test_the_files_that_a_page_names_are_there(page: Path) -> None:
         assert any((folder / name).exists() for folder in (REPOSITORY, REPOSITORY / "examples")), name
 
 
-def test_the_tree_of_files_names_files_that_are_there_and_leaves_no_room_out() -> None:
-    [tree] = [block.text for block in blocks_of(REPOSITORY / "docs" / "files.md")]
-    files = {path.name for path in (REPOSITORY / "distloop").rglob("*") if path.suffix == ".py" or path.is_dir()}
-    assert set(re.findall(r"[\w-]+\.py\b", tree)) - {"loop.py"} <= files  # which is in a run directory
-    for room in (REPOSITORY / "distloop").iterdir():
-        if room.is_dir() and room.name != "__pycache__":
-            assert f"  {room.name}/ " in tree
-
-
 @by_name
 def test_settings_and_commands_that_a_page_names_exist(page: Path) -> None:
     text = text_and_commands(page)
@@ -126,7 +112,7 @@ def test_settings_and_commands_that_a_page_names_exist(page: Path) -> None:
         assert is_argument or f"{section}.{name.removeprefix('no_')}" in keys, option
     sections = "|".join(sorted({key.partition(".")[0] for key in keys if "." in key}))
     if page.name != PARTS_OF_A_LOOP:  # where loop objects have such names
-        for key in re.findall(rf"`((?:{sections})\.[a-z_]+)\b[^`(]*`", text):
+        for key in re.findall(rf"`((?:{sections})\.(?!py`)[a-z_]+)\b[^`(]*`", text):
             assert key in keys, key
     commands = [block.text for block in blocks_of(page) if block.language == "sh"]
     typed = "\n".join([*commands, *re.findall(r"`([^`]+)`", without_blocks(page))])
@@ -159,5 +145,6 @@ def test_python_and_shell_that_a_page_shows_as_a_file_are_right(page: Path) -> N
             subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
 
 
-def test_the_page_of_settings_is_what_its_generator_writes() -> None:
-    assert config_page.PAGE.read_text() == config_page.page(), "run: python -m tests.tools.config_page"
+@pytest.mark.parametrize("generator", [config_page, files_page], ids=lambda module: module.__name__)
+def test_a_generated_page_is_what_its_generator_writes(generator: ModuleType) -> None:
+    assert generator.PAGE.read_text() == generator.page(), f"run: python -m {generator.__name__}"
