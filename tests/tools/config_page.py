@@ -1,0 +1,76 @@
+"""Write docs/config.md, the page of all settings, from the fields of distloop/config/settings.py and their help.
+
+python -m tests.tools.config_page
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from distloop.config.help import Setting, settings_help
+from tests.tools.ranks import REPOSITORY
+
+PAGE = REPOSITORY / "docs" / "config.md"
+HEAD = """\
+# All settings
+
+- To set one on the command line: `--optim.lr 0.1 --train.epochs 5 --model.args.width 64`
+- To set them in a file: `--config my.yaml`, with the sections below as its keys; the command line wins over it
+- To start from a recipe: `--config configs/digits.yaml`; [these](#the-recipes) are there
+- To see all settings in a terminal: `python -m distloop.train --help`
+- To give no value where one is optional: `null`
+
+This page is generated from the help of the settings: `python -m tests.tools.config_page`. The defaults are those of
+`configs/digits.yaml`.
+
+```yaml
+# my.yaml
+data: {name: digits, args: {shift: 1}}
+model: cnn # a section that is one word is its name
+optim: {name: sgd, lr: 0.1}
+schedule: {name: cosine, warmup_steps: 20}
+batch: {global_size: 64, micro_size: 32}
+train: {epochs: 2}
+```
+
+```sh
+python -m distloop.train --config my.yaml --optim.lr 0.05
+python -m distloop.train --help
+```
+
+## The recipes
+
+Each recipe in `configs/` is a file with settings.
+
+| config | what | needs |
+|---|---|---|
+| `linear_regression.yaml` | `nn.Linear`, mean squared error, SGD on scikit-learn's diabetes data | seconds |
+| `digits.yaml` | a small CNN on scikit-learn's digits: the default | seconds |
+| `fashion_mnist.yaml` | a small CNN on 60 000 garments | 30 MB download |
+| `cifar10.yaml` | ResNet-18 in its 32-pixel form | 170 MB download, a GPU |
+| `imagenet.yaml` | torchvision's ResNet-50 on `data/imagenet/{train,val}/CLASS/` | the pictures, GPUs |
+
+## Names, arguments, secrets
+
+`data`, `model` and `task` take `args`, which go to the data set, model or task; one of them is set by its name, as
+`--model.args.width 64`. A setting that is text takes `env:NAME`, too: its value is then read from the environment, and
+recorded as `env:NAME` ([secrets](tracking.md#secrets)).
+"""
+
+
+def page() -> str:
+    """The text of docs/config.md."""
+    parts = [HEAD]
+    for section, settings in itertools.groupby(settings_help(), lambda setting: setting.key.rpartition(".")[0]):
+        parts += [f"\n## {section or 'The run'}\n\n| setting | values | default | |\n|---|---|---|---|\n"]
+        parts += map(row, settings)
+    return "".join(parts)
+
+
+def row(setting: Setting) -> str:
+    cells = [f"`{setting.key}`", setting.type, f"`{setting.default}`", " ".join(setting.help.split())]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
