@@ -30,8 +30,10 @@ from distloop.run.checkpoint import (
 )
 from distloop.run.metrics import MetricsFile
 from tests.lab.crashing import limit_files, make_read_only, make_writable, mount, mount_is_allowed, no_limit
-from tests.tools.ranks import Outcome, Ranks, train, wait_until, write_config
-from tests.tools.records import largest_difference, rows, status, weights
+from tests.tools import stage
+from tests.tools.ranks import Outcome, Ranks, train, write_config
+from tests.tools.records import largest_difference, rows, status, steps_saved, weights
+from tests.tools.trap import Trap
 
 # A checkpoint is 105 kB of weights, 210 kB of optimizer and three small files. They are due after 5, 10, 15, … steps.
 SETTINGS: dict[str, Any] = {
@@ -57,10 +59,6 @@ def arguments(folder: Path, steps: int = STEPS, **checkpoint: Any) -> list[str]:
 def trouble(kind: str, what: object, begin: int, end: int) -> dict[str, str]:
     """How rank 0 cannot write, and between which updates of the attempt: the environment of a run."""
     return {"TROUBLE": json.dumps([kind, str(what), begin, end])}
-
-
-def steps_in(run: Path) -> list[int]:
-    return [int(path.name.removeprefix("step_")) for path in published_in(run / "checkpoints")]
 
 
 def names_in(run: Path) -> list[str]:
@@ -163,7 +161,7 @@ def test_with_the_policy_stop_the_first_failed_save_stops_the_run(tmp_path: Path
     # By the time that all have stopped there is room: what was done is saved.
     last = rows(run, "train")[-1]["step"]
     assert 11 <= last < 60
-    assert steps_in(run)[-1] == last
+    assert steps_saved(run)[-1] == last
     assert status(run) == {**status(run), "state": "failed", "step": last}
     assert "a checkpoint could not be written" in status(run)["reason"]
 
@@ -390,16 +388,6 @@ def test_a_run_of_which_no_checkpoint_is_whole_is_refused_and_left_as_it_is(tmp_
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 
-class Trap:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.folder),)
-
-
 @pytest.mark.parametrize(("name", "world_size"), [(OPTIMIZER, 2), (MODEL, 1)])
 def test_a_run_does_not_run_code_that_is_in_its_checkpoint(
     tmp_path: Path, whole: Path, name: str, world_size: int
@@ -425,14 +413,14 @@ def test_a_run_does_not_run_code_that_is_in_its_checkpoint(
 
 
 def test_what_a_killed_save_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
-    task = {"name": "tests.lab.crashing:Waiting", "args": {"at": 2, "file": str(tmp_path / "go")}}
-    settings = {**SETTINGS, "train": {"steps": 9}, "checkpoint": {"every_steps": 3}, "task": task}
+    settings = {**SETTINGS, "train": {"steps": 9}, "checkpoint": {"every_steps": 3}, "task": "tests.lab.crashing:Held"}
     folder = tmp_path / "runs" / "run" / "checkpoints"
     for leftover in (".writing_step_00000003", ".replaced_step_00000002", ".writing_step_00000099"):
         (folder / leftover).mkdir(parents=True)
         (folder / leftover / MODEL).write_bytes(b"a part")
-    ranks = Ranks(tmp_path, ["--config", str(write_config(tmp_path, settings))])
-    wait_until((tmp_path / "go.waits").exists, "the second step")
-    assert list(folder.iterdir()) == []  # before anything is saved
-    (tmp_path / "go").touch()
-    ranks.join().check()
+    stage.hold(tmp_path, "update", count=2)
+    with Ranks(tmp_path, ["--config", str(write_config(tmp_path, settings))]) as ranks:
+        stage.arrived(tmp_path, "update")
+        assert list(folder.iterdir()) == []  # before anything is saved
+        stage.let_go(tmp_path, "update")
+        ranks.join().check()
