@@ -25,7 +25,7 @@ from distloop.config.yaml_text import dump_yaml
 from distloop.tracking.wandb.mirror import only_mirror
 from tests.lab.crashing import fill, make_read_only, mount, mount_is_allowed
 from tests.tools import stage
-from tests.tools.ranks import REPOSITORY, Outcome, Ranks, clean_environment, command, free_port, train, wait_until
+from tests.tools.ranks import REPOSITORY, Outcome, Ranks, clean_environment, closed_port, command, train, wait_until
 from tests.tools.records import all_rows, run_of, status, weights
 from tests.tools.stopping import check_nothing_runs, kill_all, processes_of, waiting_run
 from tests.tools.wandb_files import parts
@@ -36,6 +36,13 @@ STEPS = 40
 SECRET = "hunter2hunter2"
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
+
+
+@pytest.fixture
+def nobody_listens() -> Iterator[int]:
+    """The port of a server that is not there."""
+    with closed_port() as port:
+        yield port
 
 
 @pytest.fixture
@@ -297,13 +304,13 @@ TROUBLE_AT_START = {
     "trouble", ["no key", *(pytest.param(t, marks=LONG) for t in TROUBLE_AT_START if t != "no key")]
 )
 def test_without_a_server_training_goes_on_offline_and_a_sync_brings_everything(
-    tmp_path: Path, server: Server, without: dict[str, torch.Tensor], trouble: str, world_size: int
+    tmp_path: Path, server: Server, without: dict[str, torch.Tensor], trouble: str, world_size: int, nobody_listens: int
 ) -> None:
     good = environment(server, tmp_path)
     keys = {"no key": "", "short key": "abc"}
     variables = {**good, "WANDB_API_KEY": keys.get(trouble, KEY)}
     if trouble == "refuse":
-        variables["WANDB_BASE_URL"] = f"http://127.0.0.1:{free_port()}"
+        variables["WANDB_BASE_URL"] = f"http://127.0.0.1:{nobody_listens}"
     server.fault = trouble
     outcome = train(tmp_path, arguments(tmp_path, tracking={"start_seconds": 12}), world_size, variables).check()
     assert outcome.codes == [0] * world_size
@@ -469,10 +476,13 @@ def test_a_disk_on_which_wandb_cannot_write_does_not_hurt(
 # ---- offline -----------------------------------------------------------------------------------------------------
 
 
-def test_an_offline_run_is_whole_on_the_disk_and_a_sync_uploads_it_once(tmp_path: Path, server: Server) -> None:
+def test_an_offline_run_is_whole_on_the_disk_and_a_sync_uploads_it_once(
+    tmp_path: Path, server: Server, nobody_listens: int
+) -> None:
     """Without a key, a network or a home, and after everything was killed."""
     run = run_of(tmp_path)
-    nobody = {"HOME": "/proc/self/nowhere", "WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_API_KEY": ""}
+    url = f"http://127.0.0.1:{nobody_listens}"
+    nobody = {"HOME": "/proc/self/nowhere", "WANDB_BASE_URL": url, "WANDB_API_KEY": ""}
     stage.hold(tmp_path, "step")
     with Ranks(tmp_path, arguments(tmp_path, tracking={"wandb": "offline"}), 1, nobody) as ranks:
         stage.arrived(tmp_path, "step")
@@ -600,7 +610,7 @@ def test_any_row_keeps_its_place_and_pictures_come_with_the_last_validation(tmp_
     ],
 )
 def test_a_sync_that_cannot_be_says_why_in_a_line_and_asks_nothing(
-    tmp_path: Path, words: list[str], code: int, text: str
+    tmp_path: Path, words: list[str], code: int, text: str, nobody_listens: int
 ) -> None:
     """On a terminal, without a key: wandb would ask for one."""
     for name in ("run", "old", "damaged"):
@@ -608,7 +618,7 @@ def test_a_sync_that_cannot_be_says_why_in_a_line_and_asks_nothing(
     (tmp_path / "runs" / "old" / "config.yaml").write_text("seed: 1\n")
     (tmp_path / "runs" / "damaged" / "config.yaml").write_text("seed: [1\n")
     terminal, end = pty.openpty()
-    variables = {**clean_environment(), "WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_API_KEY": ""}
+    variables = {**clean_environment(), "WANDB_BASE_URL": f"http://127.0.0.1:{nobody_listens}", "WANDB_API_KEY": ""}
     variables |= {"HOME": str(tmp_path), "TERM": "xterm"}
     done = subprocess.run(
         [sys.executable, "-m", "distloop.commands.cli", "sync", *words],
