@@ -124,10 +124,9 @@ def check_stopped(folder: Path, output: str, reason: str, steps: int = STEPS, he
     return step
 
 
-def check_finished(folder: Path, output: str, stopped_after: int, steps: int = STEPS) -> None:
+def check_finished(folder: Path, stopped_after: int, steps: int = STEPS) -> None:
     """The run in `folder` went on after a stop, and to its end, each step once."""
     run = run_of(folder)
-    assert f"continuing after step {stopped_after} of {steps}" in output
-    assert status(run)["state"] == "finished"
-    assert status(run)["step"] == steps
+    now = status(run)
+    assert (now["state"], now["first_step"], now["step"]) == ("finished", stopped_after, steps)
     assert [row["step"] for row in rows(run, "train")] == list(range(1, steps + 1))
