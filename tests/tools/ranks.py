@@ -24,9 +24,9 @@ TIMEOUT = 120
 LOOP = "distloop.train"
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as prepare_process() does, before torch is imported
-_context = multiprocessing.get_context("forkserver")
+forkserver = multiprocessing.get_context("forkserver")
 # torch._dynamo comes with the first optimizer and takes longer to import than most runs here take.
-_context.set_forkserver_preload([LOOP, "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"])
+forkserver.set_forkserver_preload([LOOP, "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"])
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Ranks:
         for rank, output in enumerate(self.outputs):
             output.unlink(missing_ok=True)
             variables = {**clean_environment(), **rank_environment(rank, world_size, port), **(environment or {})}
-            process = _context.Process(target=_rank, args=(loop, arguments, str(folder), variables, str(output)))
+            process = forkserver.Process(target=_rank, args=(loop, arguments, str(folder), variables, str(output)))
             process.start()
             self.processes.append(process)
 
