@@ -22,11 +22,19 @@ train: .venv/installed
 	ACCELERATE_USE_CPU=$$($(CPU)) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(getconf _NPROCESSORS_ONLN) + $(PROCS) - 1) / $(PROCS) ))} \
 	  $(LAUNCH) distloop/train.py --config $(CONFIG) --expect-world $(PROCS) $(ARGS)
 
+# In two parts, and both to their end: tests/unit on all cores, then the rest, whose ranks use them by themselves.
+# PYTEST_ADDOPTS counts for both; with --junitxml=x.xml in it, the first part writes x-unit.xml and the second x.xml.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not long"
+	@$(call in_two_parts,-m "not long")
 
 test-all: .venv/installed-dev
-	$(BIN)/python -m pytest
+	@$(call in_two_parts,)
+
+in_two_parts = failed=0; \
+  PYTEST_ADDOPTS=$$(echo "$$PYTEST_ADDOPTS" | sed 's/\.xml/-unit.xml/') \
+  $(BIN)/python -m pytest $(1) -n logical tests/unit || failed=1; \
+  $(BIN)/python -m pytest $(1) --ignore tests/unit || failed=1; \
+  exit $$failed
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -11,7 +11,6 @@ Cause") or in distloop's line.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import statistics
 import subprocess
@@ -20,7 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.lab.failing import FAILING_STEP, ways_to_fail
+from tests.lab.failing import FAILING_STEP
+from tests.tools import stage
 from tests.tools.ranks import REPOSITORY, accelerate_launch, clean_environment, write_config
 
 WAYS = ("raise", "kill", "os._exit", "segfault", "suspend", "loop")
@@ -34,14 +34,15 @@ def by_hand() -> None:
     import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
 
+    from tests.lab import stage as place
+
     limit = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=LIMIT))
     accelerator = Accelerator(cpu=True, kwargs_handlers=[limit])
     model = torch.nn.Linear(8, 1)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
     for step in range(1000):
-        if step == FAILING_STEP and accelerator.process_index == int(os.environ["FAIL"].split()[2]):
-            Path("failing").touch()
-            ways_to_fail(os.environ["FAIL"].split()[1])
+        if step == FAILING_STEP:
+            place.at("forward")
         accelerator.backward(model(torch.randn(4, 8)).square().mean())
         optimizer.step()
         optimizer.zero_grad()
@@ -52,7 +53,8 @@ def fail(ours: bool, how: str, rank: int, processes: int) -> tuple[float, bool]:
     """(seconds from the failure to the end, whether the right rank was named) of one run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        environment = {**clean_environment(), "FAIL": f"forward {how} {rank}", "ACCELERATE_USE_CPU": "true"}
+        environment = {**clean_environment(), "ACCELERATE_USE_CPU": "true"}
+        stage.fail(folder, "forward", how, rank=rank)
         if ours:
             code = "tests.lab.failing"
             config = {
@@ -70,7 +72,7 @@ def fail(ours: bool, how: str, rank: int, processes: int) -> tuple[float, bool]:
         process = subprocess.run(
             words, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
         )
-        seconds = time.time() - (folder / "failing").stat().st_mtime
+        seconds = time.time() - (folder / "stage" / f"forward.{rank}").stat().st_mtime
     first = re.search(
         rf"rank {rank} on \S+?,? .*(first|waiting|heard)" if ours else rf"Root Cause[^=]*?rank\s*: {rank} \(",
         process.stdout,

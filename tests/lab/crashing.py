@@ -1,4 +1,4 @@
-"""Tasks that do something to their own run: wait, or take away the room to save in, at a certain step.
+"""Tasks that do something to their own run: are held, or take away the room to save in, at a certain step.
 
 It happens in the rank's own process after the update of a step and before that is logged or saved, so that no test
 depends on how fast the run is.
@@ -12,7 +12,6 @@ import resource
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from distloop.run import lock
 from distloop.training.tasks import Classification
-
-if "BEAT_SECONDS" in os.environ:  # a test that waits for beats of a whole run; its task is built before its lock
-    lock.BEAT_SECONDS = float(os.environ["BEAT_SECONDS"])
+from tests.lab import stage
 
 
 class Hooked(Classification):
@@ -42,19 +39,19 @@ class Hooked(Classification):
         raise NotImplementedError
 
 
-class Waiting(Hooked):
-    """Waits after an update until a file is there. Says so in a file of its own: `file`.waits."""
-
-    def __init__(self, at: int, file: str) -> None:
-        super().__init__()
-        self.at, self.file = at, Path(file)
+class Held(Hooked):
+    """Comes to the place "update" after each update."""
 
     def after_update(self, number: int) -> None:
-        if number == self.at:
-            self.file.with_suffix(".waits").touch()
-            deadline = time.monotonic() + 100
-            while not self.file.exists() and time.monotonic() < deadline:
-                time.sleep(0.01)
+        stage.at("update", number)
+
+
+class OftenSeen(Held):
+    """The same, of a run whose lock says five times a second that its owner lives. A task is built before the lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        lock.BEAT_SECONDS = 0.2
 
 
 class NoRoom(Hooked):

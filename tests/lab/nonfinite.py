@@ -8,24 +8,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from distloop.data.datasets import DataSource, InMemory
+from distloop.data.datasets import DataSource
 from distloop.training.tasks import Classification
-from tests.lab.resuming import StopsItself
+from tests.lab.resuming import Indexed, StopsItself
 
 SAMPLES, FEATURES, CLASSES = 96, 6, 3
 VALUES = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "none": 0.5}
-
-
-class IndexedPoints(InMemory):
-    """Batches of (inputs, targets, indices)."""
-
-    def batch(self, indices: NDArray[np.int64], random: NDArray[np.float64]) -> Any:
-        return *super().batch(indices, random), torch.from_numpy(indices)
 
 
 def points(bad: tuple[int, ...] | list[int] = (), value: str = "nan") -> DataSource:
@@ -33,9 +24,9 @@ def points(bad: tuple[int, ...] | list[int] = (), value: str = "nan") -> DataSou
     generator = torch.Generator().manual_seed(3)
     inputs = torch.randn(SAMPLES, FEATURES, generator=generator, dtype=torch.float64)
     targets = torch.randint(CLASSES, (SAMPLES,), generator=generator)
-    validation = IndexedPoints(inputs[:16].clone(), targets[:16])
+    validation = Indexed(inputs[:16].clone(), targets[:16])
     inputs[list(bad), 1] = VALUES[value]
-    return DataSource(IndexedPoints(inputs, targets), validation, classes=("a", "b", "c"))
+    return DataSource(Indexed(inputs, targets), validation, classes=("a", "b", "c"))
 
 
 def network(num_classes: int) -> nn.Module:

@@ -1,9 +1,8 @@
-"""What the tests of stopping and continuing train; and tasks that stop their own run."""
+"""What the tests of stopping and continuing train; and tasks that may be stopped in the middle of a step."""
 
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,19 @@ from torch import nn
 from distloop.data.datasets import DataSource, InMemory, digits
 from distloop.training.models import cnn
 from distloop.training.tasks import Classification, Regression
+from tests.lab import stage
 from tests.lab.user_code import NextLetter, digest
 
 
-def stop_in_call(number: int, rank: int = 0, signal_name: str = "SIGTERM") -> dict[str, str]:
-    """The environment in which one rank of a task below gets this signal in the middle of a step: in its `number`th
-    loss of this attempt. It is sent by the process to itself, so that a test knows when it comes."""
-    return {"TEST_STOP": f"{rank} {number} {signal_name}"}
-
-
 class StopsItself:
-    """Before a task: sends its process the signal that the environment asks for."""
+    """Before a task: comes to the place "loss" in each training loss; its count is that of this attempt's losses."""
 
     calls = 0
 
     def loss(self, outputs: Any, batch: Any) -> Any:
-        rank, number, name = os.environ.get("TEST_STOP", "0 0 SIGTERM").split()
         if torch.is_grad_enabled():
             self.calls += 1
-            if self.calls == int(number) and os.environ.get("RANK", "0") == rank:
-                os.kill(os.getpid(), getattr(signal, name))
+            stage.at("loss", self.calls)
         return super().loss(outputs, batch)  # type: ignore[misc]
 
 
@@ -67,7 +59,9 @@ class RecordedClassification(StoppedClassification):
         return super().loss(outputs, batch)
 
 
-class IndexedImages(InMemory):
+class Indexed(InMemory):
+    """Batches of (inputs, targets, indices)."""
+
     def batch(self, indices: NDArray[np.int64], random: NDArray[np.float64]) -> Any:
         return *super().batch(indices, random), torch.from_numpy(indices)
 
@@ -75,9 +69,7 @@ class IndexedImages(InMemory):
 def indexed_digits() -> DataSource:
     """digits() with the indices of the samples as the third part of a batch."""
     source = digits()
-    train, validation = (
-        IndexedImages(half.inputs, half.targets, half.pad) for half in (source.train, source.validation)
-    )
+    train, validation = (Indexed(half.inputs, half.targets, half.pad) for half in (source.train, source.validation))
     return DataSource(train, validation, source.classes, source.mean, source.std)
 
 

@@ -3,24 +3,23 @@
 They sleep as $SLEEP says, JSON: seconds for each batch ("data"), for each forward pass in training ("compute"), for
 each batch of a validation ("validation"), for each checkpoint ("checkpoint") and for building the model ("start_up").
 That is not among the arguments, since a run keeps those. What was slept is in the file "slept", one JSON row for each
-time. With $HOLD="N HOW" rank 0 gets no further than into its N-th step: it says so in the file "held", and waits to be
-killed ("wait"), fails ("raise") or sends itself SIGTERM and goes on ("stop").
+time. Each step comes to the place "step".
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset, default_collate, get_worker_info
 
 from distloop.training.tasks import Regression
+from tests.lab import stage
+from tests.lab.points import line
 
 SAMPLES, BATCH = 64, 4
 steps = 0  # that this process has begun
@@ -51,8 +50,7 @@ def slept(folder: Path, after_step: int = -1) -> dict[str, float]:
 
 def points() -> tuple[TensorDataset, TensorDataset]:
     """Points on a line, those to validate with to the right of the others."""
-    train, validation = torch.linspace(-1, 1, SAMPLES)[:, None], torch.linspace(2, 3, 2 * BATCH)[:, None]
-    return TensorDataset(train, 2 * train + 1), TensorDataset(validation, 2 * validation + 1)
+    return line(SAMPLES), line(2 * BATCH, 2, 3)
 
 
 def collate(samples: list[Any]) -> Any:
@@ -88,19 +86,8 @@ class Task(Regression):
             self.passes += 1
             steps = max(0, self.passes)
             sleep("compute")
-            self.hold()
+            if steps:
+                stage.at("step", steps)
         elif steps:  # before any, the task is introduced to the model
             sleep("validation")
         return super().forward(model, batch)
-
-    def hold(self) -> None:
-        step, how = os.environ.get("HOLD", "0 never").split()
-        if steps != int(step) or steps == 0 or int(os.environ.get("RANK", 0)):
-            return
-        Path("held").touch()
-        if how == "raise":
-            raise RuntimeError("the step is too much")
-        if how == "stop":
-            os.kill(os.getpid(), signal.SIGTERM)
-        while how == "wait":
-            time.sleep(0.01)

@@ -16,9 +16,10 @@ import pytest
 from distloop.run.checkpoint import newest_good, published_in, step_of, verify
 from distloop.run.lock import RunLock
 from tests.lab.failing import FAILING_STEP, GLOBAL_BATCH
+from tests.tools import stage
 from tests.tools.ranks import Outcome, Ranks, train, wait_until, write_config
-from tests.tools.records import rows, status
-from tests.tools.stopping import check_nothing_runs
+from tests.tools.records import rows, run_of, status
+from tests.tools.stopping import check_nothing_runs, press_again
 
 STEPS = 12
 LIMIT = 5  # ddp.timeout_seconds
@@ -61,7 +62,7 @@ HOWS = {
         "Fatal Python error: Segmentation",
     ),
     "suspend": (rf"has not been heard of for {LIMIT} s \(ddp.timeout_seconds\)", ""),
-    "loop": (rf"has kept the others waiting for {LIMIT} s \(ddp.timeout_seconds\)", "in ways_to_fail"),
+    "loop": (rf"has kept the others waiting for {LIMIT} s \(ddp.timeout_seconds\)", "in fail_by_endless_loop"),
 }
 SILENT = ("kill", "os._exit", "segfault", "suspend")  # of these it is known where they were up to a beat before
 FAILURES = [(place, "raise") for place in PLACES] + [("forward", how) for how in HOWS if how != "raise"]
@@ -111,21 +112,9 @@ def failing_run(folder: Path, **changes: Any) -> list[str]:
     return ["--config", str(write_config(folder, settings))]
 
 
-def run_of(folder: Path) -> Path:
-    return folder / "runs" / "run"
-
-
-def fail(place: str, how: str, rank: int) -> dict[str, str]:
-    return {"FAIL": f"{place} {how} {rank}"}
-
-
-def join_the_living(ranks: FailingRanks, suspended: int | None = None, limit: float = LIMIT + SOON) -> Outcome:
+def join_the_living(ranks: Ranks, suspended: int | None = None) -> Outcome:
     """Wait until all ranks have ended by themselves; the suspended one is woken then, and is to end, too."""
-    deadline = time.monotonic() + 60  # to get there
-    while not (ranks.folder / "failing").exists():
-        assert time.monotonic() < deadline, [output.read_text() for output in ranks.outputs]
-        time.sleep(0.01)
-    deadline = time.monotonic() + limit
+    deadline = time.monotonic() + LIMIT + SOON
     for rank, process in enumerate(ranks.processes):
         if rank != suspended:
             process.join(max(0.1, deadline - time.monotonic()))
@@ -137,16 +126,12 @@ def join_the_living(ranks: FailingRanks, suspended: int | None = None, limit: fl
     return ranks.join()
 
 
-class FailingRanks(Ranks):
-    """Ranks of which one fails; the file "failing" in their folder says that it is about to."""
-
-    def __init__(self, folder: Path, arguments: list[str], world_size: int, environment: dict[str, str]) -> None:
-        self.folder = folder
-        (folder / "failing").unlink(missing_ok=True)
-        super().__init__(folder, arguments, world_size, environment)
-
-    def __enter__(self) -> FailingRanks:
-        return self
+def failing(folder: Path, arguments: list[str], world_size: int, place: str, how: str, rank: int) -> Ranks:
+    """Ranks of which this one is failing by now."""
+    stage.fail(folder, place, how, rank=rank)
+    ranks = Ranks(folder, arguments, world_size)
+    stage.arrived(folder, place, [rank])
+    return ranks
 
 
 def check_said(outcome: Outcome, rank: int, where: str, says: str, trace: str) -> str:
@@ -170,7 +155,7 @@ def test_who_failed_first_is_named_and_the_next_start_continues(tmp_path: Path, 
     workers = 2 if place == "worker" or how in ("kill", "segfault") else 0  # which have copies of all sockets
     data = {"name": "tests.lab.failing:points", "workers": workers}
     arguments = failing_run(tmp_path, data=data)
-    with FailingRanks(tmp_path, arguments, world_size, fail(place, how, culprit)) as ranks:
+    with failing(tmp_path, arguments, world_size, place, how, culprit) as ranks:
         outcome = join_the_living(ranks, culprit if how == "suspend" else None)
     check_nothing_runs(tmp_path)
     expected = {"kill": -signal.SIGKILL, "os._exit": 0, "segfault": -signal.SIGSEGV}.get(how, 1)
@@ -205,9 +190,9 @@ def check_continues(folder: Path, arguments: list[str], world_size: int) -> None
     for path in published_in(checkpoints) if checkpoints.exists() else []:
         verify(path)
     newest = newest_good(checkpoints)[0] if checkpoints.exists() else None
-    continued = train(folder, arguments, world_size).check()
+    train(folder, arguments, world_size).check()
     if newest is not None:
-        assert f"continuing after step {step_of(newest)} of {STEPS}" in continued.output
+        assert status(run_of(folder))["first_step"] == step_of(newest)
     assert status(run_of(folder))["state"] == "finished"
     assert [row["step"] for row in rows(run_of(folder), "train")] == list(range(1, STEPS + 1))
 
@@ -227,11 +212,11 @@ def test_a_users_mistake_on_one_rank_in_mid_run_is_said_once_with_exit_code_2(
     tmp_path: Path, rank: int, world_size: int
 ) -> None:
     arguments = failing_run(tmp_path)
-    with FailingRanks(tmp_path, arguments, world_size, fail("forward", "mistake", rank)) as ranks:
+    with failing(tmp_path, arguments, world_size, "forward", "mistake", rank) as ranks:
         outcome = join_the_living(ranks)
-    ended_by_mistake(outcome, "distloop: tests.lab.failing: this is used wrongly; use it rightly.")
+    ended_by_mistake(outcome, "distloop: tests.lab.stage: this is used wrongly; use it rightly.")
     assert status(run_of(tmp_path))["state"] == "failed"
-    assert status(run_of(tmp_path))["reason"] == "tests.lab.failing: this is used wrongly; use it rightly."
+    assert status(run_of(tmp_path))["reason"] == "tests.lab.stage: this is used wrongly; use it rightly."
     check_continues(tmp_path, arguments, world_size)
 
 
@@ -242,9 +227,12 @@ def test_a_users_mistake_on_one_rank_in_mid_run_is_said_once_with_exit_code_2(
 def test_ranks_that_are_all_at_the_same_place_may_take_longer_than_the_limit(tmp_path: Path, place: str) -> None:
     limit = 2
     arguments = failing_run(tmp_path, ddp={"timeout_seconds": limit})
-    environment = {"FAIL": f"{place} stall all", "STALL": str(2.5 * limit)}
-    outcome = train(tmp_path, arguments, 2, environment).check()
-    assert (tmp_path / "failing").exists()  # they have stalled
+    stage.hold(tmp_path, place)
+    with Ranks(tmp_path, arguments, 2) as ranks:
+        stage.arrived(tmp_path, place, range(2))
+        time.sleep(2.5 * limit)  # that it takes so long is the subject
+        stage.let_go(tmp_path, place)
+        outcome = ranks.join().check()
     assert "distloop: " not in outcome.output
     assert status(run_of(tmp_path))["state"] == "finished"
 
@@ -257,7 +245,7 @@ def test_ranks_that_are_all_at_the_same_place_may_take_longer_than_the_limit(tmp
 @pytest.mark.long
 def test_a_rank_that_hangs_is_named_wherever_it_hangs(tmp_path: Path, place: str, how: str) -> None:
     arguments = failing_run(tmp_path)
-    with FailingRanks(tmp_path, arguments, 2, fail(place, how, 1)) as ranks:
+    with failing(tmp_path, arguments, 2, place, how, 1) as ranks:
         outcome = join_the_living(ranks)
     check_said(outcome, 1, PLACES[place], *HOWS[how])
 
@@ -271,7 +259,7 @@ def test_a_rank_that_hangs_is_named_wherever_it_hangs(tmp_path: Path, place: str
 )
 def test_an_error_of_the_users_own_connections_is_no_consequence(tmp_path: Path, how: str, error: str) -> None:
     arguments = failing_run(tmp_path)
-    with FailingRanks(tmp_path, arguments, 2, fail("forward", how, 1)) as ranks:
+    with failing(tmp_path, arguments, 2, "forward", how, 1) as ranks:
         outcome = join_the_living(ranks)
     assert outcome.codes == [1, 1]
     reason = status(run_of(tmp_path))["reason"]
@@ -291,12 +279,14 @@ def test_a_rank_that_fails_while_a_checkpoint_is_written_leaves_the_published_on
     tmp_path: Path, how: str
 ) -> None:
     arguments = failing_run(tmp_path)
-    environment = {**fail("forward", how, 1), "SLOW_SAVE": "1"}  # that of step 4 is under way in step 5
-    with FailingRanks(tmp_path, arguments, 2, environment) as ranks:
+    stage.hold(tmp_path, "save", count=FAILING_STEP - 1)  # it is under way in the next step
+    with failing(tmp_path, arguments, 2, "forward", how, 1) as ranks:
+        stage.arrived(tmp_path, "save")
+        wait_until(lambda: "distloop: rank 1" in ranks.outputs[0].read_text(), "the verdict")
+        stage.let_go(tmp_path, "save")
         outcome = join_the_living(ranks)
     check_said(outcome, 1, IN_STEP if how == "raise" else "", *HOWS[how])
     checkpoints = run_of(tmp_path) / "checkpoints"
-    assert (tmp_path / "saving").exists()
     assert step_of(newest_good(checkpoints)[0] or Path("step_0")) == 4  # which was waited for
     assert status(run_of(tmp_path))["state"] == "failed"
     check_continues(tmp_path, arguments, 2)
@@ -305,11 +295,11 @@ def test_a_rank_that_fails_while_a_checkpoint_is_written_leaves_the_published_on
 # ---- an end that is no failure -------------------------------------------------------------------------------
 
 
-def stalled(folder: Path, arguments: list[str]) -> FailingRanks:
-    """Two ranks that have come to FAILING_STEP, and stay there for a while."""
-    ranks = FailingRanks(folder, arguments, 2, {"FAIL": "forward stall all", "STALL": "100"})
-    for rank in range(2):
-        wait_until((folder / f"failing-{rank}").exists, f"rank {rank} in step {FAILING_STEP}")
+def held(folder: Path, arguments: list[str]) -> Ranks:
+    """Two ranks that are held in FAILING_STEP."""
+    stage.hold(folder, "forward")
+    ranks = Ranks(folder, arguments, 2)
+    stage.arrived(folder, "forward", range(2))
     return ranks
 
 
@@ -321,12 +311,12 @@ def no_verdict(outcome: Outcome) -> None:
 @pytest.mark.parametrize("whom", [(0, 1), pytest.param((1,), marks=pytest.mark.long)])
 def test_a_second_ctrl_c_is_no_failure(tmp_path: Path, whom: tuple[int, ...]) -> None:
     arguments = failing_run(tmp_path)
-    with stalled(tmp_path, arguments) as ranks:
-        for _ in range(2):
-            for rank in whom:
-                os.kill(ranks.processes[rank].pid or 0, signal.SIGINT)
-            time.sleep(2.2)  # what the user waits is the subject
+    with held(tmp_path, arguments) as ranks:
+        for rank in whom:
+            os.kill(ranks.processes[rank].pid or 0, signal.SIGINT)
+        press_again(ranks, whom)
         outcome = join_the_living(ranks)
+        stage.clear(tmp_path)
     assert all(outcome.codes[rank] == 130 for rank in whom), outcome.output
     no_verdict(outcome)
     assert list((run_of(tmp_path) / "failures").glob("attempt_*")) == []
@@ -339,7 +329,7 @@ def test_a_run_directory_that_was_taken_over_ends_all_ranks_quietly(
 ) -> None:
     arguments = failing_run(tmp_path)
     monkeypatch.setattr("distloop.run.lock.DEAD_SECONDS", 0.5)  # for the one that takes over, below the owner's beat
-    with stalled(tmp_path, arguments) as ranks:
+    with held(tmp_path, arguments) as ranks:
         other = RunLock()
         other.identity.update(machine="elsewhere", processes="the boot of another machine")
         other.acquire(run_of(tmp_path))

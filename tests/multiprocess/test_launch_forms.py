@@ -126,7 +126,7 @@ def test_a_right_form_trains_the_same_run(
     assert done.returncode == 0, done.stdout
     check_run(tmp_path, expected, world_size)
     assert done.stdout.count("finished: ") == 1  # rank 0 speaks for all
-    assert "Warning" not in done.stdout
+    assert "WARNING: " not in done.stdout
     assert "has no effect" not in done.stdout
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from distloop import __version__
 from distloop.commands.reading import read_run
+from tests.tools import stage
 from tests.tools.ranks import (
     REPOSITORY,
     accelerate_launch,
@@ -24,7 +25,6 @@ from tests.tools.ranks import (
     free_port,
     rank_environment,
     train,
-    wait_until,
     write_config,
 )
 from tests.tools.records import found, rows, status
@@ -92,8 +92,8 @@ def test_the_untouched_copy_trains_to_the_packages_bits_through_a_stop_and_a_res
     folder.mkdir()
     done = command([sys.executable, "-m", "distloop.commands.cli", "copy", "my_train.py"], folder)
     assert done.returncode == 0, done.stdout
-    task = {"name": "tests.lab.crashing:Waiting", "args": {"at": 13, "file": str(folder / "go")}}
-    waiting = write_config(folder, {**COPIED, "task": task})
+    stage.hold(folder, "update", count=13)
+    waiting = write_config(folder, {**COPIED, "task": "tests.lab.crashing:Held"})
     words = [sys.executable, "my_train.py", "--config", str(waiting)]
     for attempt in (1, 2):
         port = free_port()
@@ -102,9 +102,9 @@ def test_the_untouched_copy_trains_to_the_packages_bits_through_a_stop_and_a_res
             for rank in range(ranks)
         ]
         if attempt == 1:
-            wait_until((folder / "go.waits").exists, "the thirteenth step")
+            stage.arrived(folder, "update", range(ranks))
             processes[-1].send_signal(signal.SIGTERM)
-            (folder / "go").touch()
+            stage.let_go(folder, "update")
         assert [process.wait(60) for process in processes] == [0] * ranks
         if attempt == 1:
             assert status(folder / "runs" / "run")["state"] == "stopped"

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from distloop.run.checkpoint import published_in, step_of, verify
+from tests.tools import stage
 from tests.tools.launching import machines, script
 from tests.tools.ranks import accelerate_launch, clean_environment, wait_until
-from tests.tools.records import rows, status
-from tests.tools.stopping import NOTICE, check_nothing_runs, processes_of, reached, run_of, waiting_run
+from tests.tools.records import rows, run_of, status
+from tests.tools.stopping import NOTICE, check_nothing_runs, processes_of, reached, waiting_run
 
 TRAIN = [sys.executable, "-m", "distloop.train"]
 CPU = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
@@ -100,8 +101,8 @@ def check_nothing_runs_but_the_dead(folder: Path, marker: str, launcher: subproc
 def test_a_trainer_that_hangs_does_not_outlive_its_launcher(tmp_path: Path, start: Start, marker: str) -> None:
     launcher = start([*accelerate_launch(1), *endless(tmp_path)])
     reached(tmp_path, 4)
-    (tmp_path / "hold-step").write_text("in C")
-    wait_until((tmp_path / "at-step-0").exists, "a step that does not end")
+    stage.hold(tmp_path, "step", in_c=True)
+    stage.arrived(tmp_path, "step")
     launcher.kill()
     check_nothing_runs_but_the_dead(tmp_path, marker, launcher)
     run = run_of(tmp_path)

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from distloop.data.order import Order
-from distloop.run.checkpoint import published_in, step_of, verify
+from distloop.run.checkpoint import published_in, verify
 from distloop.training.optim import parameter_groups
 from tests.lab.nonfinite import SAMPLES, network, points
-from tests.lab.resuming import stop_in_call
+from tests.tools import stage
 from tests.tools.ranks import Outcome, train, write_config
-from tests.tools.records import largest_difference, losses, rows, status, weights
+from tests.tools.records import largest_difference, losses, rows, status, steps_saved, weights
 
 GLOBAL_BATCH, STEPS_PER_EPOCH = 12, SAMPLES // 12
 SETTINGS: dict[str, Any] = {
@@ -55,10 +55,6 @@ def with_bad_data(sample: int, value: str = "nan", **changes: Any) -> dict[str, 
 def with_bad_loss(sample: int, how: str, **changes: Any) -> dict[str, Any]:
     task = {"name": "tests.lab.nonfinite:Watched", "args": {"loss_of": [sample], "how": how}}
     return {**SETTINGS, "task": task, **changes}
-
-
-def steps_saved(run: Path) -> list[int]:
-    return [step_of(path) for path in published_in(run / "checkpoints")]
 
 
 def check_finite(run: Path) -> None:
@@ -105,8 +101,8 @@ def test_a_bad_sample_stops_the_run_and_is_named_and_no_checkpoint_holds_its_ste
         assert f"3 samples: {listed(samples)}; epoch 1)." in outcome.output
         assert outcome.output.count("--train.on-nonfinite skip") == 1
         assert "Traceback" not in outcome.output
-        assert ("continuing after step 4 of 16" in outcome.output) == (attempt == 2)
         run = tmp_path / "runs" / "run"
+        assert status(run)["first_step"] == (4 if attempt == 2 else 0)
         # Nothing is logged between: it is the save of step 8 that looks.
         assert steps_saved(run) == [4]
         check_finite(run)
@@ -114,7 +110,7 @@ def test_a_bad_sample_stops_the_run_and_is_named_and_no_checkpoint_holds_its_ste
         assert message in status(run)["reason"]
         assert (status(run)["step"], status(run)["attempt"]) == (4, attempt)
     outcome = start(tmp_path, settings, world_size, "--train.on-nonfinite", "skip").check()
-    assert "continuing after step 4 of 16" in outcome.output
+    assert status(run)["first_step"] == 4
     assert outcome.output.count(message) == 1
     # The second epoch meets the same sample in another step.
     assert outcome.output.count("It was left out.") == 2
@@ -164,7 +160,8 @@ def test_a_save_that_is_due_long_before_the_next_row_is_not_made_of_a_bad_step(t
     assert steps_saved(run) == [4]
     assert "step 8" in status(run)["reason"]
     # SIGTERM comes in step 5, before the bad one; if the ranks agree in time, they stop before it.
-    outcome = start(tmp_path, settings, 2, **stop_in_call(2 + 2 * 3 + 1, rank=1))
+    stage.interrupt(tmp_path, "loss", 2 + 2 * 3 + 1, rank=1)
+    outcome = start(tmp_path, settings, 2)
     assert outcome.codes in ([0, 0], [1, 1])
     assert steps_saved(run)[-1] < 8
     check_finite(run)
@@ -316,8 +313,8 @@ def test_steps_that_were_left_out_are_counted_once_over_attempts(tmp_path: Path)
     settings |= {"log": {"every_steps": 1}, "checkpoint": {"every_steps": 100}}
     start(tmp_path, settings, 2, "--name", "whole").check()
     stopped = ("--name", "stopped")
-    in_step_3 = stop_in_call(2 + 2 * 2 + 1, rank=1)
-    start(tmp_path, settings, 2, *stopped, **in_step_3, TEST_SLOW="0.015").check()
+    stage.interrupt(tmp_path, "loss", 2 + 2 * 2 + 1, rank=1)  # in step 3
+    start(tmp_path, settings, 2, *stopped, TEST_SLOW="0.015").check()
     run, whole = tmp_path / "runs" / "stopped", tmp_path / "runs" / "whole"
     assert status(run)["state"] == "stopped"
     assert 3 <= status(run)["step"] < 8

@@ -20,7 +20,7 @@ from distloop.data.seeding import seed_forward
 from distloop.run.checkpoint import newest_published, published_in, verify
 from distloop.training.models import linear
 from tests.lab.loops import gan, mixup
-from tests.lab.resuming import stop_in_call
+from tests.tools import stage
 from tests.tools.kills import await_moment, has_reached, last_row, newest_step, saves_under_way, started_from
 from tests.tools.ranks import Ranks, train, wait_until, write_config
 from tests.tools.records import found, largest_difference, losses, rows, status, weights
@@ -109,13 +109,13 @@ def test_the_mixup_loop_that_is_stopped_at_random_steps_continues_to_the_same_bi
     step = 0
     for last in (STEPS_PER_EPOCH // 2, STEPS_PER_EPOCH - 4):
         call = chance.randint(3, (last - step) * calls_of_step)
-        stop = stop_in_call(call, rank=world_size - 1)
-        outcome = train(tmp_path, [*config, "--name", "stopped"], world_size, stop, MIXUP).check()
+        stage.interrupt(tmp_path, "loss", call, rank=world_size - 1)
+        outcome = train(tmp_path, [*config, "--name", "stopped"], world_size, loop=MIXUP).check()
         assert (status(run)["state"], status(run)["reason"]) == ("stopped", "SIGTERM"), outcome.output
         assert status(run)["step"] > step
         step = status(run)["step"]
-    outcome = train(tmp_path, [*config, "--name", "stopped"], world_size, loop=MIXUP).check()
-    assert f"continuing after step {step} of {MIXUP_STEPS}" in outcome.outputs[0]
+    train(tmp_path, [*config, "--name", "stopped"], world_size, loop=MIXUP).check()
+    assert status(run)["first_step"] == step
     check_same(run, whole, MIXUP_STEPS)
     assert {row["attempt"] for row in rows(run, "train")} == {1, 2, 3}
 

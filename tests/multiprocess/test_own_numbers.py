@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +13,10 @@ from PIL import Image
 from distloop.commands.report.page import main as report
 from distloop.run.figures import STEPS_KEPT
 from tests.lab.own_numbers import SHADE
+from tests.tools import stage
 from tests.tools.ranks import Ranks, train, wait_until
-from tests.tools.records import rows, status
-from tests.tools.stopping import arrived, check_nothing_runs, hold, let_go, processes_of, run_of, waiting_run
+from tests.tools.records import all_rows, rows, run_of, status
+from tests.tools.stopping import check_nothing_runs, kill_all, waiting_run
 from tests.tools.wandb_server import Server
 
 LOOP = "tests.lab.own_numbers"
@@ -29,10 +27,6 @@ def arguments(folder: Path, *more: str, steps: int = STEPS, **changes: Any) -> l
     settings: dict[str, Any] = {"data": {"name": "tests.lab.stopping:points"}, "batch": {"global_size": 4}}
     settings |= {"validate": {"every_steps": 2, "batch_size": 4}, "checkpoint": {"every_steps": 4}}
     return [*waiting_run(folder, **{**settings, "train": {"steps": steps}, **changes}), *more]
-
-
-def all_rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def check_rows(run: Path, steps: int, ranks_at: dict[int, int]) -> None:
@@ -63,27 +57,22 @@ def check_pictures(run: Path, steps: int) -> None:
         assert (shade.shape, set(shade.flat)) == ((20, 30), {SHADE * step})
 
 
-def kill_all(folder: Path) -> None:
-    for pid in processes_of(folder):
-        os.kill(pid, signal.SIGKILL)
-
-
 def test_own_numbers_and_pictures_are_in_rows_report_and_wandb_after_a_kill(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     words = arguments(tmp_path, tracking={"wandb": "online", "start_seconds": 60})
     run = run_of(tmp_path)
     with Server(rewinds=True) as server:
         variables = server.environment(tmp_path / "home")
-        hold(tmp_path, "step")
+        stage.hold(tmp_path, "step")
         with Ranks(tmp_path, words, 2, variables, LOOP) as ranks:
-            arrived(tmp_path, "step", range(2))
+            stage.arrived(tmp_path, "step", range(2))
             # Done are steps 1 to 6, of which 5 and 6 are not saved; W&B has heard of all of them.
             mirrored = server.only_run()
             wait_until(lambda: len(mirrored.history) == len(all_rows(run)) > 6, "the rows at W&B")
             assert sorted(path.name for path in (run / "figures").iterdir())[-1] == "step_00000006"
             kill_all(tmp_path)
             ranks.join()
-        let_go(tmp_path, "step")
+        stage.let_go(tmp_path, "step")
         (run / "figures" / "step_00000006" / "left_over.png").write_bytes(b"of a loop that was changed meanwhile")
         outcome = train(tmp_path, words, 1, variables, LOOP).check()
         assert "Traceback" not in outcome.output

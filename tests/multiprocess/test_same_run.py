@@ -43,9 +43,9 @@ def test_losses_and_parameters_do_not_depend_on_the_number_of_processes(tmp_path
 
 
 def test_the_short_last_step_of_an_epoch_has_its_own_right_mean(tmp_path: Path) -> None:
-    # 1437 samples in steps of 239: the last step of an epoch has 3, so that on 4 ranks one has none.
+    # 1203 samples in steps of 240: the last step of an epoch has 3, so that on 4 ranks one has none.
     settings = {**SGD, "dtype": "float64", "batch": {"global_size": 240, "remainder": "train"}, "train": {"epochs": 3}}
-    settings["data"] = "tests.lab.user_code:digits_head"  # 1203 = 5 · 240 + 3 samples
+    settings["data"] = "tests.lab.user_code:digits_head"
     config = write_config(tmp_path, settings)
     for world_size in (1, 2, 4):
         arguments = ["--config", str(config), "--name", f"on-{world_size}", "--schedule.warmup-steps", "0"]

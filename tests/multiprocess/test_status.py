@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from distloop.commands.reading import read_run
+from tests.tools import stage
 from tests.tools.ranks import Ranks, command, train, wait_until, write_config
+from tests.tools.records import run_of
 
-TASK = {"name": "tests.lab.crashing:Waiting"}
 SETTINGS = {"data": "digits", "model": "mlp", "train": {"steps": 60}, "checkpoint": {"every_steps": 2}}
 
 
@@ -21,12 +22,12 @@ def shown(folder: Path, *arguments: str) -> list[dict[str, Any]]:
 
 
 def test_a_run_is_running_then_gone_when_it_is_killed_and_finished_in_the_end(tmp_path: Path) -> None:
-    task = {**TASK, "args": {"at": 5, "file": str(tmp_path / "go")}}
     often = {"log": {"every_steps": 1}, "validate": {"every_epochs": None, "every_steps": 3}}
-    config = ["--config", str(write_config(tmp_path, {**SETTINGS, **often, "task": task}))]
-    run = tmp_path / "runs" / "run"
+    config = ["--config", str(write_config(tmp_path, {**SETTINGS, **often, "task": "tests.lab.crashing:Held"}))]
+    run = run_of(tmp_path)
+    stage.hold(tmp_path, "update", count=5)
     with Ranks(tmp_path, config) as ranks:
-        wait_until((tmp_path / "go.waits").exists, "the fifth step")
+        stage.arrived(tmp_path, "update")
         wait_until(lambda: read_run(run).saved_step == 4, "the second checkpoint")
         found = shown(tmp_path)[0]
         assert (found["state"], found["saved_step"], found["attempt"]) == ("running", 4, 1)
@@ -37,7 +38,7 @@ def test_a_run_is_running_then_gone_when_it_is_killed_and_finished_in_the_end(tm
     assert f"process {ranks.processes[0].pid} on " in found["reason"]
 
     # All its files are replaced, appended to and removed while they are read.
-    (tmp_path / "go").touch()
+    stage.let_go(tmp_path, "update")
     states: list[str] = []
     steps: list[int] = []
 

@@ -10,28 +10,27 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from distloop.ranks.stopping import SECOND_INTERRUPT_SECONDS
 from distloop.run.checkpoint import newest_good, step_of
+from tests.tools import stage
 from tests.tools.ranks import REPOSITORY, Ranks, clean_environment, free_port, rank_environment, train, wait_until
-from tests.tools.records import rows, status
+from tests.tools.records import rows, run_of, status
 from tests.tools.stopping import (
     NOTICE,
     STEPS,
-    arrived,
     check_finished,
     check_nothing_runs,
     check_stopped,
     children,
-    hold,
-    let_go,
-    processes_of,
-    run_of,
+    press_again,
     waiting_run,
 )
+
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 PLACES = ("start", "step", "validation", "save")
 ASKS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "STOP")
@@ -52,14 +51,6 @@ COVERING = {
 }
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left(tmp_path: Path) -> Iterator[None]:
-    """Where a test fails, its run may still wait."""
-    yield
-    for pid in processes_of(tmp_path):
-        os.kill(pid, signal.SIGKILL)
-
-
 def combinations() -> list:
     found = []
     for place, ask, world_size in itertools.product(PLACES, ASKS, (1, 2)):
@@ -70,9 +61,9 @@ def combinations() -> list:
     return found
 
 
-def said(ranks: Ranks, text: str = NOTICE) -> None:
-    """Wait until rank 0 has said this."""
-    wait_until(lambda: text in ranks.outputs[0].read_text(), f"{text!r}")
+def await_notice(ranks: Ranks) -> None:
+    """Wait until rank 0 has said that it is going to stop."""
+    wait_until(lambda: NOTICE in ranks.outputs[0].read_text(), "the notice")
 
 
 def send(ranks: Ranks, number: signal.Signals, whom: str = EVERYONE) -> None:
@@ -85,9 +76,9 @@ def test_a_run_stops_in_order_and_the_same_command_continues(
     tmp_path: Path, place: str, ask: str, world_size: int, whom: str
 ) -> None:
     arguments = waiting_run(tmp_path)
-    hold(tmp_path, place)
+    stage.hold(tmp_path, place)
     ranks = Ranks(tmp_path, arguments, world_size)
-    arrived(tmp_path, place, (0,) if place == "save" else range(world_size))
+    stage.arrived(tmp_path, place, (0,) if place == "save" else range(world_size))
     if ask == "STOP":
         run_of(tmp_path).mkdir(parents=True, exist_ok=True)
         (run_of(tmp_path) / "STOP").touch()
@@ -96,13 +87,13 @@ def test_a_run_stops_in_order_and_the_same_command_continues(
         send(ranks, signal.Signals[ask], whom)
         reason = ask
     if whom != "rank 1" and (ask, place) != ("STOP", "start"):
-        said(ranks)  # at once, while the run still waits
-    let_go(tmp_path, place)
+        await_notice(ranks)  # at once, while the run still waits
+    stage.let_go(tmp_path, place)
     outcome = ranks.join().check()
     step = check_stopped(tmp_path, outcome.outputs[0], reason, heard=whom != "rank 1")
     check_nothing_runs(tmp_path)
-    continued = train(tmp_path, arguments, world_size).check()
-    check_finished(tmp_path, continued.outputs[0], step)
+    train(tmp_path, arguments, world_size).check()
+    check_finished(tmp_path, step)
     check_nothing_runs(tmp_path)
 
 
@@ -113,14 +104,13 @@ EARLY_COVERING = {("SIGTERM", 1), ("SIGINT", 2)}
 
 
 WAIT_IN_IMPORTS = """
-import os, sys, time
+import sys
+from tests.lab import stage
 
 class Wait:
     def find_spec(self, name, path=None, target=None):
-        if name == "torch" and os.path.exists("hold-import"):
-            open(f"at-import-{os.environ.get('RANK', 0)}", "w").close()
-            while os.path.exists("hold-import"):
-                time.sleep(0.01)
+        if name == "torch":
+            stage.at("import")
 
 sys.meta_path.insert(0, Wait())
 """
@@ -133,7 +123,7 @@ sys.meta_path.insert(0, Wait())
 def test_a_signal_during_the_imports_is_kept(tmp_path: Path, name: str, world_size: int) -> None:
     arguments, port, marker = waiting_run(tmp_path), free_port(), uuid.uuid4().hex
     (tmp_path / "sitecustomize.py").write_text(WAIT_IN_IMPORTS)
-    hold(tmp_path, "import")
+    stage.hold(tmp_path, "import")
     path = f"{tmp_path}:{REPOSITORY}"
     fresh = []
     for rank in range(world_size):
@@ -147,11 +137,11 @@ def test_a_signal_during_the_imports_is_kept(tmp_path: Path, name: str, world_si
             words = [sys.executable, "-m", "distloop.train", *arguments]
             fresh.append(subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=output, stderr=output))
     try:
-        arrived(tmp_path, "import", range(world_size))
+        stage.arrived(tmp_path, "import", range(world_size))
         for process in fresh:
             process.send_signal(signal.Signals[name])
         wait_until(lambda: NOTICE in (tmp_path / ".fresh-0").read_text(), "the answer")
-        let_go(tmp_path, "import")
+        stage.let_go(tmp_path, "import")
         assert [process.wait(120) for process in fresh] == [0] * world_size, (tmp_path / ".fresh-0").read_text()
     finally:
         for process in fresh:
@@ -159,7 +149,8 @@ def test_a_signal_during_the_imports_is_kept(tmp_path: Path, name: str, world_si
     step = check_stopped(tmp_path, (tmp_path / ".fresh-0").read_text(), name)
     assert step <= world_size  # several ranks hear of each other one step later
     check_nothing_runs(tmp_path, marker)
-    check_finished(tmp_path, train(tmp_path, arguments, world_size).check().outputs[0], step)
+    train(tmp_path, arguments, world_size).check()
+    check_finished(tmp_path, step)
 
 
 # ---- whom a signal reaches -----------------------------------------------------------------------------------
@@ -172,29 +163,30 @@ def test_a_signal_to_the_whole_group_does_not_take_the_loader_workers_away(
 ) -> None:
     data = {"name": "tests.lab.stopping:points", "workers": 2, "args": {"own_group": True, "slow_disk": True}}
     arguments = waiting_run(tmp_path, data=data)
-    hold(tmp_path, "step")
+    stage.hold(tmp_path, "step")
     ranks = Ranks(tmp_path, arguments, world_size)
-    arrived(tmp_path, "step", range(world_size))
+    stage.arrived(tmp_path, "step", range(world_size))
     for process in ranks.processes:
         assert len(children(process.pid or 0)) >= 2, "there are no workers to be disturbed"
         os.killpg(process.pid or 0, signal.Signals[name])  # as a terminal and Slurm do
-    said(ranks)
-    let_go(tmp_path, "step")
+    await_notice(ranks)
+    stage.let_go(tmp_path, "step")
     step = check_stopped(tmp_path, ranks.join().check().outputs[0], name)
     check_nothing_runs(tmp_path)
-    check_finished(tmp_path, train(tmp_path, arguments, world_size).check().outputs[0], step)
+    train(tmp_path, arguments, world_size).check()
+    check_finished(tmp_path, step)
 
 
 def test_a_signal_to_the_group_while_loader_workers_start_does_not_take_them_away(tmp_path: Path) -> None:
     data = {"name": "tests.lab.stopping:points", "workers": 2, "args": {"own_group": True, "slow_workers": True}}
     arguments = waiting_run(tmp_path, data=data)
-    hold(tmp_path, "worker")
+    stage.hold(tmp_path, "worker")
     ranks = Ranks(tmp_path, arguments)
-    arrived(tmp_path, "worker")
+    stage.arrived(tmp_path, "worker")
     wait_until(lambda: len(children(ranks.processes[0].pid or 0)) >= 2, "both workers")
     os.killpg(ranks.processes[0].pid or 0, signal.SIGTERM)
-    said(ranks)
-    let_go(tmp_path, "worker")
+    await_notice(ranks)
+    stage.let_go(tmp_path, "worker")
     check_stopped(tmp_path, ranks.join().check().outputs[0], "SIGTERM")
     check_nothing_runs(tmp_path)
 
@@ -207,16 +199,16 @@ def test_a_signal_to_the_group_leaves_workers_from_a_forkserver_alone(tmp_path: 
         data={"name": "tests.lab.stopping:points", "workers": 2, "args": args},
         validate={"every_steps": 4, "batch_size": 1},  # more batches than are loaded ahead
     )
-    hold(tmp_path, "validation")
+    stage.hold(tmp_path, "validation")
     output = tmp_path / ".fresh"
     with open(output, "w") as file:
         words = [sys.executable, "-m", "distloop.train", *arguments]
         process = subprocess.Popen(words, cwd=tmp_path, env=clean_environment(), stdout=file, stderr=file)
     try:
-        arrived(tmp_path, "validation")
+        stage.arrived(tmp_path, "validation")
         os.killpg(process.pid, signal.SIGTERM)
         wait_until(lambda: NOTICE in output.read_text(), "the answer")
-        let_go(tmp_path, "validation")
+        stage.let_go(tmp_path, "validation")
         assert process.wait(120) == 0, output.read_text()
     finally:
         process.kill()
@@ -226,15 +218,15 @@ def test_a_signal_to_the_group_leaves_workers_from_a_forkserver_alone(tmp_path: 
 
 def test_signals_to_loader_workers_alone_stop_nothing(tmp_path: Path) -> None:
     arguments = waiting_run(tmp_path)
-    hold(tmp_path, "step")
+    stage.hold(tmp_path, "step")
     ranks = Ranks(tmp_path, arguments)
-    arrived(tmp_path, "step")
+    stage.arrived(tmp_path, "step")
     workers = children(ranks.processes[0].pid or 0)
     assert len(workers) >= 2
     for worker in workers:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             os.kill(worker, number)
-    let_go(tmp_path, "step")
+    stage.let_go(tmp_path, "step")
     outcome = ranks.join().check()
     assert NOTICE not in outcome.output
     assert status(run_of(tmp_path))["state"] == "finished"
@@ -257,71 +249,71 @@ def check_ended_at_once(folder: Path, ranks: Ranks, arguments: list[str]) -> Non
     newest, passed_over = newest_good(run / "checkpoints")
     assert newest is not None
     assert passed_over == []
-    for path in folder.glob("hold-*"):
-        path.unlink()
-    check_finished(folder, train(folder, arguments, len(outcome.codes)).check().outputs[0], step_of(newest))
+    stage.clear(folder)
+    train(folder, arguments, len(outcome.codes)).check()
+    check_finished(folder, step_of(newest))
 
 
 @pytest.mark.parametrize(
-    ("place", "how", "world_size"),
+    ("place", "in_c", "world_size"),
     [
-        ("save", "", 1),  # the loop waits for the thread that saves
-        ("step", "in C", 1),
-        ("step", "", 2),
-        pytest.param("step", "", 1, marks=pytest.mark.long),
-        pytest.param("step", "in C", 2, marks=pytest.mark.long),
-        pytest.param("validation", "", 1, marks=pytest.mark.long),
+        ("save", False, 1),  # the loop waits for the thread that saves
+        ("step", True, 1),
+        ("step", False, 2),
+        pytest.param("step", False, 1, marks=pytest.mark.long),
+        pytest.param("step", True, 2, marks=pytest.mark.long),
+        pytest.param("validation", False, 1, marks=pytest.mark.long),
     ],
 )
-def test_a_second_ctrl_c_two_seconds_later_ends_at_once(tmp_path: Path, place: str, how: str, world_size: int) -> None:
+def test_a_second_ctrl_c_two_seconds_later_ends_at_once(
+    tmp_path: Path, place: str, in_c: bool, world_size: int
+) -> None:
     arguments = waiting_run(tmp_path)
     if place != "save":
-        hold(tmp_path, place, how)
+        stage.hold(tmp_path, place, in_c=in_c)
     ranks = Ranks(tmp_path, arguments, world_size)
     wait_until((run_of(tmp_path) / "checkpoints" / "step_00000003").exists, "a checkpoint")
     if place == "save":
-        hold(tmp_path, place)  # a later one
-    arrived(tmp_path, place, range(world_size))
+        stage.hold(tmp_path, place)  # a later one
+    stage.arrived(tmp_path, place, range(world_size))
     send(ranks, signal.SIGINT)
-    said(ranks)
-    time.sleep(2.2)  # what the user waits is the subject
-    send(ranks, signal.SIGINT)
+    await_notice(ranks)
+    press_again(ranks, range(world_size))
     check_ended_at_once(tmp_path, ranks, arguments)
 
 
 def test_ctrl_c_that_arrives_twice_at_once_is_one(tmp_path: Path) -> None:
     arguments = waiting_run(tmp_path)
-    hold(tmp_path, "step")
+    stage.hold(tmp_path, "step")
     ranks = Ranks(tmp_path, arguments)
-    arrived(tmp_path, "step")
+    stage.arrived(tmp_path, "step")
     send(ranks, signal.SIGINT)
-    said(ranks)
+    await_notice(ranks)
     send(ranks, signal.SIGINT)
-    let_go(tmp_path, "step")
+    stage.let_go(tmp_path, "step")
     check_stopped(tmp_path, ranks.join().check().outputs[0], "SIGINT")
 
 
 def test_one_ctrl_c_is_one_however_late_the_main_thread_hears_it(tmp_path: Path) -> None:
     # Rank 0 computes for long, rank 1 waits for it in a collective: in neither does Python get to its handlers.
     arguments = waiting_run(tmp_path)
-    hold(tmp_path, "step", "in C")
+    stage.hold(tmp_path, "step", in_c=True)
     ranks = Ranks(tmp_path, arguments, 2)
-    arrived(tmp_path, "step", range(2))
+    stage.arrived(tmp_path, "step", range(2))
     send(ranks, signal.SIGINT)
-    said(ranks)
-    time.sleep(2.2)  # longer than what makes a second Ctrl-C one
-    let_go(tmp_path, "step")
+    await_notice(ranks)
+    time.sleep(SECOND_INTERRUPT_SECONDS + 0.2)  # by now another one would be a second one
+    stage.let_go(tmp_path, "step")
     check_stopped(tmp_path, ranks.join().check().outputs[0], "SIGINT")
 
 
 def test_a_second_ctrl_c_before_the_first_step_is_recorded_too(tmp_path: Path) -> None:
-    hold(tmp_path, "any-step")  # that of DDP's warm-up
+    stage.hold(tmp_path, "any-step")  # that of DDP's warm-up
     ranks = Ranks(tmp_path, waiting_run(tmp_path), 2)
-    arrived(tmp_path, "any-step", range(2))
+    stage.arrived(tmp_path, "any-step", range(2))
     send(ranks, signal.SIGINT)
-    said(ranks)
-    time.sleep(2.2)
-    send(ranks, signal.SIGINT)
+    await_notice(ranks)
+    press_again(ranks, range(2))
     outcome = ranks.join()
     assert outcome.codes == [130, 130], outcome.output
     check_nothing_runs(tmp_path)
@@ -387,22 +379,21 @@ def test_a_stop_file_that_lies_there_before_stops_the_attempt_after_a_step(tmp_p
     outcome = train(tmp_path, arguments, world_size).check()
     step = check_stopped(tmp_path, outcome.outputs[0], "the file STOP")
     assert step < STEPS / 2
-    check_finished(tmp_path, train(tmp_path, arguments, world_size).check().outputs[0], step)
+    train(tmp_path, arguments, world_size).check()
+    check_finished(tmp_path, step)
 
 
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_signal_after_the_last_step_leaves_the_run_finished(tmp_path: Path, world_size: int) -> None:
     arguments = [*waiting_run(tmp_path), "--train.steps", "3", "--checkpoint.every-steps", "1000"]
-    hold(tmp_path, "save")
+    stage.hold(tmp_path, "save")
     ranks = Ranks(tmp_path, arguments, world_size)
-    arrived(tmp_path, "save")
+    stage.arrived(tmp_path, "save")
     send(ranks, signal.SIGTERM)
-    said(ranks)
-    let_go(tmp_path, "save")
-    outcome = ranks.join().check()
+    await_notice(ranks)
+    stage.let_go(tmp_path, "save")
+    ranks.join().check()
     assert status(run_of(tmp_path))["state"] == "finished"
-    assert "finished: " in outcome.output
-    assert "stopped after" not in outcome.output
     check_nothing_runs(tmp_path)
 
 

@@ -15,8 +15,8 @@ from distloop.run.checkpoint import published_in, step_of
 from distloop.tracking.wording import number
 from tests.multiprocess.test_launchers_stop import TRAIN, Terminal, marker, needs_tmux
 from tests.tools.ranks import accelerate_launch, wait_until
-from tests.tools.records import rows, status
-from tests.tools.stopping import NOTICE, processes_of, reached, run_of, waiting_run
+from tests.tools.records import rows, run_of, status
+from tests.tools.stopping import NOTICE, processes_of, reached, waiting_run
 
 __all__ = ["marker"]  # a fixture
 

@@ -9,12 +9,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from distloop.config.settings import Schedule
 from distloop.data.datasets import digits
 from distloop.data.order import Order
 from distloop.data.seeding import uniforms
 from distloop.training.models import mlp
-from distloop.training.optim import lr_at
 from tests.tools.ranks import train, write_config
 from tests.tools.records import largest_difference, losses, weights
 
@@ -60,7 +58,3 @@ def test_a_run_equals_the_loop_written_by_hand(tmp_path: Path, world_size: int, 
     history, parameters = by_hand(clip_norm=0.5)
     assert losses(tmp_path / "runs" / "run") == pytest.approx(history, rel=1e-10)
     assert largest_difference(weights(tmp_path / "runs" / "run"), parameters) < 1e-10
-
-
-def test_the_cosine_of_the_loop_above_is_the_schedule() -> None:
-    assert lr_at(10, STEPS, LR, Schedule()) == pytest.approx(LR * (1 + np.cos(np.pi * 10 / STEPS)) / 2)

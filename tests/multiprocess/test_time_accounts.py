@@ -17,6 +17,7 @@ import pytest
 from distloop.run.accounts import attempts, goodput, totals
 from distloop.run.checkpoint import published_in, step_of
 from tests.lab.timing import BATCH, slept
+from tests.tools import stage
 from tests.tools.ranks import Ranks, clean_environment, train, wait_until, write_config
 from tests.tools.records import rows, status
 
@@ -60,29 +61,34 @@ class Attempts:
         self.output = ""
 
     def start(
-        self, *arguments: str, sleep: dict[str, float] | None = None, hold: str = "0 never", codes: int | None = 0
+        self, *arguments: str, sleep: dict[str, float] | None = None, kill_in_step: int | None = None, code: int = 0
     ) -> dict[str, float]:
-        """One attempt, to its end, or until it is held and killed; returns its seconds as they stand then."""
-        for name in ("held", "slept"):
-            (self.folder / name).unlink(missing_ok=True)
-        variables = {"SLEEP": json.dumps(sleep or {}), "HOLD": hold}
-        ranks = Ranks(self.folder, [*self.config, *arguments], self.world_size, variables)
-        with ranks:
+        """One attempt, to its end, or until it is held in a step and killed; returns its seconds as they stand then."""
+        (self.folder / "slept").unlink(missing_ok=True)
+        if kill_in_step:
+            stage.hold(self.folder, "step", count=kill_in_step, rank=0)
+        variables = {"SLEEP": json.dumps(sleep or {})}
+        with Ranks(self.folder, [*self.config, *arguments], self.world_size, variables) as ranks:
             start = began(ranks.processes[0].pid or 0)
-            if hold.endswith("wait"):
+            if kill_in_step:
                 self.await_hold()
                 ranks.kill()
             ranks.processes[0].join(120)
             self.walls.append(now() - start)
             outcome = ranks.join()
+        stage.clear(self.folder)
         self.output = outcome.outputs[0]
-        expected = -9 if hold.endswith("wait") else codes
-        assert outcome.codes == [expected] * self.world_size, outcome.output
+        assert outcome.codes == [-9 if kill_in_step else code] * self.world_size, outcome.output
         return attempts(self.run)[-1]["seconds"]
+
+    def stop_in_step(self, step: int, **options: Any) -> dict[str, float]:
+        """An attempt to which SIGTERM comes in this step of it."""
+        stage.interrupt(self.folder, "step", step)
+        return self.start(**options)
 
     def await_hold(self) -> None:
         """Until it has been held for a second, and has written so, and what it has saved is there."""
-        wait_until((self.folder / "held").exists, "the step that is its last")
+        stage.arrived(self.folder, "step")
         held = now()
         wait_until(lambda: not list((self.run / "checkpoints").glob(".writing_*")), "the save before it")
         wait_until(lambda: now() > held + 1, "a second")
@@ -174,7 +180,8 @@ def test_an_attempt_that_fails_has_accounts_and_its_work_since_the_last_save_is_
     tmp_path: Path, world_size: int
 ) -> None:
     run = Attempts(tmp_path, world_size)
-    seconds = run.start(sleep={"compute": 0.1}, hold="6 raise", codes=1)
+    stage.fail(tmp_path, "step", "raise", rank=0, count=6)
+    seconds = run.start(sleep={"compute": 0.1}, code=1)
     assert run.column("state") == ["failed"]
     assert seconds["compute"] >= slept(tmp_path)["compute"]
     run.check_walls()
@@ -190,13 +197,13 @@ def test_an_attempt_that_fails_has_accounts_and_its_work_since_the_last_save_is_
 def test_a_run_that_is_killed_and_stopped_and_continued_knows_what_it_lost(tmp_path: Path) -> None:
     run = Attempts(tmp_path)
     sleep = {"data": 0.1, "compute": 0.1, "validation": 0.1}
-    before = run.start(sleep=sleep, hold="6 wait")
+    before = run.start(sleep=sleep, kill_in_step=6)
     assert before["lost"] == 0
     again = slept(tmp_path, SAVED)  # without the batch that was loaded first of it
     kept = sum(slept(tmp_path)[name] - again[name] for name in ("data", "compute"))
     held = 1.0
     assert run.column("state") == ["running"]
-    run.start(sleep=sleep, hold="4 stop")
+    run.stop_in_step(4, sleep=sleep)
     assert run.column("state") == ["killed", "stopped"]
     assert "stopped after step" in run.output
     stopped_at = run.column("step")[1]
@@ -224,13 +231,13 @@ def test_attempts_that_save_nothing_or_whose_checkpoints_are_damaged_are_lost_wh
     run = Attempts(tmp_path)
     sleep = {"compute": 0.1}
 
-    run.start(sleep=sleep, hold="3 wait")
-    run.start(sleep=sleep, hold="3 wait")  # again before the first save
+    run.start(sleep=sleep, kill_in_step=3)
+    run.start(sleep=sleep, kill_in_step=3)  # again before the first save
     assert run.lost()[0] > 0.1
     assert run.column("first_step") == [0, 0]
-    run.start(sleep=sleep, hold="5 stop")
+    run.stop_in_step(5, sleep=sleep)
     good = published_in(run.run / "checkpoints")
-    run.start(sleep=sleep, hold="5 stop")
+    run.stop_in_step(5, sleep=sleep)
     assert run.lost()[1] > 0.1
     assert run.lost()[2:] == pytest.approx([0, 0], abs=0.05)
 
@@ -238,7 +245,7 @@ def test_attempts_that_save_nothing_or_whose_checkpoints_are_damaged_are_lost_wh
     for path in published_in(run.run / "checkpoints"):
         if path not in good:
             (path / "model.safetensors").write_bytes(b"damaged")
-    run.start(sleep=sleep, hold="2 wait")
+    run.start(sleep=sleep, kill_in_step=2)
     assert run.column("first_step")[4] == step_of(good[-1])
     assert run.lost()[2] == pytest.approx(0, abs=0.05)
     assert run.lost()[3] == pytest.approx(work_of_fourth)
@@ -284,11 +291,13 @@ def test_a_run_of_one_step_and_a_start_that_has_none_to_do(tmp_path: Path) -> No
 # ---- a minute of it ------------------------------------------------------------------------------------------
 
 
-def fresh(folder: Path, arguments: list[str], hold: str, until: Callable[[subprocess.Popen[bytes]], None]) -> float:
-    """The wall time of a start in a process of its own, in which `until` waits for its end or brings it about."""
-    (folder / "held").unlink(missing_ok=True)
+def fresh(folder: Path, arguments: list[str], end: Callable[[subprocess.Popen[bytes]], None] | None = None) -> float:
+    """The wall time of a start in a process of its own, to its end, or to its 15th step, in which `end` ends it."""
+    stage.clear(folder)
+    if end is not None:
+        stage.hold(folder, "step", count=15)
     sleep = json.dumps({"compute": 1.5, "data": 0.2, "validation": 0.4, "checkpoint": 0.2})
-    environment = {**clean_environment(), "SLEEP": sleep, "HOLD": hold}
+    environment = {**clean_environment(), "SLEEP": sleep}
     begun = time.monotonic()
     with open(folder / "output", "a") as output:
         process = subprocess.Popen(
@@ -299,7 +308,10 @@ def fresh(folder: Path, arguments: list[str], hold: str, until: Callable[[subpro
             stderr=output,
         )
     try:
-        until(process)
+        if end is not None:
+            stage.arrived(folder, "step")
+            end(process)
+            stage.let_go(folder, "step")
         process.wait(200)
         return time.monotonic() - begun
     finally:
@@ -310,20 +322,7 @@ def fresh(folder: Path, arguments: list[str], hold: str, until: Callable[[subpro
 def test_over_a_minute_with_a_kill_and_a_stop_the_accounts_are_the_wall_time_to_a_hundredth(tmp_path: Path) -> None:
     steps = 40
     arguments = ["--config", str(write_config(tmp_path, {**SETTINGS, "train": {"steps": steps}}))]
-
-    def kill_when_held(process: subprocess.Popen[bytes]) -> None:
-        wait_until((tmp_path / "held").exists, "the step that is its last")
-        process.kill()
-
-    def stop_when_held(process: subprocess.Popen[bytes]) -> None:
-        wait_until((tmp_path / "held").exists, "the step in which it is stopped")
-        process.terminate()
-
-    walls = [
-        fresh(tmp_path, arguments, "15 wait", kill_when_held),
-        fresh(tmp_path, arguments, "15 go-on", stop_when_held),
-        fresh(tmp_path, arguments, "0 never", lambda process: None),
-    ]
+    walls = [fresh(tmp_path, arguments, end) for end in (subprocess.Popen.kill, subprocess.Popen.terminate, None)]
     output = (tmp_path / "output").read_text()
     run = tmp_path / "runs" / "run"
     found = attempts(run)

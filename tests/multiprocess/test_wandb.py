@@ -24,15 +24,25 @@ from distloop.config.settings import Tracking
 from distloop.config.yaml_text import dump_yaml
 from distloop.tracking.wandb.mirror import only_mirror
 from tests.lab.crashing import fill, make_read_only, mount, mount_is_allowed
-from tests.tools.ranks import REPOSITORY, Outcome, Ranks, clean_environment, command, free_port, train, wait_until
-from tests.tools.records import status, weights
-from tests.tools.stopping import arrived, check_nothing_runs, hold, let_go, processes_of, run_of, waiting_run
+from tests.tools import stage
+from tests.tools.ranks import REPOSITORY, Outcome, Ranks, clean_environment, closed_port, command, train, wait_until
+from tests.tools.records import all_rows, run_of, status, weights
+from tests.tools.stopping import check_nothing_runs, kill_all, processes_of, waiting_run
 from tests.tools.wandb_files import parts
 from tests.tools.wandb_server import KEY, Run, Server
 
 # 16 steps an epoch, a row each; a run waits in the seventh step of its attempt while a test says so.
 STEPS = 40
 SECRET = "hunter2hunter2"
+
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
+
+
+@pytest.fixture
+def nobody_listens() -> Iterator[int]:
+    """The port of a server that is not there."""
+    with closed_port() as port:
+        yield port
 
 
 @pytest.fixture
@@ -45,13 +55,6 @@ def server() -> Iterator[Server]:
 def rewinding() -> Iterator[Server]:
     with Server(rewinds=True) as one:
         yield one
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(tmp_path: Path) -> Iterator[None]:
-    """Where a test fails, its processes may still wait."""
-    yield
-    kill(tmp_path)
 
 
 def arguments(folder: Path, *more: str, tracking: dict[str, Any] | None = None, **changes: Any) -> list[str]:
@@ -71,17 +74,6 @@ def environment(server: Server, folder: Path, **more: str) -> dict[str, str]:
     return {**server.environment(home), **stray, "MY_PASSWORD": SECRET, **more}
 
 
-def kill(folder: Path, name: str = "") -> None:
-    """kill -9 the processes of the test whose command line has this name: as when a node dies, all of them."""
-    for pid, words in processes_of(folder).items():
-        if name in words:
-            os.kill(pid, signal.SIGKILL)
-
-
-def file_rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def told(row: dict[str, Any]) -> tuple[str, int, int, float]:
     """Kind, step, attempt and loss of a row of W&B."""
     kind = next(name for name in ("train", "validate", "epoch") if f"{name}/loss" in row)
@@ -89,7 +81,7 @@ def told(row: dict[str, Any]) -> tuple[str, int, int, float]:
 
 
 def in_file(run: Path) -> list[tuple[str, int, int, float]]:
-    return [(row["kind"], row["step"], row["attempt"], row["loss"]) for row in file_rows(run)]
+    return [(row["kind"], row["step"], row["attempt"], row["loss"]) for row in all_rows(run)]
 
 
 def check_rows(run: Run, path: Path) -> None:
@@ -103,7 +95,7 @@ def sync(folder: Path, variables: dict[str, str], *runs: str) -> subprocess.Comp
     return command([sys.executable, "-m", "distloop.commands.cli", "sync", *(runs or ["runs/run"])], folder, variables)
 
 
-def said(outcome: Outcome) -> list[str]:
+def wandb_lines(outcome: Outcome) -> list[str]:
     """The lines about W&B, of all ranks; nothing else of it is said."""
     lines = [line for line in outcome.output.splitlines() if "W&B" in line]
     assert not [line for line in outcome.output.splitlines() if line.startswith("wandb") or "Traceback" in line]
@@ -119,9 +111,9 @@ def test_a_run_that_is_killed_and_goes_on_on_other_ranks_is_one_run(tmp_path: Pa
     words = arguments(tmp_path, tracking=tracking, precision="no")
     run = run_of(tmp_path)
     # Training alone is killed: W&B hears of it at once. Steps 5 and 6 are not saved.
-    hold(tmp_path, "step")
+    stage.hold(tmp_path, "step")
     with Ranks(tmp_path, words, 1, variables) as ranks:
-        arrived(tmp_path, "step")
+        stage.arrived(tmp_path, "step")
         ranks.kill()
         ranks.join()
     check_nothing_runs(tmp_path, seconds=20)
@@ -130,20 +122,20 @@ def test_a_run_that_is_killed_and_goes_on_on_other_ranks_is_one_run(tmp_path: Pa
     assert mirrored.summary["state"] == "failed"
     assert [row["global_step"] for row in mirrored.history] == [1, 2, 3, 4, 5, 6]
     # The whole machine dies, before anything has arrived.
-    (tmp_path / "at-step-0").unlink()
+    stage.forget(tmp_path, "step")
     with Ranks(tmp_path, words, 2, variables) as ranks:
         wait_until(lambda: mirrored.rewinds, "the server to take two rows back")
         rewinding.fault, rewinding.fault_in = "hang", "file_stream"
-        arrived(tmp_path, "step", range(2))
+        stage.arrived(tmp_path, "step", range(2))
         wait_until(lambda: [len(part.history) >= 4 for part in parts(run)] == [True, True], "rows on the disk")
-        kill(tmp_path)
+        kill_all(tmp_path)
         ranks.join()
     rewinding.fault = None
     rewinding.released.set()
-    let_go(tmp_path, "step")
-    assert len(mirrored.history) < len(file_rows(run))
+    stage.let_go(tmp_path, "step")
+    assert len(mirrored.history) < len(all_rows(run))
     outcome = train(tmp_path, words, 1, variables).check()
-    assert said(outcome) == [f"W&B: {rewinding.url}/somebody/my%20project/runs/{mirrored.name}"]
+    assert wandb_lines(outcome) == [f"W&B: {rewinding.url}/somebody/my%20project/runs/{mirrored.name}"]
     check_rows(rewinding.only_run(), run)
     assert {row["attempt"] for row in mirrored.history} == {1, 2, 3}
     assert mirrored.rewinds[0] == 3
@@ -175,9 +167,9 @@ def test_where_the_server_takes_no_row_back_rows_done_again_are_marked(tmp_path:
     variables = environment(server, tmp_path)
     run = run_of(tmp_path)
     words = arguments(tmp_path)
-    hold(tmp_path, "step")
+    stage.hold(tmp_path, "step")
     with Ranks(tmp_path, words, 1, variables) as ranks:
-        arrived(tmp_path, "step")
+        stage.arrived(tmp_path, "step")
         ranks.kill()
         ranks.join()
     mirrored = server.only_run()
@@ -185,15 +177,15 @@ def test_where_the_server_takes_no_row_back_rows_done_again_are_marked(tmp_path:
     first = [told(row) for row in mirrored.history]
     assert [row[1] for row in first] == [1, 2, 3, 4, 5, 6]
     # The next attempt is stopped.
-    (tmp_path / "at-step-0").unlink()
+    stage.forget(tmp_path, "step")
     with Ranks(tmp_path, words, 1, variables) as ranks:
-        arrived(tmp_path, "step")
+        stage.arrived(tmp_path, "step")
         refused = sync(tmp_path, variables)
         assert refused.returncode == 2
         assert refused.stdout.startswith("distloop: runs/run is going on: wait for its end, or stop it (touch ")
         for pid in processes_of(tmp_path):  # as Slurm does: W&B's processes, too
             os.kill(pid, signal.SIGTERM)
-        let_go(tmp_path, "step")
+        stage.let_go(tmp_path, "step")
         ranks.join().check()
     assert mirrored.exit_codes[-1] == 1
     assert mirrored.preempting
@@ -207,8 +199,8 @@ def test_where_the_server_takes_no_row_back_rows_done_again_are_marked(tmp_path:
     # Nothing is missing, so that nothing changes.
     done = sync(tmp_path, variables)
     assert done.returncode == 0, done.stdout
-    assert f": 0 rows uploaded, {len(file_rows(run))} in all: http" in done.stdout
-    assert len(mirrored.history) == len(file_rows(run)) + 2
+    assert f": 0 rows uploaded, {len(all_rows(run))} in all: http" in done.stdout
+    assert len(mirrored.history) == len(all_rows(run)) + 2
 
 
 @pytest.mark.long
@@ -217,15 +209,15 @@ def test_a_run_that_was_killed_before_it_had_saved_anything_begins_anew(tmp_path
     words = arguments(tmp_path, checkpoint={"every_steps": 1000})
     with Server(rewinds=rewinds) as server:
         variables = environment(server, tmp_path)
-        hold(tmp_path, "step")
+        stage.hold(tmp_path, "step")
         with Ranks(tmp_path, words, 1, variables) as ranks:
-            arrived(tmp_path, "step")
+            stage.arrived(tmp_path, "step")
             ranks.kill()
             ranks.join()
         mirrored = server.only_run()
         wait_until(lambda: mirrored.exit_codes, "the end of the W&B run")
         assert len(mirrored.history) == 6
-        let_go(tmp_path, "step")
+        stage.let_go(tmp_path, "step")
         train(tmp_path, words, 1, variables).check()
         history = server.only_run().history
         assert [row["_step"] for row in history] == list(range(len(history)))
@@ -245,12 +237,12 @@ def test_an_attempt_that_fails_is_shown_as_failed(tmp_path: Path, server: Server
     variables = environment(server, tmp_path)
     task = {"name": "tests.lab.failing:FailingTask"} if world_size == 1 else None
     words = arguments(tmp_path, **({"task": task} if task else {}))
-    hold(tmp_path, "step")
+    stage.hold(tmp_path, "step")
     with Ranks(tmp_path, words, world_size, variables) as ranks:
         if world_size == 2:
-            arrived(tmp_path, "step", range(2))
+            stage.arrived(tmp_path, "step", range(2))
             os.kill(ranks.processes[1].pid or 0, signal.SIGKILL)
-            let_go(tmp_path, "step")
+            stage.let_go(tmp_path, "step")
         outcome = ranks.join()
     assert outcome.codes[0] == 1
     mirrored = server.only_run()
@@ -312,17 +304,17 @@ TROUBLE_AT_START = {
     "trouble", ["no key", *(pytest.param(t, marks=LONG) for t in TROUBLE_AT_START if t != "no key")]
 )
 def test_without_a_server_training_goes_on_offline_and_a_sync_brings_everything(
-    tmp_path: Path, server: Server, without: dict[str, torch.Tensor], trouble: str, world_size: int
+    tmp_path: Path, server: Server, without: dict[str, torch.Tensor], trouble: str, world_size: int, nobody_listens: int
 ) -> None:
     good = environment(server, tmp_path)
     keys = {"no key": "", "short key": "abc"}
     variables = {**good, "WANDB_API_KEY": keys.get(trouble, KEY)}
     if trouble == "refuse":
-        variables["WANDB_BASE_URL"] = f"http://127.0.0.1:{free_port()}"
+        variables["WANDB_BASE_URL"] = f"http://127.0.0.1:{nobody_listens}"
     server.fault = trouble
     outcome = train(tmp_path, arguments(tmp_path, tracking={"start_seconds": 12}), world_size, variables).check()
     assert outcome.codes == [0] * world_size
-    (line,) = said(outcome)
+    (line,) = wandb_lines(outcome)
     assert line.startswith("W&B is offline, in runs/run/wandb: ")
     assert TROUBLE_AT_START[trouble] in line
     assert line.endswith("Later `distloop sync runs/run` uploads it")
@@ -344,22 +336,22 @@ def test_a_server_that_goes_away_or_a_process_that_dies_does_not_hurt(
     tmp_path: Path, server: Server, without: dict[str, torch.Tensor], trouble: str
 ) -> None:
     variables = environment(server, tmp_path)
-    hold(tmp_path, "step")
+    stage.hold(tmp_path, "step")
     with Ranks(tmp_path, arguments(tmp_path, tracking={"end_seconds": 4}), 1, variables) as ranks:
-        arrived(tmp_path, "step")
+        stage.arrived(tmp_path, "step")
         mirrored = server.only_run()
         if trouble != "401":  # else before anything has arrived: rows go there every 15 s
             wait_until(lambda: len(mirrored.history) == 6, "the rows of six steps")
         if trouble == "mirror":
-            kill(tmp_path, "distloop.tracking.wandb.mirror")
+            kill_all(tmp_path, "distloop.tracking.wandb.mirror")
         elif trouble == "refuse":
             server.__exit__()
         else:
             server.fault = trouble
-        let_go(tmp_path, "step")
+        stage.let_go(tmp_path, "step")
         outcome = ranks.join()
     check_unhurt(tmp_path, outcome, without)
-    first, last = said(outcome)
+    first, last = wandb_lines(outcome)
     assert first == f"W&B: {server.url}/somebody/distloop/runs/{mirrored.name}"
     assert last.startswith("W&B: ")
     assert last.endswith("`distloop sync runs/run` uploads the rest"), last
@@ -380,17 +372,17 @@ def test_where_the_process_of_wandb_dies_another_goes_on(
 ) -> None:
     variables, run = environment(server, tmp_path), run_of(tmp_path)
     tracking = {"wandb": mode.partition(",")[0], "start_seconds": 10, "end_seconds": 40}
-    hold(tmp_path, "step")
+    stage.hold(tmp_path, "step")
     with Ranks(tmp_path, arguments(tmp_path, tracking=tracking), 1, variables) as ranks:
-        arrived(tmp_path, "step")
+        stage.arrived(tmp_path, "step")
         wait_until(lambda: sum(len(part.history) for part in parts(run)) == 6, "the rows of six steps")
-        kill(tmp_path, "wandb-core")
+        kill_all(tmp_path, "wandb-core")
         if "gone" in mode:
             server.fault = "drop"
-        let_go(tmp_path, "step")
+        stage.let_go(tmp_path, "step")
         outcome = ranks.join()
     check_unhurt(tmp_path, outcome, without)
-    assert len(said(outcome)) == (2 if "gone" in mode else 1)
+    assert len(wandb_lines(outcome)) == (2 if "gone" in mode else 1)
     if mode == "online":
         check_rows(server.only_run(), run)
         assert server.only_run().exit_codes == [0]
@@ -409,7 +401,7 @@ def test_a_stop_does_not_wait_for_a_server_that_hangs(tmp_path: Path, server: Se
         os.kill(ranks.processes[0].pid or 0, signal.SIGTERM)
         outcome = ranks.join().check()
     assert status(run_of(tmp_path))["state"] == "stopped"
-    first, last = said(outcome)
+    first, last = wandb_lines(outcome)
     assert first == "W&B has not started yet; training goes on. `distloop sync runs/run` uploads it"
     assert last == "W&B: no answer within 1 s; `distloop sync runs/run` uploads the rest"
     check_nothing_runs(tmp_path, seconds=20)
@@ -427,14 +419,14 @@ def test_with_the_default_limits_a_server_that_hangs_delays_two_ranks_by_a_minut
     words = arguments(tmp_path, "--ddp.timeout-seconds", "5", tracking={"start_seconds": Tracking().start_seconds})
     assert (Tracking().start_seconds, Tracking().end_seconds) == (15, 60)
     server.fault = "hang" if when == "start" else None
-    hold(tmp_path, "step")
+    stage.hold(tmp_path, "step")
     with Ranks(tmp_path, words, 2, variables) as ranks:
-        arrived(tmp_path, "step", range(2))
+        stage.arrived(tmp_path, "step", range(2))
         server.fault = "hang"
-        let_go(tmp_path, "step")
+        stage.let_go(tmp_path, "step")
         outcome = ranks.join().check()  # within two minutes
     assert status(run_of(tmp_path))["state"] == "finished"
-    assert "`distloop sync runs/run` uploads" in said(outcome)[-1]
+    assert "`distloop sync runs/run` uploads" in wandb_lines(outcome)[-1]
     check_nothing_runs(tmp_path, seconds=20)
 
 
@@ -451,7 +443,7 @@ def test_without_wandb_training_goes_on(
     path = os.pathsep.join([str(stub), str(REPOSITORY)])
     outcome = train(tmp_path, arguments(tmp_path), 1, {**variables, "PYTHONPATH": path})
     check_unhurt(tmp_path, outcome, without)
-    (line,) = said(outcome)
+    (line,) = wandb_lines(outcome)
     why = {"there is none": "No module named 'wandb'", "it is broken": "no libc"}[trouble]
     assert line == f"W&B is off: wandb cannot be imported ({why}). Later `distloop sync runs/run` uploads it"
     check_synced(tmp_path, server, variables)
@@ -477,26 +469,29 @@ def test_a_disk_on_which_wandb_cannot_write_does_not_hurt(
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
     check_unhurt(tmp_path, outcome, without)
-    assert len(said(outcome)) <= 2, outcome.output
+    assert len(wandb_lines(outcome)) <= 2, outcome.output
     check_synced(tmp_path, server, variables)
 
 
 # ---- offline -----------------------------------------------------------------------------------------------------
 
 
-def test_an_offline_run_is_whole_on_the_disk_and_a_sync_uploads_it_once(tmp_path: Path, server: Server) -> None:
+def test_an_offline_run_is_whole_on_the_disk_and_a_sync_uploads_it_once(
+    tmp_path: Path, server: Server, nobody_listens: int
+) -> None:
     """Without a key, a network or a home, and after everything was killed."""
     run = run_of(tmp_path)
-    nobody = {"HOME": "/proc/self/nowhere", "WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_API_KEY": ""}
-    hold(tmp_path, "step")
+    url = f"http://127.0.0.1:{nobody_listens}"
+    nobody = {"HOME": "/proc/self/nowhere", "WANDB_BASE_URL": url, "WANDB_API_KEY": ""}
+    stage.hold(tmp_path, "step")
     with Ranks(tmp_path, arguments(tmp_path, tracking={"wandb": "offline"}), 1, nobody) as ranks:
-        arrived(tmp_path, "step")
+        stage.arrived(tmp_path, "step")
         wait_until(lambda: [len(part.history) for part in parts(run)] == [6], "the rows of six steps")
-        kill(tmp_path)
+        kill_all(tmp_path)
         ranks.join()
-    let_go(tmp_path, "step")
+    stage.let_go(tmp_path, "step")
     outcome = train(tmp_path, arguments(tmp_path), 2, {**nobody, "WANDB_MODE": "offline"}).check()
-    assert said(outcome) == ["W&B: offline, in runs/run/wandb; `distloop sync runs/run` uploads it"]
+    assert wandb_lines(outcome) == ["W&B: offline, in runs/run/wandb; `distloop sync runs/run` uploads it"]
     first, second = parts(run)
     assert first.run == second.run == json.loads((run / "wandb.json").read_text())["id"]
     assert [row["global_step"] for row in first.history] == [1, 2, 3, 4, 5, 6]
@@ -533,7 +528,7 @@ def test_an_offline_run_is_whole_on_the_disk_and_a_sync_uploads_it_once(tmp_path
 def test_a_run_without_wandb_can_be_synced_later(tmp_path: Path, server: Server) -> None:
     variables = environment(server, tmp_path)
     outcome = train(tmp_path, arguments(tmp_path), 1, {**variables, "WANDB_MODE": "disabled"}).check()
-    assert said(outcome) == []
+    assert wandb_lines(outcome) == []
     assert not [path.name for path in run_of(tmp_path).iterdir() if "wandb" in path.name]
     assert server.asked == 0
     variables["WANDB_MODE"] = "disabled"
@@ -615,7 +610,7 @@ def test_any_row_keeps_its_place_and_pictures_come_with_the_last_validation(tmp_
     ],
 )
 def test_a_sync_that_cannot_be_says_why_in_a_line_and_asks_nothing(
-    tmp_path: Path, words: list[str], code: int, text: str
+    tmp_path: Path, words: list[str], code: int, text: str, nobody_listens: int
 ) -> None:
     """On a terminal, without a key: wandb would ask for one."""
     for name in ("run", "old", "damaged"):
@@ -623,7 +618,7 @@ def test_a_sync_that_cannot_be_says_why_in_a_line_and_asks_nothing(
     (tmp_path / "runs" / "old" / "config.yaml").write_text("seed: 1\n")
     (tmp_path / "runs" / "damaged" / "config.yaml").write_text("seed: [1\n")
     terminal, end = pty.openpty()
-    variables = {**clean_environment(), "WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_API_KEY": ""}
+    variables = {**clean_environment(), "WANDB_BASE_URL": f"http://127.0.0.1:{nobody_listens}", "WANDB_API_KEY": ""}
     variables |= {"HOME": str(tmp_path), "TERM": "xterm"}
     done = subprocess.run(
         [sys.executable, "-m", "distloop.commands.cli", "sync", *words],
@@ -650,7 +645,7 @@ def test_while_a_sync_is_at_it_an_attempt_goes_without_wandb(tmp_path: Path, ser
     run_of(tmp_path).mkdir(parents=True)
     with only_mirror(run_of(tmp_path), 0.0):
         outcome = train(tmp_path, arguments(tmp_path), 1, variables).check()
-        (line,) = said(outcome)
+        (line,) = wandb_lines(outcome)
         assert line.startswith("W&B is off: a sync, or the W&B process of an earlier attempt, is still at it. Later ")
         refused = sync(tmp_path, variables)
         assert (refused.returncode, len(refused.stdout.splitlines())) == (2, 1)
@@ -666,7 +661,7 @@ def test_two_runs_side_by_side_are_two_and_a_run_begun_anew_is_another(tmp_path:
     with Ranks(tmp_path, words["one"], 1, variables) as one:
         (tmp_path / "two").mkdir()
         two = Ranks(tmp_path / "two", words["two"], 1, variables)
-        assert said(one.join().check())[0].startswith("W&B: http")
+        assert wandb_lines(one.join().check())[0].startswith("W&B: http")
         two.join().check()
     assert len(server.runs) == 2
     for run in server.runs.values():
@@ -689,11 +684,11 @@ def test_two_runs_side_by_side_are_two_and_a_run_begun_anew_is_another(tmp_path:
 def test_a_run_that_is_stopped_before_its_first_row_is_there_and_goes_on(tmp_path: Path, server: Server) -> None:
     variables = environment(server, tmp_path)
     words = arguments(tmp_path, log={"every_steps": 1000}, validate={"every_steps": 1000, "every_epochs": None})
-    hold(tmp_path, "any-step")
+    stage.hold(tmp_path, "any-step")
     with Ranks(tmp_path, words, 1, variables) as ranks:
-        arrived(tmp_path, "any-step")
+        stage.arrived(tmp_path, "any-step")
         os.kill(ranks.processes[0].pid or 0, signal.SIGTERM)
-        let_go(tmp_path, "any-step")
+        stage.let_go(tmp_path, "any-step")
         ranks.join().check()
     mirrored = server.only_run()
     assert (mirrored.history, mirrored.exit_codes, mirrored.preempting) == ([], [1], True)
@@ -705,9 +700,9 @@ def test_a_run_that_is_stopped_before_its_first_row_is_there_and_goes_on(tmp_pat
 @pytest.mark.long
 def test_ending_at_once_by_ctrl_c_leaves_no_process_behind(tmp_path: Path, server: Server) -> None:
     """Also where the server hangs."""
-    hold(tmp_path, "step", "in C")
+    stage.hold(tmp_path, "step", in_c=True)
     with Ranks(tmp_path, arguments(tmp_path), 1, environment(server, tmp_path)) as ranks:
-        arrived(tmp_path, "step")
+        stage.arrived(tmp_path, "step")
         server.fault = "hang"
         pid = ranks.processes[0].pid or 0
         os.kill(pid, signal.SIGINT)
@@ -723,13 +718,13 @@ def test_ending_at_once_by_ctrl_c_leaves_no_process_behind(tmp_path: Path, serve
 def test_a_server_that_has_lost_the_run_gets_all_of_it(tmp_path: Path, server: Server) -> None:
     """Or another server; also where an attempt that was offline lies between, and what it did again."""
     variables = environment(server, tmp_path)
-    hold(tmp_path, "step")
+    stage.hold(tmp_path, "step")
     with Ranks(tmp_path, arguments(tmp_path), 1, variables) as ranks:
-        arrived(tmp_path, "step")
+        stage.arrived(tmp_path, "step")
         ranks.kill()
         ranks.join()
     wait_until(lambda: server.only_run().exit_codes, "the end of the W&B run")
-    let_go(tmp_path, "step")
+    stage.let_go(tmp_path, "step")
     assert [row["global_step"] for row in server.only_run().history] == [1, 2, 3, 4, 5, 6]
     # Goes on with a row every two steps, and without W&B.
     words = arguments(tmp_path, log={"every_steps": 2}, tracking={"wandb": "off"})

@@ -9,12 +9,12 @@ import pytest
 
 from tests.slurm.test_failures import RANK_1, SETTINGS
 from tests.slurm.test_jobs import DIGITS, check_same, reference_losses
+from tests.tools import stage
 from tests.tools.launching import failing_line, own_loop
 from tests.tools.ranks import train, write_config
-from tests.tools.records import losses, status
+from tests.tools.records import losses, run_of, status
 from tests.tools.slurm_cluster import Cluster
 from tests.tools.slurm_jobs import GENEROUS, SCRIPTS, finished_in, heard, held_run, stopped, submit
-from tests.tools.stopping import let_go, run_of
 
 
 def check_file(run: Path, file: Path) -> None:
@@ -32,10 +32,10 @@ def test_it_is_warned_and_requeued_and_goes_on_where_it_was(cluster: Cluster, tm
     step = stopped(job, 0)
     assert status(run_of(tmp_path))["reason"] == "SIGUSR2"
     job.wait("PENDING", "RUNNING", restarts=1)
-    let_go(tmp_path, "step")
-    log = job.ends(restarts=1)
+    stage.let_go(tmp_path, "step")
+    job.ends(restarts=1)
     finished_in(job, attempts=2)
-    assert f"continuing after step {step} of 60" in log
+    assert status(run_of(tmp_path))["first_step"] == step
     check_file(run_of(tmp_path), file)
     train(tmp_path, [*arguments, "--name", "reference"]).check()
     assert losses(run_of(tmp_path)) == pytest.approx(losses(tmp_path / "runs" / "reference"), rel=1e-5)
@@ -82,13 +82,13 @@ def test_the_other_scripts_train_it_too(cluster: Cluster, tmp_path: Path) -> Non
 
 def test_a_rank_that_raises_is_named_with_the_line_of_that_loop(cluster: Cluster, tmp_path: Path) -> None:
     file = own_loop(tmp_path / "my_train.py")
-    task = {"name": "tests.lab.on_slurm:Failing", "args": {"how": "raises"}}
-    config = str(write_config(tmp_path, {**SETTINGS, "task": task}))
+    stage.fail(tmp_path, "forward", "raise", rank=1)
+    config = str(write_config(tmp_path, SETTINGS))
     job = submit(cluster, tmp_path, "multi_node", "--config", config, environment={"TRAIN": file.name})
     found = job.wait()
     log = job.log
     assert (found["JobState"], found["Restarts"]) == ("FAILED", "0"), log
     [blame] = [line for line in log.splitlines() if "rank 1 on" in line]
-    assert blame == f"distloop: {RANK_1} ({failing_line(file)}), failed first: ValueError: the fifth step is too much"
+    assert blame == f"distloop: {RANK_1} ({failing_line(file)}), failed first: ValueError: a value that nobody likes"
     assert "distloop/train.py" not in log
     assert "requeued" not in log

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from tests.tools import stage
 from tests.tools.ranks import train
-from tests.tools.records import losses, status
+from tests.tools.records import losses, run_of, status
 from tests.tools.slurm_cluster import Cluster, cgroup_missing, missing
 from tests.tools.slurm_jobs import Job, finished_in, heard, held_run, stopped, submit
-from tests.tools.stopping import NOTICE, let_go, run_of
+from tests.tools.stopping import NOTICE
 
 NO_CGROUP = missing() or cgroup_missing()
 cgroup = pytest.param(
@@ -70,7 +71,7 @@ def test_three_warnings_later_the_run_is_whole_and_no_step_was_done_twice(signal
         assert status(run_of(tmp_path))["reason"] == "SIGUSR2"
         job.wait("PENDING", "RUNNING", restarts=attempt + 1)
     job.scontrol("update", f"JobId={job.number}", "TimeLimit=10")  # it kept the short one
-    let_go(tmp_path, "step")
+    stage.let_go(tmp_path, "step")
     log = job.ends(restarts=3)
     finished_in(job, attempts=4)
     for step in saved[1:]:
@@ -84,7 +85,7 @@ def test_three_warnings_later_the_run_is_whole_and_no_step_was_done_twice(signal
 @pytest.mark.timeout(900)
 def test_time_limits_of_a_minute_are_outlived(signalled: Cluster, tmp_path: Path) -> None:
     arguments = held_run(tmp_path, task={"name": "tests.lab.stopping:Waiting", "args": {"step_seconds": 2.0}})
-    let_go(tmp_path, "step")
+    stage.let_go(tmp_path, "step")
     options = ["--time=1", "--signal=USR2@25"]
     job = submit(signalled, tmp_path, "multi_node", *arguments, "--stop.reserve-seconds", "0", options=options)
     found = job.wait(timeout=800)
@@ -105,9 +106,10 @@ def test_scancel_saves_and_ends_for_good_and_the_same_command_goes_on(signalled:
     log = job.ends("CANCELLED", "0:0")
     assert status(run_of(tmp_path))["reason"] == "SIGTERM"
     assert "requeued after" not in log
-    let_go(tmp_path, "step")
+    stage.let_go(tmp_path, "step")
     again = submit(signalled, tmp_path, "multi_node", *arguments)
-    assert f"continuing after step {step} of 60" in again.ends()
+    again.ends()
+    assert status(run_of(tmp_path))["first_step"] == step
     finished_in(again, attempts=2)
     assert int(job.wait()["Restarts"]) == 0
 
@@ -152,8 +154,9 @@ def test_a_job_that_slurm_takes_away_saves_and_comes_back(
         job.wait("PENDING", "RUNNING", restarts=1)
         if take_away is lose_a_node:
             signalled.set_node("n2", "RESUME", "")
-        let_go(tmp_path, "step")
-        assert f"continuing after step {step} of 60" in job.ends(restarts=1)
+        stage.let_go(tmp_path, "step")
+        job.ends(restarts=1)
+        assert status(run_of(tmp_path))["first_step"] == step
     finally:
         signalled.run("scontrol", "update", "PartitionName=debug", "GraceTime=0")
     finished_in(job, attempts=2)
@@ -190,11 +193,11 @@ def test_a_killed_node_that_slurm_does_not_notice_brings_the_job_back_all_the_sa
 
 def back(job: Job, node: str, seen: int) -> None:
     """The node is there again, and so is the job."""
-    (job.folder / "hold-step").unlink()
+    stage.let_go(job.folder, "step")
     job.cluster.start_slurmd(node)
     job.until(lambda: job.cluster.node_state(node) in ("IDLE", "MIXED"), f"{node} to be back")
-    log = job.ends(restarts=1)
-    assert f"continuing after step {seen} of 60" in log
+    job.ends(restarts=1)
+    assert status(run_of(job.folder))["first_step"] == seen
     finished_in(job, attempts=2, redone=True)
 
 
@@ -252,7 +255,7 @@ def test_of_a_sweep_only_the_run_that_was_warned_comes_back(cluster: Cluster, tm
         task.until((run / "metrics.jsonl").exists, "a run of the sweep")
     all_ranks_are_signalled(tasks[1])
     tasks[1].says("finishing what is going on")
-    let_go(tmp_path, "step")
+    stage.let_go(tmp_path, "step")
     assert "requeued" not in tasks[0].ends()
     assert "requeued after step" in tasks[1].ends(restarts=1)
     assert [(status(run)["state"], status(run)["attempt"]) for run in runs] == [("finished", 1), ("finished", 2)]

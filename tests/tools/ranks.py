@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,9 @@ TIMEOUT = 120
 LOOP = "distloop.train"
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as prepare_process() does, before torch is imported
-_context = multiprocessing.get_context("forkserver")
+forkserver = multiprocessing.get_context("forkserver")
 # torch._dynamo comes with the first optimizer and takes longer to import than most runs here take.
-_context.set_forkserver_preload([LOOP, "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"])
+forkserver.set_forkserver_preload([LOOP, "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"])
 
 
 @dataclass
@@ -44,9 +46,22 @@ class Outcome:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody has. Ranks without a launcher, machines and Slurm's nodes have to know theirs before anyone
+    listens there; the kernel gives none of these to a program that asks for any port, so that none takes it meanwhile.
+    """
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+@contextlib.contextmanager
+def closed_port() -> Iterator[int]:
+    """A port that refuses connections, and which no other program gets meanwhile: nobody listens, but it is taken."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -120,7 +135,7 @@ class Ranks:
         for rank, output in enumerate(self.outputs):
             output.unlink(missing_ok=True)
             variables = {**clean_environment(), **rank_environment(rank, world_size, port), **(environment or {})}
-            process = _context.Process(target=_rank, args=(loop, arguments, str(folder), variables, str(output)))
+            process = forkserver.Process(target=_rank, args=(loop, arguments, str(folder), variables, str(output)))
             process.start()
             self.processes.append(process)
 

@@ -9,9 +9,20 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from distloop.run.checkpoint import published_in, step_of
+
+
+def run_of(folder: Path) -> Path:
+    """The directory of the run that is started in `folder` and has no name of its own."""
+    return folder / "runs" / "run"
+
+
+def all_rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
 
 def rows(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
+    return [row for row in all_rows(run) if row["kind"] == kind]
 
 
 def found(row: dict[str, Any]) -> dict[str, Any]:
@@ -26,6 +37,11 @@ def losses(run: Path) -> list[float]:
 
 def status(run: Path) -> dict[str, Any]:
     return json.loads((run / "status.json").read_text())
+
+
+def steps_saved(run: Path) -> list[int]:
+    """The steps of the checkpoints that are published."""
+    return [step_of(path) for path in published_in(run / "checkpoints")]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from distloop.run.checkpoint import published_in, step_of, verify
+from tests.tools import stage
 from tests.tools.ranks import REPOSITORY
-from tests.tools.records import rows, status
+from tests.tools.records import rows, run_of, status
 from tests.tools.slurm_cluster import Cluster
-from tests.tools.stopping import NOTICE, hold, let_go, run_of, waiting_run
+from tests.tools.stopping import NOTICE, waiting_run
 
 SCRIPTS = REPOSITORY / "slurm"
 GENEROUS = 150  # seconds, for anything that a job does by itself
@@ -38,11 +39,9 @@ class Job:
         self.cluster.wait_until(condition, lambda: f"{what}; {self.cluster.job(self.number)}\n{self.log}", timeout)
 
     def arrived(self, place: str, ranks: Iterable[int]) -> None:
-        """Wait until these ranks wait at the place (see tests/lab/stopping.py)."""
-        files = [self.folder / f"at-{place}-{rank}" for rank in ranks]
-        self.until(lambda: all(file.exists() for file in files), f"ranks {ranks} at {place}")
-        for file in files:
-            file.unlink()
+        """Wait until these ranks are at the place (see tests/tools/stage.py); the next attempt arrives anew."""
+        self.until(lambda: all(stage.is_there(self.folder, place, rank) for rank in ranks), f"ranks {ranks} at {place}")
+        stage.forget(self.folder, place)
 
     def wait(self, *states: str, restarts: int = 0, timeout: float = GENEROUS) -> dict[str, str]:
         return self.cluster.wait(self.number, *states, restarts=restarts, timeout=timeout)
@@ -75,7 +74,7 @@ def submit(
 
 def held_run(folder: Path, **changes: Any) -> list[str]:
     """The arguments of a run of sixty steps that waits in its fifth or seventh, and in all later ones, until let go."""
-    hold(folder, "step")
+    stage.hold(folder, "step")
     data = {"name": "tests.lab.stopping:points", "workers": 1}
     return [*waiting_run(folder, data=data, **changes), "--device", "cpu"]
 
@@ -85,14 +84,14 @@ def stopped(job: Job, restarts: int) -> int:
 
     The next attempt is held again.
     """
-    let_go(job.folder, "step")
+    stage.let_go(job.folder, "step")
     run = run_of(job.folder)
 
     def is_stopped() -> bool:
         return status(run)["state"] == "stopped" and status(run)["slurm_restart"] == restarts
 
     job.until(is_stopped, "the ranks to stop")
-    hold(job.folder, "step")
+    stage.hold(job.folder, "step")
     newest = published_in(run / "checkpoints")[-1]
     verify(newest)
     assert step_of(newest) == status(run)["step"] == rows(run, "train")[-1]["step"]

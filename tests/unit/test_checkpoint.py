@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +40,7 @@ from distloop.run.checkpoint import (
 from distloop.run.parts import contents_of, load_parts
 from distloop.run.saving import HostBuffers
 from distloop.training.optim import build_optimizer
+from tests.tools.trap import Trap
 
 FILES = (MODEL, OPTIMIZER, STATE)
 
@@ -519,16 +519,6 @@ def test_what_is_not_safetensors_is_refused(tmp_path: Path, contents: bytes | No
         path.write_bytes(contents)
     with pytest.raises(UsageError, match=rf"{path} cannot be read as safetensors"):
         load_weights(path, Net())
-
-
-class Trap:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.folder),)
 
 
 def test_code_in_an_optimizers_file_is_not_run(tmp_path: Path) -> None:

@@ -354,10 +354,6 @@ def test_a_dumped_recipe_is_read_back_equal(recipe: Path) -> None:
 # ---- the recipes -----------------------------------------------------------------------------------------------
 
 
-def test_there_are_recipes() -> None:
-    assert {"digits", "linear_regression", "imagenet"} <= {path.stem for path in RECIPES}
-
-
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads_and_is_named_after_its_file(recipe: Path) -> None:
     config = load_config(["--config", str(recipe)])

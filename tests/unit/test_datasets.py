@@ -32,7 +32,7 @@ from distloop.data.download import download_lock
 from distloop.data.loader import SeededDataset, collate_of, no_check
 from distloop.data.order import MicroBatch
 from distloop.errors import UsageError
-from tests.tools.ranks import free_port
+from tests.tools.ranks import closed_port
 
 Uint8s = NDArray[np.uint8]
 
@@ -120,9 +120,11 @@ def write_garments(root: Path) -> dict[str, Uint8s]:
 
 
 @pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FashionMNIST, "mirrors", [f"http://127.0.0.1:{free_port()}/"])
-    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{free_port()}/cifar-10-python.tar.gz")
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with closed_port() as port:
+        monkeypatch.setattr(FashionMNIST, "mirrors", [f"http://127.0.0.1:{port}/"])
+        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{port}/cifar-10-python.tar.gz")
+        yield
 
 
 @pytest.mark.usefixtures("no_network")

@@ -14,7 +14,7 @@ import pytest
 
 from distloop.run import failures
 from distloop.run.failures import FailureRecords
-from tests.tools.ranks import clean_environment
+from tests.tools.ranks import clean_environment, wait_until
 
 TABLE = [{"rank": rank, "node": "n" * 20, "pid": 7, "step": 5, "phase": "x", "line": ""} for rank in range(64)]
 
@@ -61,9 +61,12 @@ def test_where_the_ranks_are_is_written_now_and_then_until_the_end(
     records.write_ranks([{"step": 1}])
     records.write_ranks([{"step": 2}])
     assert steps() == [1] or time.monotonic() - begun > 0.2
-    time.sleep(0.21)
-    records.write_ranks([{"step": 3}])
-    assert steps() == [3]
+
+    def written() -> bool:
+        records.write_ranks([{"step": 3}])
+        return steps() == [3]
+
+    wait_until(written, "the next time")
     records.close()
     records.write_ranks([{"step": 4}])  # by a thread that has not heard of the end
     assert list(tmp_path.iterdir()) == []

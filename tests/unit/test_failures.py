@@ -69,7 +69,7 @@ def lonely(port: int, rank: int, name: str, peer: str, answers: Any) -> None:
 
 
 def meets(name: str, peer: str) -> Any:
-    context, port = ranks._context, ranks.free_port()
+    context, port = ranks.forkserver, ranks.free_port()
     ours, theirs = multiprocessing.Pipe()
     other, others = multiprocessing.Pipe()
     processes = [

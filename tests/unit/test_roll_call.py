@@ -7,7 +7,6 @@ import json
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -303,7 +302,7 @@ def test_a_rank_that_was_suspended_accuses_nobody_when_it_wakes_up(
     def sleep_once() -> None:
         if not asleep.is_set():
             asleep.set()
-            time.sleep(3)
+            calls.verdicts(without=(culprit,))  # after its limit, which is more than SUSPENDED_SECONDS
 
     monkeypatch.setattr(calls[culprit], "_note_own_place", sleep_once)
     others = calls.verdicts(without=(culprit,))

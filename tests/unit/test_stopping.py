@@ -36,7 +36,7 @@ def apart(function: Callable[..., Any], *arguments: Any, processes: int = 1) -> 
 
     Several are given their rank as the first argument.
     """
-    with ProcessPoolExecutor(processes, mp_context=ranks._context) as pool:
+    with ProcessPoolExecutor(processes, mp_context=ranks.forkserver) as pool:
         own: list[tuple[Any, ...]] = [(rank,) for rank in range(processes)] if processes > 1 else [()]
         tasks = [pool.submit(function, *first, *arguments) for first in own]
         return [task.result(60) for task in tasks]
