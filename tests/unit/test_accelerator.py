@@ -28,8 +28,14 @@ print(json.dumps([torch.get_float32_matmul_precision(), torch.is_anomaly_enabled
     [
         ([], ["highest", False, "no", False, False]),
         (
-            ["--matmul-precision", "high", "--train.detect-anomaly", "--precision", "bf16"]
-            + ["--ddp.find-unused-parameters"],
+            [
+                "--matmul-precision",
+                "high",
+                "--train.detect-anomaly",
+                "--precision",
+                "bf16",
+                "--ddp.find-unused-parameters",
+            ],
             ["high", True, "bf16", True, False],
         ),
     ],
