@@ -229,7 +229,7 @@ def test_a_usage_error_arrives_with_its_plain_message_from_a_worker_as_well(work
 class Stuck(Noisy):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if index == 7:
-            time.sleep(600)
+            time.sleep(20)
         return super().__getitem__(index)
 
 
