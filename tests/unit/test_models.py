@@ -60,7 +60,7 @@ def test_the_cnn_drops_out_as_much_as_was_asked_for() -> None:
 def test_small_images_keep_their_size_at_the_beginning_of_resnet18_small() -> None:
     model = resnet18_small(10)
     sizes: list[torch.Size] = []
-    model.layer1.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[2:]))
+    model.get_submodule("layer1").register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[2:]))
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert sizes == [(32, 32)]
 
