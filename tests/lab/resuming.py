@@ -78,6 +78,22 @@ def channels_last(input_shape: tuple[int, int, int], num_outputs: int, norm: str
     return cnn(input_shape, num_outputs, width=8, norm=norm).to(memory_format=torch.channels_last)
 
 
+class Centred(nn.Module):
+    """A linear model of inputs less their running mean: a buffer on which training depends. Each rank has its own."""
+
+    mean: torch.Tensor
+
+    def __init__(self, input_shape: tuple[int, ...], num_outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(input_shape[0], num_outputs)
+        self.register_buffer("mean", torch.zeros(input_shape))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean.lerp_(inputs.mean(0), 0.1)
+        return self.linear(inputs - self.mean)
+
+
 def stored_points(file: str) -> DataSource:
     """Inputs and targets from a file, which may change while its name does not."""
     inputs, targets = torch.load(file, weights_only=True)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
 from distloop.data.datasets import DataSource, InMemory, cifar10, digits
@@ -231,6 +232,31 @@ class NoBlackImages(Classification):
 
     def check(self, batch: Any, indices: Sequence[int]) -> None:
         raise UsageError(f"Sample {int(indices[0])} has a black corner.")
+
+
+class RecordedExchange(Classification):
+    """Writes down, for each forward pass that is trained on, whether its backward pass exchanges gradients."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def forward(self, model: nn.Module, batch: Any) -> Tensor:
+        if isinstance(model, DistributedDataParallel):
+            with open(Path(self.folder) / f"{os.environ['RANK']}", "a") as file:
+                file.write(f"{int(model.require_backward_grad_sync)} ")
+        return super().forward(model, batch)
+
+
+class HalfUsed(nn.Module):
+    """Its second layer is left out of each forward pass."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(64, num_classes), nn.Linear(64, num_classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.used(inputs.flatten(1))
 
 
 def digest(tensor: Tensor) -> str:

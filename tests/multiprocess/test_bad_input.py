@@ -99,7 +99,7 @@ MISTAKES = {
         ("model.name = 'no_such_module:net'", "no module 'no_such_module'"), {"model": "no_such_module:net"}
     ),
     "a module that does not import": Mistake(
-        ("model.name", "RuntimeError: the user's module is broken", "bad_user_code_that_fails.py, line 3"),
+        ("model.name", "RuntimeError: the user's module is broken", "raises_at_import.py, line 3"),
         {"model": "tests.lab.raises_at_import:net"},
     ),
     "no such attribute": Mistake(

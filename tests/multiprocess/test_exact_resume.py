@@ -183,6 +183,25 @@ def test_models_of_any_kind_continue_to_the_same_bits(
     check_same(tmp_path / "runs" / "stopped", tmp_path / "runs" / "whole")
 
 
+def test_all_ranks_go_on_with_the_buffers_that_were_saved_interrupted_or_not(tmp_path: Path) -> None:
+    settings = {
+        **SMALL,
+        "model": "tests.lab.resuming:Centred",
+        "schedule": "constant",
+        "batch": {"global_size": 32},
+        "checkpoint": {"every_steps": 10},
+        "validate": {"every_steps": 1000},  # so that it gives no rank the buffers of another
+        "train": {"steps": 20},
+    }
+    config = ["--config", str(write_config(tmp_path, settings))]
+    train(tmp_path, [*config, "--name", "whole"], 2).check()
+    train(tmp_path, [*config, "--name", "stopped", "--train.steps", "10"], 2).check()
+    train(tmp_path, [*config, "--name", "stopped", "--resume", "extend"], 2).check()
+    stopped, whole = (tmp_path / "runs" / name for name in ("stopped", "whole"))
+    assert losses(stopped) == losses(whole)
+    assert bits(newest(stopped) / "model.safetensors") == bits(newest(whole) / "model.safetensors")
+
+
 # ---- another number of processes -----------------------------------------------------------------------------
 
 WORLD_SIZES = (4, 2, 1, 3)

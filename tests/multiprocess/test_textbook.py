@@ -14,18 +14,23 @@ from distloop.data.order import Order
 from distloop.data.seeding import uniforms
 from distloop.training.models import mlp
 from tests.tools.ranks import train, write_config
-from tests.tools.records import largest_difference, losses, weights
+from tests.tools.records import largest_difference, losses, rows, weights
 
 STEPS, GLOBAL_BATCH, LR = 50, 64, 0.1
 
 
-def by_hand(clip_norm: float) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Digits, a small MLP and SGD with momentum in float64, with nothing of ours but the order and the draws."""
+def digits_steps_per_epoch() -> int:
+    return len(digits().train) // GLOBAL_BATCH
+
+
+def by_hand(clip_norm: float) -> tuple[list[tuple[float, float, float]], dict[str, torch.Tensor]]:
+    """Digits, a small MLP and SGD with momentum in float64, with nothing of ours but the order and the draws. Loss,
+    norm of the gradient and learning rate of each step, and the weights."""
     data = digits().train
     torch.manual_seed(0)
     model = mlp((1, 8, 8), 10, hidden=32).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
-    order, steps_per_epoch = Order(len(data), 0), len(data) // GLOBAL_BATCH
+    order, steps_per_epoch = Order(len(data), 0), digits_steps_per_epoch()
     history = []
     for step in range(STEPS):
         epoch, start = step // steps_per_epoch, step % steps_per_epoch * GLOBAL_BATCH
@@ -36,10 +41,10 @@ def by_hand(clip_norm: float) -> tuple[list[float], dict[str, torch.Tensor]]:
             group["lr"] = LR * (1 + np.cos(np.pi * step / STEPS)) / 2
         loss = functional.cross_entropy(model(inputs), targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-        history.append(loss.item())
+        history.append((loss.item(), norm.item(), group["lr"]))
     return history, dict(model.state_dict())
 
 
@@ -56,5 +61,14 @@ def test_a_run_equals_the_loop_written_by_hand(tmp_path: Path, world_size: int, 
     }
     train(tmp_path, ["--config", str(write_config(tmp_path, settings))], world_size).check()
     history, parameters = by_hand(clip_norm=0.5)
-    assert losses(tmp_path / "runs" / "run") == pytest.approx(history, rel=1e-10)
-    assert largest_difference(weights(tmp_path / "runs" / "run"), parameters) < 1e-10
+    run = tmp_path / "runs" / "run"
+    assert losses(run) == pytest.approx([loss for loss, _, _ in history], rel=1e-10)
+    assert largest_difference(weights(run), parameters) < 1e-10
+    # What a user looks at: the norm is that before clipping, the running loss begins anew with each epoch.
+    logged, epoch = rows(run, "train"), digits_steps_per_epoch()
+    assert [row["gradient_norm"] for row in logged] == pytest.approx([norm for _, norm, _ in history], rel=1e-9)
+    assert [row["lr"] for row in logged] == pytest.approx([lr for _, _, lr in history], rel=1e-12)
+    running = [np.mean([loss for loss, _, _ in history[step // epoch * epoch : step + 1]]) for step in range(STEPS)]
+    assert [row["running_loss"] for row in logged] == pytest.approx(running, rel=1e-10)
+    whole_epochs = [running[step] for step in range(epoch - 1, STEPS, epoch)]
+    assert [row["loss"] for row in rows(run, "epoch")] == pytest.approx(whole_epochs, rel=1e-10)

@@ -24,11 +24,12 @@ from tests.lab import user_code
 from tests.tools.ranks import REPOSITORY, command, train, write_config
 from tests.tools.records import largest_difference, losses, rows, weights
 
+CLIP_NORM = 0.6  # of the gradient of the mean over the tokens; some steps exceed it
 LANGUAGE = {
     "data": {"name": "tests.lab.user_code:lines", "collate": "tests.lab.user_code:pad", "workers": 0},
     "model": {"name": "tests.lab.user_code:LanguageModel", "args": {"width": 16}},
     "task": "tests.lab.user_code:NextLetter",
-    "optim": {"name": "sgd", "lr": 0.5, "momentum": 0.9, "weight_decay": 0},
+    "optim": {"name": "sgd", "lr": 0.5, "momentum": 0.9, "weight_decay": 0, "clip_norm": CLIP_NORM},
     "schedule": "constant",
     "batch": {"global_size": 16},
     "train": {"steps": 30},
@@ -92,18 +93,20 @@ def test_the_gradient_is_that_of_the_sum_of_losses_over_the_sum_of_tokens(langua
     torch.manual_seed(0)
     model = user_code.LanguageModel(len(user_code.VOCABULARY)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-    order, history, uneven = Order(len(source.train), 0), [], 0
+    order, history, uneven, clipped = Order(len(source.train), 0), [], 0, 0
     for step in range(30):
         epoch, start = step // 6, step % 6 * 16
         batch = user_code.pad([source.train[index] for index in order(epoch, start, start + 16).tolist()])
         keep = batch["targets"] != user_code.NO_TOKEN
         loss = functional.cross_entropy(model(batch["inputs"])[keep], batch["targets"][keep])
         loss.backward()
+        clipped += float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)) > CLIP_NORM
         optimizer.step()
         optimizer.zero_grad()
         history.append(loss.item())
         uneven += int(keep[:8].sum()) != int(keep[8:].sum())
     assert uneven > 20  # two ranks rarely have as many tokens as each other
+    assert 0 < clipped < 30  # clipped is what the sum over all tokens of all ranks gives, and not a part of it
     for run in language_runs.values():
         assert losses(run) == pytest.approx(history, rel=1e-10)
         assert (
@@ -307,6 +310,34 @@ def test_a_users_check_sees_the_batches_of_data_in_memory(tmp_path: Path) -> Non
     outcome = train(tmp_path, ["--config", str(write_config(tmp_path, settings))])
     assert outcome.codes == [2], outcome.output
     assert "has a black corner" in outcome.output
+
+
+# ---- what ranks exchange ---------------------------------------------------------------------------------------
+
+
+def test_ranks_exchange_gradients_once_a_step_however_many_micro_batches_it_has(tmp_path: Path) -> None:
+    settings = {
+        "model": "linear",
+        "task": {"name": "tests.lab.user_code:RecordedExchange", "args": {"folder": str(tmp_path)}},
+        "batch": {"global_size": 48, "micro_size": 8},  # three of each rank
+        "train": {"steps": 4},
+    }
+    train(tmp_path, ["--config", str(write_config(tmp_path, settings))], 2).check()
+    trial_passes = ["1", "1"]
+    assert [(tmp_path / rank).read_text().split() for rank in "01"] == [trial_passes + ["0", "0", "1"] * 4] * 2
+
+
+def test_a_model_that_leaves_parameters_out_trains_with_the_setting_for_it(tmp_path: Path) -> None:
+    settings = {"model": "tests.lab.user_code:HalfUsed", "train": {"steps": 5}, "log": {"every_steps": 1}}
+    arguments = ["--config", str(write_config(tmp_path, {**settings, "dtype": "float64"}))]
+    train(tmp_path, [*arguments, "--name", "one"]).check()
+    train(tmp_path, [*arguments, "--name", "two", "--ddp.find-unused-parameters"], 2).check()
+    one, two = (tmp_path / "runs" / name for name in ("one", "two"))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-10)
+    assert largest_difference(weights(two), weights(one)) < 1e-10
+    outcome = train(tmp_path, [*arguments, "--name", "without"], 2)
+    assert outcome.codes == [1, 1], outcome.output
+    assert "find_unused_parameters" in outcome.output
 
 
 # ---- where the code is found ---------------------------------------------------------------------------------

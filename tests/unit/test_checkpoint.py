@@ -424,6 +424,25 @@ def test_a_manifest_of_another_form_is_named_and_the_older_checkpoint_taken(tmp_
     assert MANIFEST in passed_over(tmp_path)
 
 
+def test_a_manifest_whose_own_contents_have_changed_is_named_and_the_older_checkpoint_taken(tmp_path: Path) -> None:
+    newer = saved(tmp_path, 10, 20)
+    manifest = json.loads((newer / MANIFEST).read_text())
+    (newer / MANIFEST).write_text(json.dumps({**manifest, "config_sha256": "another"}))
+    assert f"{MANIFEST} does not have the contents that were written" in passed_over(tmp_path)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(tmp_path: Path) -> None:
+    saved(tmp_path, 10, 30).rename(tmp_path / "step_00000020")
+    assert MANIFEST in passed_over(tmp_path)
+
+
+def test_a_file_of_another_size_is_told_with_both_sizes(tmp_path: Path) -> None:
+    newer = saved(tmp_path, 10, 20)
+    size = (newer / MODEL).stat().st_size
+    truncate(newer / MODEL)
+    assert f"{MODEL} has {size - 1} bytes instead of {size}" in passed_over(tmp_path)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_manifest_that_leaves_a_file_out_does_not_vouch_for_it(tmp_path: Path, name: str) -> None:
     newer = saved(tmp_path, 10, 20)

@@ -182,6 +182,24 @@ def test_a_mistake_on_another_machine_is_said_with_its_name(
     assert capsys.readouterr().err == f"\ndistloop: do this instead (rank 4 on {os.uname().nodename})\n"
 
 
+WARNS = """
+import warnings
+from distloop.ranks import talking
+talking.speak_clearly()
+for step in range(3):
+    with warnings.catch_warnings():  # after which Python's own filter would show it again
+        warnings.warn("the first", UserWarning)
+        warnings.warn("the second", UserWarning)
+"""
+
+
+@pytest.mark.parametrize(("rank", "times"), [({}, 1), ({"RANK": "0"}, 1), ({"RANK": "1"}, 0)])
+def test_a_warning_is_shown_once_for_all_steps_and_ranks(tmp_path: Path, rank: dict[str, str], times: int) -> None:
+    done = command([sys.executable, "-W", "always", "-c", WARNS], tmp_path, rank)
+    assert done.returncode == 0, done.stdout
+    assert [done.stdout.count(f"UserWarning: {text}") for text in ("the first", "the second")] == [times, times]
+
+
 @pytest.mark.parametrize("code", [0, 1, 2])
 def test_leaving_ends_the_process_with_the_code(tmp_path: Path, code: int) -> None:
     program = (

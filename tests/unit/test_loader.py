@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from distloop.data.loader import (
 from distloop.data.order import FixedBatchSampler, MicroBatch, MicroBatchSampler, Order, Part, Plan
 from distloop.data.seeding import seed_forward
 from distloop.errors import UsageError
+from distloop.ranks.leaving import kill_workers
 from distloop.ranks.places import Position
 from distloop.training.tasks import Classification, Task
 
@@ -222,6 +224,24 @@ def test_a_usage_error_arrives_with_its_plain_message_from_a_worker_as_well(work
     with pytest.raises(UsageError) as error:
         loaded(Broken(), Task(), workers, FixedBatchSampler(20, 5, 0, 1))
     assert str(error.value) == "Sample 7 is broken.\nPut another in its place."
+
+
+class Stuck(Noisy):
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index == 7:
+            time.sleep(20)
+        return super().__getitem__(index)
+
+
+def test_a_worker_that_does_not_answer_is_waited_for_as_long_as_the_config_says() -> None:
+    sampler = MicroBatchSampler(Plan(20, 4, total_steps=5), 0)
+    data = Data(workers=1, timeout_seconds=1)
+    loader = make_loader(data, DataSource(Stuck(), Stuck()), None, 0, CPU, torch.float64, Stuck(), sampler)
+    try:
+        with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
+            list(loader)
+    finally:
+        kill_workers()
 
 
 def test_a_wrong_label_is_told_with_its_index() -> None:

@@ -20,7 +20,7 @@ from distloop.tracking.wandb import process as wandb_process
 from distloop.tracking.wandb import rows as wandb_rows
 from distloop.tracking.wandb.mirror import only_mirror
 from distloop.tracking.wandb.process import WandbProcess, wandb_mode
-from distloop.tracking.wandb.rows import as_logged, parse_row
+from distloop.tracking.wandb.rows import RowReader, as_logged, parse_row
 from distloop.tracking.wandb.run import WandbRun
 from tests.tools.report_runs import write_figure
 
@@ -102,6 +102,17 @@ def test_pictures_that_cannot_be_made_cost_no_row(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("line", [b"", b"\n", b"{", b"[1]", b"null", b"\xff\xfe\n", b'"text"'])
 def test_a_damaged_line_is_an_empty_row(line: bytes) -> None:
     assert parse_row(line) == {}
+
+
+@pytest.mark.parametrize("first_row", [0, 1, 3])
+def test_rows_are_read_from_the_first_that_the_server_lacks_on(tmp_path: Path, first_row: int) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(f'{{"step": {step}}}\n' for step in range(3)))
+    reader = RowReader(file, first_row)
+    assert [row["step"] for row in reader.read()] == list(range(first_row, 3))
+    with open(file, "a") as more:
+        more.write('{"step": 3}\n{"ste')
+    assert [row["step"] for row in reader.read()] == [3]
 
 
 # ---- wandb.json --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
 from distloop.errors import RunFailed, UsageError
 from distloop.ranks import meeting
@@ -190,6 +190,33 @@ def test_another_program_at_the_port_is_said_by_rank_0_and_by_the_others(tmp_pat
     assert f"Port {other_program} of " in said
     assert "is in use by another program" in said
     assert f"Port {other_program} of 127.0.0.1 is not that of a run's rank 0" in answer
+
+
+def test_a_rank_of_a_launch_before_the_restart_is_not_taken_for_one_that_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A launcher such as torchrun keeps the store, and what was written into it, when it starts the ranks again.
+    monkeypatch.setattr(meeting, "RESULT_SECONDS", 1.0)
+    port = free_port()
+    kept = TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
+    said: dict[tuple[int, int], str] = {}
+
+    def come(rank: int, restart: int) -> None:
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(restart)}
+        try:
+            meeting.join_ranks(place, SECONDS)
+            said[rank, restart] = ""
+        except RunFailed as error:
+            said[rank, restart] = str(error)
+
+    threads = [threading.Thread(target=come, args=(rank, 0)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    come(0, 1)
+    assert (said[0, 0], said[1, 0]) == ("", "")
+    assert said[0, 1].startswith(f"Rank 1 of 2 did not come within {SECONDS} s; here are 0 (")
+    del kept
 
 
 # ---- the meeting alone ---------------------------------------------------------------------------------------

@@ -277,10 +277,20 @@ def late_worker(folder: Path, parent: int) -> None:
     time.sleep(60)
 
 
-def test_a_worker_whose_parent_died_while_it_started_ends(tmp_path: Path) -> None:
+def busy_worker(folder: Path, parent: int) -> None:
+    """A worker that is set up, and so busy with a sample that it does not look for its parent."""
+    leave_signals_to_parent()
+    (folder / "pid").write_text(str(os.getpid()))
+    wait_until(lambda: os.getppid() != parent, "the parent's death")
+    time.sleep(1)  # it is killed meanwhile
+    (folder / "survived").touch()
+
+
+@pytest.mark.parametrize("worker_of", ["late_worker", "busy_worker"])
+def test_a_worker_ends_with_its_parent_set_up_or_not(tmp_path: Path, worker_of: str) -> None:
     code = (
-        "import multiprocessing, os, pathlib, sys; from tests.unit.test_stopping import late_worker; "
-        "multiprocessing.get_context('fork').Process(target=late_worker, "
+        f"import multiprocessing, os, pathlib, sys; from tests.unit.test_stopping import {worker_of}; "
+        f"multiprocessing.get_context('fork').Process(target={worker_of}, "
         "args=(pathlib.Path(sys.argv[1]), os.getpid()), daemon=True).start(); "
         "exec('while not os.path.exists(sys.argv[1] + \"/pid\"): pass'); os.kill(os.getpid(), 9)"
     )

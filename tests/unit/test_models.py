@@ -1,0 +1,110 @@
+"""From the config's model to a module with the right weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+from distloop.config.settings import Config, Model
+from distloop.data.datasets import digits
+from distloop.errors import UsageError
+from distloop.training.models import build_model, cnn, make_model, resnet18_small
+from distloop.training.tasks import Classification
+
+CPU = torch.device("cpu")
+NAME = "squeezenet1_1"  # a small one of torchvision's
+
+
+def built(**settings: Any) -> nn.Module:
+    config = dataclasses.replace(Config(), **{"model": Model("mlp"), **settings})
+    return build_model(config, digits(), Classification(), CPU)
+
+
+def test_the_initial_weights_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(7)
+    one = built(seed=1).state_dict()
+    torch.manual_seed(8)
+    again, other = built(seed=1).state_dict(), built(seed=2).state_dict()
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["1.weight"], other["1.weight"])
+
+
+def test_the_model_is_compiled_in_place_where_the_config_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
+    plain = built()
+    assert compiled == []
+    model = built(compile=True)
+    assert compiled == [model]
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize(("norm", "kind"), [("group", nn.GroupNorm), ("batch", nn.BatchNorm2d), ("none", nn.Identity)])
+def test_the_cnn_has_the_norm_that_was_asked_for(norm: str, kind: type[nn.Module]) -> None:
+    model = cnn((1, 8, 8), 10, width=8, norm=norm)
+    assert sum(isinstance(module, kind) for module in model.modules()) == 4
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_the_cnn_drops_out_as_much_as_was_asked_for() -> None:
+    (dropout,) = [module for module in cnn((1, 8, 8), 10, dropout=0.3).modules() if isinstance(module, nn.Dropout)]
+    assert dropout.p == 0.3
+
+
+def test_small_images_keep_their_size_at_the_beginning_of_resnet18_small() -> None:
+    model = resnet18_small(10)
+    sizes: list[torch.Size] = []
+    model.get_submodule("layer1").register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[2:]))
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert sizes == [(32, 32)]
+
+
+# ---- pretrained ------------------------------------------------------------------------------------------------
+
+
+def pretend_weights(monkeypatch: pytest.MonkeyPatch, state: dict[str, Tensor] | OSError) -> None:
+    """Let torchvision give this state, or fail as a download does, instead of downloading weights."""
+
+    def get_state_dict(check_hash: bool) -> dict[str, Tensor]:
+        assert check_hash
+        if isinstance(state, OSError):
+            raise state
+        return state
+
+    default = SimpleNamespace(get_state_dict=get_state_dict, url="https://example.invalid/weights.pth")
+    monkeypatch.setattr(models, "get_model_weights", lambda name: SimpleNamespace(DEFAULT=default))
+
+
+def test_pretrained_weights_are_taken_but_for_a_head_of_another_shape(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    state = {name: torch.full_like(tensor, 0.5) for name, tensor in models.get_model(NAME).state_dict().items()}
+    pretend_weights(monkeypatch, state)
+    model = make_model(Model(NAME, pretrained=True), {"num_classes": 3}).state_dict()
+    fresh = [name for name in model if not torch.equal(model[name], torch.full_like(model[name], 0.5))]
+    assert fresh == ["classifier.1.weight", "classifier.1.bias"]
+    assert model["classifier.1.weight"].shape[0] == 3
+
+
+def test_without_pretrained_no_weights_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_weights(monkeypatch, OSError("asked"))
+    make_model(Model(NAME), {"num_classes": 3})
+
+
+def test_weights_that_cannot_be_downloaded_are_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    pretend_weights(monkeypatch, OSError("no route to host"))
+    with pytest.raises(UsageError, match=r"no route to host.*https://example\.invalid/weights\.pth.*pretrained: false"):
+        make_model(Model(NAME, pretrained=True), {"num_classes": 3})
+
+
+def test_models_without_pretrained_weights_say_so() -> None:
+    with pytest.raises(UsageError, match="there are no weights for 'mlp'"):
+        make_model(Model("mlp", pretrained=True), {"input_shape": (8,), "num_outputs": 3})
