@@ -223,9 +223,10 @@ def test_mistakes_in_the_file_and_on_the_command_line_are_told_together_each_wit
     file = tmp_path / "run.yaml"
     file.write_text("seed: -1\noptim: {lr: 0, eps: 1}\nmodel: {nam: x}\n")
     with pytest.raises(UsageError) as refusal:
-        load_config(["--config", str(file), "--optim.lr", "x", "--sead", "1"])
+        load_config(["--config", str(file), "--optim.lr", "x", "--sead", "1", "--batch", "x"])
     places = {line.split(" = ")[0] for line in str(refusal.value).splitlines()}
-    assert places == {f"{file}: seed", "command line: optim.lr", f"{file}: model.nam", "command line: sead"}
+    on_command_line = {f"command line: {key}" for key in ("optim.lr", "sead", "batch.name")}
+    assert places == {f"{file}: seed", f"{file}: model.nam", *on_command_line}
 
 
 def test_help_has_the_values_of_file_and_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

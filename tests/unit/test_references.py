@@ -104,6 +104,9 @@ def test_the_file_may_be_named_by_a_variable(file: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("RECIPE", str(file))
     config = load_config(["--config", "env:RECIPE"])
     assert (config.name, config.seed, recorded(config)["config"]) == ("run", 7, "env:RECIPE")
+    file.write_text("seed: -1")
+    with pytest.raises(UsageError, match=r"^env:RECIPE: seed = -1: input should be"):
+        load_config(["--config", "env:RECIPE"])
 
 
 @pytest.mark.parametrize(
