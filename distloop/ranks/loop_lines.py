@@ -27,6 +27,7 @@ class LoopLines:
         self.code = code
         self._comparable: dict[int, int] | None = None if compares else {}  # read from the source when first needed
         self._lines: dict[int, LoopLine] = {0: LoopLine()}
+        self._reading = threading.Lock()  # ast.parse in two threads at once can raise SystemError in Python 3.11
 
     def of_main_thread(self) -> LoopLine:
         """The main thread's line of the function; an empty one outside of it. Any thread may ask."""
@@ -43,9 +44,10 @@ class LoopLines:
         return self._line(trace.tb_lineno or 0 if trace is not None else 0)
 
     def _line(self, number: int) -> LoopLine:
-        if self._comparable is None:
-            source = "".join(linecache.getlines(self.code.co_filename))
-            self._comparable = comparable_lines(source, self.code.co_firstlineno)
+        with self._reading:
+            if self._comparable is None:
+                source = "".join(linecache.getlines(self.code.co_filename))
+                self._comparable = comparable_lines(source, self.code.co_firstlineno)
         if number not in self._lines:  # a thread asks four times a second, and clean_text takes its time
             source_line = linecache.getline(self.code.co_filename, number).partition("  # ")[0].strip()
             text = f"{os.path.basename(self.code.co_filename)}:{number} {clean_text(source_line)}".strip()

@@ -104,6 +104,7 @@ class Watch:
         self._first_interrupt: float | None = None
         self.failing = False  # leave_within() has set a time limit
         self._interrupted = False  # by a second Ctrl-C
+        self._raised = False  # KeyboardInterrupt, in the main thread
         self._leave: tuple[float, int, str | None] | None = None  # when the process ends, exit code, why it failed
         self._wakeup, write = os.pipe()
         os.set_blocking(write, False)
@@ -162,7 +163,8 @@ class Watch:
 
     def _in_main_thread(self, number: int, frame: object) -> None:
         """Python's signal handler. It may run late; the thread has read the signal before."""
-        if number == signal.SIGINT and self._interrupted:
+        if number == signal.SIGINT and self._interrupted and not self._raised:
+            self._raised = True  # once: further ones would interrupt what closes the run
             raise KeyboardInterrupt
 
     def _interrupt(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import os
@@ -279,6 +280,22 @@ def test_a_second_ctrl_c_two_seconds_later_ends_at_once(
     send(ranks, signal.SIGINT)
     await_notice(ranks)
     press_again(ranks, range(world_size))
+    check_ended_at_once(tmp_path, ranks, arguments)
+
+
+def test_ctrl_c_pressed_on_and_on_ends_as_the_second_one_does(tmp_path: Path) -> None:
+    arguments = waiting_run(tmp_path)
+    ranks = Ranks(tmp_path, arguments)
+    wait_until((run_of(tmp_path) / "checkpoints" / "step_00000003").exists, "a checkpoint")
+    stage.hold(tmp_path, "step")
+    stage.arrived(tmp_path, "step")
+    send(ranks, signal.SIGINT)
+    await_notice(ranks)
+    press_again(ranks, [0])
+    while ranks.processes[0].is_alive():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(ranks.processes[0].pid or 0, signal.SIGINT)
+        time.sleep(0.01)  # as a keyboard repeats a key that is held down, only faster
     check_ended_at_once(tmp_path, ranks, arguments)
 
 

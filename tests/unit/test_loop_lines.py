@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from distloop.ranks import loop_lines
 from distloop.ranks.loop_lines import LoopLine, LoopLines, comparable_lines
 from distloop.ranks.places import Position
 
@@ -228,3 +230,24 @@ def test_an_error_from_elsewhere_changes_no_line() -> None:
     seen: list[LoopLine] = []
     loop(position, seen)
     assert seen[0].number == FIRST + 1
+
+
+def test_one_thread_at_a_time_reads_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The roll call's thread and the main thread may ask first at the same moment; ast.parse is not made for that."""
+    both = threading.Barrier(2)
+    met = []
+
+    def parsed(source: str, first_line: int) -> dict[int, int]:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(timeout=0.5)
+            met.append(threading.current_thread())
+        return {}
+
+    monkeypatch.setattr(loop_lines, "comparable_lines", parsed)
+    lines = LoopLines(test_one_thread_at_a_time_reads_the_source.__code__)
+    threads = [threading.Thread(target=lines.of_main_thread) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not met

@@ -361,8 +361,8 @@ def test_the_ranks_of_a_world_that_changes_each_keep_their_memory(tmp_path: Path
 
 def test_several_runs_are_ranked_beside_what_differs(comparison: str) -> None:
     table = words(section_of(comparison, "Ranking"))
-    assert table.startswith("# run data.args.shift model.name optim.lr state")
-    better, worse, new = f"1 better {EVIL} mlp 0.02", f"2 worse {EVIL} mlp 0.1", "– new – cnn 0.5"
+    assert table.startswith("# run optim.lr data.args.shift model.name state")
+    better, worse, new = f"1 better 0.02 {EVIL} mlp", f"2 worse 0.1 {EVIL} mlp", "– new 0.5 – cnn"
     assert table.index(better) < table.index(worse) < table.index(new)
     assert "failed 0.8 400 0.1624 0.8 400 / 1,000 3:20 80.0 % 1003" in table
     assert section_of(comparison, "Curves").count("<svg") == 5
