@@ -6,7 +6,10 @@ fail() {
 }
 
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$home/.venv/bin/accelerate" ]; then
+# The active environment counts. If there is none, or conda's base, which is often active by itself: the .venv here.
+active=${VIRTUAL_ENV:-}
+if [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then active=$CONDA_DEFAULT_ENV; fi
+if [ -z "$active" ] && [ -x "$home/.venv/bin/accelerate" ]; then
   PATH=$home/.venv/bin:$PATH # made by `make train`, or by you
 fi
 command -v accelerate >/dev/null ||

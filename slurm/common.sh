@@ -2,11 +2,11 @@
 # What the sbatch scripts of this folder share. Not submitted by itself.
 
 # ---- your environment: the one place to set it up -------------------------------------------------------------
+python=()
 # module load cuda/12.8
 # source /path/to/venv/bin/activate
+# source /path/to/miniconda3/etc/profile.d/conda.sh && conda activate NAME
 # python=(apptainer exec --nv --bind "$PWD" /path/to/image.sif python)
-python=(python)
-if [ -x "$home/.venv/bin/python" ]; then python=("$home/.venv/bin/python"); fi # made by `make train`, or by you
 
 # Nodes often have no internet: W&B, if tracking.wandb asks for it, writes into the run directory. Afterwards, where
 # there is some: distloop sync runs/NAME
@@ -15,6 +15,14 @@ export WANDB_MODE=${WANDB_MODE:-offline}
 # DISTLOOP_STAGE=/shared/imagenet.tar (or a folder) is copied to each node's own disk first, and read from there.
 stage_to=${DISTLOOP_STAGE_TO:-${TMPDIR:-/tmp}/distloop-$SLURM_JOB_ID}
 # ---------------------------------------------------------------------------------------------------------------
+
+# The active environment counts, also that in which you submit. If there is none, or conda's base: the .venv here.
+active=${VIRTUAL_ENV:-}
+if [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then active=$CONDA_DEFAULT_ENV; fi
+if [ ${#python[@]} = 0 ]; then
+  python=(python)
+  if [ -z "$active" ] && [ -x "$home/.venv/bin/python" ]; then python=("$home/.venv/bin/python"); fi
+fi
 
 export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} # a checkout need not be installed
 

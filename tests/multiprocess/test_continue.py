@@ -112,6 +112,27 @@ def test_resume_never_moves_the_old_run_aside(tmp_path: Path) -> None:
     assert status(tmp_path / "runs" / "run")["attempt"] == 1
 
 
+def test_a_requeued_job_with_resume_never_moves_aside_what_others_have_trained_only(tmp_path: Path) -> None:
+    arguments = [*small(tmp_path), "--resume", "never"]
+
+    def start(job: str, restart: int) -> list[str]:
+        train(tmp_path, arguments, environment={"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restart)}).check()
+        return sorted(path.name for path in (tmp_path / "runs").iterdir())
+
+    assert start("7", 0) == ["run"]
+    assert start("7", 1) == ["run"]  # else it would begin anew after each time limit
+    assert start("8", 1) == ["run", "run.old-1"]  # it was requeued before it had begun the run
+    assert start("8", 0) == ["run", "run.old-1", "run.old-2"]
+
+
+def test_resume_never_is_refused_in_a_restart_by_the_launcher(tmp_path: Path) -> None:
+    train(tmp_path, small(tmp_path)).check()
+    again = train(tmp_path, [*small(tmp_path), "--resume", "never"], environment={"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert again.codes == [2]
+    assert "--resume never in restart 1 of the launcher" in again.output
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run"]
+
+
 def test_resume_extend_continues_and_records_the_change(tmp_path: Path) -> None:
     train(tmp_path, small(tmp_path)).check()
     run = tmp_path / "runs" / "run"

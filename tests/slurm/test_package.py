@@ -45,7 +45,7 @@ def test_the_projects_own_loop_is_trained_with_the_environment_beside_it(
 ) -> None:
     project = installed.project(tmp_path / "project")
     (project / ".venv").symlink_to(installed.folder)
-    variables = {"PYTHONPATH": "", "TRAIN": "my_train.py"}  # active are the tests' own Python and checkout
+    variables = {"PYTHONPATH": "", "TRAIN": "my_train.py", "VIRTUAL_ENV": ""}  # first on PATH is the tests' own Python
     log = submit(cluster, project, variables, *TRAIN_MINE).ends()
     installed.check_imported(log, 2)
     assert (project / "runs" / "mine" / "loop.py").read_bytes() == (project / "my_train.py").read_bytes()

@@ -59,7 +59,8 @@ def script_and_ranks_are_signalled(job: Job) -> None:
 
 def test_three_warnings_later_the_run_is_whole_and_no_step_was_done_twice(signalled: Cluster, tmp_path: Path) -> None:
     arguments = held_run(tmp_path)
-    job = submit(signalled, tmp_path, "multi_node", *arguments)
+    # This job's own run is not what --resume never moves aside.
+    job = submit(signalled, tmp_path, "multi_node", *arguments, "--resume", "never")
     saved = [0]
     warnings = (script_and_ranks_are_signalled, all_ranks_are_signalled, time_is_short)
     for attempt, warn in enumerate(warnings):

@@ -185,11 +185,18 @@ def test_the_environment_beside_the_scripts_is_taken_unless_one_is_active(projec
     for program in ("accelerate", "python"):
         (project / ".venv" / "bin" / program).write_text("#!/bin/bash\necho $0 >>taken\n")
         (project / ".venv" / "bin" / program).chmod(0o755)
-    assert launch(project, "debug.sh", scripts=project / "launch").launched
-    assert not (project / "taken").exists()
-    launch(project, "debug.sh", variables={"VIRTUAL_ENV": ""}, scripts=project / "launch")
     programs = [str(project / ".venv" / "bin" / program) for program in ("python", "accelerate")]
-    assert (project / "taken").read_text().splitlines() == programs
+    active: list[tuple[dict[str, str], bool]] = [
+        ({}, False),  # Launch has VIRTUAL_ENV
+        ({"VIRTUAL_ENV": "", "CONDA_DEFAULT_ENV": "mine"}, False),
+        ({"VIRTUAL_ENV": ""}, True),
+        ({"VIRTUAL_ENV": "", "CONDA_DEFAULT_ENV": "base"}, True),
+    ]
+    for variables, taken in active:
+        launch(project, "debug.sh", variables=variables, scripts=project / "launch")
+        lines = (project / "taken").read_text().splitlines() if (project / "taken").exists() else []
+        assert lines == (programs if taken else []), variables
+        (project / "taken").unlink(missing_ok=True)
 
 
 def test_all_gpus_of_the_machine_get_a_process_each(tmp_path: Path) -> None:
