@@ -12,6 +12,7 @@ from distloop.commands.copy import PACKAGE, copy_of, write
 from distloop.errors import RunFailed, UsageError
 
 LOOP = "my_train.py"
+SUFFIXES = {".yaml", ".sh", ".sbatch", ".md", ".py"}  # of what is written
 # What is written, by its name in the folder: whole folders of the repository, all that its folder examples/ has,
 # and a copy of the loop.
 WRITTEN = {
@@ -57,7 +58,7 @@ def project() -> dict[Path, str]:
     for folder in ("configs", "launch", "slurm", "examples"):
         base = origin / folder if folder == "examples" else origin
         for file in sorted((origin / folder).rglob("*")):
-            if file.is_file() and "__pycache__" not in file.parts:  # pip compiles what it installs
+            if file.is_file() and file.suffix in SUFFIXES:  # not what pip compiles or an editor leaves
                 texts[file.relative_to(base)] = file.read_text(encoding="utf-8")
     texts[Path(LOOP)] = copy_of((PACKAGE / "train.py").read_text(encoding="utf-8"), LOOP)
     if absent := WRITTEN.keys() - {place.parts[0] for place in texts}:
@@ -74,7 +75,7 @@ def check(folder: Path, texts: dict[Path, str]) -> None:
             raise UsageError(f"{path} is there, and no folder: name another, such as my_project.")
     there = [place for place in texts if os.path.lexists(folder / place)]
     parents = {parent for place in texts for parent in place.parents}
-    there += [place for place in parents if os.path.lexists(folder / place) and not (folder / place).is_dir()]
+    there += [place for place in parents if place != Path() and _is_in_the_way(folder / place)]
     other = "distloop init my_project writes to another folder"
     if len(there) == len(texts):
         raise UsageError(f"{folder.resolve()} has all that is written here: it stays as it is. {other}.")
@@ -84,6 +85,11 @@ def check(folder: Path, texts: dict[Path, str]) -> None:
             f"Nothing was written: in {folder.resolve()} there are already {names}. {other}, from which you can take "
             "what you need."
         )
+
+
+def _is_in_the_way(place: Path) -> bool:
+    """True unless a folder is or can be there: a link may lead to another project."""
+    return os.path.lexists(place) and (place.is_symlink() or not place.is_dir())
 
 
 def write_all(folder: Path, texts: dict[Path, str]) -> None:

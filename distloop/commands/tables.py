@@ -57,14 +57,13 @@ def table(columns: Sequence[Column]) -> tuple[str, list[Column]]:
         padded = [_plain_column([column.title, *column.cells], column.align_right) for column in columns]
         return "\n".join((" " * GAP).join(cells).rstrip() for cells in zip(*padded, strict=True)), []
     from rich.cells import cell_len
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     def least_width(column: Column) -> int:
         return min(column.least_width, max(map(cell_len, [column.title, *column.cells])))
 
-    console = Console()
+    console = _console()
     shown = fitting(columns, console.width, least_width)
     fills = any(column.overflow == "fill" for column in shown)
     rich_table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="bold", expand=fills)
@@ -108,12 +107,11 @@ def entries(rows: Iterable[Entry]) -> str:
             for head, row in zip(heads, clean, strict=True)
             for index, line in enumerate([*row.text.splitlines(), *_printable_lines(row.commands).splitlines()])
         )
-    from rich.console import Console
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    console = _console()
     titles = [Text.assemble(*row.head) for row in clean]
     head_width = min(console.width // 3, max(head.cell_len for head in titles))
     indent = 6 if console.width < NARROW else 2 + head_width + GAP
@@ -138,6 +136,14 @@ def _printable_lines(text: str) -> str:
 def _plain_column(cells: list[str], align_right: bool = False) -> list[str]:
     width = max(map(len, cells))
     return [f"{cell:{'>' if align_right else '<'}{width}}" for cell in cells]
+
+
+def _console() -> Console:
+    """rich's view of the terminal, also of one that says it has no columns."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.width else Console(width=80)
 
 
 def _drawn(console: Console, *parts: RenderableType) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from distloop.config.settings import Text, types_of_settings
+from distloop.config.settings import SECTIONS, Text, types_of_settings
 from distloop.config.yaml_text import parse_yaml
 from distloop.errors import UsageError
 
@@ -46,7 +46,10 @@ def read_command_line(words: list[str]) -> list[Given]:
             texts.append(queue.popleft())
         if not texts and kind not in (None, bool) and not takes_many:
             raise UsageError(f"command line: {flag} needs a value.")
-        given.append(Given(key, _value(key, kind, texts)))
+        value = _value(key, kind, texts)
+        if key in SECTIONS and isinstance(value, dict):  # it would replace the whole section of the file
+            raise UsageError(f"command line: {flag} is a section: give its settings one by one, as {flag}.NAME VALUE.")
+        given.append(Given(key, value))
     return given
 
 

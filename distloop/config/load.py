@@ -115,7 +115,8 @@ def dump_without_secrets(config: Config) -> str:
 def check(config: Config) -> None:
     """Raise UsageError for settings that do not go together."""
     if masked := masked_keys(recorded(config)):
-        options = dict.fromkeys("--" + ".".join(key.split(".")[:3]) for key in masked)  # --data.args.KEY at most
+        settings = (".".join(key.split(".")[:3]) for key in masked)  # data.args.KEY at most
+        options = dict.fromkeys(f"--{key.replace('_', '-')}" for key in settings)
         raise UsageError(
             f"In place of {', '.join(masked)} the config has {MASK}, as a run's copy of it does where a value looks "
             f"like a secret. Give what is meant with {', '.join(options)}, or use your own config file."

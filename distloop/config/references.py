@@ -11,6 +11,7 @@ from typing import Any
 from distloop.errors import UsageError
 
 REFERENCE = re.compile(r"env:([A-Za-z_][A-Za-z0-9_]*)")
+MEANT = re.compile(r"env:\S+")  # without a space: not the beginning of a sentence
 
 
 class FromEnvironment(str):
@@ -28,8 +29,8 @@ class FromEnvironment(str):
     def __repr__(self) -> str:
         return repr(self.reference)
 
-    def __getnewargs__(self) -> tuple[str]:  # of str it is the value
-        return (self.reference,)
+    def __reduce__(self) -> tuple[Any, ...]:  # of str it holds the value
+        return FromEnvironment, (self.reference,)
 
     def __deepcopy__(self, memo: object) -> FromEnvironment:
         return self
@@ -43,6 +44,8 @@ def read_environment(value: Any, key: str = "") -> Any:
     if isinstance(value, list):
         return [read_environment(inner, key) for inner in value]
     if not isinstance(value, str) or not (found := REFERENCE.fullmatch(value)):
+        if isinstance(value, str) and MEANT.fullmatch(value):
+            raise UsageError(f"{key} = {value!r}: env:NAME stands alone, and a NAME has letters, digits and _ only.")
         return value
     if found[1] not in os.environ:
         raise UsageError(f"{key} = {value!r}: there is no environment variable {found[1]}. Set it, and export it.")

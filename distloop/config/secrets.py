@@ -45,14 +45,21 @@ CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # auth:make_data is a ca
 
 # The secrets among the settings of this process. Global, since any exception's message may contain one.
 _remembered: set[str] = set()
+# What user code got from env:NAME under names that are not those of secrets. It may be a secret or an ordinary word, so
+# that it is masked in messages alone: in a config or in source code a masked word would change what that says.
+_from_environment: set[str] = set()
 
 
 def remember_secrets(settings: Any) -> None:
-    """Mask the secrets of these settings, and what is from the environment, in all texts from now on. Not those of
-    fewer than 8 characters, nor ordinary words (`key: filename`), which other texts contain, too."""
+    """Mask the secrets of these settings in all texts from now on, and in messages what user code gets from the
+    environment. Not those of fewer than 8 characters, nor ordinary words (`key: filename`), which other texts contain,
+    too."""
     for key, value in _leaves(settings):
         if isinstance(value, FromEnvironment):
-            _remembered.update([str(value), *value.splitlines()])
+            if secrecy(key) or secrecy(value.reference):
+                _remembered.update([str(value), *value.splitlines()])
+            elif ".args." in key or key.startswith("own."):
+                _from_environment.update([str(value), *value.splitlines()])
         elif value is None or clean_mapping(value, key, {}) != MASK:
             continue
         elif secrecy(key) == "strong" or not re.fullmatch("[a-z_]+", str(value)):
@@ -62,6 +69,12 @@ def remember_secrets(settings: Any) -> None:
 def clean_text(text: str, environ: Mapping[str, str] = os.environ, commits: bool = False) -> str:
     """`text` with *** for each secret. `commits`: 40 hexadecimal digits are a commit of git, not a key of W&B."""
     return clean_named(_clean_unnamed(text, environ, commits))
+
+
+def clean_message(text: str) -> str:
+    """A message or traceback, which may quote any setting, with *** for each secret and for what user code got from the
+    environment."""
+    return clean_named(_clean_unnamed(text, os.environ, messages=True))
 
 
 def clean_mapping(value: Any, name: str = "", environ: Mapping[str, str] = os.environ) -> Any:
@@ -147,16 +160,17 @@ def _clean_value(word: str, flag: str, environ: Mapping[str, str]) -> str:
     return clean_text(word, environ) if cleaned == value else dump_yaml(cleaned, in_one_line=True).strip()
 
 
-def _clean_unnamed(text: str, environ: Mapping[str, str], commits: bool = False) -> str:
+def _clean_unnamed(text: str, environ: Mapping[str, str], commits: bool = False, messages: bool = False) -> str:
     """`text` with *** for the secrets of this process and all that has the shape of one."""
-    values = set(_remembered)
+    values = _remembered | _from_environment if messages else set(_remembered)
     for name, value in environ.items():
         if secrecy(name) and name not in NOT_SECRET_VARIABLES:
             values |= {value, *value.splitlines()}
     values = {value.strip() for value in values if len(value.strip()) >= SHORTEST and value.strip(" *")}
-    forms = set(values)  # a value itself, and its forms in a URL, in a repr and in JSON
+    forms = set(values)  # a value itself, and its forms in a URL, in a repr, also that of its bytes, and in JSON
     for value in values:
         forms |= {urllib.parse.quote(value, safe=""), repr(value)[1:-1], json.dumps(value)[1:-1]}
+        forms.add(repr(value.encode(errors="surrogateescape"))[2:-1])
     for form in sorted(forms, key=len, reverse=True):
         text = text.replace(form, MASK)
     text = IN_URL.sub(f"{MASK}@", SHAPES.sub(MASK, text))

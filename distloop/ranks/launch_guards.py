@@ -19,6 +19,8 @@ class Launch(NamedTuple):
     processes: int
     multi_gpu: bool
     script: str
+    is_module: bool = False
+    """The script is a module's name: -m distloop.train."""
 
 
 def launcher_uses_cpu(environ: Mapping[str, str]) -> bool:
@@ -66,7 +68,8 @@ def launched_by() -> Launch | None:
         output = io.StringIO()  # not for the user
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words[first_argument:]))
-        return Launch(int(arguments.num_processes), bool(arguments.multi_gpu), str(arguments.training_script))
+        script, is_module = str(arguments.training_script), bool(arguments.module)
+        return Launch(int(arguments.num_processes), bool(arguments.multi_gpu), script, is_module)
     except (Exception, SystemExit):  # a parent that may not be read; another launcher or version of Accelerate
         return None
 
@@ -130,7 +133,9 @@ def check_world(world_size: int, environ: Mapping[str, str], expected: int | Non
 def right_commands(launch: Launch | None, processes: int | None = None) -> str:
     """The command lines that start `processes` ranks, for a message; by default as many as were asked for."""
     count = processes or (launch.processes if launch else 1)
-    script = shlex.quote(launch.script) if launch else own_file() or "distloop/train.py"
+    script = own_file() or "-m distloop.train"
+    if launch:
+        script = f"{'-m ' * launch.is_module}{shlex.quote(launch.script)}"
     if count == 1:
         return f"One process: python {script} …"
     common = (

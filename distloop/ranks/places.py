@@ -10,7 +10,7 @@ import types
 from dataclasses import dataclass, field
 from typing import Any
 
-from distloop.config.secrets import clean_text
+from distloop.config.secrets import clean_message
 from distloop.ranks.loop_lines import LoopLine, LoopLines
 
 
@@ -106,4 +106,4 @@ class Place:
 def main_thread_stack() -> str:
     """Where the main thread is, as in a traceback, without secrets. Any thread may ask."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    return clean_text("".join(traceback.format_stack(frame))) if frame is not None else ""
+    return clean_message("".join(traceback.format_stack(frame))) if frame is not None else ""

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from distloop.config.secrets import clean_text
+from distloop.config.secrets import clean_message
 from distloop.errors import RunFailed, UsageError
 from distloop.ranks.places import Place
 
@@ -88,9 +88,9 @@ def _slowest_and_fastest(places: Sequence[Place]) -> tuple[Place, Place]:
 def describe_error(error: BaseException) -> tuple[str, str, str]:
     """(kind, what, trace) of an End, for an error that a rank has met; kind: mistake, known, failed, consequence."""
     if isinstance(error, UsageError):
-        return "mistake", clean_text(str(error)), ""
+        return "mistake", clean_message(str(error)), ""
     if isinstance(error, RunFailed):
-        return "known", clean_text(str(error)), ""
+        return "known", clean_message(str(error)), ""
     if isinstance(error, SystemExit):
         what = f"it left with sys.exit({error.code!r}) before the run was done"
     else:
@@ -99,7 +99,7 @@ def describe_error(error: BaseException) -> tuple[str, str, str]:
             name = f"{type(error).__name__}: "
             what = f"{name}{what.rsplit(name, 1)[-1]} (in a loader worker)"
     trace = "".join(traceback.format_exception(error))
-    return ("consequence" if is_consequence(error) else "failed"), clean_text(what), clean_text(trace)
+    return ("consequence" if is_consequence(error) else "failed"), clean_message(what), clean_message(trace)
 
 
 def is_consequence(error: BaseException) -> bool:

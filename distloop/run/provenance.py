@@ -115,12 +115,14 @@ def _git(folder: Path, arguments: tuple[str, ...], limit: int, until: float) -> 
         return None
     timer = threading.Timer(max(0.0, until - time.monotonic()), _kill_group, [git.pid])
     timer.start()
-    with git:  # waits for its end
-        assert git.stdout is not None
-        output = git.stdout.read(limit + 1)
-        if len(output) > limit:
-            _kill_group(git.pid)
-    timer.cancel()
+    try:
+        with git:  # waits for its end
+            assert git.stdout is not None
+            output = git.stdout.read(limit + 1)
+            if len(output) > limit:
+                _kill_group(git.pid)
+    finally:
+        timer.cancel()  # its number may soon be another process's
     return output.decode(errors="replace") if len(output) > limit or git.returncode == 0 else None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distloop.config.secrets import clean_text
+from distloop.config.secrets import clean_message
 from distloop.config.settings import Checkpoint
 from distloop.errors import RunFailed
 from distloop.ranks.stopping import StopReason, Watch
@@ -139,7 +139,7 @@ class Saver:
             self.failure = f"The checkpoint of step {step} could not be written to {self.folder}: {reason}. {last}"
             stop = self.settings.on_failure == "stop"
             then = "Stopping (checkpoint.on_failure)." if stop else "The next save tries again."
-            self.watch.say(f"WARNING: {clean_text(self.failure)} {then}")
+            self.watch.say(f"WARNING: {clean_message(self.failure)} {then}")
             if stop:
                 self.watch.ask(StopReason.SAVE_FAILED)
         finally:

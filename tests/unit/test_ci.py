@@ -7,8 +7,10 @@ import re
 import shlex
 import shutil
 import tomllib
+from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.tools.ranks import REPOSITORY, command
@@ -50,3 +52,23 @@ def test_the_versions_of_python_are_those_that_the_package_names() -> None:
     assert versions == [f"3.{minor}" for minor in named]
     assert project["requires-python"] == f">={versions[0]}"
     assert "${{ matrix.python }}" in JOB["container"]["image"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "rest", "fails"),
+    [(0, 0, False), (1, 0, True), (0, 1, True), (0, 5, False), (5, 0, False), (5, 5, True), (2, 5, True)],
+)
+def test_make_test_runs_both_parts_and_fails_if_one_does(tmp_path: Path, unit: int, rest: int, fails: bool) -> None:
+    """5 is pytest's code for no test: PYTEST_ADDOPTS="-k usage" may select tests of one part alone."""
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$@" >>parts\ncase "$*" in *--ignore*) exit {rest} ;; *) exit {unit} ;; esac\n')
+    python.chmod(0o755)
+    for name in ("pyproject.toml", ".venv/installed", ".venv/installed-dev"):  # in the order in which they are made
+        (tmp_path / name).touch()
+    done = command(["make", "test"], tmp_path)
+    assert (done.returncode != 0) == fails, done.stdout
+    first, second = (tmp_path / "parts").read_text().splitlines()
+    assert first.endswith("tests/unit")
+    assert second.endswith("--ignore tests/unit")

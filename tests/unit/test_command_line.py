@@ -195,6 +195,7 @@ def test_the_words_of_a_command_line_change_what_the_file_says(
             "data.workers = -1: input should be greater than or equal to 0 or input should be 'auto'",
         ),
         ("--optim.name SGD", "optim.name = 'SGD': input should be 'sgd', 'adam' or 'adamw'"),
+        ("--train '{steps: 20}'", "--train is a section: give its settings one by one, as --train.NAME VALUE."),
         ("--compile maybe", "compile = 'maybe': input should be a valid boolean"),
         ("--optim.betas 0.9", "optim.betas = [0.9]: field required"),
         ("--optim.betas 0.1 0.2 0.3", "optim.betas = [0.1, 0.2, 0.3]: tuple should have at most 2 items"),

@@ -178,3 +178,12 @@ def test_the_command_imports_neither_torch_nor_the_loop(here: Path) -> None:
     done = command([sys.executable, "-c", program, "init", "mine"], here)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout
     assert (here / "mine" / "mine.py").exists()
+
+
+def test_a_folder_that_is_a_link_is_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "configs").symlink_to("../elsewhere")
+    assert init.main([str(tmp_path / "mine")]) == 2
+    assert "there are already configs" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == []

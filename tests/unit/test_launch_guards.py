@@ -91,6 +91,7 @@ def test_the_launchers_own_arguments_are_found_in_a_command_line(words: list[str
             ["accelerate", "launch", "--cpu", "--num_processes", "2", "train.py", "--optim.lr", "1"],
             Launch(2, False, "train.py"),
         ),
+        (["accelerate", "launch", "-m", "distloop.train", "--optim.lr", "1"], Launch(0, False, "distloop.train", True)),
         (["accelerate", "launch", "--no_such_option", "train.py"], None),
         (["something", "else"], None),
     ],
@@ -211,9 +212,10 @@ def test_the_right_commands_start_so_many_processes_of_the_users_script() -> Non
     assert "ACCELERATE_USE_CPU=true" in cpu
     assert "ACCELERATE_USE_CPU" not in gpu
     assert "--num_processes 3" in right_commands(THREE)
-    assert right_commands(None, 1) == "One process: python distloop/train.py …"
-    assert right_commands(None) == "One process: python distloop/train.py …"
-    assert "distloop/train.py" in right_commands(None, 2)
+    assert right_commands(None, 1) == "One process: python -m distloop.train …"
+    assert right_commands(None) == "One process: python -m distloop.train …"
+    assert right_commands(Launch(1, False, "distloop.train", True)) == "One process: python -m distloop.train …"
+    assert right_commands(None, 2).count(" -m distloop.train …") == 2
 
 
 @pytest.mark.parametrize(
@@ -238,4 +240,4 @@ def test_the_right_commands_are_ones_that_accelerate_reads_as_meant() -> None:
         words = line.rpartition("accelerate launch ")[2].split()
         arguments = launch_command_parser().parse_args(words)
         assert (arguments.num_processes, arguments.multi_gpu, arguments.num_machines) == (2, True, 1)
-        assert arguments.training_script == "distloop/train.py"
+        assert (arguments.module, arguments.training_script) == (True, "distloop.train")

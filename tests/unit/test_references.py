@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from distloop.config import secrets as redaction
 from distloop.config.comparison import differences, flatten, training_hash
 from distloop.config.load import config_from_mapping, dump, dump_without_secrets, load_config
 from distloop.config.references import FromEnvironment, recorded
-from distloop.config.secrets import clean_command, clean_mapping, clean_text
+from distloop.config.secrets import clean_command, clean_mapping, clean_message, clean_text
 from distloop.config.yaml_text import dump_yaml, parse_yaml
 from distloop.errors import UsageError
 
@@ -33,7 +34,8 @@ FILE: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redaction, "_remembered", set())
+    for name in ("_remembered", "_from_environment"):
+        monkeypatch.setattr(redaction, name, set())
     values = {"SOMEWHERE": VALUE, "SEED": "7", "COMPILE": "true", "PRECISION": "bf16", "MODEL": "mlp", "RATE": "0.25"}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
@@ -74,7 +76,8 @@ def test_recorded_is_the_name_of_text_and_the_value_of_what_trains(file: Path) -
     for text in (repr(config), str(config), str(flatten(config)), str(dataclasses.asdict(config.data))):
         assert VALUE not in text
         assert "env:SOMEWHERE" in text
-    assert VALUE.encode() not in pickle.dumps(config)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert VALUE.encode() not in pickle.dumps(config, protocol)
     for again in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), copy.copy(config)):
         assert again == config
         assert recorded(again) == recorded(config)
@@ -89,8 +92,7 @@ def test_recorded_is_the_name_of_text_and_the_value_of_what_trains(file: Path) -
         (["--data.args", "{x: env:SOMEWHERE}"], VALUE),
         (["--data.args.x", "[env:SOMEWHERE]"], [VALUE]),
         (["--data.args.x", "env:SEED"], "7"),
-        (["--data.args.x", "env:1"], "env:1"),
-        (["--data.args.x", "env:SOMEWHERE/x"], "env:SOMEWHERE/x"),
+        (["--data.args.x", "'env: 1 and 2'"], "env: 1 and 2"),
         (["--data.args.x", "xenv:SOMEWHERE"], "xenv:SOMEWHERE"),
         (["--data.args.x", "env: SOMEWHERE"], {"env": "SOMEWHERE"}),
         (["--data.args.x", "env:"], {"env": None}),
@@ -98,6 +100,14 @@ def test_recorded_is_the_name_of_text_and_the_value_of_what_trains(file: Path) -
 )
 def test_the_command_line_takes_it_too_and_only_as_the_whole_value(words: list[str], value: Any) -> None:
     assert load_config(words).data.args == {"x": value}
+
+
+@pytest.mark.parametrize("value", ["env:1", "env:SOMEWHERE/x", "env:MY-TOKEN"])
+def test_a_variable_amid_other_text_is_refused_not_taken_literally(value: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"data.args.x = {value!r}: env:NAME stands alone")):
+        load_config(["--data.args.x", value])
+    with pytest.raises(UsageError, match=re.escape(f"runs_dir = {value!r}: env:NAME stands alone")):
+        load_config(["--runs-dir", value])
 
 
 def test_the_file_may_be_named_by_a_variable(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,14 +180,43 @@ def test_the_copy_of_the_config_starts_a_run_with_what_the_variable_has_then(
         load_config(["--config", str(copied)])
 
 
-def test_the_value_is_masked_in_all_texts_whatever_the_setting_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_user_code_gets_is_masked_in_messages_whatever_the_setting_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     text = f"cannot open {VALUE}/x as ordinary"
-    assert clean_text(text, {}) == text
+    assert clean_message(text) == text
     monkeypatch.setenv("WORD", "ordinary")
     monkeypatch.setenv("LINES", "the first line\nthe second line")
     load_config(["--data.args.place", "env:SOMEWHERE", "--data.args.list", "[env:WORD, env:LINES]"])
-    assert clean_text(text, {}) == "cannot open ***/x as ***"
-    assert clean_text("+the first line\n+the second line", {}) == "+***\n+***"
+    assert clean_message(text) == "cannot open ***/x as ***"
+    assert clean_message("+the first line\n+the second line") == "+***\n+***"
+    assert clean_message(f"{VALUE.encode()!r}") == "b'***'"
+
+
+def test_other_settings_and_sources_with_the_same_words_are_recorded_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a resume would not see that such a setting has changed, and the recorded loop would not be one."""
+    monkeypatch.setenv("WORD", "constant")
+    words = ["--tracking.group", "env:WORD", "--data.args.x", "env:WORD", "--schedule", "constant"]
+    config = load_config(words)
+    assert config_from_mapping(parse_yaml(dump_without_secrets(config)), "") == dataclasses.replace(
+        config,
+        tracking=dataclasses.replace(config.tracking, group="env:WORD"),
+        data=dataclasses.replace(config.data, args={"x": "env:WORD"}),
+    )
+    assert clean_text("from training.constant import rate") == "from training.constant import rate"
+    other = load_config([*words, "--schedule", "cosine"])
+    assert training_hash(config) != training_hash(other)
+
+
+def test_a_value_is_masked_everywhere_if_its_variable_or_setting_has_a_secrets_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PLACE", "a value of mine")
+    monkeypatch.setenv("MY_TOKEN", "another value of mine")
+    load_config(["--data.args.password", "env:PLACE", "--data.args.x", "env:MY_TOKEN"])
+    assert clean_text("a value of mine, another value of mine", {}) == "***, ***"
 
 
 @pytest.mark.parametrize(

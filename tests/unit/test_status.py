@@ -23,6 +23,7 @@ import pytest
 from rich.cells import cell_len
 
 from distloop.commands import reading as runs
+from distloop.commands import tables
 from distloop.commands.reading import read_run
 from distloop.commands.status import main
 from distloop.run import checkpoint
@@ -569,3 +570,11 @@ def test_checkpoints_are_found_as_training_finds_them(tmp_path: Path) -> None:
         (run / "checkpoints" / name).mkdir()
     found = checkpoint.published_in(run / "checkpoints")
     assert runs.checkpoint_steps(run) == [checkpoint.step_of(path) for path in found] == [40, 100, 100000000]
+
+
+def test_a_terminal_that_says_it_has_no_columns_still_gets_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    text, left_out = tables.table([tables.Column("run", ["digits"]), tables.Column("step", ["440"], align_right=True)])
+    assert "digits" in text
+    assert left_out == []
