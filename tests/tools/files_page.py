@@ -21,8 +21,8 @@ HEAD = """\
 - To change it: [CONTRIBUTING.md](../CONTRIBUTING.md) says how to set up, test and write
 - To find a test or a helper of the tests: [tests/README.md](../tests/README.md)
 
-A room of the package imports only from itself and from rooms before it: errors < config < ranks < data, run < training,
-tracking < train < commands. `tests/unit/test_rooms.py` holds this, and how long things may be.
+A package of the code imports only from itself and from those before it: errors < config < ranks < data, run < training,
+tracking < train < commands. `tests/unit/test_rooms.py` checks this, and how long things may be.
 
 This page is generated from the first sentence of each file: `python -m tests.tools.files_page`.
 
