@@ -321,23 +321,22 @@ def test_thinning_keeps_spikes_gaps_ends_and_means(tmp_path: Path) -> None:
     assert (metrics.rows, metrics.damaged, metrics.last_step) == (20_000, 0, 19_999)
 
 
-def test_a_long_file_is_read_in_little_time_and_without_holding_its_rows(tmp_path: Path) -> None:
+def test_a_long_file_is_read_without_holding_its_rows(tmp_path: Path) -> None:
     line = json.dumps(train_row(5)) + "\n"
     (tmp_path / "metrics.jsonl").write_text(line * 100_000)  # 35 MB; its rows would take 150 MB
     program = (
-        "import sys, time; from pathlib import Path; from distloop.commands.report.curves import read_metrics\n"
+        "import sys; from pathlib import Path; from distloop.commands.report.curves import read_metrics\n"
         "use = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) // 1024\n"
-        "before, began = use(), time.process_time()\n"
+        "before = use()\n"
         "metrics = read_metrics(Path(sys.argv[1]))\n"
-        "print(metrics.rows, use() - before, round(1000 * (time.process_time() - began)))"
+        "print(metrics.rows, use() - before)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, cwd=REPOSITORY, check=True
     )
-    rows, mebibytes, milliseconds = map(int, done.stdout.split())
+    rows, mebibytes = map(int, done.stdout.split())
     assert rows == 100_000
     assert mebibytes < 60
-    assert milliseconds < 1000  # 10 s of CPU for a million rows; it takes about a third of that
 
 
 def test_a_row_that_is_valid_json_is_read_whatever_it_holds(tmp_path: Path) -> None:
