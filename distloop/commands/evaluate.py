@@ -89,7 +89,8 @@ def config_of(path: Path, arguments: list[str], quiet: bool) -> Config:
         raise UsageError(f"{path} is no folder: name a run's, or that of one of its checkpoints.")
     if not files and "--config" not in arguments:
         raise UsageError(f"{path} lies in no run's folder, where its {CONFIG} would be: give it with --config FILE.")
-    config = load_config(arguments if "--config" in arguments else ["--config", str(files[0]), *arguments], quiet)
+    arguments = arguments if "--config" in arguments else ["--config", str(files[0]), *arguments]
+    config = load_config(arguments, quiet, unused=("name", "runs_dir", "tracking"))
     # Weights come from the checkpoint.
     return dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False))
 

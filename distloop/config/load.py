@@ -26,17 +26,20 @@ COMMAND_LINE = "command line"
 ALTERNATIVES = (("train.epochs", "train.steps"), ("validate.every_epochs", "validate.every_steps"))
 
 
-def load_config(arguments: list[str], quiet: bool = False, own: Mapping[str, Any] | None = None) -> Config:
+def load_config(
+    arguments: list[str], quiet: bool = False, own: Mapping[str, Any] | None = None, unused: Sequence[str] = ()
+) -> Config:
     """The config of a command line such as ["--config", "configs/digits.yaml", "--optim.lr", "0.1"].
 
     `own`: the settings that a loop declares; None: any are taken. With --help among the arguments, print what the
-    settings are, unless `quiet` since another rank does, and leave with code 0. Raises UsageError for any mistake.
+    settings are, unless `quiet` since another rank does, and leave with code 0. `unused`: settings and sections of the
+    file that the command has no use for, so that their variables need not be set. Raises UsageError for any mistake.
     """
     wants_help = not HELP.isdisjoint(arguments)
     given = read_command_line([word for word in arguments if word not in HELP])
     file = read_environment({key: value for key, value in given if key == "config"}).get("config")
     source = recorded(file) or COMMAND_LINE
-    settings: dict[str, Any] = read_yaml(Path(file)) if file else {}
+    settings = {key: value for key, value in (read_yaml(Path(file)) if file else {}).items() if key not in unused}
     _choose_alternatives(settings, given)
     for key, value in given:
         _put(settings, key, value, source)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from distloop.commands import evaluate
 from distloop.config import secrets as redaction
 from distloop.config.comparison import differences, flatten, training_hash
 from distloop.config.load import config_from_mapping, dump, dump_without_secrets, load_config
@@ -305,3 +306,14 @@ def test_it_is_text_for_those_who_use_it() -> None:
     assert isinstance(text, str)
     assert (text, len(text), text + "x", f"{text}", text in {VALUE}) == (VALUE, len(VALUE), f"{VALUE}x", VALUE, True)
     assert type(text + "") is str
+
+
+def test_evaluate_needs_the_variables_that_it_uses_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A colleague evaluates a run whose W&B team and folder are named by variables."""
+    (tmp_path / "config.yaml").write_text(
+        "runs_dir: env:NOWHERE\ntracking: {entity: env:NOWHERE}\ndata: {args: {x: env:SOMEWHERE}}\n"
+    )
+    assert evaluate.config_of(tmp_path, [], quiet=True).data.args == {"x": VALUE}
+    monkeypatch.delenv("SOMEWHERE")
+    with pytest.raises(UsageError, match="no environment variable SOMEWHERE"):
+        evaluate.config_of(tmp_path, [], quiet=True)
