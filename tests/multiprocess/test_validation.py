@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distloop.training.tasks import Classification
 from tests.tools.ranks import train, write_config
-from tests.tools.records import found, rows
+from tests.tools.records import found, largest_difference, losses, rows, weights
 
 
 def validations(tmp_path: Path, world_size: int, arguments: list[str]) -> list[dict[str, float]]:
@@ -47,6 +47,19 @@ def test_the_numbers_do_not_depend_on_the_number_of_ranks(tmp_path: Path, batch_
         for mistake, expected in zip(found["mistakes"], expected_details["mistakes"], strict=True):
             assert mistake == {**expected, "confidence": pytest.approx(expected["confidence"], abs=2e-6)}
         assert found == {**expected_details, "mistakes": found["mistakes"]}
+
+
+def test_how_often_a_run_is_validated_changes_nothing_that_is_trained(tmp_path: Path) -> None:
+    # Dropout and BatchNorm train otherwise than they are validated.
+    model = {"name": "cnn", "args": {"norm": "batch", "dropout": 0.3, "width": 4}}
+    settings = {"data": "digits", "model": model, "batch": {"global_size": 48}, "train": {"steps": 12}}
+    arguments = ["--config", str(write_config(tmp_path, {**settings, "log": {"every_steps": 1}}))]
+    for every in ("3", "12"):
+        train(tmp_path, [*arguments, "--validate.every-steps", every, "--name", every]).check()
+    often, seldom = tmp_path / "runs" / "3", tmp_path / "runs" / "12"
+    assert (len(rows(often, "validate")), len(rows(seldom, "validate"))) == (4, 1)
+    assert losses(often) == losses(seldom)
+    assert largest_difference(weights(often), weights(seldom)) == 0
 
 
 class AlwaysSure(Classification):
