@@ -127,9 +127,11 @@ def test_settings_and_commands_that_a_page_names_exist(page: Path) -> None:
 def test_the_messages_that_are_explained_are_said() -> None:
     page = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
     said = "\n".join(
-        path.read_text() for folder in ("distloop", "slurm") for path in (REPOSITORY / folder).rglob("*.*y*")
+        path.read_text()
+        for folder in ("distloop", "slurm")
+        for path in (REPOSITORY / folder).rglob("*")
+        if path.suffix in (".py", ".sh")
     )
-    said += (REPOSITORY / "slurm" / "common.sh").read_text()
     messages = re.findall(r"^\| ([^|`]+?) \|", page, re.MULTILINE)[1:]
     assert len(messages) > 10
     for message in messages:
