@@ -132,12 +132,13 @@ def test_the_folder_and_the_name_of_a_run_may_be_from_the_environment(
     words = ["--runs-dir", "env:FOLDER", "--name", "env:WHO"]
     start(project, *words, FOLDER="all", WHO="mine-1").check()
     assert "name: env:WHO\nruns_dir: env:FOLDER\n" in (project / "all" / "mine-1" / "config.yaml").read_text()
-    for name, value in {**VALUES, "FOLDER": "all", "WHO": "mine-1"}.items():
+    for name, value in VALUES.items():
         monkeypatch.setenv(name, value)
-    assert config_of(project / "all" / "mine-1", [], True).name == "mine-1"
+    config_of(project / "all" / "mine-1", [], True)  # evaluate needs neither folder nor name
     asked = "JobId=7 JobState=RUNNING"
     requeue = [sys.executable, "-m", "distloop.commands.requeue", "answer", "--config", "run.yaml", *words]
-    done = command(["bash", "-c", f"echo '{asked}' | {' '.join(requeue)}"], project, {**os.environ, "RATE": "1"})
+    variables = {**os.environ, "RATE": "1", "FOLDER": "all", "WHO": "mine-1"}
+    done = command(["bash", "-c", f"echo '{asked}' | {' '.join(requeue)}"], project, variables)
     assert (done.returncode, done.stdout) == (3, "")
 
 
