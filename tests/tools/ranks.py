@@ -78,10 +78,10 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment without what a launcher or scheduler around the tests may have put there."""
+    """The environment without what a launcher, a scheduler or pytest around the tests may have put there."""
     prefixes = ("SLURM_", "ACCELERATE_", "PET_", "TORCHELASTIC_")
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    names = (*ranks, "TORCH_CPP_LOG_LEVEL")
+    names = (*ranks, "TORCH_CPP_LOG_LEVEL", "PYTEST_ADDOPTS")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(prefixes) and k not in names}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
 
