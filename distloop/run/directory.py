@@ -25,11 +25,10 @@ def open_directory(
     config: Config, lock: RunLock, status: RunStatus, world_size: int, dataset: dict[str, Any], loop: LoopSource | None
 ) -> Start:
     """Create, or find and continue, the run's directory; rank 0 only. `dataset`: the training data's fingerprint.
-    The setting `--resume never` moves a run of this name aside, but not what this start has trained itself before Slurm
-    requeued it. Else a finished run is left as it is, and another run
-    continues from its newest good checkpoint. Without one it begins, with --init-from from those weights. Changes
-    nothing before it holds the lock. Raises UsageError if the directory is in use, has a run that trains differently,
-    or cannot be written."""
+    The setting `--resume never` moves a run of this name aside, but not one that this Slurm job has begun itself before
+    it was requeued. Else a finished run is left as it is, and another run continues from its newest good checkpoint.
+    Without one it begins, with --init-from from those weights. Changes nothing before it holds the lock. Raises
+    UsageError if the directory is in use, has a run that trains differently, or cannot be written."""
     path = path_of(config)
     if config.resume == "never" and _is_restart(path):
         config = dataclasses.replace(config, resume="auto")
@@ -74,9 +73,9 @@ def _is_restart(path: Path) -> bool:
             f"--resume never in restart {restarts} of the launcher would move aside what this launch has trained. "
             "Start again without --resume never: that continues the run."
         )
-    job = os.environ.get("SLURM_JOB_ID")
-    begun_by = read_json(path / files.STATUS).get("slurm_job") if job else None
-    return job is not None and begun_by == job and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    if not int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+        return False
+    return read_json(path / files.STATUS).get("slurm_job") == os.environ.get("SLURM_JOB_ID", "")
 
 
 def _own(path: Path, config: Config, lock: RunLock, weights: Path | None) -> tuple[Path | None, list[str]]:
