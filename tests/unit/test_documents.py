@@ -23,7 +23,7 @@ DOCS = [page for page in PAGES if page.parent != REPOSITORY]
 LANGUAGES = {"sh", "text", "python", "yaml", "bash", "diff"}
 # What excuses a block of commands from being run. Each new one is a decision.
 NEEDS = {"two machines", "the archive", "an account at W&B", "8 GB of free memory and some minutes", "some minutes"}
-NEEDS |= {"conda", "internet"}
+NEEDS |= {"conda", "internet", "a GPU"}
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 by_name = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
