@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -115,6 +116,13 @@ def row(output: str, part: str) -> str:
     return found
 
 
+def is_gone(child: Path) -> bool:
+    """Whether the process whose number is in the file has ended; who inherits it may take a moment to say so."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(child.read_text())).wait(10)
+    return not psutil.pid_exists(int(child.read_text()))
+
+
 # ---- one fails, the others run ---------------------------------------------------------------------------------------
 
 
@@ -153,9 +161,9 @@ def test_whatever_a_part_does_the_others_run_and_all_stand_in_table_and_file_wit
     assert "good: test_with_figures\n  step  1.5" in done.stdout
     assert max(map(len, done.stdout.split("\n\nAll of it")[0].splitlines())) <= 120
     out = parts.parent / "out"
-    assert not psutil.pid_exists(int((out / "child").read_text())), "in a session of its own, but of the part"
+    assert is_gone(out / "child"), "in a session of its own, but of the part"
     log = (out / "chattering.log").read_bytes()
-    assert log.endswith(b"words without an end\n" * 100)
+    assert b"words without an end\n" * 100 in log[-3000:]
     assert len(log) <= LOG_BYTES
 
 
@@ -203,7 +211,7 @@ def test_who_stops_it_has_the_table_of_what_was_found(parts: Path, number: signa
     assert "stopped in test_for_ever" in row(output, "blocking")
     assert "stopped before it began" in row(output, "chattering")
     assert "Traceback" not in output
-    assert not psutil.pid_exists(int(child.read_text()))
+    assert is_gone(child)
 
 
 def python_with(folder: Path, torch: str) -> str:
