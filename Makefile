@@ -1,13 +1,15 @@
 # make train                                     set up .venv and train the default recipe
 # make train CONFIG=configs/x.yaml PROCS=2 ARGS='--optim.lr 0.1'
 # make test | test-all | lint
+# make gpu                                       run the GPU parts here: ARGS='--only figures --minutes 3'
+# make gpu-kit GPU_PYTHON=3.12 GPU_HAS=list.txt  pack gpu-kit/ for a machine without a package index
 PYTHON ?= python3
 CONFIG ?= configs/digits.yaml
 PROCS  ?= 1
 ARGS   ?=
 
 BIN := .venv/bin
-SHELL_SCRIPTS := launch/*.sh slurm/*.sbatch slurm/common.sh .ci/run .ci/wheel
+SHELL_SCRIPTS := launch/*.sh slurm/*.sbatch slurm/common.sh tests/gpu/run.sh .ci/run .ci/wheel
 # One process: a GPU if there is one; without a launcher, which would end at Ctrl-C before the run has saved.
 # Several: as many GPUs, or that many processes on the CPU.
 SEVERAL := $(BIN)/accelerate launch --quiet --num_machines 1 --main_process_port 0 --mixed_precision no \
@@ -16,7 +18,7 @@ LAUNCH   = $(if $(filter 1,$(PROCS)),$(BIN)/python,$(SEVERAL))
 # Accelerate starts several processes without a GPU only when it is told so.
 CPU      = $(BIN)/python -c 'import torch; print("false" if torch.cuda.is_available() else "true")'
 
-.PHONY: train test test-all lint setup
+.PHONY: train test test-all lint setup gpu gpu-kit
 
 train: .venv/installed
 	ACCELERATE_USE_CPU=$$($(CPU)) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(getconf _NPROCESSORS_ONLN) + $(PROCS) - 1) / $(PROCS) ))} \
@@ -36,6 +38,13 @@ in_two_parts = trap 'exit 130' INT; first=0 second=0; \
   $(BIN)/python -m pytest $(1) -n logical tests/unit || first=$$?; \
   $(BIN)/python -m pytest $(1) --ignore tests/unit || second=$$?; \
   case $$first$$second in 00 | 05 | 50) ;; *) exit 1 ;; esac
+
+gpu:
+	bash tests/gpu/run.sh $(ARGS)
+
+# GPU_PYTHON: that machine's Python; GPU_HAS: its `pip freeze`. Default: this Python, and torch alone.
+gpu-kit: .venv/installed-dev
+	$(BIN)/python -m tests.gpu.kit $(if $(GPU_PYTHON),--python $(GPU_PYTHON)) $(if $(GPU_HAS),--has $(GPU_HAS))
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -6,9 +6,7 @@ import gzip
 import hashlib
 import multiprocessing
 import os
-import pickle
 import re
-import struct
 import subprocess
 import sys
 import threading
@@ -21,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets import CIFAR10, FashionMNIST
 
@@ -32,10 +29,8 @@ from distloop.data.download import download_lock
 from distloop.data.loader import SeededDataset, collate_of, no_check
 from distloop.data.order import MicroBatch
 from distloop.errors import UsageError
+from tests.tools.image_files import Uint8s, accept_cifar10, garments, idx_file, write_cifar10, write_garments
 from tests.tools.ranks import closed_port
-
-Uint8s = NDArray[np.uint8]
-
 
 # ---- embedded ------------------------------------------------------------------------------------------------
 
@@ -94,29 +89,6 @@ def test_diabetes_is_353_and_89_rows_standardised_by_the_training_rows() -> None
 
 
 # ---- Fashion-MNIST -------------------------------------------------------------------------------------------
-
-
-def idx_file(array: Uint8s) -> bytes:
-    """The format of MNIST's files: 0, 0, type (8: unsigned byte), dimensions, sizes, bytes."""
-    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
-
-
-def garments(train: int = 30, test: int = 20) -> dict[str, Uint8s]:
-    generator = np.random.default_rng(0)
-    arrays: dict[str, Uint8s] = {}
-    for half, samples in (("train", train), ("t10k", test)):
-        arrays[f"{half}-images-idx3-ubyte"] = generator.integers(0, 256, (samples, 28, 28), dtype=np.uint8)
-        arrays[f"{half}-labels-idx1-ubyte"] = (np.arange(samples) % 10).astype(np.uint8)
-    return arrays
-
-
-def write_garments(root: Path) -> dict[str, Uint8s]:
-    folder = root / "FashionMNIST" / "raw"
-    folder.mkdir(parents=True)
-    arrays = garments()
-    for name, array in arrays.items():
-        (folder / name).write_bytes(idx_file(array))
-    return arrays
 
 
 @pytest.fixture
@@ -314,30 +286,16 @@ def test_a_download_with_another_checksum_is_refused(
 # ---- CIFAR-10 ------------------------------------------------------------------------------------------------
 
 
-def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch, samples: int = 4) -> Uint8s:
-    """Batches of `samples` images in the real format, with their checksums; the pixels, [6 samples, 3072]."""
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    names = [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
-    pixels = np.random.default_rng(0).integers(0, 256, (len(names) * samples, 3072), dtype=np.uint8)
-    md5s = {}
-    for position, name in enumerate(names):
-        part = slice(position * samples, (position + 1) * samples)
-        labels = [index % 10 for index in range(part.start, part.stop)]
-        content = pickle.dumps({"data": pixels[part], "labels": labels, "batch_label": name}, protocol=2)
-        (folder / name).write_bytes(content)
-        md5s[name] = hashlib.md5(content).hexdigest()
-    content = pickle.dumps({"label_names": ["airplane", *(f"class {number}" for number in range(1, 10))]}, protocol=2)
-    (folder / "batches.meta").write_bytes(content)
-    monkeypatch.setattr(CIFAR10, "train_list", [[name, md5s[name]] for name in names[:5]])
-    monkeypatch.setattr(CIFAR10, "test_list", [[name, md5s[name]] for name in names[5:]])
-    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": hashlib.md5(content).hexdigest()})
-    return pixels
+@pytest.fixture
+def pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Uint8s:
+    """CIFAR-10 with four images in each file, in tmp_path; their pixels, [24, 3072]."""
+    written = write_cifar10(tmp_path)
+    accept_cifar10(tmp_path, monkeypatch.setattr)
+    return written
 
 
 @pytest.mark.usefixtures("no_network")
-def test_cifar10_on_the_disk_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels = write_cifar10(tmp_path, monkeypatch)
+def test_cifar10_on_the_disk_needs_no_network(tmp_path: Path, pixels: Uint8s) -> None:
     source = load_data(Data("cifar10", root=str(tmp_path)))
     images = torch.from_numpy(pixels).reshape(-1, 3, 32, 32)
     assert torch.equal(source.train.inputs, images[:20])
@@ -348,9 +306,8 @@ def test_cifar10_on_the_disk_needs_no_network(tmp_path: Path, monkeypatch: pytes
     assert (source.train.pad, source.train.flip, source.validation.draws) == (4, True, 0)
 
 
-@pytest.mark.usefixtures("no_network")
-def test_a_damaged_cifar10_file_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_cifar10(tmp_path, monkeypatch)
+@pytest.mark.usefixtures("no_network", "pixels")
+def test_a_damaged_cifar10_file_is_explained(tmp_path: Path) -> None:
     file = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UsageError, match=f"not complete in {file.parent}"):

@@ -1,0 +1,87 @@
+"""The data of the GPU parts: the kit's files, or what makes them where there is no kit.
+
+$GPU_DATA is the kit's folder data/; run.sh sets it. scikit-learn, from which distloop's digits and diabetes come, is
+not in the kit.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distloop.data.datasets import DataSource, InMemory, cifar10, diabetes, digits
+from tests.tools.image_files import accept_cifar10, write_cifar10, write_garments
+
+HALVES = ("train", "validation")
+
+
+def packed_digits(shift: int = 1) -> DataSource:
+    """distloop's digits(shift), bit for bit, from the kit's file."""
+    return unpack("digits.npz", shift) or digits(shift)
+
+
+def packed_diabetes() -> DataSource:
+    """distloop's diabetes(), bit for bit, from the kit's file."""
+    return unpack("diabetes.npz") or diabetes()
+
+
+def packed_images(scratch: Path) -> Path:
+    """The root of a small Fashion-MNIST (300 + 100 images) and a small CIFAR-10 (5 × 60 + 60), in their real formats.
+
+    Where there is no kit they are written to `scratch`, unless they are there. CIFAR-10 is read by written_cifar10.
+    """
+    if "GPU_DATA" in os.environ:
+        return Path(os.environ["GPU_DATA"])
+    if not (scratch / "FashionMNIST").exists():
+        write_images(scratch)
+    return scratch
+
+
+def write_images(folder: Path) -> None:
+    write_garments(folder, 300, 100)
+    write_cifar10(folder, 60)
+
+
+def write_full_cifar10(folder: Path) -> None:
+    """Random images in the format and of the size of CIFAR-10: 50,000 + 10,000, 184 MB, in about a second."""
+    write_cifar10(folder, 10_000)
+
+
+def written_cifar10(root: str, pad: int = 4, flip: bool = True) -> DataSource:
+    """distloop's cifar10 from files that were written here. For a config: data.name, with data.root."""
+    accept_cifar10(Path(root))
+    return cifar10(root, False, pad, flip)
+
+
+def write_packed(folder: Path) -> None:
+    """Write what the kit has in data/."""
+    pack(folder / "digits.npz", digits())
+    pack(folder / "diabetes.npz", diabetes())
+    write_images(folder)
+
+
+def pack(path: Path, source: DataSource) -> None:
+    arrays: dict[str, Any] = {}
+    for half in HALVES:
+        for name in ("inputs", "targets"):
+            arrays[f"{half}_{name}"] = getattr(getattr(source, half), name).numpy()
+    for name in ("classes", "mean", "std"):
+        if (value := getattr(source, name)) is not None:
+            arrays[name] = np.array(value)
+    np.savez_compressed(path, **arrays)
+
+
+def unpack(name: str, pad: int = 0) -> DataSource | None:
+    """The data in a file of the kit, the training half shifted by up to `pad` pixels; None where there is no kit."""
+    if "GPU_DATA" not in os.environ:
+        return None
+    with np.load(Path(os.environ["GPU_DATA"]) / name) as file:
+        train, validation = (
+            [torch.from_numpy(file[f"{half}_{kind}"]) for kind in ("inputs", "targets")] for half in HALVES
+        )
+        about = [tuple(file[one].tolist()) if one in file else None for one in ("classes", "mean", "std")]
+    return DataSource(InMemory(*train, pad=pad), InMemory(*validation), *about)

@@ -1,0 +1,122 @@
+"""Run the parts of tests/gpu on this machine's card, each a process of its own with a limit of its own.
+
+    bash tests/gpu/run.sh [--device cuda|cpu] [--only PART …] [--minutes M] [--out DIR]
+
+A part that fails, crashes, hangs or misses a library keeps no other from running; it stands in the table and in
+DIR/gpu_results.json, with the reason. The exit code is 0 if all passed, 1 if not, 2 if they cannot run here.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from tests.gpu.parts import Part, Running
+from tests.gpu.report import machine, table
+
+# The parts in their order, and their shares of the time; what one leaves over goes to those after it.
+SHARES = {"training": 20, "resume": 15, "policies": 10, "start": 15, "syncs": 5, "doctor": 5}
+# What these find is how long something takes: they run alone, and have all the time that is left.
+ALONE = {"figures": 25, "profile": 5}
+BESIDE, CPUS_FOR_IT = 3, 12  # so many of the others run beside each other, on so many CPUs
+MINUTES = {"cuda": 5.0, "cpu": 15.0}
+
+
+def run(
+    parts: list[Part], arguments: argparse.Namespace, scratch: Path, write: Callable[[], None], stop: threading.Event
+) -> None:
+    """Run the parts to their ends or limits, or until `stop` is set. write() after each."""
+    until = time.time() + 60 * arguments.minutes
+    beside = BESIDE if len(os.sched_getaffinity(0)) >= CPUS_FOR_IT else 1
+    waiting, running = list(parts), list[Running]()
+    while (waiting or running) and not stop.wait(0.05):
+        for one in [one for one in running if one.is_over()]:
+            running.remove(one)
+            one.end()
+            write()
+        if waiting and may_begin(waiting[0], running, beside):
+            part, left = waiting.pop(0), until - time.time()
+            file = arguments.parts / f"test_{part.name}.py"
+            if not file.exists():
+                part.state, part.why = "missing", f"{file} is not there"
+            elif left < 1:
+                part.why = f"the {arguments.minutes:g} minutes were over"
+            else:
+                limit = left * share_of(part, [*waiting, *(one.part for one in running)], beside)
+                running.append(Running(part, file, arguments.device, arguments.out, scratch, limit))
+            write()
+    for one in running:
+        one.end(stopped=True)
+    for part in waiting:
+        part.why = "stopped before it began"
+    write()
+
+
+def may_begin(part: Part, running: list[Running], beside: int) -> bool:
+    alone = part.name in ALONE or any(one.part.name in ALONE for one in running)
+    return len(running) < (1 if alone else beside)
+
+
+def share_of(part: Part, unfinished: list[Part], beside: int) -> float:
+    """How much of the time that is left `part` may take at most; `unfinished`: the other parts."""
+    shares = {**SHARES, **ALONE}
+    # Beside each other, parts take longer, and less than half as long together: each may take twice its share.
+    own = shares.get(part.name, 10) * (2 if beside > 1 and part.name in SHARES else 1)
+    return own / (own + sum(shares.get(other.name, 10) for other in unfinished))
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="run.sh", description="Run the GPU parts and say what came of each.")
+    parser.add_argument("--device", choices=MINUTES, default="cuda")
+    parser.add_argument("--only", nargs="+", metavar="PART", help=f"some of {', '.join([*SHARES, *ALONE])}")
+    parser.add_argument("--minutes", type=float, help="for all parts together; default: 5 on a GPU, 15 on the CPU")
+    parser.add_argument("--out", type=Path, default=Path("gpu_results"), metavar="DIR", help="default: gpu_results")
+    parser.add_argument("--parts", type=Path, default=Path(__file__).parent, help=argparse.SUPPRESS)  # for tests
+    arguments = parser.parse_args()
+    arguments.out, arguments.parts = arguments.out.resolve(), arguments.parts.resolve()
+    arguments.minutes = arguments.minutes or MINUTES[arguments.device]
+    own = [path.stem.removeprefix("test_") for path in sorted(arguments.parts.glob("test_*.py"))]
+    names = dict.fromkeys([*SHARES, *(name for name in own if name not in ALONE), *ALONE])
+    if unknown := [name for name in arguments.only or [] if name not in names]:
+        parser.error(f"no part {unknown[0]!r}; there are {', '.join(names)}")
+    arguments.names = [name for name in names if name in (arguments.only or [*SHARES, *ALONE])]
+    return arguments
+
+
+def main() -> int:
+    arguments = read_arguments()
+    facts = machine(arguments.device)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    parts = [Part(name) for name in arguments.names]
+    path = arguments.out / "gpu_results.json"
+
+    def write() -> None:
+        results = {**facts, "minutes": arguments.minutes, "parts": {part.name: asdict(part) for part in parts}}
+        aside = path.with_suffix(".new")
+        aside.write_text(json.dumps(results, indent=1))
+        aside.replace(path)
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with tempfile.TemporaryDirectory(prefix="distloop-gpu-", ignore_cleanup_errors=True) as scratch:
+        run(parts, arguments, Path(scratch), write, stop)
+    print(table(json.loads(path.read_text())))
+    print(f"\nAll of it: {path}. What each part printed: {arguments.out}/PART.log")
+    return 0 if all(part.state in ("passed", "skipped") for part in parts) else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    finally:
+        if packages := os.environ.get("GPU_PACKAGES"):  # into which run.sh has installed the kit's wheels
+            shutil.rmtree(packages, ignore_errors=True)
