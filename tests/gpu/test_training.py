@@ -8,29 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from distloop.run.checkpoint import newest_published
 from tests.gpu.conftest import Figures
 from tests.tools import stage
-from tests.tools.ranks import Outcome, train, write_config
+from tests.tools.ranks import REPOSITORY, Outcome, train, write_config
 from tests.tools.records import losses, rows, status
 
 STEPS = 8
 EACH_STEP = {"log": {"every_steps": 1}, "train": {"epochs": None, "steps": STEPS}, "validate": {"every_steps": 1000}}
+
+
+def recipe(name: str, data: str) -> dict[str, Any]:
+    """What configs/NAME.yaml trains, with the same data from the kit's file."""
+    settings = yaml.safe_load((REPOSITORY / "configs" / f"{name}.yaml").read_text())
+    return {**settings, "data": data, "train": EACH_STEP["train"]}
+
+
 MODELS: dict[str, dict[str, Any]] = {
-    "digits": {"data": "tests.gpu.data:packed_digits", "model": {"name": "cnn", "args": {"width": 32}}},
+    "digits": recipe("digits", "tests.gpu.data:packed_digits"),
+    "linear_regression": recipe("linear_regression", "tests.gpu.data:packed_diabetes"),
     "fashion_mnist": {
         "data": {"name": "fashion_mnist", "args": {"download": False}},
         "model": {"name": "cnn", "args": {"width": 8}},
         "batch": {"global_size": 32},
-    },
-    "linear_regression": {
-        "data": "tests.gpu.data:packed_diabetes",
-        "model": "linear",
-        "task": "regression",
-        "optim": {"name": "sgd", "lr": 0.01, "momentum": 0.0, "weight_decay": 0.0},
-        "schedule": "constant",
-        "batch": {"global_size": 32, "remainder": "train"},
     },
     "language_model": {
         "data": {"name": "tests.lab.user_code:lines", "collate": "tests.lab.user_code:pad", "workers": 0},
@@ -46,6 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "train": {"epochs": None, "steps": 3},
     },
 }
+
 # Of a loss, relative to the CPU's in float64. In float32 PyTorch lets convolutions use TF32, whose rounding is 1e-3.
 PRECISIONS: dict[str, tuple[list[str], float]] = {
     "float64": (["--dtype", "float64"], 1e-7),
