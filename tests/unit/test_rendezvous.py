@@ -20,6 +20,8 @@ from tests.tools.ranks import clean_environment, free_port, train
 
 SECONDS = 2  # how long they wait for each other
 SOON = 60  # for an import of torch and the rest, beyond the limit
+SMALLEST = ["--data", "tests.lab.points:points", "--model", "linear", "--task", "regression", "--device", "cpu"]
+SMALLEST += ["--batch.global-size", "6", "--train.steps", "2"]
 NOT_FOR_USERS = ("Traceback", "C++", "frame #", "c10d", "Exception raised from", "libtorch", "TCPStore")
 
 
@@ -217,6 +219,21 @@ def test_a_rank_of_a_launch_before_the_restart_is_not_taken_for_one_that_came(mo
     assert (said[0, 0], said[1, 0]) == ("", "")
     assert said[0, 1].startswith(f"Rank 1 of 2 did not come within {SECONDS} s; here are 0 (")
     del kept
+
+
+@pytest.mark.parametrize("gpus", ["GPU-1 GPU-2 GPU-1", "GPU-2 GPU-1 GPU-1"])
+def test_two_ranks_on_one_gpu_are_refused_once_before_there_is_a_group(tmp_path: Path, gpus: str) -> None:
+    """To make the group, NCCL connects the GPUs, and two ranks on one would end in an error of its own."""
+    environment = {"GPUS": gpus, "NO_GROUP": "1"}
+    outcome = train(tmp_path, SMALLEST, 3, environment, loop="tests.lab.on_gpus")
+    assert outcome.codes == [2, 2, 2], outcome.output
+    same = [str(rank) for rank, gpu in enumerate(gpus.split()) if gpu == "GPU-1"]
+    assert outcome.output.count(f"Ranks {', '.join(same)} are on one GPU (GPU-1 of ") == 1, outcome.output
+    assert not [words for words in NOT_FOR_USERS if words in outcome.output], outcome.output
+
+
+def test_ranks_on_gpus_of_their_own_train(tmp_path: Path) -> None:
+    train(tmp_path, SMALLEST, 2, {"GPUS": "GPU-1 GPU-2"}, loop="tests.lab.on_gpus").check()
 
 
 # ---- the meeting alone ---------------------------------------------------------------------------------------
