@@ -162,17 +162,23 @@ def gpu_of(number: int | None) -> str | None:
 
 
 def check_devices(store: Any, rank: int, world_size: int, gpu: str | None) -> None:
-    """Raise UsageError on all ranks if two of them use one physical GPU. `store`: a torch store of all ranks. `gpu`:
-    gpu_of() this rank. Collective. It needs no process group: to make one, NCCL connects the GPUs, and fails."""
-    if gpu is None:
-        return
+    """Raise UsageError on all ranks if two of them use one physical GPU, or only some use one. `store`: a torch store
+    of all ranks. `gpu`: gpu_of() this rank. Collective. It needs no process group: making one, NCCL would fail."""
     keys = [f"gpu/{number}" for number in range(world_size)]
-    store.set(keys[rank], f"{gpu} of {os.uname().nodename}")
-    gpus = [store.get(key).decode() for key in keys]  # get() waits for the rank
-    for same in dict.fromkeys(gpus):
-        ranks = [str(number) for number, other in enumerate(gpus) if other == same]
+    store.set(keys[rank], "" if gpu is None else f"{gpu} of {os.uname().nodename}")
+    store.wait(keys)
+    ranks_on: dict[str, list[str]] = {}
+    for number, where in enumerate(store.multi_get(keys)):
+        ranks_on.setdefault(where.decode(), []).append(str(number))
+    on_cpu = ranks_on.pop("", [])
+    if on_cpu and ranks_on:
+        raise UsageError(
+            f"No GPU for rank {', '.join(on_cpu)}, while other ranks use one: see that each task is given a GPU "
+            "(CUDA_VISIBLE_DEVICES, Slurm's --gpus-per-node), or use --device cpu."
+        )
+    for where, ranks in ranks_on.items():
         if len(ranks) > 1:
             raise UsageError(
-                f"Ranks {', '.join(ranks)} are on one GPU ({same}): start at most one process per GPU, and see that "
+                f"Ranks {', '.join(ranks)} are on one GPU ({where}): start at most one process per GPU, and see that "
                 "CUDA_VISIBLE_DEVICES differs between tasks that see one each."
             )

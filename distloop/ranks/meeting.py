@@ -144,7 +144,7 @@ def _within(seconds: float, condition: Callable[[], bool]) -> bool:
 
 def start_group(environ: Mapping[str, str], settings: Ddp, cuda_device: int | None, roll_call: RollCall) -> None:
     """Start the ranks' roll call, then torch's process group, which Accelerate uses. Collective. `cuda_device`: None
-    for the CPU. Raises UsageError and RunFailed as join_ranks() does, UsageError also for two ranks on one GPU."""
+    for the CPU. Raises UsageError and RunFailed as join_ranks() does, and UsageError as check_devices() does."""
     import torch
     import torch.distributed as dist
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The package's loop on the CPU, in ranks that believe to have GPUs: $GPUS names the physical one of each rank."""
+"""The package's loop on the CPU, in ranks that believe to have GPUs: $GPUS names each rank's, or is "none" there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from distloop.ranks import launch_guards
 from distloop.train import train as train
 
-launch_guards.gpu_of = lambda number: os.environ["GPUS"].split()[int(os.environ["RANK"])]
+gpu = os.environ["GPUS"].split()[int(os.environ["RANK"])]
+launch_guards.gpu_of = lambda number: None if gpu == "none" else gpu
 if "NO_GROUP" in os.environ:  # the group, which would fail with NCCL's words on a GPU
 
     def fail(*_: object, **__: object) -> None:

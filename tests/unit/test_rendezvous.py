@@ -221,14 +221,19 @@ def test_a_rank_of_a_launch_before_the_restart_is_not_taken_for_one_that_came(mo
     del kept
 
 
-@pytest.mark.parametrize("gpus", ["GPU-1 GPU-2 GPU-1", "GPU-2 GPU-1 GPU-1"])
-def test_two_ranks_on_one_gpu_are_refused_once_before_there_is_a_group(tmp_path: Path, gpus: str) -> None:
-    """To make the group, NCCL connects the GPUs, and two ranks on one would end in an error of its own."""
-    environment = {"GPUS": gpus, "NO_GROUP": "1"}
-    outcome = train(tmp_path, SMALLEST, 3, environment, loop="tests.lab.on_gpus")
+@pytest.mark.parametrize(
+    ("gpus", "message"),
+    [
+        ("GPU-1 GPU-2 GPU-1", "Ranks 0, 2 are on one GPU (GPU-1 of "),
+        ("GPU-2 GPU-1 GPU-1", "Ranks 1, 2 are on one GPU (GPU-1 of "),
+        ("GPU-1 none GPU-2", "No GPU for rank 1, while other ranks use one: "),
+    ],
+)
+def test_ranks_that_do_not_have_a_gpu_each_are_refused_once(tmp_path: Path, gpus: str, message: str) -> None:
+    """And before there is a group: to make one, NCCL connects the GPUs, and would end in an error of its own."""
+    outcome = train(tmp_path, SMALLEST, 3, {"GPUS": gpus, "NO_GROUP": "1"}, loop="tests.lab.on_gpus")
     assert outcome.codes == [2, 2, 2], outcome.output
-    same = [str(rank) for rank, gpu in enumerate(gpus.split()) if gpu == "GPU-1"]
-    assert outcome.output.count(f"Ranks {', '.join(same)} are on one GPU (GPU-1 of ") == 1, outcome.output
+    assert outcome.output.count(message) == outcome.output.count("distloop:") == 1, outcome.output
     assert not [words for words in NOT_FOR_USERS if words in outcome.output], outcome.output
 
 
