@@ -22,14 +22,15 @@ def build_accelerator(config: Config, ranks: Ranks) -> Accelerator:
     ranks.messages += launch_guards.override_launcher(os.environ, config.precision)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     launch_guards.check_world(world_size, os.environ, config.expect_world, launch)
-    gpu = None
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
+    gpu, local_rank = None, os.environ.get("LOCAL_RANK")
+    if device == "cuda" and local_rank is not None:
         # A Slurm task may see one device only, which is then number 0 for each local rank.
-        gpu = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
-        os.environ["LOCAL_RANK"] = str(gpu)
+        gpu = int(local_rank) % torch.cuda.device_count()
         torch.cuda.set_device(gpu)  # before the process group exists, which would guess
     if world_size > 1:
         start_group(os.environ, config.ddp, gpu, ranks.roll_call)
+    if gpu is not None:
+        os.environ["LOCAL_RANK"] = str(gpu)  # Accelerate takes it for the number of the device
     # torch 2.14 renames the argument below; Accelerate still uses the old name.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
@@ -42,8 +43,9 @@ def build_accelerator(config: Config, ranks: Ranks) -> Accelerator:
             )
         ],
     )
+    if local_rank is not None:
+        os.environ["LOCAL_RANK"] = local_rank  # of the ranks of a machine, the one with 0 speaks
     launch_guards.check_world(accelerator.num_processes, os.environ, config.expect_world, launch)
-    launch_guards.check_devices(accelerator.device, accelerator.num_processes)
     torch.set_float32_matmul_precision(config.matmul_precision)
     torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
     return accelerator

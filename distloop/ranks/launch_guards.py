@@ -153,19 +153,32 @@ def own_file() -> str | None:
     return shlex.quote(file) if is_own else None
 
 
-def check_devices(device: Any, world_size: int) -> None:
-    """Raise UsageError if two ranks use one physical GPU. Each may see it as device 0 of its own. Collective."""
+def gpu_of(number: int | None) -> str | None:
+    """The UUID of the GPU that this process knows as `number`, while other tasks may know theirs by the same number.
+    None on the CPU."""
     import torch
-    import torch.distributed as dist
 
-    if device.type != "cuda" or world_size == 1:
-        return
-    gpus: list[Any] = [None] * world_size  # (node, UUID) by rank
-    dist.all_gather_object(gpus, (os.uname().nodename, str(torch.cuda.get_device_properties(device).uuid)))
-    for gpu in set(gpus):
-        ranks = [rank for rank, other in enumerate(gpus) if other == gpu]
+    return None if number is None else str(torch.cuda.get_device_properties(number).uuid)
+
+
+def check_devices(store: Any, rank: int, world_size: int, gpu: str | None) -> None:
+    """Raise UsageError on all ranks if two of them use one physical GPU, or only some use one. `store`: a torch store
+    of all ranks. `gpu`: gpu_of() this rank. Collective. It needs no process group: making one, NCCL would fail."""
+    keys = [f"gpu/{number}" for number in range(world_size)]
+    store.set(keys[rank], "" if gpu is None else f"{gpu} of {os.uname().nodename}")
+    store.wait(keys)
+    ranks_on: dict[str, list[str]] = {}
+    for number, where in enumerate(store.multi_get(keys)):
+        ranks_on.setdefault(where.decode(), []).append(str(number))
+    on_cpu = ranks_on.pop("", [])
+    if on_cpu and ranks_on:
+        raise UsageError(
+            f"No GPU for rank {', '.join(on_cpu)}, while other ranks use one: see that each task is given a GPU "
+            "(CUDA_VISIBLE_DEVICES, Slurm's --gpus-per-node), or use --device cpu."
+        )
+    for where, ranks in ranks_on.items():
         if len(ranks) > 1:
             raise UsageError(
-                f"Ranks {', '.join(map(str, ranks))} are on one GPU ({gpu[1]} of {gpu[0]}): start at most one "
-                "process per GPU, and see that CUDA_VISIBLE_DEVICES differs between tasks that see one each."
+                f"Ranks {', '.join(ranks)} are on one GPU ({where}): start at most one process per GPU, and see that "
+                "CUDA_VISIBLE_DEVICES differs between tasks that see one each."
             )

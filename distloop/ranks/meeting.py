@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from distloop.errors import RunFailed, Unanswered, UsageError
+from distloop.ranks import launch_guards
 from distloop.ranks.environment import hide_stacks, node_name
 from distloop.ranks.leaving import leave
 
@@ -143,7 +144,7 @@ def _within(seconds: float, condition: Callable[[], bool]) -> bool:
 
 def start_group(environ: Mapping[str, str], settings: Ddp, cuda_device: int | None, roll_call: RollCall) -> None:
     """Start the ranks' roll call, then torch's process group, which Accelerate uses. Collective. `cuda_device`: None
-    for the CPU. Raises UsageError and RunFailed as join_ranks() does."""
+    for the CPU. Raises UsageError and RunFailed as join_ranks() does, and UsageError as check_devices() does."""
     import torch
     import torch.distributed as dist
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
@@ -152,6 +153,7 @@ def start_group(environ: Mapping[str, str], settings: Ddp, cuda_device: int | No
     rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
     keys = PrefixStore("roll_call", store)
     roll_call.gather(keys, rank, world_size, environ["MASTER_ADDR"], settings.timeout_seconds)
+    launch_guards.check_devices(store, rank, world_size, launch_guards.gpu_of(cuda_device))
     dist.init_process_group(
         # Objects that ranks send each other go over gloo, so that they need not wait for the GPU's queue.
         "gloo" if cuda_device is None else "cuda:nccl,cpu:gloo",

@@ -57,8 +57,9 @@ class HostBuffers:
             self.event.record()
 
     def ready(self) -> None:
-        """Wait until the copies are complete."""
+        """Wait until the copies are complete; any thread may."""
         if self.event is not None:
+            torch.cuda.set_device(self.event.device)  # a thread begins on GPU 0, and would take memory of it
             self.event.synchronize()
 
 

@@ -14,6 +14,7 @@ class LossSums:
         """`epoch_sums`: those of earlier attempts, over all ranks."""
         self.device = device
         self.dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        self.zero = torch.zeros((), dtype=self.dtype, device=device)
         self.begin_epoch(epoch_sums)
         self.begin_step()
 
@@ -25,7 +26,7 @@ class LossSums:
     def begin_epoch(self, earlier: tuple[float, float] = (0.0, 0.0)) -> None:
         self.earlier = self.epoch_sums = earlier
         """epoch_sums: Σ loss and Σ weight of the epoch, over all ranks, as of the last read()."""
-        self.epoch_loss = torch.zeros((), dtype=self.dtype, device=self.device)
+        self.epoch_loss = self.zero.clone()
         self.epoch_weight: Tensor | int = 0
 
     def add(self, loss: Tensor, weight: Tensor | int, is_empty: bool = False) -> None:
@@ -41,7 +42,8 @@ class LossSums:
         """Count the step into the epoch, unless the flag (a bool on the device) says that it is left out."""
         loss, weight = self.step_loss, self.step_weight
         if left_out is not None and loss is not None:
-            loss, weight = torch.where(left_out, 0, loss), torch.where(left_out, 0, torch.as_tensor(weight))
+            # To add a number, or a tensor of the CPU, makes it an argument of the kernel; to copy it there would wait.
+            loss, weight = torch.where(left_out, 0, loss), torch.where(left_out, 0, self.zero + weight)
         self.epoch_loss += 0 if loss is None else loss
         self.epoch_weight = self.epoch_weight + weight
 

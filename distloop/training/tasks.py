@@ -147,7 +147,8 @@ class Regression(Task):
         return functional.mse_loss(outputs, targets, reduction="sum") / max(1, outputs[0].numel()), len(targets)
 
     def metrics(self, outputs: Tensor, batch: Any) -> Sums:
-        outputs, targets = (values.cpu().double() for values in (outputs, targets_of(batch)))  # MPS has no float64
+        pair = (outputs, targets_of(batch))
+        outputs, targets = ((values.cpu() if values.is_mps else values).double() for values in pair)  # MPS: no float64
         return {
             "squared_error": (outputs - targets).square().sum(),
             "targets": targets.sum(),

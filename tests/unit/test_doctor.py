@@ -15,6 +15,7 @@ from distloop.commands.doctor.checks import GIB
 from distloop.commands.doctor.facts import find_facts, unknown_interfaces
 from distloop.commands.doctor.main import Report, advice_on_address
 from distloop.commands.doctor.results import FAIL, OK, WARN, Result, judge, ranks_text, where
+from distloop.commands.doctor.variables import variables
 from distloop.tracking.wording import memory_size
 
 HEALTHY: dict[str, Any] = {
@@ -124,6 +125,18 @@ def test_ranks_without_a_gpu_are_a_fail_where_others_have_one_or_it_was_asked_fo
 def test_a_driver_without_a_gpu_that_torch_sees_is_a_warning() -> None:
     assert "sees no GPU" in line_of(checks.devices(facts(1, driver="580.1")), WARN).found
     assert checks.devices(facts(1, driver="580.1", wants_device="cpu"))[0].verdict == OK
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [("", "is set and empty for ranks 0-1 on n1"), ("-1", "is -1 for"), ("NoDevFiles", "is NoDevFiles for")],
+)
+def test_a_variable_that_hides_all_gpus_is_a_warning_unless_the_cpu_was_asked_for(value: str, says: str) -> None:
+    hidden: dict[str, Any] = {"settings": {"CUDA_VISIBLE_DEVICES": value}}
+    assert f"CUDA_VISIBLE_DEVICES {says}" in line_of(variables(facts(2, **hidden)), WARN).found
+    assert variables(facts(2, wants_device="cpu", **hidden))[0].verdict == OK
+    for shown in ("0", "1,0", "GPU-8932f937"):
+        assert variables(facts(2, settings={"CUDA_VISIBLE_DEVICES": shown}))[0].verdict == OK
 
 
 def test_gpus_that_are_other_used_or_idle_are_warnings() -> None:

@@ -396,3 +396,14 @@ def test_samples_of_different_forms_lead_to_the_collate_setting() -> None:
     dataset = SeededDataset(ragged, 0, default_collate, lambda *_: None)
     with pytest.raises(UsageError, match=r"(?s)Samples \[0, 1\].*data.collate"):
         dataset.__getitems__(MicroBatch(0, np.array([0, 1])))
+
+
+def test_for_a_gpu_batches_lie_in_pinned_memory_and_workers_are_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distloop.data.loader.start_forkserver", lambda: None)
+    gpu, source = torch.device("cuda", 1), DataSource(Noisy(), Noisy())
+    sampler = FixedBatchSampler(4, 2, 0, 1)
+    for workers, context in ((0, None), (2, "forkserver")):
+        made = make_loader(Data(workers=workers), source, None, 0, gpu, torch.float32, Noisy(), sampler).loader
+        assert (made.pin_memory, made._non_blocking, made.device) == (True, True, gpu)
+        found = made.multiprocessing_context
+        assert (None if found is None else found.get_start_method()) == context

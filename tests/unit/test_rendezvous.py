@@ -20,6 +20,8 @@ from tests.tools.ranks import clean_environment, free_port, train
 
 SECONDS = 2  # how long they wait for each other
 SOON = 60  # for an import of torch and the rest, beyond the limit
+SMALLEST = ["--data", "tests.lab.points:points", "--model", "linear", "--task", "regression", "--device", "cpu"]
+SMALLEST += ["--batch.global-size", "6", "--train.steps", "2"]
 NOT_FOR_USERS = ("Traceback", "C++", "frame #", "c10d", "Exception raised from", "libtorch", "TCPStore")
 
 
@@ -217,6 +219,26 @@ def test_a_rank_of_a_launch_before_the_restart_is_not_taken_for_one_that_came(mo
     assert (said[0, 0], said[1, 0]) == ("", "")
     assert said[0, 1].startswith(f"Rank 1 of 2 did not come within {SECONDS} s; here are 0 (")
     del kept
+
+
+@pytest.mark.parametrize(
+    ("gpus", "message"),
+    [
+        ("GPU-1 GPU-2 GPU-1", "Ranks 0, 2 are on one GPU (GPU-1 of "),
+        ("GPU-2 GPU-1 GPU-1", "Ranks 1, 2 are on one GPU (GPU-1 of "),
+        ("GPU-1 none GPU-2", "No GPU for rank 1, while other ranks use one: "),
+    ],
+)
+def test_ranks_that_do_not_have_a_gpu_each_are_refused_once(tmp_path: Path, gpus: str, message: str) -> None:
+    """And before there is a group: to make one, NCCL connects the GPUs, and would end in an error of its own."""
+    outcome = train(tmp_path, SMALLEST, 3, {"GPUS": gpus, "NO_GROUP": "1"}, loop="tests.lab.on_gpus")
+    assert outcome.codes == [2, 2, 2], outcome.output
+    assert outcome.output.count(message) == outcome.output.count("distloop:") == 1, outcome.output
+    assert not [words for words in NOT_FOR_USERS if words in outcome.output], outcome.output
+
+
+def test_ranks_on_gpus_of_their_own_train(tmp_path: Path) -> None:
+    train(tmp_path, SMALLEST, 2, {"GPUS": "GPU-1 GPU-2"}, loop="tests.lab.on_gpus").check()
 
 
 # ---- the meeting alone ---------------------------------------------------------------------------------------

@@ -135,3 +135,14 @@ def test_a_forward_pass_draws_nothing_that_a_sample_has_drawn() -> None:
     sample = torch.rand(5)
     seed_forward(0, 0, 0, CPU)
     assert not torch.equal(torch.rand(5), sample)
+
+
+@pytest.mark.parametrize(("index", "seeded"), [(None, 0), (0, 0), (1, 1)])
+def test_the_generator_of_the_ranks_own_gpu_is_seeded(
+    monkeypatch: pytest.MonkeyPatch, index: int | None, seeded: int
+) -> None:
+    generators = torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    seed_forward(1, 2, 3, torch.device("cuda") if index is None else torch.device("cuda", index))
+    assert generators[seeded].initial_seed() == torch.default_generator.initial_seed() != 7
+    assert generators[1 - seeded].initial_seed() == 7

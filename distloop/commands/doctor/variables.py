@@ -9,6 +9,8 @@ def _is_on(value: str) -> bool:
     return value.lower() not in ("", "0", "false", "no")
 
 
+HIDING = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES; the last is Slurm's, for jobs without GPUs
+
 # variable -> (function of its value: whether it is bad, advice)
 BAD_SETTINGS: dict[str, tuple[Callable[[str], bool], str]] = {
     "CUDA_LAUNCH_BLOCKING": (_is_on, "The CPU waits for each kernel: unset it unless you look for an error."),
@@ -29,9 +31,10 @@ def variables(facts: Facts) -> list[Result]:
     for name, (is_bad, advice) in BAD_SETTINGS.items():
         if bad := [fact for fact in facts if name in fact["settings"] and is_bad(fact["settings"][name])]:
             results.append(warn(f"{name}={bad[0]['settings'][name]} for {where(bad)}", advice))
-    hidden = [fact for fact in facts if fact["settings"].get("CUDA_VISIBLE_DEVICES") == ""]
+    hidden = [fact for fact in facts if fact["settings"].get("CUDA_VISIBLE_DEVICES") in HIDING]
     if hidden and facts[0]["wants_device"] != "cpu":
-        found = f"CUDA_VISIBLE_DEVICES is set and empty for {where(hidden)}: all GPUs are hidden"
+        value = hidden[0]["settings"]["CUDA_VISIBLE_DEVICES"] or "set and empty"
+        found = f"CUDA_VISIBLE_DEVICES is {value} for {where(hidden)}: all GPUs are hidden"
         results.append(warn(found, "Unset it, or say --device cpu if that is meant."))
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         if wrong := [fact for fact in facts if name in fact["unknown_interfaces"]]:
