@@ -42,8 +42,9 @@ def pytest_runtest_logreport(report):
         write({"test": name, "outcome": report.outcome, "why": why, "seconds": report.duration, "figures": figures})
 """
 PARTS = {
-    "good": "def test_with_figures():\n    pass\n",
+    "good": "import os\n\ndef test_with_figures():\n    assert os.environ['CUDA_VISIBLE_DEVICES'] == ''\n",
     "adding": "def test_sum():\n    assert 1 + 1 == 3, 'the sum is wrong'\n\ndef test_other():\n    pass\n",
+    "unrecorded": "import os\n\nos.environ['GPU_RESULTS'] = os.devnull\n\ndef test_it():\n    pass\n",
     "skipping": "import pytest\n\n@pytest.mark.skip(reason='needs two cards')\ndef test_it():\n    pass\n",
     "crashing": "import ctypes\n\ndef test_memory():\n    ctypes.string_at(0)\n",
     "importing": "import no_such_library\n\ndef test_it():\n    pass\n",
@@ -127,7 +128,7 @@ def is_gone(child: Path) -> bool:
 
 
 def test_whatever_a_part_does_the_others_run_and_all_stand_in_table_and_file_with_why(parts: Path) -> None:
-    names = ["blocking", "chattering", "crashing", "importing", "adding", "skipping", "good", "profile"]
+    names = ["blocking", "chattering", "crashing", "importing", "adding", "skipping", "good", "unrecorded", "profile"]
     done = run(parts, "--minutes", "0.75", "--only", *names)
     assert done.returncode == 1, done.stdout + done.stderr
     found = results(parts)["parts"]
@@ -141,6 +142,7 @@ def test_whatever_a_part_does_the_others_run_and_all_stand_in_table_and_file_wit
         "importing": "crashed",
         "skipping": "skipped",
         "chattering": "out of time",
+        "unrecorded": "crashed",
         "profile": "missing",
     }
     whys = {
@@ -151,6 +153,7 @@ def test_whatever_a_part_does_the_others_run_and_all_stand_in_table_and_file_wit
         "importing": "exit code 2: ModuleNotFoundError: No module named 'no_such_library'",
         "skipping": "skipped: Skipped: needs two cards",
         "chattering": "s, and was killed in test_output",
+        "unrecorded": "exit code 0: 1 passed",
         "profile": "test_profile.py is not there",
     }
     for name, why in whys.items():
@@ -193,7 +196,7 @@ def test_without_pytest_each_part_says_so(parts: Path, tmp_path: Path) -> None:
 # ---- stopped, and refused --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_who_stops_it_has_the_table_of_what_was_found(parts: Path, number: signal.Signals) -> None:
     child, out = parts.parent / "out" / "child", {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     words = words_for(parts, "--only", "adding", "blocking", "chattering", "--minutes", "10")
