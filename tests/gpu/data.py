@@ -46,7 +46,7 @@ def write_images(folder: Path) -> None:
 
 
 def write_full_cifar10(folder: Path) -> None:
-    """Random images in the format and of the size of CIFAR-10: 50,000 + 10,000, 184 MB, in about a second."""
+    """Random images in the format and of the size of CIFAR-10: 50,000 + 10,000, 184 MB, in a few seconds."""
     write_cifar10(folder, 10_000)
 
 

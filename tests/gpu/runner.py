@@ -37,6 +37,7 @@ def run(
     until = time.time() + 60 * arguments.minutes
     beside = BESIDE if len(os.sched_getaffinity(0)) >= CPUS_FOR_IT else 1
     waiting, running = list(parts), list[Running]()
+    write()
     try:
         while (waiting or running) and not stop.wait(0.05):
             for one in [one for one in running if one.is_over()]:
@@ -53,7 +54,6 @@ def run(
                 else:
                     limit = left * share_of(part, [*waiting, *(one.part for one in running)], beside)
                     running.append(Running(part, file, arguments.device, arguments.out, scratch, limit))
-                write()
     finally:
         for one in running:
             one.end(stopped=True)

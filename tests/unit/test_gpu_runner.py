@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.gpu.parts import LOG_BYTES, Part
+from tests.gpu.parts import LOG_BYTES, Part, keep_end
 from tests.gpu.report import new_enough, table
 from tests.gpu.runner import share_of
 from tests.tools.ranks import REPOSITORY, clean_environment
@@ -171,7 +171,9 @@ def test_whatever_a_part_does_the_others_run_and_all_stand_in_table_and_file_wit
 
 
 def test_the_machine_stands_in_the_file_and_a_run_where_all_passed_ends_with_0(parts: Path) -> None:
-    done = run(parts, "--only", "good")
+    (parts.parent / "tests").mkdir()  # where it is typed, there may be tests as well, and options of pytest's
+    (parts.parent / "tests" / "__init__.py").write_text("raise SystemExit('not these tests')")
+    done = run(parts, "--only", "good", PYTEST_ADDOPTS="--collect-only")
     assert done.returncode == 0, done.stdout + done.stderr
     found = results(parts)
     assert (found["device"], found["card"], found["minutes"], found["python"]) == (
@@ -273,6 +275,27 @@ def test_a_part_may_take_its_share_of_what_is_left_and_the_last_one_all_of_it() 
     assert share_of(training, [figures, profile], 3) == 40 / 70
     assert share_of(figures, [profile], 3) == 25 / 30
     assert share_of(profile, [], 1) == 1
+
+
+class Endless:
+    """A stream of numbered lines; remembers the largest size that the file had between two of them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lines, self.largest = path, 0, 0
+
+    def read1(self, size: int) -> bytes:
+        self.lines += 1
+        self.largest = max(self.largest, self.path.stat().st_size)
+        return b"%9d\n" % self.lines * 1000 if self.lines <= 200 else b""
+
+
+def test_output_takes_no_more_than_its_room_while_it_comes_and_its_end_stays(tmp_path: Path) -> None:
+    stream = Endless(tmp_path / "log")
+    keep_end(stream, tmp_path / "log")
+    assert 0 < stream.largest <= 2 * LOG_BYTES
+    kept = (tmp_path / "log").read_bytes()
+    assert len(kept) == LOG_BYTES
+    assert kept == b"".join(b"%9d\n" % line * 1000 for line in range(181, 201))
 
 
 @pytest.mark.parametrize(
