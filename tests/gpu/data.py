@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ import torch
 from distloop.data.datasets import DataSource, InMemory, cifar10, diabetes, digits
 from tests.tools.image_files import accept_cifar10, write_cifar10, write_garments
 
-HALVES = ("train", "validation")
+KINDS, ABOUT = ("inputs", "targets"), ("classes", "mean", "std")
 
 
 def packed_digits(shift: int = 1) -> DataSource:
@@ -47,7 +46,7 @@ def write_images(folder: Path) -> None:
 
 
 def write_full_cifar10(folder: Path) -> None:
-    """Random images in the format and of the size of CIFAR-10: 50,000 + 10,000, 184 MB, in about a second."""
+    """Random images in the format and of the size of CIFAR-10: 50,000 + 10,000, 184 MB, in a few seconds."""
     write_cifar10(folder, 10_000)
 
 
@@ -65,13 +64,12 @@ def write_packed(folder: Path) -> None:
 
 
 def pack(path: Path, source: DataSource) -> None:
-    arrays: dict[str, Any] = {}
-    for half in HALVES:
-        for name in ("inputs", "targets"):
-            arrays[f"{half}_{name}"] = getattr(getattr(source, half), name).numpy()
-    for name in ("classes", "mean", "std"):
-        if (value := getattr(source, name)) is not None:
-            arrays[name] = np.array(value)
+    arrays = {
+        f"{half}_{kind}": getattr(getattr(source, half), kind).numpy()
+        for half in ("train", "validation")
+        for kind in KINDS
+    }
+    arrays |= {name: np.array(value) for name in ABOUT if (value := getattr(source, name)) is not None}
     np.savez_compressed(path, **arrays)
 
 
@@ -80,8 +78,11 @@ def unpack(name: str, pad: int = 0) -> DataSource | None:
     if "GPU_DATA" not in os.environ:
         return None
     with np.load(Path(os.environ["GPU_DATA"]) / name) as file:
-        train, validation = (
-            [torch.from_numpy(file[f"{half}_{kind}"]) for kind in ("inputs", "targets")] for half in HALVES
-        )
-        about = [tuple(file[one].tolist()) if one in file else None for one in ("classes", "mean", "std")]
-    return DataSource(InMemory(*train, pad=pad), InMemory(*validation), *about)
+        arrays = dict(file)
+
+    def half(name: str, pad: int = 0) -> InMemory:
+        inputs, targets = (torch.from_numpy(arrays[f"{name}_{kind}"]) for kind in KINDS)
+        return InMemory(inputs, targets, pad)
+
+    classes, mean, std = (tuple(arrays[one].tolist()) if one in arrays else None for one in ABOUT)
+    return DataSource(half("train", pad), half("validation"), classes, mean, std)

@@ -70,7 +70,7 @@ def requirements() -> list[Requirement]:
 
 def usable(has: Versions, wanted: Iterable[Requirement]) -> Versions:
     """Those packages of the list that are not too old for distloop. Raises KitError without a torch that is."""
-    bounds = {canonicalize_name(one.name): one.specifier for one in wanted}
+    bounds = {str(canonicalize_name(one.name)): one.specifier for one in wanted}
     kept = {name: version for name, version in has.items() if name not in bounds or fits(bounds[name], version)}
     if "torch" not in has:
         raise KitError("the list names no torch: give the output of `pip freeze` on the machine with the GPU", 2)

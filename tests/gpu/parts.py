@@ -42,6 +42,7 @@ class Running:
         environment = {
             **{name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"},
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # a machine has plugins of its own, or a limit for each test
+            **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),  # `device: auto` takes the CPU, too
             "GPU_DEVICE": device,
             "GPU_OUT": str(out),
             "GPU_RESULTS": str(self.results),
@@ -71,7 +72,7 @@ class Running:
             part.state, part.why = "crashed", f"ended by {signal.Signals(-code).name}{at}"
         elif code == 1 and "failed" in outcomes:
             part.state = "failed"
-        elif code:
+        elif code or not part.tests:
             part.state, part.why = "crashed", f"exit code {code}{at}: {last_words(self.log)}"
         else:
             part.state = "skipped" if outcomes == {"skipped"} else "passed"

@@ -72,7 +72,7 @@ def table(results: dict[str, Any]) -> str:
     for name, part in results["parts"].items():
         counts = [sum(test["outcome"] == kind for test in part["tests"]) for kind in ("passed", "failed", "skipped")]
         numbers = "{:>6}{:>8}{:>9}".format(*counts)
-        lines += wrapped(f"{name:<12}{part['state']:<13}{numbers}{part['seconds']:>9.1f}  ", why(part))
+        lines += wrapped(f"{name:<12}{part['state']:<13}{numbers}{part['seconds']:>9.1f}  ", why(part), 14)
         for test in part["tests"]:
             if test.get("figures"):
                 figures += ["", *wrapped(f"{name}: ", test["test"])]
@@ -92,8 +92,9 @@ def why(part: dict[str, Any]) -> str:
     return "; ".join(" ".join(reason.split())[:300] for reason in reasons)
 
 
-def wrapped(head: str, text: str) -> list[str]:
-    """`head` and `text`, folded, with the text's lines below each other; a long head stands alone."""
+def wrapped(head: str, text: str, indent: int | None = None) -> list[str]:
+    """`head` and `text`, folded: the text's further lines below its first one, or `indent` columns from the left."""
     if len(head) > COLUMNS - 40:
         return [*textwrap.wrap(head, COLUMNS), *wrapped("    ", text)]
-    return textwrap.wrap(text, COLUMNS, initial_indent=head, subsequent_indent=" " * len(head)) or [head.rstrip()]
+    below = " " * (len(head) if indent is None else indent)
+    return textwrap.wrap(text, COLUMNS, initial_indent=head, subsequent_indent=below) or [head.rstrip()]

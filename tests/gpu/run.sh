@@ -29,7 +29,7 @@ if [ -d "$kit/wheels" ]; then
     --root-user-action ignore --target "$GPU_PACKAGES" "$kit"/wheels/*.whl ||
     fail "the wheels in $kit/wheels could not be installed. They are for one version of Python, and this is" \
       "$("$python" --version 2>&1): make gpu-kit GPU_PYTHON=3.x packs those for another one."
-  path=$GPU_PACKAGES:$root
+  path=$root:$GPU_PACKAGES
 fi
 [ ! -e "$kit/data/digits.npz" ] || export GPU_DATA=$kit/data
 # -P: not the `tests` of the folder where this is typed. exec: signals reach the runner.

@@ -37,24 +37,26 @@ def run(
     until = time.time() + 60 * arguments.minutes
     beside = BESIDE if len(os.sched_getaffinity(0)) >= CPUS_FOR_IT else 1
     waiting, running = list(parts), list[Running]()
-    while (waiting or running) and not stop.wait(0.05):
-        for one in [one for one in running if one.is_over()]:
-            running.remove(one)
-            one.end()
-            write()
-        if waiting and may_begin(waiting[0], running, beside):
-            part, left = waiting.pop(0), until - time.time()
-            file = arguments.parts / f"test_{part.name}.py"
-            if not file.exists():
-                part.state, part.why = "missing", f"{file} is not there"
-            elif left < 1:
-                part.why = f"the {arguments.minutes:g} minutes were over"
-            else:
-                limit = left * share_of(part, [*waiting, *(one.part for one in running)], beside)
-                running.append(Running(part, file, arguments.device, arguments.out, scratch, limit))
-            write()
-    for one in running:
-        one.end(stopped=True)
+    write()
+    try:
+        while (waiting or running) and not stop.wait(0.05):
+            for one in [one for one in running if one.is_over()]:
+                running.remove(one)
+                one.end()
+                write()
+            if waiting and may_begin(waiting[0], running, beside):
+                part, left = waiting.pop(0), until - time.time()
+                file = arguments.parts / f"test_{part.name}.py"
+                if not file.exists():
+                    part.state, part.why = "missing", f"{file} is not there"
+                elif left < 1:
+                    part.why = f"the {arguments.minutes:g} minutes were over"
+                else:
+                    limit = left * share_of(part, [*waiting, *(one.part for one in running)], beside)
+                    running.append(Running(part, file, arguments.device, arguments.out, scratch, limit))
+    finally:
+        for one in running:
+            one.end(stopped=True)
     for part in waiting:
         part.why = "stopped before it began"
     write()
@@ -105,7 +107,7 @@ def main() -> int:
         aside.replace(path)
 
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
     with tempfile.TemporaryDirectory(prefix="distloop-gpu-", ignore_cleanup_errors=True) as scratch:
         run(parts, arguments, Path(scratch), write, stop)
@@ -115,8 +117,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    packages = os.environ.pop("GPU_PACKAGES", None)  # the folder into which run.sh has installed the kit's wheels
     try:
         sys.exit(main())
     finally:
-        if packages := os.environ.get("GPU_PACKAGES"):  # into which run.sh has installed the kit's wheels
+        if packages:
             shutil.rmtree(packages, ignore_errors=True)

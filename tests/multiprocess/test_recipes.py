@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.tools.image_files import write_cifar10
 from tests.tools.ranks import REPOSITORY, accelerate_launch, command, train
 from tests.tools.records import losses, rows, status
 
@@ -62,13 +62,7 @@ def test_a_sample_of_fashion_mnist_is_learnt(tmp_path: Path, processes: int) -> 
 
 
 def test_cifar10_trains_on_its_files(tmp_path: Path) -> None:
-    folder = tmp_path / "data" / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
-        pixels = generator.integers(0, 256, (4, 3072), dtype=np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [0, 3, 6, 9]}))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {number}" for number in range(10)]}))
+    write_cifar10(tmp_path / "data")
     arguments = ["--config", str(CONFIGS / "cifar10.yaml"), "--data", "tests.lab.user_code:small_cifar10"]
     arguments += ["--batch.global-size", "8", "--train.steps", "2", "--log.every-steps", "1"]
     train(tmp_path, [*arguments, "--schedule.warmup-steps", "1"]).check()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pickle
 import re
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from tests.tools.image_files import write_cifar10, write_garments
 from tests.tools.ranks import REPOSITORY, clean_environment, wait_until
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -123,19 +123,8 @@ def change_recipe(folder: Path, name: str, changes: dict[str, Any]) -> None:
 def write_data(folder: Path) -> None:
     """A few random pictures in the formats of CIFAR-10, Fashion-MNIST and ImageNet."""
     generator = np.random.default_rng(0)
-    cifar = folder / "cifar-10-batches-py"
-    cifar.mkdir(parents=True)
-    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
-        pixels = generator.integers(0, 256, (4, 3072), dtype=np.uint8)
-        (cifar / name).write_bytes(pickle.dumps({"data": pixels, "labels": [0, 3, 6, 9]}))
-    (cifar / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {number}" for number in range(10)]}))
-    fashion = folder / "FashionMNIST" / "raw"
-    fashion.mkdir(parents=True)
-    for half, count in (("train", 64), ("t10k", 16)):
-        for kind, shape, most in (("images-idx3", (count, 28, 28), 256), ("labels-idx1", (count,), 10)):
-            head = bytes([0, 0, 8, len(shape)]) + np.array(shape, dtype=">i4").tobytes()
-            values = generator.integers(0, most, shape, dtype=np.uint8)
-            (fashion / f"{half}-{kind}-ubyte").write_bytes(head + values.tobytes())
+    write_cifar10(folder)
+    write_garments(folder, 64, 16)
     for half in ("train", "val"):
         for name in ("cat", "dog"):
             pictures = folder / "imagenet" / half / name

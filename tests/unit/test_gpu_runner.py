@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.gpu.parts import LOG_BYTES, Part
+from tests.gpu.parts import LOG_BYTES, Part, keep_end
 from tests.gpu.report import new_enough, table
 from tests.gpu.runner import share_of
 from tests.tools.ranks import REPOSITORY, clean_environment
@@ -42,8 +42,9 @@ def pytest_runtest_logreport(report):
         write({"test": name, "outcome": report.outcome, "why": why, "seconds": report.duration, "figures": figures})
 """
 PARTS = {
-    "good": "def test_with_figures():\n    pass\n",
+    "good": "import os\n\ndef test_with_figures():\n    assert os.environ['CUDA_VISIBLE_DEVICES'] == ''\n",
     "adding": "def test_sum():\n    assert 1 + 1 == 3, 'the sum is wrong'\n\ndef test_other():\n    pass\n",
+    "unrecorded": "import os\n\nos.environ['GPU_RESULTS'] = os.devnull\n\ndef test_it():\n    pass\n",
     "skipping": "import pytest\n\n@pytest.mark.skip(reason='needs two cards')\ndef test_it():\n    pass\n",
     "crashing": "import ctypes\n\ndef test_memory():\n    ctypes.string_at(0)\n",
     "importing": "import no_such_library\n\ndef test_it():\n    pass\n",
@@ -127,7 +128,7 @@ def is_gone(child: Path) -> bool:
 
 
 def test_whatever_a_part_does_the_others_run_and_all_stand_in_table_and_file_with_why(parts: Path) -> None:
-    names = ["blocking", "chattering", "crashing", "importing", "adding", "skipping", "good", "profile"]
+    names = ["blocking", "chattering", "crashing", "importing", "adding", "skipping", "good", "unrecorded", "profile"]
     done = run(parts, "--minutes", "0.75", "--only", *names)
     assert done.returncode == 1, done.stdout + done.stderr
     found = results(parts)["parts"]
@@ -141,6 +142,7 @@ def test_whatever_a_part_does_the_others_run_and_all_stand_in_table_and_file_wit
         "importing": "crashed",
         "skipping": "skipped",
         "chattering": "out of time",
+        "unrecorded": "crashed",
         "profile": "missing",
     }
     whys = {
@@ -151,6 +153,7 @@ def test_whatever_a_part_does_the_others_run_and_all_stand_in_table_and_file_wit
         "importing": "exit code 2: ModuleNotFoundError: No module named 'no_such_library'",
         "skipping": "skipped: Skipped: needs two cards",
         "chattering": "s, and was killed in test_output",
+        "unrecorded": "exit code 0: 1 passed",
         "profile": "test_profile.py is not there",
     }
     for name, why in whys.items():
@@ -168,7 +171,9 @@ def test_whatever_a_part_does_the_others_run_and_all_stand_in_table_and_file_wit
 
 
 def test_the_machine_stands_in_the_file_and_a_run_where_all_passed_ends_with_0(parts: Path) -> None:
-    done = run(parts, "--only", "good")
+    (parts.parent / "tests").mkdir()  # where it is typed, there may be tests as well, and options of pytest's
+    (parts.parent / "tests" / "__init__.py").write_text("raise SystemExit('not these tests')")
+    done = run(parts, "--only", "good", PYTEST_ADDOPTS="--collect-only")
     assert done.returncode == 0, done.stdout + done.stderr
     found = results(parts)
     assert (found["device"], found["card"], found["minutes"], found["python"]) == (
@@ -193,7 +198,7 @@ def test_without_pytest_each_part_says_so(parts: Path, tmp_path: Path) -> None:
 # ---- stopped, and refused --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_who_stops_it_has_the_table_of_what_was_found(parts: Path, number: signal.Signals) -> None:
     child, out = parts.parent / "out" / "child", {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     words = words_for(parts, "--only", "adding", "blocking", "chattering", "--minutes", "10")
@@ -270,6 +275,27 @@ def test_a_part_may_take_its_share_of_what_is_left_and_the_last_one_all_of_it() 
     assert share_of(training, [figures, profile], 3) == 40 / 70
     assert share_of(figures, [profile], 3) == 25 / 30
     assert share_of(profile, [], 1) == 1
+
+
+class Endless:
+    """A stream of numbered lines; remembers the largest size that the file had between two of them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lines, self.largest = path, 0, 0
+
+    def read1(self, size: int) -> bytes:
+        self.lines += 1
+        self.largest = max(self.largest, self.path.stat().st_size)
+        return b"%9d\n" % self.lines * 1000 if self.lines <= 200 else b""
+
+
+def test_output_takes_no_more_than_its_room_while_it_comes_and_its_end_stays(tmp_path: Path) -> None:
+    stream = Endless(tmp_path / "log")
+    keep_end(stream, tmp_path / "log")
+    assert 0 < stream.largest <= 2 * LOG_BYTES
+    kept = (tmp_path / "log").read_bytes()
+    assert len(kept) == LOG_BYTES
+    assert kept == b"".join(b"%9d\n" % line * 1000 for line in range(181, 201))
 
 
 @pytest.mark.parametrize(
