@@ -68,19 +68,25 @@ def table(results: dict[str, Any]) -> str:
     where += [f"{name} {results.get(name)}" for name in packages]
     lines = [*wrapped(f"{results['date']}: ", ", ".join(where)), ""]
     lines.append(f"{'part':<12}{'state':<13}{'passed':>6}{'failed':>8}{'skipped':>9}{'seconds':>9}  why")
-    figures = []
+    figures: list[str] = []
     for name, part in results["parts"].items():
+        begun = len(figures)
         counts = [sum(test["outcome"] == kind for test in part["tests"]) for kind in ("passed", "failed", "skipped")]
         numbers = "{:>6}{:>8}{:>9}".format(*counts)
         lines += wrapped(f"{name:<12}{part['state']:<13}{numbers}{part['seconds']:>9.1f}  ", why(part), 14)
         for test in part["tests"]:
-            if test.get("figures"):
-                figures += ["", *wrapped(f"{name}: ", test["test"])]
-                width = min(60, max(map(len, test["figures"])))
-                for figure, value in test["figures"].items():
-                    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-                    figures += wrapped(f"  {figure:<{width}}  ", text)
+            found = (f"{figure} {value_text(value)}" for figure, value in test.get("figures", {}).items())
+            if text := "; ".join(found):
+                figures += textwrap.wrap(
+                    f"  {test['test'].removeprefix('test_')}: {text}", COLUMNS, subsequent_indent="    "
+                )
+        if len(figures) > begun:
+            figures.insert(begun, f"\n{name}")
     return "\n".join([*lines, *figures])
+
+
+def value_text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def why(part: dict[str, Any]) -> str:

@@ -83,7 +83,10 @@ def clean_environment() -> dict[str, str]:
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     names = (*ranks, "TORCH_CPP_LOG_LEVEL", "PYTEST_ADDOPTS")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(prefixes) and k not in names}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+    path = os.pathsep.join(
+        [str(REPOSITORY), *filter(None, [kept.get("PYTHONPATH")])]
+    )  # the GPU kit's packages are there
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def _rank(loop: str, arguments: list[str], folder: str, environment: dict[str, str], output: str) -> None:
