@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distloop.data.datasets import DataSource, InMemory, cifar10, diabetes, digits
-from tests.tools.image_files import accept_cifar10, write_cifar10, write_garments
+from distloop.data.datasets import DataSource, InMemory, diabetes, digits
+from tests.tools.image_files import write_cifar10, write_garments
 
 KINDS, ABOUT = ("inputs", "targets"), ("classes", "mean", "std")
 
@@ -31,7 +31,7 @@ def packed_diabetes() -> DataSource:
 def packed_images(scratch: Path) -> Path:
     """The root of a small Fashion-MNIST (300 + 100 images) and a small CIFAR-10 (5 × 60 + 60), in their real formats.
 
-    Where there is no kit they are written to `scratch`, unless they are there. CIFAR-10 is read by written_cifar10.
+    Where there is no kit they are written to `scratch`, unless they are there. tests.lab.user_code:small_cifar10 reads CIFAR-10.
     """
     if "GPU_DATA" in os.environ:
         return Path(os.environ["GPU_DATA"])
@@ -48,12 +48,6 @@ def write_images(folder: Path) -> None:
 def write_full_cifar10(folder: Path) -> None:
     """Random images in the format and of the size of CIFAR-10: 50,000 + 10,000, 184 MB, in a few seconds."""
     write_cifar10(folder, 10_000)
-
-
-def written_cifar10(root: str, pad: int = 4, flip: bool = True) -> DataSource:
-    """distloop's cifar10 from files that were written here. For a config: data.name, with data.root."""
-    accept_cifar10(Path(root))
-    return cifar10(root, False, pad, flip)
 
 
 def write_packed(folder: Path) -> None:

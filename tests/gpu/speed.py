@@ -285,7 +285,7 @@ def data_of_cifar10(root: str, device_name: str, rounds: int) -> None:
     torch.set_num_threads(1)
     device = torch.device(device_name)
     case = (ON_CUDA if device_name == "cuda" else ON_CPU)["ResNet-18, 32 px"]
-    data = {"name": "tests.gpu.data:written_cifar10", "root": root}
+    data = {"name": "tests.lab.user_code:small_cifar10", "root": root}
     for number in range(rounds):
         marks = run_distloop(main, train, case, device, False, 10 + number, data, TimedClassification)
         write({"loop": "from files", "milliseconds": intervals(marks)[int(WARM_UP * case.steps) :]})

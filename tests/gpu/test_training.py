@@ -41,7 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "batch": {"global_size": 16, "micro_size": 8},
     },
     "resnet18": {
-        "data": "tests.gpu.data:written_cifar10",
+        "data": "tests.lab.user_code:small_cifar10",
         "model": "resnet18_small",
         "optim": {"name": "sgd", "lr": 0.05},
         "batch": {"global_size": 8},

@@ -80,7 +80,7 @@ def without_blocks(page: Path) -> str:
 # ---- a folder to run them in -----------------------------------------------------------------------------------------
 
 # The tests of the copy, for `make test`, which would otherwise run itself.
-TESTS = ("tests/unit/test_due.py", "tests/multiprocess/test_metrics_rows.py")
+TESTS = ("tests/gpu/test_doctor.py", "tests/unit/test_due.py", "tests/multiprocess/test_metrics_rows.py")
 # What is changed in the recipes of the copy, so that a run of them takes seconds and downloads nothing.
 SHORTER: dict[str, dict[str, Any]] = {
     "cifar10": {"data": "tests.lab.user_code:small_cifar10", "schedule": "constant", "batch": {"global_size": 8}},

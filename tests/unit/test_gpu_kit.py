@@ -258,7 +258,7 @@ def test_small_images_are_read_by_distloops_own_loaders(
         root = str(packed_images(tmp_path))
     assert (root == str(data)) is has_kit
     code = "import sys; from distloop.config.settings import Data; from distloop.data.datasets import load_data\n"
-    code += "source = load_data(Data('tests.gpu.data:written_cifar10', root=sys.argv[1]))\n"
+    code += "source = load_data(Data('tests.lab.user_code:small_cifar10', root=sys.argv[1]))\n"
     code += "print(len(source.train), len(source.validation), tuple(source.train.inputs.shape[1:]))"
     words = [sys.executable, "-c", code, root]  # a process of its own, since it changes torchvision's checksums
     done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=TIMEOUT)
