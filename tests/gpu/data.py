@@ -31,8 +31,8 @@ def packed_diabetes() -> DataSource:
 def packed_images(scratch: Path) -> Path:
     """The root of a small Fashion-MNIST (300 + 100 images) and a small CIFAR-10 (5 × 60 + 60), in their real formats.
 
-    Where there is no kit they are written to `scratch`, unless they are there. small_cifar10 of tests.lab.user_code reads
-    the latter.
+    Where there is no kit they are written to `scratch`, unless they are there. small_cifar10, in tests.lab.user_code,
+    reads the latter.
     """
     if "GPU_DATA" in os.environ:
         return Path(os.environ["GPU_DATA"])
