@@ -151,15 +151,27 @@ class HostSyncs(Stepwise):
                 torch.cuda.set_sync_debug_mode("warn")
                 warnings.simplefilter("always")
                 warnings.showwarning = self.note
+                # It does not tell of these.
+                self.untold = torch.cuda.synchronize, torch.cuda.Event.synchronize
+                torch.cuda.synchronize = self.counted(torch.cuda.synchronize)
+                torch.cuda.Event.synchronize = self.counted(torch.cuda.Event.synchronize)  # type: ignore[method-assign]
             else:
                 self.counting.__enter__()
         elif number == self.last:
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
+                torch.cuda.synchronize, torch.cuda.Event.synchronize = self.untold  # type: ignore[method-assign]
             else:
                 self.counting.__exit__(None, None, None)
                 self.places = self.counting.places
             Path("syncs").write_text(json.dumps(self.places))
+
+    def counted(self, wait: Any) -> Any:
+        def wait_and_count(*arguments: Any) -> Any:
+            self.places[own_line()] += 1
+            return wait(*arguments)
+
+        return wait_and_count
 
     def note(self, message: Any, *more: Any, **others: Any) -> None:
         if "synchroniz" in str(message):
@@ -236,6 +248,7 @@ def busy(events: Any) -> dict[str, float]:
         (event.time_range.start, event.time_range.end)
         for event in events
         if event.device_type == torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
+        and not getattr(event, "is_user_annotation", False)  # the span of a whole optimizer step
     )
     total, until = 0.0, spans[0][0] if spans else 0.0
     for start, end in spans:

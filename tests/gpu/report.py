@@ -1,5 +1,6 @@
 """What is said of a run of the parts: the machine, and the table of results."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -38,16 +39,27 @@ def machine(device: str) -> dict[str, Any]:
         refuse(f"{sys.executable} has torch {found['torch']}; distloop needs 2.8 or newer.")
     if device == "cuda" and "card" not in found:
         refuse(f"torch {found['torch']} (CUDA {found['cuda']}) sees no GPU. --device cpu runs what a CPU can run.")
-    driver = Path("/proc/driver/nvidia/version")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device,
         "card": None,
-        "driver": driver.read_text().splitlines()[0] if driver.exists() else None,
+        "driver": driver(),
         "python": sys.version.split()[0],
         "cpus": len(os.sched_getaffinity(0)),
         **found,
     }
+
+
+def driver() -> str | None:
+    """NVIDIA's driver, as the kernel or nvidia-smi says it."""
+    file = Path("/proc/driver/nvidia/version")
+    if file.exists():
+        return file.read_text().splitlines()[0]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)
+        return f"NVIDIA {done.stdout.split()[0]}"
+    return None
 
 
 def new_enough(torch: str) -> bool:

@@ -23,10 +23,19 @@ from tests.gpu.parts import Part, Running
 from tests.gpu.report import machine, table
 
 # The parts in their order, and their shares of the time; what one leaves over goes to those after it.
-SHARES = {"training": 20, "resume": 15, "policies": 10, "start": 15, "syncs": 5, "doctor": 5}
-# What these find is how long something takes: they run alone, and have all the time that is left.
-ALONE = {"figures": 25, "profile": 5}
-BESIDE, CPUS_FOR_IT = 3, 12  # so many of the others run beside each other, on so many CPUs
+SHARES = {
+    "doctor": 8,
+    "training": 20,
+    "resume": 15,
+    "policies": 10,
+    "start": 15,
+    "syncs": 7,
+    "figures": 25,
+    "profile": 5,
+}
+ALONE = ("doctor", "figures", "profile")  # what these find is how fast something is
+# On so many CPUs the others run all beside each other: most of their time is the starts of single-threaded processes.
+CPUS_FOR_IT, SHARE_BESIDE = 12, 0.55
 MINUTES = {"cuda": 5.0, "cpu": 15.0}
 
 
@@ -35,7 +44,7 @@ def run(
 ) -> None:
     """Run the parts to their ends or limits, or until `stop` is set. write() after each."""
     until = time.time() + 60 * arguments.minutes
-    beside = BESIDE if len(os.sched_getaffinity(0)) >= CPUS_FOR_IT else 1
+    beside = len(SHARES) if len(os.sched_getaffinity(0)) >= CPUS_FOR_IT else 1
     waiting, running = list(parts), list[Running]()
     write()
     try:
@@ -69,16 +78,16 @@ def may_begin(part: Part, running: list[Running], beside: int) -> bool:
 
 def share_of(part: Part, unfinished: list[Part], beside: int) -> float:
     """How much of the time that is left `part` may take at most; `unfinished`: the other parts."""
-    shares = {**SHARES, **ALONE}
-    # Beside each other, parts take longer, and less than half as long together: each may take twice its share.
-    own = shares.get(part.name, 10) * (2 if beside > 1 and part.name in SHARES else 1)
-    return own / (own + sum(shares.get(other.name, 10) for other in unfinished))
+    if beside > 1 and part.name not in ALONE:
+        return SHARE_BESIDE
+    own = SHARES.get(part.name, 10)
+    return own / (own + sum(SHARES.get(other.name, 10) for other in unfinished))
 
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="run.sh", description="Run the GPU parts and say what came of each.")
     parser.add_argument("--device", choices=MINUTES, default="cuda")
-    parser.add_argument("--only", nargs="+", metavar="PART", help=f"some of {', '.join([*SHARES, *ALONE])}")
+    parser.add_argument("--only", nargs="+", metavar="PART", help=f"some of {', '.join(SHARES)}")
     parser.add_argument("--minutes", type=float, help="for all parts together; default: 5 on a GPU, 15 on the CPU")
     parser.add_argument("--out", type=Path, default=Path("gpu_results"), metavar="DIR", help="default: gpu_results")
     parser.add_argument("--parts", type=Path, default=Path(__file__).parent, help=argparse.SUPPRESS)  # for tests
@@ -86,10 +95,10 @@ def read_arguments() -> argparse.Namespace:
     arguments.out, arguments.parts = arguments.out.resolve(), arguments.parts.resolve()
     arguments.minutes = arguments.minutes or MINUTES[arguments.device]
     own = [path.stem.removeprefix("test_") for path in sorted(arguments.parts.glob("test_*.py"))]
-    names = dict.fromkeys([*SHARES, *(name for name in own if name not in ALONE), *ALONE])
+    names = dict.fromkeys([*SHARES, *own])
     if unknown := [name for name in arguments.only or [] if name not in names]:
         parser.error(f"no part {unknown[0]!r}; there are {', '.join(names)}")
-    arguments.names = [name for name in names if name in (arguments.only or [*SHARES, *ALONE])]
+    arguments.names = [name for name in names if name in (arguments.only or SHARES)]
     return arguments
 
 

@@ -48,5 +48,7 @@ def test_twenty_steps(tmp_path: Path, device: str, on_gpu: bool, out: Path | Non
     if on_gpu:
         assert found["events"] > 20
         figures["step_ms"] = round(found["seconds"] / 20 * 1000, 3)
-        figures["device_waits_for_host"] = f"{100 * (1 - found['busy_seconds'] / found['seconds']):.1f} %"
+        # The profiler slows the host: "busy_ms" beside the time of a step in the part "figures" is the true share.
+        figures["busy_ms"] = round(found["busy_seconds"] / 20 * 1000, 3)
+        figures["waits_for_host_while_profiled"] = f"{100 * (1 - found['busy_seconds'] / found['seconds']):.1f} %"
         figures["kernels_and_copies_a_step"] = round(found["events"] / 20)
