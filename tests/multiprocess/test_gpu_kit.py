@@ -51,9 +51,6 @@ def environment_with_only_torch(folder: Path) -> Path:
 
 @pytest.mark.long
 @pytest.mark.timeout(3 * LIMIT)
-@pytest.mark.skipif(
-    not (REPOSITORY / "tests" / "gpu" / f"test_{PART}.py").exists(), reason=f"there is no part {PART!r} yet"
-)
 def test_the_kit_is_enough_where_there_is_only_torch_and_no_package_index(tmp_path: Path) -> None:
     if not packages_are_reachable():
         pytest.skip("pip reaches no packages here, so that it cannot download those of the kit")
