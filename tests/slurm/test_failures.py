@@ -32,8 +32,8 @@ SAID = {
     "kill": WITHOUT_A_WORD + "killed (out of memory, kill -9), or left by os._exit",
     "os._exit": WITHOUT_A_WORD + "killed (out of memory, kill -9), or left by os._exit",
     "segfault": WITHOUT_A_WORD + "it crashed in native code",
-    # Where it was when it was last heard of, up to a quarter of a second before, perhaps before its first step; and then
-    # how it was noticed: not heard of, or waited for, for 5 s.
+    # Where it was when it was last heard of, a quarter of a second before, perhaps before its first step; and then how
+    # it was noticed: not heard of, or waited for, for 5 s.
     "suspend": "rank 1 on n2, ",
 }
 IN_CI = ("kill", "os._exit")
