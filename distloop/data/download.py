@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from distloop.config.places import shown
 from distloop.errors import UsageError
 
 WAIT_SECONDS = 1800
@@ -41,7 +42,7 @@ def load_or_download(dataset: Callable[..., Any], root: str, download: bool, fol
         f"Copy its files there from a machine that has them, or point --data.root to the folder that has "
         f"{folder.name if folder.parent == Path(root) else folder.parent.name}/, or run once where there is internet:\n"
         f'  python -c "from torchvision.datasets import {name} as D; '
-        f"[D('{root}', train=half, download=True) for half in (True, False)]\""
+        f"[D('{shown(root)}', train=half, download=True) for half in (True, False)]\""
     ) from None
 
 

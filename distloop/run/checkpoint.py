@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distloop.config.places import absolute
 from distloop.errors import UsageError
 from distloop.run.files import sync
 
@@ -210,7 +211,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 def weights_file(source: str) -> Path:
     """The .safetensors file that --init-from names: itself, or that of a checkpoint, or of a run's newest."""
-    path = Path(source)
+    path = absolute(source)
     for file in (path, path / MODEL):
         if file.is_file():
             return file

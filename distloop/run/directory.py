@@ -59,7 +59,7 @@ def open_directory(
             record_start(start, config, world_size, loop)
     except OSError as error:
         raise UsageError(
-            f"The run directory {path.resolve()} cannot be written: {error.strerror or error}. "
+            f"The run directory {path.resolve()!s} cannot be written: {error.strerror or error}. "
             "Choose another with --runs-dir."
         ) from None
     return start
