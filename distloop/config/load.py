@@ -15,6 +15,7 @@ from distloop.config.command_line import HELP, Given, read_command_line
 from distloop.config.comparison import is_one_of
 from distloop.config.help import help_text
 from distloop.config.named_secrets import MASK
+from distloop.config.notes import notes_on
 from distloop.config.own import with_own
 from distloop.config.places import KEYS as PLACES
 from distloop.config.places import absolute, check_file_name, check_place, remember_start
@@ -30,22 +31,26 @@ ALTERNATIVES = (("train.epochs", "train.steps"), ("validate.every_epochs", "vali
 
 
 def load_config(
-    arguments: list[str], quiet: bool = False, own: Mapping[str, Any] | None = None, unused: Sequence[str] = ()
+    arguments: list[str],
+    quiet: bool = False,
+    own: Mapping[str, Any] | None = None,
+    unused: Sequence[str] = (),
+    notes: list[str] | None = None,
 ) -> Config:
     """The config of a command line such as ["--config", "configs/digits.yaml", "--optim.lr", "0.1"].
 
     `own`: the settings that a loop declares; None: any are taken. With --help among the arguments, print what the
     settings are, unless `quiet` since another rank does, and leave with code 0. `unused`: settings and sections of the
-    file that the command has no use for, so that their variables need not be set. Raises UsageError for any mistake.
+    file that the command has no use for, so that their variables need not be set. `notes`: gets lines to print, on
+    settings that have no effect or may be meant otherwise. Raises UsageError for any mistake.
     """
     remember_start()
     wants_help = not HELP.isdisjoint(arguments)
     given = read_command_line([word for word in arguments if word not in HELP])
     file = read_environment({key: value for key, value in given if key == "config"}).get("config")
     source = COMMAND_LINE if file is None else recorded(file)
-    settings = {
-        key: value for key, value in (_read_file(file) if file is not None else {}).items() if key not in unused
-    }
+    of_file = _read_file(file) if file is not None else {}
+    settings = {key: value for key, value in of_file.items() if key not in unused}
     _choose_alternatives(settings, given)
     for key, value in given:
         _put(settings, key, value, source)
@@ -59,6 +64,8 @@ def load_config(
         config = dataclasses.replace(config, name=name)
     check(config)
     remember_secrets(dataclasses.asdict(config))
+    if notes is not None:
+        notes += notes_on(config, of_file, given)
     return config
 
 

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from distloop.config.notes import way_out
 from distloop.config.places import start_folder
 from distloop.errors import UsageError, suggest
 
@@ -62,7 +63,7 @@ def call(key: str, function: Callable[..., Any], arguments: dict[str, Any], offe
         signature.bind(**arguments, **extra)
     except TypeError as error:
         takes = ", ".join(str(parameter) for parameter in signature.parameters.values())
-        raise UsageError(f"{key} = {arguments}: {error}; it takes ({takes}).") from None
+        raise UsageError(f"{key} = {arguments}: {error}; it takes ({takes}).{way_out(key, arguments)}") from None
     try:
         return function(**arguments, **extra)
     except (TypeError, ValueError, RuntimeError) as error:
