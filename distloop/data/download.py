@@ -59,10 +59,11 @@ def download_lock(root: Path) -> Iterator[None]:
     try:
         lock = FileLock(path, timeout=WAIT_SECONDS, poll_interval=0.2, fallback_to_soft=False).acquire()
     except Timeout:
+        holder = path.read_text(encoding="utf-8").strip()
         raise UsageError(
-            f"Waited {WAIT_SECONDS} s for {path.read_text().strip()} to download data to {root}; look what it does, or "
+            f"Waited {WAIT_SECONDS} s for {holder} to download data to {root}; look what it does, or "
             "download beforehand."
         ) from None
     with lock:
-        path.write_text(f"process {os.getpid()} on {os.uname().nodename}\n")  # for those who wait
+        path.write_text(f"process {os.getpid()} on {os.uname().nodename}\n", encoding="utf-8")  # for those who wait
         yield

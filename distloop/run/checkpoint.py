@@ -77,11 +77,11 @@ def publish(folder: Path, step: int, snapshot: Snapshot, check_ownership: Callab
     for name, content in snapshot.others.items():
         with open(writing / f"{name}.pt", "wb") as file:  # given a path, torch.save holds up the other threads
             torch.save(content, file)
-    (writing / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n")
+    (writing / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n", encoding="utf-8")
     files = {path.name: {"size": path.stat().st_size, "sha256": digest(path)} for path in sorted(writing.iterdir())}
     manifest = {"schema": SCHEMA, "step": step, **snapshot.identity, "files": files}
     manifest["sha256"] = digest_of(manifest)
-    (writing / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (writing / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for path in (*writing.iterdir(), writing):
         sync(path)
     check_ownership()
@@ -140,7 +140,7 @@ def step_of(path: Path) -> int:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint directory."""
-    return json.loads((path / MANIFEST).read_text())
+    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
 
 
 def verify(path: Path) -> None:

@@ -127,7 +127,7 @@ def record_start(start: Start, config: Config, world_size: int, loop: LoopSource
     path = start.path
     if start.changes:
         record = {"after_attempt": start.attempt - 1, "after_step": start.step, "changes": start.changes}
-        with open(path / "config_changes.jsonl", "a") as file:
+        with open(path / "config_changes.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     # Without the two settings that belong to this start only: users start other attempts with this file.
     write_text(path / files.CONFIG, dump_without_secrets(dataclasses.replace(config, expect_world=None, resume="auto")))
