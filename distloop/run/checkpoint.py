@@ -189,8 +189,15 @@ def weights_of(model: nn.Module, copy: Callable[[str, Tensor], Tensor], prefix: 
 
 
 def write_weights(weights: Weights, path: Path) -> None:
-    """Write a safetensors file."""
+    """Write a safetensors file. Equal weights give equal files."""
     save_file(weights.tensors, path, metadata={"format": "pt", "aliases": json.dumps(weights.aliases)})
+    # safetensors writes the metadata in another order each time: here in one, in place, since the length is the same.
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
