@@ -32,6 +32,7 @@ def notes_on(config: Config, file: Mapping[str, Any], given: Sequence[Given]) ->
     """The lines, without secrets. `file`: the settings of the config file; `given`: those of the command line."""
     unused = list(_without_effect(config))
     return [
+        *_not_read(given),
         *([f"without effect: {', '.join(unused)}"] if unused else []),
         *_of_another_callable(config, file, given),
         *(line for name in WITH_ARGUMENTS for line in _words(getattr(config, name).args, f"{name}.args")),
@@ -43,6 +44,13 @@ def way_out(key: str, arguments: Mapping[str, Any]) -> str:
     if not arguments:
         return ""
     return f" If they belong to another {key.split('.')[0]}, --{key} '{{}}' takes them away."
+
+
+def _not_read(given: Sequence[Given]) -> Iterator[str]:
+    files = [one.value for one in given if one.key == "config"]
+    for file in files[:-1]:
+        if file != files[-1]:
+            yield f"--config {file} is not read: --config {files[-1]} stands after it"
 
 
 def _without_effect(config: Config) -> Iterator[str]:

@@ -233,7 +233,7 @@ class Config:
     """Name of the run and of its directory (default: the config file's stem)."""
     runs_dir: Text = "runs"
     """Folder of run directories."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[NonNegativeInt, Lt(2**64)] = 0
     """Fixes the order of samples, augmentations, initial weights and dropout."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else MPS, else the CPU."""

@@ -71,6 +71,7 @@ def test_the_same_key_in_two_sections_and_an_anchor_used_twice_are_no_key_twice(
         ("batch: {global-size: 8}\n", "batch.global-size = 8: there is no such setting. Did you mean 'global_size'?"),
         ("optim: {lr: }\n", "optim.lr has no value: input should be a valid number"),
         ("optim:\n  lr:\n  eps: 1e-8\n", "optim.lr has no value: input should be a valid number"),
+        (f"seed: {2**64}\n", f"seed = {2**64}: input should be less than 184467440737095"),
         ("seed: yes\n", "seed = 'yes': input should be a valid integer"),
         ("optim: {lr: 1e-3s}\n", "optim.lr = '1e-3s': input should be a valid number"),
         ("optim: {clip_norm: off}\n", "optim.clip_norm = 'off': input should be a valid number"),

@@ -121,6 +121,14 @@ def test_other_words_are_not_said(words: str) -> None:
     assert notes(words) == []
 
 
+def test_a_config_that_another_one_replaces_is_said(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.yaml").write_text("seed: 1\n")
+    one, other = (f"--config {tmp_path / name}.yaml" for name in ("a", "b"))
+    assert notes(f"{one} {other}") == [f"{one} is not read: {other} stands after it"]
+    assert notes(f"{one} {one}") == []
+
+
 # ---- arguments of the file, and another callable on the command line ---------------------------------------------
 
 
