@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path, PosixPath
 
+from distloop.config.references import FromEnvironment
 from distloop.errors import UsageError
 
 KEYS = ("config", "runs_dir", "init_from", "data.root")
@@ -45,6 +46,11 @@ def absolute(text: str) -> Path:
     return kind(os.path.join(start_folder(), text))
 
 
+def root_for_code(text: str) -> str:
+    """data.root as a user's code gets it: an absolute path, but an address or a variable's value as it is."""
+    return text if _is_as_it_is("data.root", text) else str(absolute(text))
+
+
 def shown(path: str | Path) -> str:
     """A path for a message: as seen from the start folder, if it is below it."""
     text = str(path)
@@ -55,6 +61,8 @@ def check_place(key: str, text: str) -> None:
     """Raise UsageError for the text of a place that names none."""
     if not text:
         raise UsageError(f"{key} is empty: give a path (. is the current folder). Was a variable of the shell not set?")
+    if _is_as_it_is(key, text):
+        return
     names = [name or in_braces for name, in_braces in VARIABLE.findall(text)]
     for name in names:
         if name not in os.environ:
@@ -71,6 +79,10 @@ def check_place(key: str, text: str) -> None:
             "which an earlier version may have made. Move it to where you mean, or rename it."
         )
     check_file_name(key, filled_in)
+
+
+def _is_as_it_is(key: str, text: str) -> bool:
+    return key == "data.root" and ("://" in text or isinstance(text, FromEnvironment))
 
 
 def check_file_name(key: str, text: str) -> None:

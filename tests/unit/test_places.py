@@ -70,6 +70,13 @@ def test_a_data_set_gets_its_root_as_an_absolute_path(home: Path) -> None:
         assert (root, type(root)) == (expected, str)
 
 
+@pytest.mark.parametrize("root", ["s3://bucket/data", "s3://bucket/$NOT_SET/~", "env:BUCKET"])
+def test_a_root_that_is_no_path_reaches_the_data_set_as_it_is(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUCKET", "user:pass$word@host")
+    config = load_config(["--data", "tests.unit.test_places:data_of", "--data.root", root])
+    assert load_data(config.data).train == [os.environ["BUCKET"] if root == "env:BUCKET" else root]
+
+
 def data_of(root: str) -> tuple[list[str], list[str]]:
     return [root], [root]
 
