@@ -15,7 +15,7 @@ def hand_on(room: str, file: str) -> Callable[[str], Any]:
     So the names of a room stand in one place, type checkers know them, and nothing is imported that is not used: a
     launcher's process knows its rank before it imports torch, and `distloop status` does without.
     """
-    block = next(node for node in ast.parse(Path(file).read_text()).body if isinstance(node, ast.If))
+    block = next(node for node in ast.parse(Path(file).read_text(encoding="utf-8")).body if isinstance(node, ast.If))
     owners = {
         alias.name: str(node.module) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }

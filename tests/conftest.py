@@ -1,7 +1,16 @@
-"""For all tests: one thread, since ranks and pytest share two cores."""
+"""For all tests: one thread, since ranks and pytest share two cores; each begins in its own folder."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from distloop.config import places
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_start_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative places begin in the current folder, and not where an earlier test of this process read a config."""
+    monkeypatch.setattr(places, "_start_folder", None)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from distloop.config.load import load_config
+from distloop.config.places import absolute
 from distloop.config.settings import Config
 from distloop.errors import UsageError
 from distloop.ranks.environment import prepare_environment
@@ -105,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(__doc__ if wants_help else USAGE, file=sys.stdout if wants_help else sys.stderr)
         let_others_speak()
         return 0 if wants_help else 2
-    path, settings = Path(arguments[0]), [argument for argument in arguments[1:] if argument != "--json"]
+    path, settings = absolute(arguments[0]), [argument for argument in arguments[1:] if argument != "--json"]
     ranks = Ranks(WatchWithoutSaving())
     try:
         config = config_of(path, settings, not speaks(os.environ))

@@ -1,5 +1,6 @@
 """Rank runs, for example those of a sweep by a metric, and find the settings in which they differ."""
 
+import collections
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -85,17 +86,35 @@ def rank(runs: list[Run], by: str, reverse: bool = False) -> Ranking:
 def settings_that_differ(runs: list[Run]) -> list[dict[str, str]]:
     """By run its settings that differ, as {"optim.lr": "0.1"}; without those that do not change what is trained.
 
-    Those with the most different values come first: in a sweep they are what is tried out.
+    First come those in which it differs from the runs of the same data, model and task: in a sweep they are what is
+    tried out, and other runs in the folder differ in everything.
     """
     configs = [_settings(run.path / CONFIG) for run in runs]
-    values = {}
+    kinds: dict[tuple[str | None, ...], list[dict[str, str]]] = {}
+    for config in configs:
+        kinds.setdefault(_kind(config), []).append(config)
+    differing = _keys_that_differ(configs)
+    found = []
+    for config in configs:
+        keys = dict.fromkeys([*_keys_that_differ(kinds[_kind(config)]), *differing])
+        found.append({key: config[key] for key in keys if key in config})
+    return found
+
+
+def _kind(config: dict[str, str]) -> tuple[str | None, ...]:
+    return tuple(config.get(f"{section}.name") for section in ("data", "model", "task"))
+
+
+def _keys_that_differ(configs: list[dict[str, str]]) -> list[str]:
+    """The settings that differ between these configs, first those whose commonest value the fewest of them have."""
+    values: dict[str, collections.Counter[str | None]] = {}
     for key in dict.fromkeys(key for config in configs for key in config):
         # An argument may be missing in a config. Any other setting is only missing if the version did not have it.
         having = [config for config in configs if key in config or (config and ".args." in key)]
-        values[key] = {config.get(key) for config in having}
+        values[key] = collections.Counter(config.get(key) for config in having)
     differing = [key for key in values if len(values[key]) > 1 and not is_one_of(key, FREE_KEYS)]
-    differing.sort(key=lambda key: -len(values[key]))
-    return [{key: config[key] for key in differing if key in config} for config in configs]
+    differing.sort(key=lambda key: max(values[key].values()))
+    return differing
 
 
 def _ordered(runs: list[Run], values: list[Any], largest_first: bool) -> list[Run]:

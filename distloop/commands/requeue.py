@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
     try:
         config = load_config(arguments, quiet=True)
         file = path_of(config) / STATUS
-        status = json.loads(file.read_text()) if file.exists() else {}
+        status = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except SystemExit:  # --help: the ranks have printed the answer
         return DONE
     except (UsageError, OSError, ValueError) as error:

@@ -30,6 +30,9 @@ A table of runs, or one run in detail.
   differs  (with --sort) the settings in which the runs differ, without those
            that do not change what is trained
 """
+REVERSE = """\
+turn the order round: the worst run first. If no run says whether more or less of METRIC is better, less is taken for
+better where its name has loss or error in it, and more for all others; --reverse then says that it is not so"""
 
 
 def main(arguments: list[str]) -> int:
@@ -128,8 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("runs_dir", nargs="?", default="runs", help="folder of run directories, or one (default: runs)")
     add("--sort", metavar="METRIC", help="rank by a validation metric, the best first, or by step, written or name")
-    other_way = "the other way round, as for a metric not named loss or error of which less is better"
-    add("--reverse", action="store_true", help=other_way)
+    add("--reverse", action="store_true", help=REVERSE)
     add("--json", action="store_true", help="the same as JSON")
     return parser
 

@@ -64,7 +64,7 @@ def _no_output_of_children() -> Iterator[None]:
 def _settings(path: Path) -> dict[str, Any]:
     """The section `tracking` of the run's config."""
     try:
-        config = parse_yaml((path / CONFIG).read_text())
+        config = parse_yaml((path / CONFIG).read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"{path / CONFIG} cannot be read: {' '.join(str(error).split())}") from None
     settings = config.get("tracking") if isinstance(config, dict) else None

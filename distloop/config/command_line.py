@@ -1,5 +1,6 @@
 """Read the words of a command line: --optim.lr 0.1 --model mlp --model.args.width 64 --tracking.tags a b --compile."""
 
+import os
 import re
 import typing
 from collections import deque
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from distloop.config.settings import SECTIONS, Text, types_of_settings
-from distloop.config.yaml_text import parse_yaml
+from distloop.config.yaml_text import in_words, parse_yaml
 from distloop.errors import UsageError
 
 HELP = {"-h", "--help"}
@@ -27,7 +28,7 @@ class Given(NamedTuple):
 def read_command_line(words: list[str]) -> list[Given]:
     """The settings in these words, in order. Raises UsageError for words that give none. If there are such settings,
     and may have such values, is checked later, together with those of the file."""
-    queue = deque(word for word in words if word != "--")
+    queue = deque(_checked(word) for word in words if word != "--")
     given = []
     while queue:
         flag, equals, text = (word := queue.popleft()).partition("=")
@@ -46,6 +47,10 @@ def read_command_line(words: list[str]) -> list[Given]:
             texts.append(queue.popleft())
         if not texts and kind not in (None, bool) and not takes_many:
             raise UsageError(f"command line: {flag} needs a value.")
+        if texts == [""] and kind not in (None, Any) and not _is_mapping(kind) and not key.startswith("tracking."):
+            raise UsageError(
+                f"command line: {flag} has an empty value; null stands for none. Was a variable of the shell not set?"
+            )
         value = _value(key, kind, texts)
         if key in SECTIONS and isinstance(value, dict):  # it would replace the whole section of the file
             raise UsageError(f"command line: {flag} is a section: give its settings one by one, as {flag}.NAME VALUE.")
@@ -53,26 +58,55 @@ def read_command_line(words: list[str]) -> list[Given]:
     return given
 
 
+def _checked(word: str) -> str:
+    """The word, in UTF-8 whatever the locale is. Raises UsageError for the end of a line as Windows writes it."""
+    if word.endswith("\r"):
+        raise UsageError(
+            f"command line: {word!r} ends in a carriage return: the script or list that it is from has the line ends "
+            "of Windows. dos2unix FILE changes them."
+        )
+    try:
+        return os.fsencode(word).decode()
+    except UnicodeDecodeError:
+        return word
+
+
+def _is_mapping(kind: Any) -> bool:
+    """True if settings of this type take a mapping."""
+    return typing.get_origin(kind) is dict
+
+
 def _value(key: str, kind: Any, texts: list[str]) -> Any:
     """The value that these words give a setting of type `kind`; None: there is no such setting."""
     if typing.get_origin(kind) is tuple:
-        return texts if Text in typing.get_args(kind) else [_from_yaml(key, text) for text in texts]
+        return texts if Text in typing.get_args(kind) else _numbers(key, texts)
     if kind is None and len(texts) > 1:
         return texts
     if not texts:
         return True
-    is_mapping = kind is Any or typing.get_origin(kind) is dict
-    if texts == ["None"] and not is_mapping:
+    takes_yaml = kind is Any or _is_mapping(kind)
+    if texts == ["None"] and not takes_yaml:
         return None
-    if not is_mapping and {str, Text} & {kind, *typing.get_args(kind)} and texts != ["null"]:
+    if not takes_yaml and {str, Text} & {kind, *typing.get_args(kind)} and texts != ["null"]:
         return texts[0]  # as it is: --name 5
-    return _from_yaml(key, texts[0], is_mapping)
+    return _from_yaml(key, texts[0], takes_yaml)
+
+
+def _numbers(key: str, texts: list[str]) -> list[Any]:
+    """The values of `0.9 0.95`, `[0.9, 0.95]` as YAML and JSON have lists, or `(0.9, 0.95)` as Python has tuples."""
+    whole = " ".join(texts).strip()
+    if whole[:1] + whole[-1:] in ("[]", "()"):
+        found = _from_yaml(key, f"[{whole[1:-1]}]")
+        if isinstance(found, list):
+            return found
+    return [_from_yaml(key, text) for text in texts]
 
 
 def _from_yaml(key: str, text: str, is_checked: bool = False) -> Any:
     try:
         return parse_yaml(text)
-    except yaml.YAMLError:
+    except yaml.YAMLError as error:
         if is_checked:
-            raise UsageError(f"command line: {key} = {text!r}: it is not valid YAML") from None
+            words = in_words(error)
+            raise UsageError(f"command line: {key} = {text!r}{'' if words[0] == ':' else ': it'}{words}") from None
         return text  # a later check says what is meant

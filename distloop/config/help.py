@@ -20,7 +20,8 @@ INDENT = 8 * " "
 HEAD = """usage: distloop train [--config FILE] [--SETTING VALUE] …
 
 Settings come from --config FILE and, over it, from the command line. What takes a mapping takes one of its keys, too:
---model.args.width 64. A value env:NAME is read from that environment variable, and recorded as env:NAME."""
+--model.args.width 64; --model.args '{}' takes all away. A value env:NAME is read from that environment variable, and
+recorded as env:NAME. Paths take ~ and $NAME."""
 
 
 class Setting(NamedTuple):

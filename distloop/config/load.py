@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,14 @@ from distloop.config.command_line import HELP, Given, read_command_line
 from distloop.config.comparison import is_one_of
 from distloop.config.help import help_text
 from distloop.config.named_secrets import MASK
+from distloop.config.notes import notes_on
 from distloop.config.own import with_own
+from distloop.config.places import KEYS as PLACES
+from distloop.config.places import absolute, check_file_name, check_place, remember_start
 from distloop.config.references import read_environment, recorded
 from distloop.config.secrets import clean_mapping, masked_keys, remember_secrets
 from distloop.config.settings import SECTIONS, Config, types_of_settings
-from distloop.config.yaml_text import dump_yaml, parse_yaml
+from distloop.config.yaml_text import dump_yaml, in_words, parse_yaml
 from distloop.errors import UsageError, suggest
 
 COMMAND_LINE = "command line"
@@ -27,19 +31,26 @@ ALTERNATIVES = (("train.epochs", "train.steps"), ("validate.every_epochs", "vali
 
 
 def load_config(
-    arguments: list[str], quiet: bool = False, own: Mapping[str, Any] | None = None, unused: Sequence[str] = ()
+    arguments: list[str],
+    quiet: bool = False,
+    own: Mapping[str, Any] | None = None,
+    unused: Sequence[str] = (),
+    notes: list[str] | None = None,
 ) -> Config:
     """The config of a command line such as ["--config", "configs/digits.yaml", "--optim.lr", "0.1"].
 
     `own`: the settings that a loop declares; None: any are taken. With --help among the arguments, print what the
     settings are, unless `quiet` since another rank does, and leave with code 0. `unused`: settings and sections of the
-    file that the command has no use for, so that their variables need not be set. Raises UsageError for any mistake.
+    file that the command has no use for, so that their variables need not be set. `notes`: gets lines to print, on
+    settings that have no effect or may be meant otherwise. Raises UsageError for any mistake.
     """
+    remember_start()
     wants_help = not HELP.isdisjoint(arguments)
     given = read_command_line([word for word in arguments if word not in HELP])
     file = read_environment({key: value for key, value in given if key == "config"}).get("config")
-    source = recorded(file) or COMMAND_LINE
-    settings = {key: value for key, value in (read_yaml(Path(file)) if file else {}).items() if key not in unused}
+    source = COMMAND_LINE if file is None else recorded(file)
+    of_file = _read_file(file) if file is not None else {}
+    settings = {key: value for key, value in of_file.items() if key not in unused}
     _choose_alternatives(settings, given)
     for key, value in given:
         _put(settings, key, value, source)
@@ -53,24 +64,32 @@ def load_config(
         config = dataclasses.replace(config, name=name)
     check(config)
     remember_secrets(dataclasses.asdict(config))
+    if notes is not None:
+        notes += notes_on(config, of_file, given)
     return config
+
+
+def _read_file(text: str) -> dict[str, Any]:
+    """The mapping in the file that --config names."""
+    check_place("config", text)
+    return read_yaml(absolute(text))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UsageError if the file is missing or has other contents."""
     try:
-        text = path.read_text()
+        content = path.read_bytes()
     except FileNotFoundError:
         folder = path.resolve().parent
         names = sorted(file.name for file in folder.glob("*.yaml")) if folder.is_dir() else []
         hint = suggest(path.name, names) if names else f" There is no YAML file in {folder}."
-        raise UsageError(f"--config {path}: no such file (looked for {path.resolve()}).{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: no such file (looked for {path.resolve()!s}).{hint}") from None
+    except OSError as error:
         raise UsageError(f"--config {path}: cannot be read: {error}") from None
     try:
-        settings = parse_yaml(text)
+        settings = parse_yaml(content)
     except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not valid YAML: {error}") from None
+        raise UsageError(f"{path}{in_words(error)}") from None
     if settings is None:
         return {}
     if not isinstance(settings, dict):
@@ -94,15 +113,27 @@ def config_from_mapping(settings: dict[str, Any], source: str, given: Sequence[G
         for problem in error.errors():
             key, names = _dotted_key(problem["loc"])
             if problem["type"] == "unexpected_keyword_argument":
-                text = f"there is no such setting.{suggest(str(problem['loc'][-1]), names) or ' --help lists them.'}"
+                text = f"there is no such setting.{_instead(str(problem['loc'][-1]), names, problem['input'])}"
             else:
                 text = problem["msg"][0].lower() + problem["msg"][1:]
             problems.setdefault(key, (problem["input"], []))[1].append(text)
         lines = []
         for key, (value, texts) in problems.items():
             here = any(is_one_of(one.key, (key,)) or is_one_of(key, (one.key,)) for one in given)
-            lines.append(f"{COMMAND_LINE if here else source}: {key} = {value!r}: {' or '.join(texts)}")
+            has = f"{key} has no value" if value is None and not here else f"{key} = {value!r}"
+            lines.append(f"{COMMAND_LINE if here else source}: {has}: {' or '.join(texts)}")
         raise UsageError("\n".join(lines)) from None
+
+
+def _instead(name: str, names: list[str], value: Any) -> str:
+    """What to write for `name`, which is no setting. `names`: those that there are in its place."""
+    meant = name.removeprefix("--").replace("-", "_")
+    if meant in types_of_settings() and ("." in name or name.startswith("--")):  # as on a command line
+        for part in reversed(meant.split(".")):
+            value = {part: value}
+        text = dump_yaml(value, in_one_line=True).strip()
+        return f" In a file: {text[1:-1].strip()}"
+    return suggest(name, names) or " --help lists them."
 
 
 def dump(config: Config) -> str:
@@ -124,8 +155,12 @@ def check(config: Config) -> None:
             f"In place of {', '.join(masked)} the config has {MASK}, as a run's copy of it does where a value looks "
             f"like a secret. Give what is meant with {', '.join(options)}, or use your own config file."
         )
+    for key in PLACES:
+        if (place := operator.attrgetter(key)(config)) is not None:
+            check_place(key, place)
     if not re.fullmatch(r"[\w.+=@-]+", config.name or "") or set(config.name or ".") <= {"."}:
         raise UsageError(f"name = {config.name!r}: use letters, digits and . _ - + = @, since it names a folder.")
+    check_file_name("name", str(config.name))
     for one, other in ALTERNATIVES:
         values = [getattr(getattr(config, section), name) for section, name in (one.split("."), other.split("."))]
         if values.count(None) != 1:
@@ -138,7 +173,7 @@ def check(config: Config) -> None:
         )
     if config.optim.nesterov and config.optim.momentum == 0:
         raise UsageError("optim.nesterov needs optim.momentum above 0.")
-    if config.checkpoint.best and not re.fullmatch(r"(min|max) [^\s]+", config.checkpoint.best):
+    if config.checkpoint.best is not None and not re.fullmatch(r"(min|max) [^\s]+", config.checkpoint.best):
         raise UsageError(f"checkpoint.best = {config.checkpoint.best!r}: write 'max METRIC' or 'min METRIC'.")
     if config.schedule.name == "multi_step" and not config.schedule.milestones:
         raise UsageError("schedule.name = 'multi_step' needs schedule.milestones, the steps at which the rate drops.")

@@ -2,12 +2,13 @@
 
 import importlib
 import inspect
-import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from distloop.config.notes import way_out
+from distloop.config.places import start_folder
 from distloop.errors import UsageError, suggest
 
 
@@ -23,13 +24,13 @@ def resolve(key: str, name: str, known: Mapping[str, Callable[..., Any]]) -> Cal
 def import_callable(key: str, name: str) -> Callable[..., Any]:
     """The callable at "module:callable"; the module may be in the current folder. Raises UsageError."""
     module_name, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
+    if (folder := start_folder()) not in sys.path and "" not in sys.path:
+        sys.path.append(folder)
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
-            reason = f"there is no module '{error.name}' in {os.getcwd()} or among the installed packages"
+            reason = f"there is no module '{error.name}' in {folder} or among the installed packages"
         else:
             reason = f"importing it raised {type(error).__name__}: {error} ({_failing_line(error)})"
         raise UsageError(f"{key} = {name!r}: {reason}.") from None
@@ -62,7 +63,7 @@ def call(key: str, function: Callable[..., Any], arguments: dict[str, Any], offe
         signature.bind(**arguments, **extra)
     except TypeError as error:
         takes = ", ".join(str(parameter) for parameter in signature.parameters.values())
-        raise UsageError(f"{key} = {arguments}: {error}; it takes ({takes}).") from None
+        raise UsageError(f"{key} = {arguments}: {error}; it takes ({takes}).{way_out(key, arguments)}") from None
     try:
         return function(**arguments, **extra)
     except (TypeError, ValueError, RuntimeError) as error:

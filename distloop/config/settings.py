@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 from annotated_types import Ge, Gt, Lt
-from pydantic import WrapValidator
+from pydantic import BeforeValidator, WrapValidator
+from pydantic_core import PydanticCustomError
 
+from distloop.config.places import absolute
 from distloop.config.references import FromEnvironment
 
 Section = TypeVar("Section")
@@ -24,11 +26,20 @@ def section(cls: type[Section]) -> type[Section]:
     return dataclasses.dataclass(frozen=True)(cls)
 
 
-PositiveInt = Annotated[int, Ge(1)]
-NonNegativeInt = Annotated[int, Ge(0)]
-PositiveFloat = Annotated[float, Gt(0)]
-NonNegativeFloat = Annotated[float, Ge(0)]
-Fraction = Annotated[float, Ge(0), Lt(1)]
+def _no_truth_value(value: Any) -> Any:
+    """`value`, which pydantic would take for 1 or 0 if it is true or false."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("truth_value", "input should be a valid number, not true or false")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_truth_value)]
+Float = Annotated[float, BeforeValidator(_no_truth_value)]
+PositiveInt = Annotated[Int, Ge(1)]
+NonNegativeInt = Annotated[Int, Ge(0)]
+PositiveFloat = Annotated[Float, Gt(0)]
+NonNegativeFloat = Annotated[Float, Ge(0)]
+Fraction = Annotated[Float, Ge(0), Lt(1)]
 
 
 # Text that may be env:NAME: the setting has the variable's value, and the reference is recorded. What is not Text has
@@ -92,7 +103,7 @@ class Optim:
     """adam and adamw only."""
     clip_norm: PositiveFloat | None = None
     """Largest norm of the whole step's gradient; null: no clipping."""
-    ema_decay: Annotated[float, Gt(0), Lt(1)] | None = None
+    ema_decay: Annotated[Float, Gt(0), Lt(1)] | None = None
     """Keep an exponential moving average of the weights with this decay, such as 0.999: it is what is
     validated, and saved as averaged.safetensors beside the weights. null: none."""
 
@@ -107,7 +118,7 @@ class Schedule:
     """Last learning rate as a share of the peak: linear, cosine, warmup_stable_decay."""
     milestones: tuple[PositiveInt, ...] = ()
     """multi_step: the steps at which the rate is multiplied by gamma."""
-    gamma: Annotated[float, Gt(0), Lt(1)] = 0.1
+    gamma: Annotated[Float, Gt(0), Lt(1)] = 0.1
     """multi_step only."""
     decay_steps: PositiveInt | None = None
     """warmup_stable_decay: length of the final descent (null: 20 % of the run)."""
@@ -152,7 +163,7 @@ class Checkpoint:
     every_steps: PositiveInt | None = None
     """Save after every so many steps, and at the end. null: at the end of each epoch. A new best is saved
     at once, and so is what is stopped."""
-    keep_last: Annotated[int, Ge(2)] = 2
+    keep_last: Annotated[Int, Ge(2)] = 2
     """How many of the latest checkpoints are kept."""
     keep_every_steps: PositiveInt | None = None
     """Save after every so many steps, and keep these for good."""
@@ -222,7 +233,7 @@ class Config:
     """Name of the run and of its directory (default: the config file's stem)."""
     runs_dir: Text = "runs"
     """Folder of run directories."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[NonNegativeInt, Lt(2**64)] = 0
     """Fixes the order of samples, augmentations, initial weights and dropout."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else MPS, else the CPU."""
@@ -260,8 +271,8 @@ class Config:
 
 
 def path_of(config: Config) -> Path:
-    """The run's directory."""
-    return Path(config.runs_dir) / str(config.name)
+    """The run's directory, as an absolute path."""
+    return absolute(config.runs_dir) / str(config.name)
 
 
 # The sections' classes by their names.

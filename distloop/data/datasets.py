@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distloop.config.places import root_for_code
 from distloop.config.registry import call, resolve
 from distloop.config.settings import Data
 from distloop.data.augment import DRAWS, shift_and_flip
@@ -162,7 +163,9 @@ DATASETS: dict[str, Callable[..., DataSource]] = {
 
 def load_data(config: Data) -> DataSource:
     """The data set that the config names. Raises UsageError if it is unknown, missing, empty or of another form."""
-    source = call("data.args", resolve("data.name", config.name, DATASETS), config.args, {"root": config.root})
+    source = call(
+        "data.args", resolve("data.name", config.name, DATASETS), config.args, {"root": root_for_code(config.root)}
+    )
     if isinstance(source, tuple) and len(source) == 2:
         source = DataSource(*source)
     if not isinstance(source, DataSource):

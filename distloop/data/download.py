@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from distloop.config.places import shown
 from distloop.errors import UsageError
 
 WAIT_SECONDS = 1800
@@ -41,7 +42,7 @@ def load_or_download(dataset: Callable[..., Any], root: str, download: bool, fol
         f"Copy its files there from a machine that has them, or point --data.root to the folder that has "
         f"{folder.name if folder.parent == Path(root) else folder.parent.name}/, or run once where there is internet:\n"
         f'  python -c "from torchvision.datasets import {name} as D; '
-        f"[D('{root}', train=half, download=True) for half in (True, False)]\""
+        f"[D('{shown(root)}', train=half, download=True) for half in (True, False)]\""
     ) from None
 
 
@@ -58,10 +59,11 @@ def download_lock(root: Path) -> Iterator[None]:
     try:
         lock = FileLock(path, timeout=WAIT_SECONDS, poll_interval=0.2, fallback_to_soft=False).acquire()
     except Timeout:
+        holder = path.read_text(encoding="utf-8").strip()
         raise UsageError(
-            f"Waited {WAIT_SECONDS} s for {path.read_text().strip()} to download data to {root}; look what it does, or "
+            f"Waited {WAIT_SECONDS} s for {holder} to download data to {root}; look what it does, or "
             "download beforehand."
         ) from None
     with lock:
-        path.write_text(f"process {os.getpid()} on {os.uname().nodename}\n")  # for those who wait
+        path.write_text(f"process {os.getpid()} on {os.uname().nodename}\n", encoding="utf-8")  # for those who wait
         yield

@@ -55,7 +55,9 @@ def address_of(node: str) -> str:
         return node
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ("scontrol", "show", "node", node)
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        answer = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
+        ).stdout
         if match := re.search(r"\bNodeAddr=(\S+)", answer):
             return match[1]
     return node

@@ -66,7 +66,7 @@ def main(train: Train, arguments: list[str], own: Mapping[str, Any] | None = Non
     try:
         if problem is not None:
             raise UsageError(problem)
-        config = load_config(arguments, not speaks(os.environ), own or {})
+        config = load_config(arguments, not speaks(os.environ), own or {}, notes=ranks.messages)
     except UsageError as error:
         return ranks.report_failure(error).code
     if _copied_from not in (None, "", __version__):

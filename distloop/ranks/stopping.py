@@ -258,7 +258,9 @@ def slurm_end_time(environ: Mapping[str, str]) -> float | None:
         return float(environ["SLURM_JOB_END_TIME"])
     command = ("squeue", "--noheader", "--job", environ["SLURM_JOB_ID"], "--format", "%e")
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        answer = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
+        ).stdout
         return datetime.datetime.fromisoformat(answer.strip()).timestamp()
     except (OSError, subprocess.SubprocessError, ValueError):  # no squeue here, or no limit
         return None

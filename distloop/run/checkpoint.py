@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distloop.config.places import absolute
 from distloop.errors import UsageError
 from distloop.run.files import sync
 
@@ -76,11 +77,11 @@ def publish(folder: Path, step: int, snapshot: Snapshot, check_ownership: Callab
     for name, content in snapshot.others.items():
         with open(writing / f"{name}.pt", "wb") as file:  # given a path, torch.save holds up the other threads
             torch.save(content, file)
-    (writing / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n")
+    (writing / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n", encoding="utf-8")
     files = {path.name: {"size": path.stat().st_size, "sha256": digest(path)} for path in sorted(writing.iterdir())}
     manifest = {"schema": SCHEMA, "step": step, **snapshot.identity, "files": files}
     manifest["sha256"] = digest_of(manifest)
-    (writing / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (writing / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for path in (*writing.iterdir(), writing):
         sync(path)
     check_ownership()
@@ -139,7 +140,7 @@ def step_of(path: Path) -> int:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint directory."""
-    return json.loads((path / MANIFEST).read_text())
+    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
 
 
 def verify(path: Path) -> None:
@@ -188,8 +189,15 @@ def weights_of(model: nn.Module, copy: Callable[[str, Tensor], Tensor], prefix: 
 
 
 def write_weights(weights: Weights, path: Path) -> None:
-    """Write a safetensors file."""
+    """Write a safetensors file. Equal weights give equal files."""
     save_file(weights.tensors, path, metadata={"format": "pt", "aliases": json.dumps(weights.aliases)})
+    # safetensors writes the metadata in another order each time: here in one, in place, since the length is the same.
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -210,7 +218,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 def weights_file(source: str) -> Path:
     """The .safetensors file that --init-from names: itself, or that of a checkpoint, or of a run's newest."""
-    path = Path(source)
+    path = absolute(source)
     for file in (path, path / MODEL):
         if file.is_file():
             return file

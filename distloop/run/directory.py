@@ -59,7 +59,7 @@ def open_directory(
             record_start(start, config, world_size, loop)
     except OSError as error:
         raise UsageError(
-            f"The run directory {path.resolve()} cannot be written: {error.strerror or error}. "
+            f"The run directory {path.resolve()!s} cannot be written: {error.strerror or error}. "
             "Choose another with --runs-dir."
         ) from None
     return start
@@ -127,7 +127,7 @@ def record_start(start: Start, config: Config, world_size: int, loop: LoopSource
     path = start.path
     if start.changes:
         record = {"after_attempt": start.attempt - 1, "after_step": start.step, "changes": start.changes}
-        with open(path / "config_changes.jsonl", "a") as file:
+        with open(path / "config_changes.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     # Without the two settings that belong to this start only: users start other attempts with this file.
     write_text(path / files.CONFIG, dump_without_secrets(dataclasses.replace(config, expect_world=None, resume="auto")))

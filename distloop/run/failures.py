@@ -28,7 +28,7 @@ class FailureRecords:
     def open(self) -> None:
         """Let a crash of this process in native code write its stack to failures/."""
         with contextlib.suppress(OSError):
-            self._crash_file = open(self._crash_path(self.rank), "w")  # noqa: SIM115 - lives as long as the process
+            self._crash_file = open(self._crash_path(self.rank), "w", encoding="utf-8")  # noqa: SIM115 - lives as long as the process
             faulthandler.enable(self._crash_file, all_threads=False)
 
     def keep(self, record: dict[str, Any]) -> None:
@@ -49,7 +49,11 @@ class FailureRecords:
     def crash_report(self, rank: int) -> str:
         """The stack that a crash of this rank in native code has written; "" if there is none."""
         try:
-            return self._crash_path(rank).read_text().partition("\n\nExtension modules:")[0]
+            return (
+                self._crash_path(rank)
+                .read_text(encoding="utf-8", errors="replace")
+                .partition("\n\nExtension modules:")[0]
+            )
         except OSError:
             return ""
 

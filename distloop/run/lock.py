@@ -185,7 +185,7 @@ def describe(owner: dict[str, Any]) -> str:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        owner = json.loads(path.read_text())
+        owner = json.loads(path.read_text(encoding="utf-8"))
         return owner if isinstance(owner, dict) else {}
     except FileNotFoundError:
         return None
@@ -214,7 +214,7 @@ def _sign(path: Path) -> tuple[Any, ...]:
 def _process_space() -> str | None:
     """The machine's boot and the container: process numbers may be compared where both are the same."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
@@ -230,7 +230,7 @@ def _started(pid: int) -> str | None:
     except PermissionError:  # another user's process, which runs
         pass
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:  # another operating system, or hidden from other users
         return "unknown"
     return None if fields[0] in "ZX" else fields[19]

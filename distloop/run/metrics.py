@@ -132,7 +132,7 @@ def count_rows(path: Path) -> int:
 def set_aside_until(path: Path) -> int:
     """The last step whose row was set aside; 0 if none was."""
     last = 0
-    with contextlib.suppress(FileNotFoundError), open(path.with_name(SET_ASIDE)) as file:
+    with contextlib.suppress(FileNotFoundError), open(path.with_name(SET_ASIDE), encoding="utf-8") as file:
         for line in file:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 last = max(last, int(json.loads(line)["step"]))
@@ -145,13 +145,13 @@ def set_rows_aside(path: Path, step: int) -> int:
         return 0
     kept: list[str] = []
     aside: list[str] = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             (kept if json.loads(line)["step"] <= step else aside).append(line)
         except (ValueError, KeyError, TypeError):
             aside.append(line)
     if aside:
-        with open(path.with_name(SET_ASIDE), "a") as file:
+        with open(path.with_name(SET_ASIDE), "a", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in aside)
         write_text(path, "".join(line + "\n" for line in kept))
     return len(aside)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import distloop
+from distloop.config.places import start_folder
 from distloop.config.secrets import clean_command, clean_text
 from distloop.ranks.environment import cpus_per_rank
 
@@ -26,12 +27,15 @@ PLAIN_DIFF = ("diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color")
 
 
 class GitFacts(NamedTuple):
-    """The version of the code, from git; without secrets."""
+    """The version of the code, from git; without secrets. All but the last is of the repository in which the run was
+    started; None where there is none."""
 
-    folder: str | None = None  # of the repository
+    folder: str | None = None
     commit: str | None = None
     changes: tuple[str, ...] = ()  # lines of git status --porcelain
     diff: str | None = None  # against the commit
+    is_of_distloop: bool = False  # the run was started in a clone of distloop
+    distloop_commit: str | None = None  # where distloop is a clone, and not installed from a package
 
 
 class LoopSource(NamedTuple):
@@ -57,11 +61,13 @@ class LoopSource(NamedTuple):
 
 def environment(world_size: int, git: GitFacts, loop: LoopSource | None) -> dict[str, Any]:
     """Versions, git commit, topology and command of an attempt, as plain JSON and without secrets."""
-    packages = ("torch", "torchvision", "accelerate", "numpy", "safetensors", "distloop")
+    packages = ("torch", "torchvision", "accelerate", "numpy", "safetensors")
     versions: dict[str, str | None] = dict.fromkeys(packages)
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
+    versions["distloop"] = distloop.__version__
+    git_of = "distloop itself" if git.is_of_distloop else "the folder where the run was started"
     return {
         "python": platform.python_version(),
         "versions": versions,
@@ -72,6 +78,8 @@ def environment(world_size: int, git: GitFacts, loop: LoopSource | None) -> dict
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "loop_file": loop and clean_text(loop.path),
         "loop_sha256": loop and loop.sha256,
+        "distloop_commit": git.distloop_commit,
+        "git_of": git_of if git.folder else None,
         "git_folder": git.folder,
         "git_commit": git.commit,
         "git_changes": list(git.changes),
@@ -80,23 +88,37 @@ def environment(world_size: int, git: GitFacts, loop: LoopSource | None) -> dict
 
 
 def git_facts() -> GitFacts:
-    """Facts of the current folder's repository, else of the one that distloop is in. Takes GIT_SECONDS at most."""
+    """Facts of the start folder's repository, and of the one that distloop is in. Takes GIT_SECONDS at most."""
     until = time.monotonic() + GIT_SECONDS
-    starts = (Path(), Path(distloop.__file__).resolve().parent)
-    folders = (_git(start, ("rev-parse", "--show-toplevel"), 4096, until) for start in starts)
-    folder = next(filter(None, folders), None)
-    if folder is None:
-        return GitFacts()
-    root = Path(folder.rstrip("\n"))
-    commit = _git(root, ("rev-parse", "HEAD"), 4096, until)
+    package = Path(distloop.__file__).resolve().parent
+    # Not in a repository that has distloop only in a virtual environment: there the file is not tracked.
+    is_clone = bool(_git(package, ("ls-files", "__init__.py"), 4096, until))
+    clone = _root(package, until) if is_clone else None
+    distloop_commit = _commit(clone, until) if clone else None
+    root = _root(Path(start_folder()), until)
+    if root is None:
+        return GitFacts(distloop_commit=distloop_commit)
     changes = _git(root, ("status", "--porcelain"), 64 * 1024, until) or ""
     diff = _git(root, PLAIN_DIFF, MOST_DIFF, until)
     return GitFacts(
         folder=clean_text(str(root)),
-        commit=commit.strip() if commit else None,
+        commit=_commit(root, until),
         changes=tuple(clean_text(line) for line in changes.splitlines()[:MOST_CHANGES]),
         diff=None if diff is None else _cut(clean_text(_cut(diff, MOST_DIFF)), MOST_DIFF),
+        is_of_distloop=root == clone,
+        distloop_commit=distloop_commit,
     )
+
+
+def _root(folder: Path, until: float) -> Path | None:
+    """The root of the folder's repository."""
+    root = _git(folder, ("rev-parse", "--show-toplevel"), 4096, until)
+    return Path(root.rstrip("\n")) if root else None
+
+
+def _commit(root: Path, until: float) -> str | None:
+    commit = _git(root, ("rev-parse", "HEAD"), 4096, until)
+    return commit.strip() if commit else None
 
 
 def _git(folder: Path, arguments: tuple[str, ...], limit: int, until: float) -> str | None:

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
+from distloop.config.notes import way_out
 from distloop.config.registry import call, import_callable
 from distloop.config.settings import Config, Model
 from distloop.data.datasets import DataSource
@@ -127,7 +128,7 @@ def _torchvision_model(config: Model, num_classes: int | None) -> nn.Module:
     try:
         model = models.get_model(config.name, weights=None, **{**arguments, **config.args})
     except TypeError as error:
-        raise UsageError(f"model.args = {config.args}: {error}.") from None
+        raise UsageError(f"model.args = {config.args}: {error}.{way_out('model.args', config.args)}") from None
     if config.pretrained:
         weights = models.get_model_weights(config.name).DEFAULT
         try:

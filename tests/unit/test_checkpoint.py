@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model
 from torch import nn
 
 from distloop.config.settings import Optim
@@ -209,6 +209,36 @@ def test_tied_weights_come_back_tied(tmp_path: Path) -> None:
     load_weights(tmp_path / MODEL, other)
     assert other.decode.weight is other.encode.weight
     assert torch.equal(other.decode.weight, model.encode.weight)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_equal_weights_are_equal_files(tmp_path: Path, tied: bool) -> None:
+    """safetensors itself writes its metadata in another order each time."""
+    files = set()
+    for number in range(24):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+        model.register_buffer('größe "\n\x7f\\', torch.ones(1))
+        if tied:
+            model[1].weight = model[0].weight
+        save_weights(model, path := tmp_path / f"{number}.safetensors")
+        files.add(path.read_bytes())
+        assert set(load_file(path)) == set(model.state_dict()) - ({"1.weight"} if tied else set())
+    assert len(files) == 1
+
+
+@pytest.mark.parametrize("kind", ["tied", "plain"])
+def test_plain_pytorch_reads_the_weights_as_the_documents_say(tmp_path: Path, kind: str) -> None:
+    def net() -> nn.Module:
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        if kind == "tied":
+            model[1].weight = model[0].weight
+        return model
+
+    model, other = net(), net()
+    save_weights(model, tmp_path / "model.safetensors")
+    assert load_model(other, tmp_path / "model.safetensors") == (set(), [])
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in other.state_dict().items())
 
 
 def test_equal_weights_in_different_places_are_both_stored(tmp_path: Path) -> None:

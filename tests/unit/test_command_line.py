@@ -80,6 +80,24 @@ MEANINGS: list[tuple[str, dict[str, Any]]] = [
     ("--tracking.tags 1 true -1", {"tracking.tags": ("1", "true", "-1")}),
     ("--tracking.tags '[a, b]'", {"tracking.tags": ("[a, b]",)}),
     ("--tracking.tags ''", {"tracking.tags": ("",)}),
+    # as W&B sweeps, Hydra, Optuna, Ray Tune and shell loops write values
+    ("--optim.nesterov=True", {"optim.nesterov": True}),
+    ("--optim.nesterov=1", {"optim.nesterov": True}),
+    ("--tracking.report=no", {"tracking.report": False}),
+    ("--train.steps=1e1", {"train.epochs": None, "train.steps": 10}),
+    ("--data.workers=2.0 --expect-world=2e0", {"data.workers": 2, "expect_world": 2}),
+    ("--optim.lr=9.999999999999999e-05", {"optim.lr": 9.999999999999999e-05}),
+    ("--optim.clip_norm=None", {}),
+    ("'--optim.betas=[0.9, 0.95]'", {"optim.betas": (0.9, 0.95)}),
+    ("--optim.betas=[0.9,0.95]", {"optim.betas": (0.9, 0.95)}),
+    ("--optim.betas '[0.9, 0.95]' --seed 5", {"optim.betas": (0.9, 0.95), "seed": 5}),
+    ("--optim.betas [0.9, 0.95] --seed 5", {"optim.betas": (0.9, 0.95), "seed": 5}),
+    ("'--optim.betas=(0.9, 0.95)'", {"optim.betas": (0.9, 0.95)}),
+    ("--schedule.milestones=[10,20]", {"schedule.milestones": (10, 20)}),
+    ("--schedule.milestones '[ 1e1 ]'", {"schedule.milestones": (10,)}),
+    ("--schedule.milestones '(10,)'", {"schedule.milestones": (10,)}),
+    ("--schedule.milestones []", {}),
+    ('\'--model.args={"hidden": 64, "norm": null}\'', {"model.args": {"hidden": 64, "norm": None}}),
     # text is what it is
     ("--name 5", {"name": "5"}),
     ("--name true", {"name": "true"}),
@@ -209,6 +227,20 @@ def test_the_words_of_a_command_line_change_what_the_file_says(
         ("--own.alpha", "--own.alpha needs a value."),
         ("--seed 1 2", "'2': expected a setting, as in --optim.lr 0.1; --help lists them."),
         ("--no-compile true", "'true': expected a setting"),
+        ("--optim.betas [0.9", "optim.betas = '[0.9': input should be"),
+        ("--optim.betas '[[0.9, 0.95]]'", "optim.betas = "),
+        ("--train.steps=1.5e0", "train.steps = 1.5: input should be a valid integer"),
+        ("--train.steps=True", "train.steps = True: input should be a valid number, not true or false"),
+        ("--optim.lr=", "--optim.lr has an empty value; null stands for none. Was a variable of the shell not set?"),
+        ("--optim.clip-norm ''", "--optim.clip-norm has an empty value"),
+        ("--compile=", "--compile has an empty value"),
+        ("--init-from ''", "--init-from has an empty value"),
+        ("--config=", "--config has an empty value"),
+        ("--data.root ''", "--data.root has an empty value"),
+        ("--data.collate ''", "--data.collate has an empty value"),
+        ("--checkpoint.best=", "--checkpoint.best has an empty value"),
+        ("--model.args '{a: 1, a: 2}'", "model.args = '{a: 1, a: 2}': a is there twice, in line 1"),
+        ("--model.args '{a: !!set {1}}'", "model.args = '{a: !!set {1}}': line 1: the tag !!set is not taken"),
         ("-seed 1", "'-seed': expected a setting"),
         ("seed=1", "'seed=1': expected a setting"),
     ],
@@ -218,6 +250,16 @@ def test_a_mistake_on_the_command_line_is_told_like_one_in_a_file(words: str, sa
         load_config(shlex.split(words))
     assert str(refusal.value).startswith(f"command line: {said}")
     assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["--seed", "5\r"], ["--data.root=data\r"], ["--model.args.path", "a\r"], ["--compile\r"]]
+)
+def test_a_word_that_ends_as_lines_of_windows_do_is_refused(words: list[str]) -> None:
+    with pytest.raises(UsageError) as refusal:
+        load_config(words)
+    assert str(refusal.value).startswith(f"command line: {words[-1]!r} ends in a carriage return")
+    assert "dos2unix" in str(refusal.value)
 
 
 def test_mistakes_in_the_file_and_on_the_command_line_are_told_together_each_with_its_place(tmp_path: Path) -> None:

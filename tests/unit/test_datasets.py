@@ -413,7 +413,7 @@ def no_validation() -> tuple[list[int], list[int]]:
 def test_a_users_callable_may_return_two_halves_and_is_told_what_it_asks_for() -> None:
     source = load_data(Data("tests.unit.test_datasets:pair", root="there", args={"samples": 5}))
     assert isinstance(source, DataSource)
-    assert source.train == [("there", index) for index in range(5)]
+    assert source.train == [(f"{os.getcwd()}/there", index) for index in range(5)]
     assert (len(source.validation), source.classes, source.mean) == (1, None, None)
 
 

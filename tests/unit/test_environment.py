@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 import distloop
+from distloop.config.load import load_config
 from distloop.run import provenance as module
 from distloop.run.provenance import MOST_DIFF, GitFacts, environment, git_facts
 from tests.tools.ranks import wait_until
@@ -113,14 +115,82 @@ def test_masking_does_not_make_a_diff_too_large(repository: Path) -> None:
     assert len(diff.encode()) <= MOST_DIFF
 
 
-def test_in_a_folder_of_no_repository_it_is_that_of_distloop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = make_repository(tmp_path / "package")
-    (package / "distloop").mkdir()
+def make_clone(folder: Path) -> Path:
+    """A repository like distloop's own, with a change that is not committed."""
+    make_repository(folder)
+    (folder / "distloop").mkdir()
+    (folder / "distloop" / "__init__.py").write_text("")
+    git(folder, "add", ".")
+    git(folder, "commit", "-q", "-m", "second")
+    (folder / "distloop" / "__init__.py").write_text("changed = True\n")
+    return folder
+
+
+def test_in_a_folder_of_no_repository_only_the_commit_of_distloop_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = make_clone(tmp_path / "package")
     (tmp_path / "elsewhere").mkdir()
     be_in(tmp_path / "elsewhere", package, monkeypatch)
+    commit = git(package, "rev-parse", "HEAD")
+    assert git_facts() == GitFacts(distloop_commit=commit)
+    recorded = environment(1, git_facts(), None)
+    assert (recorded["git_of"], recorded["git_commit"], recorded["distloop_commit"]) == (None, None, commit)
+
+
+def test_in_a_project_its_own_commit_and_changes_are_recorded_and_the_commit_of_distloop(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = make_clone(repository.parent / "package")
+    be_in(repository, package, monkeypatch)
+    (repository / "code.py").write_text("size = 2\n")
     facts = git_facts()
-    assert (facts.folder, facts.commit) == (str(package), git(package, "rev-parse", "HEAD"))
-    assert facts.diff == ""
+    assert (facts.folder, facts.commit) == (str(repository), git(repository, "rev-parse", "HEAD"))
+    assert facts.distloop_commit == git(package, "rev-parse", "HEAD")
+    assert "size = 2" in str(facts.diff)
+    assert "changed" not in str(facts.diff)
+    assert environment(1, facts, None)["git_of"] == "the folder where the run was started"
+
+
+def test_in_a_clone_of_distloop_it_is_said_that_commit_and_changes_are_those_of_distloop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = make_clone(tmp_path / "package")
+    be_in(package, package, monkeypatch)
+    facts = git_facts()
+    commit = git(package, "rev-parse", "HEAD")
+    assert (facts.folder, facts.commit, facts.distloop_commit) == (str(package), commit, commit)
+    assert "changed = True" in str(facts.diff)
+    assert environment(1, facts, None)["git_of"] == "distloop itself"
+
+
+def test_a_project_with_distloop_in_a_virtual_environment_is_not_taken_for_distloop(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = repository / ".venv" / "site-packages"
+    (installed / "distloop").mkdir(parents=True)
+    (installed / "distloop" / "__init__.py").write_text("")
+    be_in(repository, installed, monkeypatch)
+    facts = git_facts()
+    assert (facts.folder, facts.distloop_commit) == (str(repository), None)
+    assert environment(1, facts, None)["git_of"] == "the folder where the run was started"
+
+
+def test_the_repository_is_that_of_the_start_whatever_folder_the_code_goes_to(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_config(["--seed", "1"])
+    other = make_repository(tmp_path / "other")
+    monkeypatch.chdir(other)
+    assert git_facts().folder == str(repository)
+
+
+def test_the_version_of_distloop_is_recorded_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert environment(1, GitFacts(), None)["versions"]["distloop"] == distloop.__version__
 
 
 def test_without_any_repository_or_git_there_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -369,6 +369,53 @@ def test_what_is_tried_out_comes_first_and_a_pipe_gets_all_of_it(
     )
 
 
+def test_the_settings_of_a_sweep_come_first_whatever_else_is_in_the_folder(
+    tmp_path: Path, terminal: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs of other data and models differ in everything: that leaves no room for what the sweep tries out."""
+    config = (
+        "seed: {0}\ndata: {{name: {1}, root: x, args: {{size: {0}}}}}\nmodel: {{name: the_model_of_{1}}}\n"
+        "task: {{name: the_task_of_{1}}}\noptim: {{name: sgd, lr: {2}}}\nbatch: {{global_size: {0}}}\n"
+        "train: {{steps: {0}}}\nown: {{alpha: {3}}}\n"
+    )
+    for number, (lr, alpha) in enumerate((("0.1", 0), ("0.2", 0), ("0.1", 1), ("0.2", 1))):
+        make_run(tmp_path, f"sweep-{number}", config=config.format(1, "mine", lr, alpha))
+    for number in range(2, 8):
+        make_run(tmp_path, f"other-{number}", config=config.format(number, f"data{number}", "0.1", 0))
+    make_run(tmp_path, "another-of-2", config=config.format(2, "data2", "0.1", 0))
+    (make_run(tmp_path, "without-a-config") / "config.yaml").unlink()
+    make_run(tmp_path, "damaged", config="optim: {lr: [")
+    arguments = [str(tmp_path), "--sort", "name"]
+    shown = table(capsys, *arguments)
+    lines = {line.split()[1]: " ".join(line.split()) for line in terminal(200, *arguments) if " finished " in line}
+    for number, begins in enumerate(
+        ("lr=0.1 own.alpha=0", "lr=0.2 own.alpha=0", "lr=0.1 own.alpha=1", "lr=0.2 own.alpha=1")
+    ):
+        assert f" optim.{begins} seed=1 " in lines[f"sweep-{number}"]
+        assert shown[f"sweep-{number}"]["differs"].startswith(f"optim.{begins} seed=1 data.name=mine")
+    keys = {
+        "seed",
+        "data.name",
+        "data.args.size",
+        "model.name",
+        "task.name",
+        "optim.lr",
+        "batch.global_size",
+        "train.steps",
+    }
+    for name in ("sweep-0", "other-2", "other-7", "another-of-2"):
+        assert {pair.partition("=")[0] for pair in shown[name]["differs"].split()} == keys | {"own.alpha"}
+    assert shown["other-3"]["differs"].startswith("seed=3 data.name=data3")
+
+
+def test_the_help_says_what_reverse_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--reverse turn the order round: the worst run first" in said
+    assert "If no run says whether more or less of METRIC is better" in said
+
+
 # ---- one run, no run, output -------------------------------------------------------------------------------------
 
 

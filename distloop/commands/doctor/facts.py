@@ -111,7 +111,7 @@ def _versions() -> dict[str, str | None]:
 def _driver() -> str | None:
     """The version of NVIDIA's kernel driver."""
     with contextlib.suppress(OSError):
-        match = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text())
+        match = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))
         return match[1] if match else None
     return None
 
@@ -126,7 +126,9 @@ def _code() -> dict[str, Any]:
     def git(*words: str) -> str | None:
         try:
             command = ("git", "-C", str(folder), *words)
-            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            return subprocess.run(
+                command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
+            ).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return None
 
@@ -139,13 +141,13 @@ def _memory() -> int:
     """Bytes of memory available on the machine, or the limit of this process's control group if that is less."""
     sizes = [psutil.virtual_memory().available]
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers in ("", "memory"):  # "": version 2, in which the limits of all parent groups count
                 root = Path("/sys/fs/cgroup", controllers)
                 groups = [root / path.strip("/"), *(root / path.strip("/")).parents]
                 names = [group / name for group in groups for name in ("memory.max", "memory.limit_in_bytes")]
-                texts = [name.read_text().strip() for name in names if name.is_file()]
+                texts = [name.read_text(encoding="utf-8").strip() for name in names if name.is_file()]
                 sizes += [int(text) for text in texts if text.isdecimal()]
     return min(sizes)
 

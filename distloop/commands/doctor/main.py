@@ -22,6 +22,7 @@ from typing import Any
 
 from distloop.commands.doctor.results import FAIL, OK, WARN, Result, judge, nodes_of
 from distloop.commands.tables import Entry, entries
+from distloop.config.places import absolute, check_place
 from distloop.errors import RunFailed, UsageError
 from distloop.ranks import stopping, talking
 from distloop.ranks.attempt_base import AttemptBase
@@ -150,10 +151,17 @@ def parse(arguments: list[str], quiet: bool) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
         return int(text)
 
+    def place(text: str) -> str:
+        try:
+            check_place("--runs-dir", text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return str(absolute(text))
+
     seconds: dict[str, Any] = {"type": positive, "metavar": "S"}
     parser = argparse.ArgumentParser(prog="distloop doctor", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--runs-dir", default="runs", metavar="DIR", help="folder of run directories (%(default)s)")
+    add("--runs-dir", type=place, default="runs", metavar="DIR", help="folder of run directories (%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what a run would compute on")
     add("--expect-world", type=positive, metavar="N", help="how many ranks there should be")
     add("--join-seconds", default=120, **seconds, help="limit of the wait for all ranks (%(default)s)")

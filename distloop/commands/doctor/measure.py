@@ -92,7 +92,7 @@ def _write(path: Path, text: str) -> str:
     """Write the file; returns the problem, or ""."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         return f"cannot be written: {error.strerror}"
     return ""
@@ -102,7 +102,7 @@ def _is_seen(path: Path, text: str, deadline: float) -> bool:
     """Wait until the file holds the text; False if it does not at the deadline (of time.monotonic())."""
     while True:
         with contextlib.suppress(OSError):
-            if path.read_text() == text:
+            if path.read_text(encoding="utf-8") == text:
                 return True
         if time.monotonic() > deadline:
             return False

@@ -52,7 +52,7 @@ def only_mirror(run: Path, seconds: float) -> Iterator[bool]:
 def mirror_training(path: Path, mode: str, answer: Callable[..., None]) -> None:
     """Mirror the run until training, the parent process, has sent how it ends or is gone. `answer` informs training."""
     training = os.getppid()
-    wandb_run = WandbRun(path, parse_yaml((path / CONFIG).read_text())["tracking"], mode)
+    wandb_run = WandbRun(path, parse_yaml((path / CONFIG).read_text(encoding="utf-8"))["tracking"], mode)
     sys.stderr = wandb_run.output
     try:
         problem = wandb_run.start(wandb_run.settings["start_seconds"])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from distloop.config.places import shown
 from distloop.config.settings import Tracking
 from distloop.tracking.wandb.rows import parse_row
 
@@ -57,7 +58,7 @@ class WandbProcess:
         `waiting` is called several times a second; the wait ends when it returns something true.
         """
         answer = self._answer(self.start_time + self.settings.start_seconds - time.monotonic(), waiting)
-        sync = f"`distloop sync {shlex.quote(str(self.run))}` uploads it"
+        sync = f"`distloop sync {shlex.quote(shown(self.run))}` uploads it"
         if answer is None:
             waited = "yet" if waiting() else f"within {self.settings.start_seconds:g} s"
             return f"W&B has not started {waited}; training goes on. {sync}"
@@ -87,7 +88,7 @@ class WandbProcess:
         problem = f"no answer within {seconds:.0f} s" if answer is None else answer.get("problem")
         if seconds:
             self._end(0.0 if answer is None else 0.5)
-        return f"W&B: {problem}; `distloop sync {shlex.quote(str(self.run))}` uploads the rest" if problem else None
+        return f"W&B: {problem}; `distloop sync {shlex.quote(shown(self.run))}` uploads the rest" if problem else None
 
     def _end(self, seconds: float) -> None:
         """Wait for the end of the process, and kill it after so many seconds."""

@@ -67,7 +67,7 @@ def describe(run: Any, folder: Path) -> None:
     """Give the W&B run the config, versions, commit and uncommitted changes that the run directory holds."""
     run.define_metric("global_step")
     run.define_metric("*", step_metric="global_step")
-    config = parse_yaml((folder / CONFIG).read_text())
+    config = parse_yaml((folder / CONFIG).read_text(encoding="utf-8"))
     config["environment"] = read_json(folder / ENVIRONMENT)
     run.config.update(config, allow_val_change=True)
     if (folder / GIT_DIFF).exists():
