@@ -24,8 +24,9 @@ from torchvision.datasets import CIFAR10, FashionMNIST
 
 from distloop.config.settings import Data
 from distloop.data.batches import to_model
-from distloop.data.datasets import DataSource, InMemory, cifar10, diabetes, digits, fingerprint, load_data
+from distloop.data.datasets import DataSource, InMemory, cifar10, diabetes, digits, load_data
 from distloop.data.download import download_lock
+from distloop.data.fingerprint import fingerprint
 from distloop.data.loader import SeededDataset, collate_of, no_check
 from distloop.data.order import MicroBatch
 from distloop.errors import UsageError
