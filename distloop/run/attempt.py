@@ -124,7 +124,7 @@ class Attempt(AttemptBase):
         opening = (config, self.lock, self.status, ranks.world_size)
         start, of_rank_0 = ranks.from_main(lambda: (open_directory(*opening, identity_of(*data), self.loop), facts))
         self.start = start
-        refuse_unlike_rank_0(ranks, of_rank_0, facts)
+        refuse_unlike_rank_0(ranks, of_rank_0, facts, start)
         self.is_finished = start.finished  # before this attempt
         if self.is_finished:
             if ranks.is_main:

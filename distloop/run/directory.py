@@ -14,7 +14,16 @@ from distloop.config.settings import Config, path_of
 from distloop.data.fingerprint import is_other
 from distloop.errors import UsageError
 from distloop.run import files
-from distloop.run.checkpoint import clean, newest_good, published_in, read_manifest, step_of, weights_file
+from distloop.run.checkpoint import (
+    MANIFEST,
+    clean,
+    digest,
+    newest_good,
+    published_in,
+    read_manifest,
+    step_of,
+    weights_file,
+)
 from distloop.run.files import Start, read_json, write_json, write_text
 from distloop.run.lock import RunLock
 from distloop.run.metrics import set_rows_aside
@@ -55,7 +64,9 @@ def open_directory(
         if redone := set_rows_aside(path / files.METRICS, step):
             messages.append(f"metrics after step {step}, {redone} of them, were set aside: these steps are done again")
         attempt = int(before.get("attempt", 0)) + 1
-        start = Start(path, attempt, checkpoint, weights, step, False, messages, identity, changes)
+        loaded = checkpoint / MANIFEST if checkpoint else weights
+        sha256 = digest(loaded) if loaded and world_size > 1 else ""
+        start = Start(path, attempt, checkpoint, weights, step, False, messages, identity, changes, sha256)
         status.begin(start, before.get("best"))  # first: an extended run is not finished any more
         if not changes:  # else once the checkpoint is loaded, which may not fit the changed config
             record_start(start, config, world_size, loop)

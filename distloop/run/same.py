@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from distloop.data.fingerprint import OWN_DRAWS
 from distloop.errors import UsageError
 from distloop.ranks.environment import node_name
 from distloop.ranks.ranks import Ranks
+from distloop.run.checkpoint import MANIFEST, digest
+from distloop.run.files import Start
 from distloop.run.identity import Facts, facts_of, facts_of_model
 
+NOT_THE_SAME = "The ranks do not train the same:"
 ABSENT = "ABSENT"  # in the place of a value that a rank lacks
 SAME_DATA = (
     "All ranks must see the same data in the same order: have the files copied to all machines, sort what "
@@ -37,9 +41,9 @@ def refuse_unlike_ranks(config: Config, source: DataSource, device: torch.device
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return
     facts = {**facts_of(config, source, device), **facts_of_model(task, model)}
-    digest = hashlib.sha256(json.dumps(facts).encode()).digest()
+    summary = hashlib.sha256(json.dumps(facts).encode()).digest()
     # On the CPU: distloop's groups have gloo there, which does not wait for a GPU's queue.
-    own = torch.frombuffer(bytearray(digest), dtype=torch.int64)
+    own = torch.frombuffer(bytearray(summary), dtype=torch.int64)
     rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, own)
     if all(torch.equal(row, rows[0]) for row in rows):
@@ -50,11 +54,28 @@ def refuse_unlike_ranks(config: Config, source: DataSource, device: torch.device
         raise UsageError(message)
 
 
-def refuse_unlike_rank_0(ranks: Ranks, of_rank_0: Facts, own: Facts) -> None:
-    """Raise UsageError, on this rank, if its facts are others than those that rank 0 has sent."""
+def refuse_unlike_rank_0(ranks: Ranks, of_rank_0: Facts, own: Facts, start: Start) -> None:
+    """Raise UsageError, on this rank, if its facts are others than those that rank 0 has sent, or if it does not find
+    the files that rank 0 found and that all load. Exchanges nothing."""
     nodes = [ranks.roll_call.places[0].node, node_name()]
     if message := first_difference([of_rank_0, own], nodes, [0, ranks.rank]):
         raise UsageError(message)
+    file = start.checkpoint / MANIFEST if start.checkpoint else start.weights
+    if ranks.is_main or file is None or ((found := _digest_of(file)) == start.sha256):
+        return
+    there, here = f"rank {ranks.rank} (on {nodes[1]})", f"rank 0 (on {nodes[0]})"
+    problem = f"has other contents on {there} than on {here}" if found else f"is not to be found on {there}"
+    raise UsageError(
+        f"{NOT_THE_SAME} {file.resolve()} {problem}. Let all machines see the run directory (--runs-dir) and "
+        "the weights of --init-from in the same folder, such as one on a shared file system."
+    )
+
+
+def _digest_of(file: Path) -> str:
+    try:
+        return digest(file)
+    except OSError:
+        return ""
 
 
 def first_difference(facts: Sequence[Facts], nodes: Sequence[str], ranks: Sequence[int] | None = None) -> str | None:
@@ -72,7 +93,7 @@ def first_difference(facts: Sequence[Facts], nodes: Sequence[str], ranks: Sequen
                 there = f"rank {numbers[others[0]]} (on {nodes[others[0]]}){more}"
                 here = f"rank {numbers[0]} (on {nodes[0]})"
                 text = _words(kind, name, values[others[0]], values[0], there, here)
-                return f"The ranks do not train the same: {text}"
+                return f"{NOT_THE_SAME} {text}"
     return None
 
 
