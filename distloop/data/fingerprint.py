@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import pickle
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ OWN_DRAWS = "differs under the same seed: "
 
 def fingerprint_of(source: DataSource, half: str, config: Data, device: torch.device) -> dict[str, Any]:
     """The fingerprint of the train or validation half, which is found once. Loads samples as training does: in a loader
-    process if there are any, so that the user's files are not opened in a process that forks others later."""
+    process if there are any, or from a copy, so that no file of the user's is opened by what others are copies of."""
     if half not in source.fingerprints:
         dataset = getattr(source, half)
         source.fingerprints[half] = fingerprint(dataset, config, device)
@@ -86,7 +87,8 @@ class SampleDigests(Dataset):
 def _contents(dataset: Any, config: Data, workers: int, device: torch.device | None) -> dict[str, str]:
     last = len(dataset) - 1
     indices = sorted({place * last // (SAMPLES - 1) for place in range(SAMPLES)})
-    on_cuda = device is not None and device.type == "cuda"
+    if workers and device is not None and device.type == "cuda":  # what each loader process gets there, at less cost
+        dataset, workers = pickle.loads(pickle.dumps(dataset)), 0
     loader: DataLoader = DataLoader(
         SampleDigests(dataset),
         batch_size=None,
@@ -94,7 +96,6 @@ def _contents(dataset: Any, config: Data, workers: int, device: torch.device | N
         num_workers=min(1, workers),
         worker_init_fn=leave_signals_to_parent,
         timeout=config.timeout_seconds if workers else 0,
-        multiprocessing_context="forkserver" if workers and on_cuda else None,  # as the loader that trains
     )
     found: dict[str, str] = {}
     begun = time.monotonic()

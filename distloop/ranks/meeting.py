@@ -175,7 +175,8 @@ def take_fewest_threads(environ: Mapping[str, str]) -> None:
 
     fewest = torch.tensor(torch.get_num_threads())
     dist.all_reduce(fewest, dist.ReduceOp.MIN)  # over gloo
-    if environ.get("OMP_NUM_THREADS", "") in ("", str(cpus_per_rank(environ))):  # share_cpus(), or launch/, has set it
+    set_by_hand = environ.get("OMP_NUM_THREADS", "") not in ("", str(cpus_per_rank(environ)))  # not by share_cpus()
+    if int(fewest) < torch.get_num_threads() and not set_by_hand:
         torch.set_num_threads(int(fewest))
 
 

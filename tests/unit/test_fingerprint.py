@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +16,6 @@ from distloop.config.settings import Data
 from distloop.data import fingerprint as module
 from distloop.data.datasets import DataSource
 from distloop.data.fingerprint import fingerprint, fingerprint_of, is_other
-
-CPU = torch.device("cpu")
 
 
 class Pair(NamedTuple):
@@ -152,13 +149,13 @@ def test_a_checkpoint_without_contents_fits_samples_of_any_contents() -> None:
     assert is_other({"samples": 20, "sha256": "0"}, fingerprint(Samples(int)))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_samples_are_loaded_where_training_loads_them_and_once(workers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("workers", "device"), [(0, "cpu"), (2, "cpu"), (2, "cuda")])
+def test_samples_are_loaded_where_training_loads_them_and_once(workers: int, device: str) -> None:
     dataset = Samples(int)
     source, config = DataSource(dataset, dataset), Data(workers=workers)
-    known = fingerprint_of(source, "train", config, CPU)
+    known = fingerprint_of(source, "train", config, torch.device(device))
     assert known["contents"] == fingerprint(Samples(int))["contents"]
-    assert bool(dataset.loaded) == (workers == 0), "what forks loader processes opens no file of the user's"
+    assert bool(dataset.loaded) == (workers == 0), "no file of the user's is opened by what loader processes copy"
     loaded = len(dataset.loaded)
-    assert fingerprint_of(source, "train", config, CPU) is known
+    assert fingerprint_of(source, "train", config, torch.device(device)) is known
     assert len(dataset.loaded) == loaded
