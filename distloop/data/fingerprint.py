@@ -22,7 +22,8 @@ from distloop.data.workers import leave_signals_to_parent, signals_blocked
 SAMPLES = 8  # of a data set, at equal distances from the first to the last
 SECONDS = 2.0  # after so long no further sample is loaded, of a data set that is slow
 # What stands in the place of a digest that says nothing of the data.
-OWN_DRAWS = "differs under the same seed: "
+OWN_DRAWS, RAISES = "differs under the same seed: ", "raises "
+LONGEST_ERROR = 300  # letters
 
 
 def fingerprint_of(source: DataSource, half: str, config: Data, device: torch.device) -> dict[str, Any]:
@@ -67,15 +68,17 @@ class SampleDigests(Dataset):
         self.dataset = dataset
 
     def __getitem__(self, index: int) -> str:
-        first = self._digest(index)
-        return first if self._digest(index) == first else OWN_DRAWS + first
+        first, again = self._digest(index), self._digest(index)
+        if again == first or first.startswith(RAISES):
+            return first
+        return again if again.startswith(RAISES) else OWN_DRAWS + first
 
     def _digest(self, index: int) -> str:
         seed_sample(0, 0, index)  # a function of the data alone: the samples' augmentation is the same each time
         try:
             sample = self.dataset[index]
         except Exception as error:  # training says more about it, when it meets the sample
-            return f"raises {type(error).__name__}"
+            return f"{RAISES}{type(error).__name__}: {error}"[:LONGEST_ERROR]
         digest = hashlib.sha256()
         try:
             add(digest, sample)

@@ -12,7 +12,7 @@ from torch import nn
 
 from distloop.config.settings import Config
 from distloop.data.datasets import DataSource
-from distloop.data.fingerprint import OWN_DRAWS
+from distloop.data.fingerprint import OWN_DRAWS, RAISES
 from distloop.errors import UsageError
 from distloop.ranks.environment import node_name
 from distloop.ranks.ranks import Ranks
@@ -87,7 +87,9 @@ def first_difference(facts: Sequence[Facts], nodes: Sequence[str], ranks: Sequen
             values = [each[kind].get(name, ABSENT) for each in facts]
             if kind == "data" and " sample " in name and ABSENT in values:
                 continue  # a slow data set: the other rank has had time for more samples
-            others = [place for place, value in enumerate(values) if value != values[0]]
+            # A sample that no rank can load is the same on all, wherever its files lie.
+            same = [RAISES if str(value).startswith(RAISES) else value for value in values]
+            others = [place for place, value in enumerate(same) if value != same[0]]
             if others:
                 more = "" if len(others) == 1 else f" (as on {len(others) - 1} more)"
                 there = f"rank {numbers[others[0]]} (on {nodes[others[0]]}){more}"
@@ -149,10 +151,10 @@ def _words_on_data(name: str, theirs: Any, ours: Any, there: str, here: str) -> 
         if name.endswith(" data"):
             return f"the {name} has other contents on {there} than on {here}. {SAME_DATA}"
         return f"the data's {name} are {theirs} on {there}, but {ours} on {here}. {SAME_DATA}"
-    raises = [place for place, value in ((there, theirs), (here, ours)) if value.startswith("raises ")]
-    if len(raises) == 1:
-        error = (theirs if raises[0] == there else ours).removeprefix("raises ")
-        return f"{name} cannot be loaded on {raises[0]} ({error}), but it can on the other rank. {SAME_DATA}"
+    for value, one, other in ((theirs, there, here), (ours, here, there)):
+        if value.startswith(RAISES):
+            error = value.removeprefix(RAISES)
+            return f"{name} can be loaded on {other}, but on {one} it raises {error}. {SAME_DATA}"
     advice = OWN_GENERATOR if theirs.startswith(OWN_DRAWS) else SAME_DATA
     return f"{name} is another one on {there} than on {here}. {advice}"
 

@@ -58,10 +58,21 @@ def make_data(differs: str = "", on_all: bool = False) -> DataSource:
     if here("validation"):
         validation = TensorDataset(rows[20:40], labels[20:40])
     train: Any = TensorDataset(rows, labels)
+    if here("last file"):
+        train = LastMissing(rows, labels)
     if differs == "own generator":
         train = Rows(SAMPLES, lambda row, label: (row, label), lambda: np.random.default_rng().normal())
     classes = tuple(reversed(CLASSES)) if here("class names") else CLASSES
     return DataSource(train, validation, classes)
+
+
+class LastMissing(TensorDataset):
+    """The file of the last sample is not there."""
+
+    def __getitem__(self, index: int) -> Any:
+        if index == len(self) - 1:
+            raise FileNotFoundError("[Errno 2] No such file or directory: '/data/95.png'")
+        return super().__getitem__(index)
 
 
 def change_the_process(here: Callable[[str], bool]) -> None:

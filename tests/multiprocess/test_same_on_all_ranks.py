@@ -51,6 +51,7 @@ MEMBERS = {
     "validation": ("data", r"Validation sample 0 is another one on {1} than on {0}", "sorted("),
     "class names": ("data", r"class names are .*bird.*dog.*cat.* on {1}, but .*cat.*dog.*bird.* on {0}", "sorted("),
     "own generator": ("data", r"Training sample 0 is another one on {1} than on {0}", "numpy.random.normal()"),
+    "last file": ("data", r"sample 95 can be loaded on {0}, but on {1} it raises FileNotFoundError: .*95", "copied"),
     "torch": ("data", r"{1} runs torch 2\.0\.0, but {0} torch ", "Install"),
     "distloop": ("data", r"{1} runs distloop 0\.0\.9.*, but {0} distloop ", "Install"),
     "Python": ("data", r"{1} runs Python 3\.10\.1, but {0} Python ", "Install"),
