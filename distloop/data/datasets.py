@@ -5,9 +5,6 @@ PyTorch DataLoader. Its arguments are data.args, and `root` if its signature nam
 """
 
 import dataclasses
-import hashlib
-import os
-import sys
 from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any
@@ -37,6 +34,8 @@ class DataSource:
     classes: tuple[str, ...] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    # Of the halves, by their names, once they are found (fingerprint.py): samples are loaded for them.
+    fingerprints: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 class InMemory:
@@ -135,21 +134,6 @@ def image_folder(root: str, crop: int = 224, resize: int = 256) -> DataSource:
             f"{folders[0]} and {folders[1]} do not have the same classes; in one only: {', '.join(differing[:10])}"
         )
     return DataSource(train, validation, tuple(train.classes), IMAGENET_MEAN, IMAGENET_STD)
-
-
-def fingerprint(dataset: Any) -> dict[str, Any]:
-    """Numbers that change with the data: "samples"; "sha256" of tensors in memory, or of names of a folder."""
-    digest = hashlib.sha256()
-    if isinstance(dataset, InMemory):
-        for tensor in (dataset.inputs, dataset.targets):
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    elif (datasets := sys.modules.get("torchvision.datasets")) and isinstance(dataset, datasets.DatasetFolder):
-        for path, label in dataset.samples:
-            digest.update(f"{os.path.relpath(path, dataset.root)} {label}\n".encode())
-    else:
-        return {"samples": len(dataset)}
-    return {"samples": len(dataset), "sha256": digest.hexdigest()}
 
 
 DATASETS: dict[str, Callable[..., DataSource]] = {

@@ -5,7 +5,9 @@ processes. The mixing function is SplitMix64's finaliser (Steele, Lea and Flood 
 number generators") in exact integer arithmetic: no library's version changes the numbers.
 """
 
+import contextlib
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -68,3 +70,15 @@ def seed_forward(seed: int, step: int, position: int, device: torch.device) -> N
         torch.cuda.default_generators[device.index or 0].manual_seed(value)
     elif device.type == "mps":
         torch.mps.manual_seed(value)
+
+
+@contextlib.contextmanager
+def generators_restored() -> Iterator[None]:
+    """Restore the global generators of the CPU at the end, since loading a sample seeds them."""
+    states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])

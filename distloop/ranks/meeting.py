@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from distloop.errors import RunFailed, Unanswered, UsageError
 from distloop.ranks import launch_guards
-from distloop.ranks.environment import hide_stacks, node_name
+from distloop.ranks.environment import cpus_per_rank, hide_stacks, node_name
 from distloop.ranks.leaving import leave
 
 if TYPE_CHECKING:
@@ -163,6 +163,21 @@ def start_group(environ: Mapping[str, str], settings: Ddp, cuda_device: int | No
         timeout=group_timeout(settings),
         device_id=None if cuda_device is None else torch.device("cuda", cuda_device),
     )
+    take_fewest_threads(environ)
+
+
+def take_fewest_threads(environ: Mapping[str, str]) -> None:
+    """Compute with as few CPU threads as the rank that has the fewest, unless OMP_NUM_THREADS was set by hand: the
+    machines of a run may have other numbers of CPUs, and ranks with other numbers of threads are refused. Collective.
+    """
+    import torch
+    import torch.distributed as dist
+
+    fewest = torch.tensor(torch.get_num_threads())
+    dist.all_reduce(fewest, dist.ReduceOp.MIN)  # over gloo
+    set_by_hand = environ.get("OMP_NUM_THREADS", "") not in ("", str(cpus_per_rank(environ)))  # not by share_cpus()
+    if int(fewest) < torch.get_num_threads() and not set_by_hand:
+        torch.set_num_threads(int(fewest))
 
 
 def group_timeout(settings: Ddp) -> timedelta:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from distloop.config.settings import Config, path_of
-from distloop.data.datasets import DataSource, fingerprint
+from distloop.data.datasets import DataSource
 from distloop.data.order import Plan
 from distloop.errors import RunFailed
 from distloop.ranks.agreement import Agreement
@@ -27,9 +27,11 @@ from distloop.run.clock import Clock
 from distloop.run.directory import open_directory, record_start
 from distloop.run.failures import FailureRecords
 from distloop.run.files import CHECKPOINTS, FAILURES, METRICS, Start
+from distloop.run.identity import facts_of, identity_of
 from distloop.run.lock import RunLock
 from distloop.run.parts import Parts, check_parts, load_start
 from distloop.run.provenance import LoopSource
+from distloop.run.same import refuse_unlike_rank_0
 from distloop.run.saving import Saver
 from distloop.run.status import RunStatus
 
@@ -42,7 +44,7 @@ class Attempt(AttemptBase):
         self, config: Config, ranks: Ranks, plan: Plan, source: DataSource, device: torch.device, best: Best
     ) -> None:
         self.config, self.ranks, self.plan, self.source, self.best = config, ranks, plan, source, best
-        self.path, self.clock = path_of(config), Clock(device)
+        self.path, self.clock, self.device = path_of(config), Clock(device), device
         self.lock = RunLock()
         self.status = RunStatus(ranks.is_main, plan.total_steps, best.rule, self.check_ownership)
         self.is_open = self.is_closed = False
@@ -116,11 +118,13 @@ class Attempt(AttemptBase):
         return self
 
     def _open(self) -> None:
-        config, ranks, data = self.config, self.ranks, self.source.train
-        self.loop = LoopSource.of(ranks.position.code) if ranks.is_main else None
-        self.start = start = ranks.from_main(
-            lambda: open_directory(config, self.lock, self.status, ranks.world_size, fingerprint(data), self.loop)
-        )
+        config, ranks, data = self.config, self.ranks, (self.config, self.source, self.device)
+        self.loop = LoopSource.of(ranks.position.code)
+        facts = facts_of(*data, self.loop) if ranks.world_size > 1 else {}
+        opening = (config, self.lock, self.status, ranks.world_size)
+        start, of_rank_0 = ranks.from_main(lambda: (open_directory(*opening, identity_of(*data), self.loop), facts))
+        self.start = start
+        refuse_unlike_rank_0(ranks, of_rank_0, facts, start)
         self.is_finished = start.finished  # before this attempt
         if self.is_finished:
             if ranks.is_main:

@@ -6,14 +6,24 @@ import os
 from pathlib import Path
 from typing import Any
 
-from distloop.config.comparison import FIXED_KEYS, differences, is_one_of, training_hash
+from distloop.config.comparison import FIXED_KEYS, differences, is_one_of
 from distloop.config.load import config_from_mapping, dump_without_secrets, read_yaml
 from distloop.config.references import recorded
 from distloop.config.secrets import clean_mapping, unmask
 from distloop.config.settings import Config, path_of
+from distloop.data.fingerprint import is_other
 from distloop.errors import UsageError
 from distloop.run import files
-from distloop.run.checkpoint import clean, newest_good, published_in, read_manifest, step_of, weights_file
+from distloop.run.checkpoint import (
+    MANIFEST,
+    clean,
+    digest,
+    newest_good,
+    published_in,
+    read_manifest,
+    step_of,
+    weights_file,
+)
 from distloop.run.files import Start, read_json, write_json, write_text
 from distloop.run.lock import RunLock
 from distloop.run.metrics import set_rows_aside
@@ -22,9 +32,9 @@ from distloop.run.status import RunStatus
 
 
 def open_directory(
-    config: Config, lock: RunLock, status: RunStatus, world_size: int, dataset: dict[str, Any], loop: LoopSource | None
+    config: Config, lock: RunLock, status: RunStatus, world_size: int, identity: dict[str, Any], loop: LoopSource | None
 ) -> Start:
-    """Create, or find and continue, the run's directory; rank 0 only. `dataset`: the training data's fingerprint.
+    """Create, or find and continue, the run's directory; rank 0 only. `identity`: what the run trains (identity.py).
     The setting `--resume never` moves a run of this name aside, but not one that this Slurm job has begun itself before
     it was requeued. Else a finished run is left as it is, and another run continues from its newest good checkpoint.
     Without one it begins, with --init-from from those weights. Changes nothing before it holds the lock. Raises
@@ -47,13 +57,16 @@ def open_directory(
         checkpoint = _newest_checkpoint(path, status.total_steps, messages)
         step = step_of(checkpoint) if checkpoint else 0
         if checkpoint:
-            changes.update(_changes_of_data(path, read_manifest(checkpoint)["dataset"], dataset, config))
+            manifest = read_manifest(checkpoint)
+            changes.update(_changes_of_data(path, manifest["dataset"], identity["dataset"], config))
+            changes.update(_changes_of_code(manifest, identity, messages))
             changes.update(_changes_of_loop(path, loop, messages))
         if redone := set_rows_aside(path / files.METRICS, step):
             messages.append(f"metrics after step {step}, {redone} of them, were set aside: these steps are done again")
-        identity = {"config_sha256": training_hash(config), "dataset": dataset}
         attempt = int(before.get("attempt", 0)) + 1
-        start = Start(path, attempt, checkpoint, weights, step, False, messages, identity, changes)
+        loaded = checkpoint / MANIFEST if checkpoint else weights
+        sha256 = digest(loaded) if loaded and world_size > 1 else ""
+        start = Start(path, attempt, checkpoint, weights, step, False, messages, identity, changes, sha256)
         status.begin(start, before.get("best"))  # first: an extended run is not finished any more
         if not changes:  # else once the checkpoint is loaded, which may not fit the changed config
             record_start(start, config, world_size, loop)
@@ -148,7 +161,7 @@ def _is_finished(path: Path, config: Config) -> bool:
 
 def _changes_of_data(path: Path, old: dict[str, Any], new: dict[str, Any], config: Config) -> dict[str, Any]:
     """The difference of the training data. Raises UsageError for one that --resume does not allow."""
-    if old == new:
+    if not is_other(old, new):
         return {}
     what = (
         f"was trained on {old['samples']} samples, the data has {new['samples']} now: its order would be another."
@@ -157,7 +170,22 @@ def _changes_of_data(path: Path, old: dict[str, Any], new: dict[str, Any], confi
     )
     if config.resume == "extend" and old["samples"] == new["samples"]:
         return {"dataset": (old, new)}
-    raise UsageError(f"{path} {what} Use --name OTHER or --resume never, or give it the data it had.")
+    extend = ", or --resume extend to continue it with these" if old["samples"] == new["samples"] else ""
+    raise UsageError(f"{path} {what} Give it the data it had, use --name OTHER or --resume never{extend}.")
+
+
+def _changes_of_code(manifest: dict[str, Any], identity: dict[str, Any], messages: list[str]) -> dict[str, Any]:
+    """The differences of versions and of the user's modules, which --resume allows: a message says each."""
+    changes = {}
+    for kind in ("versions", "sources"):
+        before = manifest.get(kind, {})  # none in a checkpoint of an earlier version
+        for name, new in identity[kind].items():
+            if (old := before.get(name, new)) == new:
+                continue
+            changes[f"{kind}.{name}"] = (old, new)
+            now = f"{name} {new} now, and {old}" if kind == "versions" else f"{name}.py has another source than"
+            messages.append(f"{now} when step {manifest['step']} was trained")
+    return changes
 
 
 def _changes_of_loop(path: Path, loop: LoopSource | None, messages: list[str]) -> dict[str, Any]:

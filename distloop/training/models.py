@@ -21,6 +21,7 @@ from distloop.data.datasets import DataSource
 from distloop.data.download import download_lock
 from distloop.data.loader import example_batch, offers_to_model
 from distloop.errors import UsageError, suggest
+from distloop.run.same import refuse_unlike_ranks
 from distloop.training.tasks import Task, try_out
 
 Builder = Callable[..., nn.Module]
@@ -90,12 +91,14 @@ MODELS: dict[str, Builder] = {"linear": linear, "mlp": mlp, "cnn": cnn, "resnet1
 def build_model(config: Config, source: DataSource, task: Task, device: torch.device) -> nn.Module:
     """The config's model on `device`, in its dtype, with the same initial weights on all ranks.
 
-    Raises UsageError, also where the model does not fit to the task or the data.
+    Raises UsageError, also where the model does not fit to the task or the data, and where ranks differ in what they
+    train. Collective.
     """
     dtype = getattr(torch, config.dtype)
     example = send_to_device(example_batch(source, config.data, config.seed, dtype), device)
     torch.manual_seed(config.seed)  # the initial weights
     model = make_model(config.model, offers_to_model(example, source)).to(device, dtype)
+    refuse_unlike_ranks(config, source, device, task, model)
     try_out(task, model, example, source)
     if config.compile:
         model.compile()  # in place, before DDP wraps it: the names of its parameters stay

@@ -61,7 +61,7 @@ class Points(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if get_worker_info() is not None:
             self.served += 1
-            if self.served == GLOBAL_BATCH:  # some steps' samples of one of several workers
+            if self.served == GLOBAL_BATCH + 1:  # in training: ranks have loaded fewer before it, to compare them
                 stage.at("worker")
         elif Points.is_late:
             stage.at("data")

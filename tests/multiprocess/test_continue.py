@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from distloop.config.load import load_config
-from distloop.data.datasets import fingerprint, load_data
+from distloop.data.datasets import load_data
 from distloop.run.directory import open_directory, record_start
+from distloop.run.identity import identity_of
 from distloop.run.lock import RunLock
 from distloop.run.status import RunStatus
 from tests.tools.ranks import Ranks, train, wait_until, write_config
@@ -165,10 +167,10 @@ def test_a_run_cannot_be_extended_to_less_than_it_has_done(tmp_path: Path) -> No
 def test_an_extended_run_is_not_finished_from_the_moment_its_config_is_replaced(tmp_path: Path) -> None:
     train(tmp_path, small(tmp_path)).check()
     config = load_config([*small(tmp_path), "--runs-dir", str(tmp_path / "runs"), "--train.epochs", "4"])
-    dataset = fingerprint(load_data(config.data).train)
+    identity = identity_of(config, load_data(config.data), torch.device("cpu"))
     lock, status_file = RunLock(), RunStatus(True, total_steps=20)
     extended = dataclasses.replace(config, resume="extend")
-    start = open_directory(extended, lock, status_file, 1, dataset, None)
+    start = open_directory(extended, lock, status_file, 1, identity, None)
     record_start(start, extended, 1, None)  # and then it is killed
     lock.release()
     assert status(tmp_path / "runs" / "run")["state"] == "running"

@@ -24,8 +24,9 @@ from torchvision.datasets import CIFAR10, FashionMNIST
 
 from distloop.config.settings import Data
 from distloop.data.batches import to_model
-from distloop.data.datasets import DataSource, InMemory, cifar10, diabetes, digits, fingerprint, load_data
+from distloop.data.datasets import DataSource, InMemory, cifar10, diabetes, digits, load_data
 from distloop.data.download import download_lock
+from distloop.data.fingerprint import fingerprint
 from distloop.data.loader import SeededDataset, collate_of, no_check
 from distloop.data.order import MicroBatch
 from distloop.errors import UsageError
@@ -503,8 +504,3 @@ def test_folders_of_pictures_are_known_by_names_and_labels_wherever_they_are(tmp
     again = fingerprint(load_data(Data("image_folder", root=str(tmp_path / "moved"))).train)
     assert again["samples"] == 5
     assert again["sha256"] != first["sha256"]
-
-
-def test_of_other_data_sets_the_length_is_known() -> None:
-    assert fingerprint([(1, 2), (3, 4)]) == {"samples": 2}
-    assert fingerprint(load_data(Data("tests.lab.user_code:lines", args={"samples": 12})).train) == {"samples": 12}

@@ -1,0 +1,147 @@
+"""What tells one data set from another: its length, and a digest of its contents or of some of its samples."""
+
+import dataclasses
+import hashlib
+import os
+import pickle
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from distloop.config.settings import Data
+from distloop.data.datasets import DataSource, InMemory
+from distloop.data.loader import worker_count
+from distloop.data.seeding import generators_restored, seed_sample
+from distloop.data.workers import leave_signals_to_parent, signals_blocked
+
+SAMPLES = 8  # of a data set, at equal distances from the first to the last
+SECONDS = 2.0  # after so long no further sample is loaded, of a data set that is slow
+# What stands in the place of a digest that says nothing of the data.
+OWN_DRAWS, RAISES = "differs under the same seed: ", "raises "
+LONGEST_ERROR = 300  # letters
+
+
+def fingerprint_of(source: DataSource, half: str, config: Data, device: torch.device) -> dict[str, Any]:
+    """The fingerprint of the train or validation half, which is found once. Loads samples as training does: in a loader
+    process if there are any, or from a copy, so that no file of the user's is opened by what others are copies of."""
+    if half not in source.fingerprints:
+        dataset = getattr(source, half)
+        source.fingerprints[half] = fingerprint(dataset, config, device)
+    return source.fingerprints[half]
+
+
+def fingerprint(dataset: Any, config: Data | None = None, device: torch.device | None = None) -> dict[str, Any]:
+    """What changes with the data: "samples"; and "sha256" of tensors in memory or of names of a folder, or "contents":
+    digests of some samples by index. Without a config the samples are loaded in this process."""
+    digest = hashlib.sha256()
+    if isinstance(dataset, InMemory):
+        for tensor in (dataset.inputs, dataset.targets):
+            add(digest, tensor)
+    elif (datasets := sys.modules.get("torchvision.datasets")) and isinstance(dataset, datasets.DatasetFolder):
+        for path, label in dataset.samples:
+            digest.update(f"{os.path.relpath(path, dataset.root)} {label}\n".encode())
+    else:
+        workers = worker_count(config, dataset) if config else 0
+        return {"samples": len(dataset), "contents": _contents(dataset, config or Data(), workers, device)}
+    return {"samples": len(dataset), "sha256": digest.hexdigest()}
+
+
+def is_other(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """True if fingerprints are those of different data. One of an earlier version, without contents, fits any; samples
+    that could not be loaded or read, or that draw from a generator of their own, do not count."""
+    if old["samples"] != new["samples"] or (old.get("sha256") != new.get("sha256")):
+        return True
+    before, now = old.get("contents", {}), new.get("contents", {})
+    pairs = [(before[index], now[index]) for index in before if index in now]
+    return any(old_digest != digest for old_digest, digest in pairs if old_digest.isalnum() and digest.isalnum())
+
+
+class SampleDigests(Dataset):
+    """The digest of a sample, in hexadecimal, or what stands in its place; "" for one that cannot be read as bytes."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> str:
+        first, again = self._digest(index), self._digest(index)
+        if again == first or first.startswith(RAISES):
+            return first
+        return again if again.startswith(RAISES) else OWN_DRAWS + first
+
+    def _digest(self, index: int) -> str:
+        seed_sample(0, 0, index)  # a function of the data alone: the samples' augmentation is the same each time
+        try:
+            sample = self.dataset[index]
+        except Exception as error:  # training says more about it, when it meets the sample
+            return f"{RAISES}{type(error).__name__}: {error}"[:LONGEST_ERROR]
+        digest = hashlib.sha256()
+        try:
+            add(digest, sample)
+        except Exception:  # values of any kind: a pass over what has no bytes
+            return ""
+        return digest.hexdigest()[:16]
+
+
+def _contents(dataset: Any, config: Data, workers: int, device: torch.device | None) -> dict[str, str]:
+    last = len(dataset) - 1
+    indices = sorted({place * last // (SAMPLES - 1) for place in range(SAMPLES)})
+    if workers and device is not None and device.type == "cuda":  # what each loader process gets there, at less cost
+        dataset, workers = pickle.loads(pickle.dumps(dataset)), 0
+    loader: DataLoader = DataLoader(
+        SampleDigests(dataset),
+        batch_size=None,
+        sampler=indices,
+        num_workers=min(1, workers),
+        worker_init_fn=leave_signals_to_parent,
+        timeout=config.timeout_seconds if workers else 0,
+    )
+    found: dict[str, str] = {}
+    begun = time.monotonic()
+    with generators_restored():
+        for index, digest in zip(indices, _begun(loader), strict=True):
+            found[str(index)] = digest
+            if time.monotonic() - begun > SECONDS:
+                break
+    return found
+
+
+def _begun(loader: DataLoader) -> Iterator[str]:
+    with signals_blocked():
+        return iter(loader)
+
+
+def add(digest: Any, value: Any) -> None:
+    """Add a sample, or a part of one, to a digest of hashlib. Raises TypeError for a value of another kind."""
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.is_quantized:
+            raise TypeError(f"no bytes: {value.layout}")
+        plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(value, (np.ndarray, np.generic)):
+        array = np.asarray(value)
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        if array.dtype.hasobject:
+            add(digest, array.ravel().tolist())
+        else:
+            digest.update(array.tobytes())
+    elif isinstance(value, Mapping):
+        add(digest, [(key, inner) for key, inner in value.items()])
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{len(value)} values".encode())
+        for inner in value:
+            add(digest, inner)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        add(digest, [getattr(value, field.name) for field in dataclasses.fields(value)])
+    elif isinstance(value, (str, bytes, bool, int, float, complex, type(None))):
+        digest.update(f"{type(value).__name__} {value!r} ".encode(errors="surrogatepass"))
+    elif (pillow := sys.modules.get("PIL.Image")) and isinstance(value, pillow.Image):
+        digest.update(f"{value.mode} {value.size}".encode())
+        digest.update(value.tobytes())
+    else:
+        raise TypeError(f"no bytes: {type(value).__name__}")
