@@ -48,8 +48,8 @@ def evaluate(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
     accelerator = build_accelerator(config, ranks)
     ranks.position.enter("loading data and weights")
     checkpoint = ranks.from_main(lambda: checkpoint_of(path))
-    source = load_data(config.data)
-    task = build_task(config.task)
+    source = load_data(config.data, config.seed)
+    task = build_task(config.task, config.seed)
     bare_model = build_model(config, source, task, accelerator.device)
     averaged = config.optim.ema_decay is not None and (checkpoint / AVERAGED).exists()
     if not (weights := checkpoint / (AVERAGED if averaged else MODEL)).exists():
@@ -62,7 +62,7 @@ def evaluate(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
     device, dtype = accelerator.device, getattr(torch, config.dtype)
     sampler = FixedBatchSampler(len(source.validation), config.validate.batch_size, ranks.rank, ranks.world_size)
     loader = make_loader(config.data, source, task, config.seed, device, dtype, source.validation, sampler)
-    metrics = validate(model, task, loader, sampler, ranks.position)
+    metrics = validate(model, task, loader, sampler, ranks.position, seed=config.seed)
     return {"step": step_of(checkpoint), **metrics}
 
 

@@ -5,11 +5,9 @@ The metrics of validation do not depend on them.
 """
 
 import base64
-import contextlib
 import io
 import json
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from distloop.data.batches import inputs_of
 from distloop.data.datasets import DataSource
 from distloop.data.loader import SeededDataset, collate_of, no_check
 from distloop.data.order import FixedBatchSampler, MicroBatch
+from distloop.data.seeding import generators_kept
 from distloop.ranks.talking import say
 from distloop.run.files import VALIDATION, write_text
 from distloop.training.tasks import Guesses, Task, check_guesses
@@ -123,7 +122,7 @@ class Details:
         if self.details is None:
             return
         mistakes = self.details["mistakes"]
-        with _restore_generators():
+        with generators_kept():
             self.pictures = {mistake["index"]: self._picture(mistake["index"]) for mistake in mistakes}
         mistakes = [{**mistake, "picture": self.pictures[mistake["index"]]} for mistake in mistakes]
         details = {"step": step, "attempt": attempt, **self.details, "mistakes": mistakes}
@@ -140,18 +139,6 @@ class Details:
             return png_uri(inputs_of(batch)[0], self.mean, self.std)
         except Exception:  # of the user's data set; training does not need the picture
             return None
-
-
-@contextlib.contextmanager
-def _restore_generators() -> Iterator[None]:
-    """Restore the global generators at the end, since loading a sample seeds them."""
-    states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
 
 
 def _largest(columns: Tensor) -> Tensor:
