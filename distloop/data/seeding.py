@@ -114,7 +114,7 @@ def building(place: Place, seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def generators_kept() -> Iterator[None]:
+def generators_restored() -> Iterator[None]:
     """Restore the global generators at the end: what was drawn meanwhile shifts nothing."""
     states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
     device = torch.cuda.default_generators[torch.cuda.current_device()] if torch.cuda.is_initialized() else None

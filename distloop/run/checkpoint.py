@@ -188,8 +188,15 @@ def weights_of(model: nn.Module, copy: Callable[[str, Tensor], Tensor], prefix: 
 
 
 def write_weights(weights: Weights, path: Path) -> None:
-    """Write a safetensors file."""
+    """Write a safetensors file. Equal weights make equal files."""
     save_file(weights.tensors, path, metadata={"format": "pt", "aliases": json.dumps(weights.aliases)})
+    # The library writes the metadata in another order each time: sort it. The header keeps its length.
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length))
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from distloop.data.batches import inputs_of
 from distloop.data.datasets import DataSource
 from distloop.data.loader import SeededDataset, collate_of, no_check
 from distloop.data.order import FixedBatchSampler, MicroBatch
-from distloop.data.seeding import generators_kept
+from distloop.data.seeding import generators_restored
 from distloop.ranks.talking import say
 from distloop.run.files import VALIDATION, write_text
 from distloop.training.tasks import Guesses, Task, check_guesses
@@ -122,7 +122,7 @@ class Details:
         if self.details is None:
             return
         mistakes = self.details["mistakes"]
-        with generators_kept():
+        with generators_restored():
             self.pictures = {mistake["index"]: self._picture(mistake["index"]) for mistake in mistakes}
         mistakes = [{**mistake, "picture": self.pictures[mistake["index"]]} for mistake in mistakes]
         details = {"step": step, "attempt": attempt, **self.details, "mistakes": mistakes}

@@ -11,7 +11,7 @@ from distloop.config.settings import Config
 from distloop.data.datasets import DataSource
 from distloop.data.loader import make_loader
 from distloop.data.order import FixedBatchSampler
-from distloop.data.seeding import Place, generators_kept, seed_place
+from distloop.data.seeding import Place, generators_restored, seed_place
 from distloop.ranks.places import Position
 from distloop.ranks.ranks import Ranks
 from distloop.run.attempt import Attempt
@@ -42,7 +42,7 @@ class Validation:
         return metrics
 
 
-@generators_kept()  # so that no numbers of training depend on when it validates
+@generators_restored()  # so that no numbers of training depend on when it validates
 def validate(
     model: nn.Module,
     task: Task,
