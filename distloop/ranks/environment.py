@@ -12,6 +12,21 @@ from distloop.errors import UsageError
 from distloop.ranks.leaving import leave
 
 
+def fix_hashes(environ: MutableMapping[str, str]) -> None:
+    """Start this process anew with PYTHONHASHSEED=0, unless the variable is set or a debugger is at work.
+
+    Python hashes texts otherwise in each process, and reads the variable only as it starts. The order of a set follows:
+    `list(set(names))` would number the classes differently on each rank, and after each stop.
+    """
+    is_read = sys.argv[0] in ("", "-")  # from a terminal or a pipe, which cannot be read once more
+    if environ.get("PYTHONHASHSEED") or sys.flags.ignore_environment or sys.gettrace() or is_read:
+        return
+    environ["PYTHONHASHSEED"] = "0"
+    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def prepare_environment() -> None:
     """Set the variables that torch reads when it is imported. Leaves with code 2 if Slurm's make no sense."""
     try:

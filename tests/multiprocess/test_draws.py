@@ -124,3 +124,22 @@ def test_evaluate_draws_what_the_runs_validation_drew(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout
         numbers = json.loads(done.stdout.splitlines()[-1])
         assert numbers == pytest.approx({name: row[name] for name in numbers}, rel=1e-12)
+
+
+def test_sets_of_texts_have_one_order_in_all_processes(tmp_path: Path) -> None:
+    """Python gives them another one in each process, unless PYTHONHASHSEED is set before it starts."""
+    Runs(tmp_path)
+    variables = {"NOTES": str(tmp_path), "ACCELERATE_USE_CPU": "true"}
+    more = ["--config", "run.yaml", "--data", "tests.lab.drawing:data_of_a_set", "--data.args", "{}"]
+    more += ["--tracking.no-report"]
+    for words in (
+        [*accelerate_launch(2), *more, "--train.steps", "4"],
+        [sys.executable, "-m", "distloop.train", *more, "--resume", "extend"],
+        [sys.executable, "-m", "distloop.commands.cli", "evaluate", "runs/run"],
+        [sys.executable, "-m", "distloop.train", *more, "--name", "again"],
+    ):
+        done = command(words, tmp_path, variables)
+        assert done.returncode == 0, done.stdout
+    notes = [line for rank in range(2) for line in (tmp_path / f"classes-{rank}").read_text().split()]
+    assert len(notes) == 5
+    assert len(set(notes)) == 1
