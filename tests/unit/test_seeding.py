@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 
@@ -157,7 +158,7 @@ def test_the_numbers_that_torch_draws_are_those_of_earlier_versions() -> None:
 
 
 def test_each_place_and_number_draws_otherwise_from_every_generator_and_draws_the_same_again() -> None:
-    calls: list[Callable[[], None]] = [lambda place=place: seed_place(place, 0, CPU) for place in Place]
+    calls: list[Callable[[], None]] = [functools.partial(seed_place, place, 0, CPU) for place in Place]
     calls += [lambda: seed_place(Place.UPDATE, 1, CPU), lambda: seed_place(Place.UPDATE, 0, CPU, 1)]
     calls += [lambda: seed_place(Place.VALIDATION, 0, CPU, 1), lambda: seed_forward(0, 0, 1, CPU)]
     calls += [lambda: seed_sample(0, 0, 0), lambda: seed_sample(0, 0, Place.UPDATE)]
