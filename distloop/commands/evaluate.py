@@ -19,7 +19,7 @@ from distloop.config.load import load_config
 from distloop.config.places import absolute
 from distloop.config.settings import Config
 from distloop.errors import UsageError
-from distloop.ranks.environment import prepare_environment
+from distloop.ranks.environment import fix_hashes, prepare_environment
 from distloop.ranks.ranks import Ranks
 from distloop.ranks.stopping import WatchWithoutSaving
 from distloop.ranks.talking import let_others_speak, speaks
@@ -49,8 +49,8 @@ def evaluate(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
     accelerator = build_accelerator(config, ranks)
     ranks.position.enter("loading data and weights")
     checkpoint = ranks.from_main(lambda: checkpoint_of(path))
-    source = load_data(config.data)
-    task = build_task(config.task)
+    source = load_data(config.data, config.seed)
+    task = build_task(config.task, config.seed)
     bare_model = build_model(config, source, task, accelerator.device)
     averaged = config.optim.ema_decay is not None and (checkpoint / AVERAGED).exists()
     if not (weights := checkpoint / (AVERAGED if averaged else MODEL)).exists():
@@ -63,7 +63,7 @@ def evaluate(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
     device, dtype = accelerator.device, getattr(torch, config.dtype)
     sampler = FixedBatchSampler(len(source.validation), config.validate.batch_size, ranks.rank, ranks.world_size)
     loader = make_loader(config.data, source, task, config.seed, device, dtype, source.validation, sampler)
-    metrics = validate(model, task, loader, sampler, ranks.position)
+    metrics = validate(model, task, loader, sampler, ranks.position, seed=config.seed)
     return {"step": step_of(checkpoint), **metrics}
 
 
@@ -98,6 +98,7 @@ def config_of(path: Path, arguments: list[str], quiet: bool) -> Config:
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate what the command line names; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
+    fix_hashes(os.environ)
     prepare_environment()
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0].startswith("-"):

@@ -234,7 +234,7 @@ class Config:
     runs_dir: Text = "runs"
     """Folder of run directories."""
     seed: Annotated[NonNegativeInt, Lt(2**64)] = 0
-    """Fixes the order of samples, augmentations, initial weights and dropout."""
+    """Fixes the order of samples, and random numbers: splits, augmentations, your own, initial weights and dropout."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else MPS, else the CPU."""
     precision: Literal["no", "bf16", "fp16"] = "no"

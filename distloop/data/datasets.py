@@ -19,6 +19,7 @@ from distloop.config.registry import call, resolve
 from distloop.config.settings import Data
 from distloop.data.augment import DRAWS, shift_and_flip
 from distloop.data.download import load_or_download
+from distloop.data.seeding import Place, building
 from distloop.errors import UsageError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -145,11 +146,12 @@ DATASETS: dict[str, Callable[..., DataSource]] = {
 }
 
 
-def load_data(config: Data) -> DataSource:
-    """The data set that the config names. Raises UsageError if it is unknown, missing, empty or of another form."""
-    source = call(
-        "data.args", resolve("data.name", config.name, DATASETS), config.args, {"root": root_for_code(config.root)}
-    )
+def load_data(config: Data, seed: int = 0) -> DataSource:
+    """The data set that the config names. `seed`: the run's; what building it draws from the global generators follows
+    from it. Raises UsageError if the data set is unknown, missing, empty or of another form."""
+    offered = {"root": root_for_code(config.root)}
+    with building(Place.DATA, seed):
+        source = call("data.args", resolve("data.name", config.name, DATASETS), config.args, offered)
     if isinstance(source, tuple) and len(source) == 2:
         source = DataSource(*source)
     if not isinstance(source, DataSource):

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from distloop.config.registry import import_callable
 from distloop.config.settings import Config, Data
 from distloop.data.batches import inputs_of, targets_of, to_model
-from distloop.data.datasets import DataSource
+from distloop.data.datasets import DataSource, InMemory
 from distloop.data.order import MicroBatch, MicroBatchSampler, Plan
-from distloop.data.seeding import seed_forward, seed_sample, uniforms
+from distloop.data.seeding import Place, seed_building, seed_forward, seed_place, seed_sample, uniforms
 from distloop.data.workers import leave_signals_to_parent, signals_blocked, start_forkserver
 from distloop.errors import UsageError
 from distloop.ranks.environment import cpus_per_rank
@@ -40,16 +40,24 @@ class SeededDataset(Dataset):
 
     A sample's random numbers depend on (seed, epoch, index), not on the process, worker or batch that loads it. Data
     sets with a batch() of their own (InMemory) get the numbers as an argument. For others the global generators of
-    torch, numpy and random are seeded before each sample.
+    torch, numpy and random are seeded before each sample; for a batch() of the user's, as for the batch's first one.
     """
 
     def __init__(self, dataset: Any, seed: int, collate: Callable[[list], Any], check: Callable[..., None]) -> None:
         self.dataset, self.seed, self.collate, self.check = dataset, seed, collate, check
+        self.draws_nothing = getattr(type(dataset), "batch", None) is InMemory.batch and check is no_check
+
+    def __reduce__(self) -> Any:
+        """For loader processes that are not forked: they import the user's module as they unpickle the data set. It
+        then draws what it drew in load_data(), since the seed is unpickled before the data set."""
+        return _unpickled, (_SeedFirst(self.seed), self.dataset, self.collate, self.check)
 
     def __getitems__(self, micro_batch: MicroBatch) -> Any:
         """The batch of these indices. A DataLoader calls this with an item of its batch sampler."""
         epoch, indices = micro_batch
         if hasattr(self.dataset, "batch"):
+            if not self.draws_nothing:  # a batch() or a check of the user's
+                seed_sample(self.seed, epoch, int(indices[0]))
             batch = self.dataset.batch(indices, uniforms(self.seed, epoch, indices, self.dataset.draws))
         else:
             samples = []
@@ -67,6 +75,25 @@ class SeededDataset(Dataset):
                 ) from None
         self.check(batch, indices)
         return batch
+
+
+class _SeedFirst:
+    """A seed that seeds the global generators when it is unpickled, as load_data() does, and becomes a number."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __reduce__(self) -> Any:
+        return _seed_before_import, (self.seed,)
+
+
+def _seed_before_import(seed: int) -> int:
+    seed_building(Place.DATA, seed)
+    return seed
+
+
+def _unpickled(seed: int, dataset: Any, collate: Callable[[list], Any], check: Callable[..., None]) -> SeededDataset:
+    return SeededDataset(dataset, seed, collate, check)
 
 
 def identity(batch: Any) -> Any:
@@ -197,8 +224,8 @@ class TrainBatches:
         self.batches = waiting(loader)  # one iterator through all epochs: loader workers start once
 
     def of_step(self, step: int) -> Iterator[Micro]:
-        """This rank's micro-batches of `step`, counted from 0. Before each, torch's random generators are seeded. Take
-        all of them. Raises RuntimeError if the loader is at another step."""
+        """This rank's micro-batches of `step`, counted from 0. Before each, and after the last one, the global random
+        generators are seeded. Take all of them. Raises RuntimeError if the loader is at another step."""
         self.position.start_step(step + 1)
         scale = self.plan.world_size / self.plan.sample_count(step)
         is_last = False
@@ -215,4 +242,5 @@ class TrainBatches:
             is_last, is_empty = part.is_last, part.start == part.stop
             self.position.enter("forward and backward pass")
             yield Micro(batch, is_last, is_empty, 0.0 if is_empty else scale)
+        seed_place(Place.UPDATE, self.seed, self.device, step)  # alike on all ranks, which had other micro-batches
         self.position.enter("parameter update")

@@ -6,6 +6,7 @@ number generators") in exact integer arithmetic: no library's version changes th
 """
 
 import contextlib
+import enum
 import random
 from collections.abc import Iterator
 
@@ -54,31 +55,75 @@ def uniforms(seed: int, epoch: int, indices: NDArray[np.int64], draws: int) -> N
     return (hashes(keys, indices) >> np.uint64(11)).T / 2.0**53  # the 53 bits of a float64, so that none is 1.0
 
 
+class Place(enum.IntEnum):
+    """Where a user's code may draw. Each place has numbers of its own: what one draws does not shift another."""
+
+    FORWARD = 0xD0  # and loss and backward pass, of a micro-batch
+    UPDATE = 0xD1  # after a step's last micro-batch
+    VALIDATION = 0xD2  # a batch of it: forward pass, loss, metrics, guesses
+    SUMMARY = 0xD3
+    TRIAL = 0xD4  # a pass of which nothing stays
+    DATA, TASK, MODEL = 0xD5, 0xD6, 0xD7  # building them; the modules of the user's are imported there
+    REST = 0xD8  # what a loop of the user's own builds
+
+
 def seed_sample(seed: int, epoch: int, index: int) -> None:
-    """Seed the global generators from which a sample's transforms draw: torch (CPU), numpy, random."""
+    """Seed the global generators for a sample, and for the collate function after the last sample of a batch."""
     value = derive(seed, epoch, index)
-    torch.default_generator.manual_seed(value)  # 100 times cheaper than torch.manual_seed
-    np.random.seed(value & 0xFFFFFFFF)
-    random.seed(value)
+    _seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(value)
 
 
-def seed_forward(seed: int, step: int, position: int, device: torch.device) -> None:
-    """Seed torch's generators for a forward pass (dropout). `position`: the micro-batch's place in the global batch."""
-    value = derive(seed, step, position, 0xD0)
-    torch.default_generator.manual_seed(value)
+def seed_place(place: Place, seed: int, device: torch.device, number: int = 0, position: int = 0) -> None:
+    """Seed the global generators, `device`'s among them, for code that runs in this place. `number`: of the step or the
+    batch; `position`: the micro-batch's place in the global batch."""
+    value = derive(seed, number, position, place)
+    _seed(value)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(value)
     elif device.type == "mps":
         torch.mps.manual_seed(value)
 
 
+def seed_forward(seed: int, step: int, position: int, device: torch.device) -> None:
+    """Seed the global generators for forward pass (dropout), loss and backward pass of a micro-batch."""
+    seed_place(Place.FORWARD, seed, device, step, position)
+
+
+def _seed(value: int) -> None:
+    torch.default_generator.manual_seed(value)  # 100 times cheaper than torch.manual_seed
+    np.random.seed(value & 0xFFFFFFFF)
+    random.seed(value)
+
+
+def seed_building(place: Place, seed: int) -> None:
+    """Seed the global generators, those of all devices among them, before the data, the task or the model is built."""
+    value = derive(seed, 0, 0, place)
+    _seed(value)
+    torch.manual_seed(value)  # also of devices that are not in use yet
+
+
+@contextlib.contextmanager
+def building(place: Place, seed: int) -> Iterator[None]:
+    """Seed the global generators for what is built, and once more at the end: what a loop of the user's own builds
+    next does not depend on how many numbers were drawn."""
+    seed_building(place, seed)
+    yield
+    seed_building(Place.REST, seed)
+
+
 @contextlib.contextmanager
 def generators_restored() -> Iterator[None]:
-    """Restore the global generators of the CPU at the end, since loading a sample seeds them."""
+    """Restore the global generators at the end: what was drawn meanwhile shifts nothing."""
     states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
+    device = torch.cuda.default_generators[torch.cuda.current_device()] if torch.cuda.is_initialized() else None
+    state = None if device is None else device.get_state()
     try:
         yield
     finally:
         torch.default_generator.set_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
+        if device is not None and state is not None:
+            device.set_state(state)

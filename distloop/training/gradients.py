@@ -12,6 +12,7 @@ from distloop.config.settings import Config
 from distloop.data.datasets import DataSource
 from distloop.data.loader import example_batch
 from distloop.data.order import Plan
+from distloop.data.seeding import Place, seed_place
 
 
 def divide_by_weight(model: nn.Module, weight: Tensor | int, samples: int) -> None:
@@ -48,7 +49,8 @@ def trial_batches(
     before = [buffer.clone() for model in models for buffer in model.buffers()]
     for model in models:
         model.train()
-    for _ in range(2):
+    for number in range(2):
+        seed_place(Place.TRIAL, config.seed, device, number)
         yield send_to_device(example, device)
     for model in models:
         model.zero_grad()

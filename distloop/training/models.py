@@ -20,6 +20,7 @@ from distloop.config.settings import Config, Model
 from distloop.data.datasets import DataSource
 from distloop.data.download import download_lock
 from distloop.data.loader import example_batch, offers_to_model
+from distloop.data.seeding import Place, seed_building
 from distloop.errors import UsageError, suggest
 from distloop.run.same import refuse_unlike_ranks
 from distloop.training.tasks import Task, try_out
@@ -96,7 +97,8 @@ def build_model(config: Config, source: DataSource, task: Task, device: torch.de
     """
     dtype = getattr(torch, config.dtype)
     example = send_to_device(example_batch(source, config.data, config.seed, dtype), device)
-    torch.manual_seed(config.seed)  # the initial weights
+    seed_building(Place.MODEL, config.seed)
+    torch.manual_seed(config.seed)  # the initial weights, as they always were
     model = make_model(config.model, offers_to_model(example, source)).to(device, dtype)
     refuse_unlike_ranks(config, source, device, task, model)
     try_out(task, model, example, source)

@@ -15,6 +15,7 @@ from torch.nn import functional
 from distloop.config.registry import call, resolve
 from distloop.config.settings import Task as TaskConfig
 from distloop.data.batches import inputs_of, targets_of
+from distloop.data.seeding import Place, building
 from distloop.errors import UsageError
 
 Sums = dict[str, Tensor]
@@ -164,9 +165,10 @@ class Regression(Task):
 TASKS: dict[str, Callable[..., Task]] = {"classification": Classification, "regression": Regression}
 
 
-def build_task(config: TaskConfig) -> Task:
-    """The task that the config names. Raises UsageError."""
-    task = call("task.args", resolve("task.name", config.name, TASKS), config.args, {})
+def build_task(config: TaskConfig, seed: int = 0) -> Task:
+    """The task that the config names. `seed`: the run's, for what building it draws. Raises UsageError."""
+    with building(Place.TASK, seed):
+        task = call("task.args", resolve("task.name", config.name, TASKS), config.args, {})
     if not isinstance(task, Task):
         raise UsageError(f"task.name = {config.name!r} gave a {type(task).__name__}; make it a distloop.tasks.Task.")
     return task

@@ -11,6 +11,7 @@ from distloop.config.settings import Config
 from distloop.data.datasets import DataSource
 from distloop.data.loader import make_loader
 from distloop.data.order import FixedBatchSampler
+from distloop.data.seeding import Place, generators_restored, seed_place
 from distloop.ranks.places import Position
 from distloop.ranks.ranks import Ranks
 from distloop.run.attempt import Attempt
@@ -26,6 +27,7 @@ class Validation:
         self, config: Config, model: nn.Module, task: Task, source: DataSource, run: Attempt, ranks: Ranks
     ) -> None:
         self.model, self.task, self.run, self.position = model, task, run, ranks.position
+        self.seed = config.seed
         device, dtype, data = run.clock.device, getattr(torch, config.dtype), source.validation
         self.sampler = FixedBatchSampler(len(data), config.validate.batch_size, ranks.rank, ranks.world_size)
         self.loader = make_loader(
@@ -35,11 +37,12 @@ class Validation:
 
     def __call__(self, step: int) -> dict[str, float]:
         """Validate after `step` steps; returns the task's summary, the same on all ranks. Collective."""
-        metrics = validate(self.model, self.task, self.loader, self.sampler, self.position, self.details)
+        metrics = validate(self.model, self.task, self.loader, self.sampler, self.position, self.details, self.seed)
         self.details.write(self.run.path, step, self.run.start.attempt)
         return metrics
 
 
+@generators_restored()  # so that no numbers of training depend on when it validates
 def validate(
     model: nn.Module,
     task: Task,
@@ -47,13 +50,15 @@ def validate(
     sampler: FixedBatchSampler,
     here: Position | None = None,
     details: Details | None = None,
+    seed: int = 0,
 ) -> dict[str, float]:
     """The task's summary over the whole validation set, with `samples`; the same on all ranks.
 
     `model`: the bare module, since DDP's forward waits for other ranks, which may have fewer batches. `loader`: yields
-    the batches that `sampler` gives this rank. `here`: this rank's position. `details`: collects the details. The sums
-    of all batches are added in the order of the batches, in float64, so that the result does not depend on which rank
-    computed which batch.
+    the batches that `sampler` gives this rank. `here`: this rank's position. `details`: collects the details. `seed`:
+    the run's; the global generators are seeded for each batch by its number, and for the summary. The sums of all
+    batches are added in the order of the batches, in float64, so that the result does not depend on which rank computed
+    which batch.
     """
     broadcast_buffers(model)  # BatchNorm's statistics differ between ranks: all validate rank 0's
     was_training = model.training
@@ -65,6 +70,7 @@ def validate(
     counts: dict[str, Tensor] = {}
     with torch.no_grad():
         for position, batch in enumerate(loader):
+            seed_place(Place.VALIDATION, seed, device, sampler.rank + position * sampler.world_size)
             outputs = task.forward(model, batch)
             loss, weight = task.loss(outputs, batch)
             sums_of_batch = {"loss": loss, "weight": weight, "samples": sampler.size(position)}
@@ -84,6 +90,7 @@ def validate(
     sums = add_in_batch_order(rows, counts, sampler, device)
     if details is not None:
         details.gather(sampler)
+    seed_place(Place.SUMMARY, seed, device)
     return {**plain_values("task.summary()", task.summary(sums)), "samples": int(sums["samples"])}
 
 

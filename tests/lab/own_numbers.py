@@ -23,7 +23,7 @@ SHADE = 5  # the picture of step n is of this grey times n
 def train(config: Config, ranks: Ranks) -> None:
     accelerator = build_accelerator(config, ranks)
     device = accelerator.device
-    data, task = load_data(config.data), build_task(config.task)
+    data, task = load_data(config.data, config.seed), build_task(config.task, config.seed)
     bare_model = build_model(config, data, task, device)
     optimizer = build_optimizer(bare_model, config.optim, device, config.precision)
     plan = Plan.of(config, len(data.train), ranks)

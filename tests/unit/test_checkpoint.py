@@ -28,6 +28,7 @@ from distloop.run.checkpoint import (
     DamagedCheckpoint,
     LoopState,
     Snapshot,
+    Weights,
     load_weights,
     newest_good,
     prune,
@@ -200,6 +201,14 @@ def test_weights_are_stored_once_by_their_plain_names_and_readable_elsewhere(tmp
         assert torch.equal(tensor, model.state_dict()[name])
     elsewhere = Net()
     elsewhere.load_state_dict({**tensors, "decode.weight": tensors["encode.weight"]})
+
+
+def test_equal_weights_make_equal_files(tmp_path: Path) -> None:
+    tensors = {'a "name" of größe': torch.arange(5.0), "b": torch.ones(2, 3, dtype=torch.int64)}
+    for number in range(8):  # the order of two entries is right by chance in every second file
+        write_weights(Weights(tensors, {"c": "b"}), tmp_path / f"{number}.safetensors")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    assert load_file(tmp_path / "0.safetensors").keys() == tensors.keys()
 
 
 def test_tied_weights_come_back_tied(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +48,18 @@ def test_the_trial_passes_change_neither_parameters_nor_buffers_and_leave_no_gra
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, state[name]), name
         assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_a_trial_pass_draws_does_not_depend_on_what_was_drawn_before() -> None:
+    half = InMemory(torch.randn(20, 3), torch.randn(20, 1))
+
+    def drawn() -> list[tuple[float, ...]]:
+        batches = trial_batches(Config(), DataSource(half, half), Plan(20, 16, 2), torch.device("cpu"), Network())
+        return [(float(torch.rand(())), float(np.random.random()), random.random()) for _ in batches]
+
+    first = drawn()
+    assert first[0] != first[1]
+    assert drawn() == first
 
 
 def test_one_process_needs_no_trial_pass() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,7 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from distloop.data.seeding import derive, hashes, seed_forward, seed_sample, uniforms
+from distloop.data.seeding import (
+    Place,
+    building,
+    derive,
+    generators_restored,
+    hashes,
+    seed_building,
+    seed_forward,
+    seed_place,
+    seed_sample,
+    uniforms,
+)
 
 reproducible = settings(derandomize=True, deadline=None)
 seeds = st.integers(0, 2**63 - 1)
@@ -135,6 +148,77 @@ def test_a_forward_pass_draws_nothing_that_a_sample_has_drawn() -> None:
     sample = torch.rand(5)
     seed_forward(0, 0, 0, CPU)
     assert not torch.equal(torch.rand(5), sample)
+
+
+def test_the_numbers_that_torch_draws_are_those_of_earlier_versions() -> None:
+    seed_forward(0, 0, 0, CPU)
+    assert torch.default_generator.initial_seed() == derive(0, 0, 0, 0xD0)
+    seed_sample(1, 2, 3)
+    assert torch.default_generator.initial_seed() == derive(1, 2, 3)
+
+
+def test_each_place_and_number_draws_otherwise_from_every_generator_and_draws_the_same_again() -> None:
+    calls: list[Callable[[], None]] = [functools.partial(seed_place, place, 0, CPU) for place in Place]
+    calls += [lambda: seed_place(Place.UPDATE, 1, CPU), lambda: seed_place(Place.UPDATE, 0, CPU, 1)]
+    calls += [lambda: seed_place(Place.VALIDATION, 0, CPU, 1), lambda: seed_forward(0, 0, 1, CPU)]
+    calls += [lambda: seed_sample(0, 0, 0), lambda: seed_sample(0, 0, Place.UPDATE)]
+
+    def drawn(call: Callable[[], None]) -> tuple[float, ...]:
+        call()
+        return drawn_from_all_generators()
+
+    first = [drawn(call) for call in calls]
+    for column in zip(*first, strict=True):
+        assert len(set(column)) == len(calls)
+    assert [drawn(call) for call in reversed(calls)] == first[::-1]
+
+
+@pytest.mark.parametrize("draws", [0, 3])
+def test_what_is_built_next_does_not_depend_on_how_much_was_drawn(draws: int) -> None:
+    with building(Place.DATA, 5):
+        for _ in range(draws):
+            drawn_from_all_generators()
+    after = drawn_from_all_generators()
+    seed_building(Place.REST, 5)
+    assert drawn_from_all_generators() == after
+
+
+def test_the_generators_are_restored_also_after_an_error() -> None:
+    seed_sample(0, 0, 0)
+    following = drawn_from_all_generators()
+    seed_sample(0, 0, 0)
+
+    @generators_restored()
+    def fails() -> None:
+        raise RuntimeError(f"after {drawn_from_all_generators()}")
+
+    with pytest.raises(RuntimeError):
+        fails()
+    assert drawn_from_all_generators() == following
+
+
+class FakeCuda:
+    """In place of torch.cuda: two GPUs of which the second is this rank's, with generators of the CPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.generators = torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
+        monkeypatch.setattr(torch.cuda, "default_generators", self.generators)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+
+
+def test_a_sample_may_draw_on_the_ranks_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    seed_sample(1, 2, 3)
+    assert [generator.initial_seed() for generator in cuda.generators] == [7, derive(1, 2, 3)]
+
+
+def test_the_gpus_generator_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    following = torch.rand(3, generator=torch.Generator().manual_seed(7))
+    with generators_restored():
+        seed_sample(1, 2, 3)
+    assert torch.equal(torch.rand(3, generator=cuda.generators[1]), following)
 
 
 @pytest.mark.parametrize(("index", "seeded"), [(None, 0), (0, 0), (1, 1)])

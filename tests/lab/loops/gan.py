@@ -82,7 +82,7 @@ def train(config: Config, ranks: Ranks) -> None:
     device = accelerator.device
     if config.precision == "fp16":
         raise UsageError("precision = 'fp16': this loop has no place for a gradient scaler. Use bf16.")
-    data = load_data(config.data)
+    data = load_data(config.data, config.seed)
     torch.manual_seed(config.seed)  # the same initial weights on all ranks
     bare_model = Gan(config.own["noise"], config.own["hidden"], tuple(data.train[0][0].shape))
     bare_model = bare_model.to(device, getattr(torch, config.dtype))
@@ -133,7 +133,7 @@ def train(config: Config, ranks: Ranks) -> None:
             losses.begin_step()
             discriminator_losses.begin_step()
             finite.begin_step()
-            for micro in batches.of_step(step):  # this rank's share of the step; torch's generators are seeded for each
+            for micro in batches.of_step(step):  # this rank's share of the step; random generators are seeded for each
                 # Ranks exchange gradients once a step, in the backward pass of its last micro-batch.
                 with nullcontext() if micro.is_last else accelerator.no_sync(model):
                     images, _ = micro.batch

@@ -47,8 +47,8 @@ def train(config: Config, ranks: Ranks) -> None:
     # ---- what is trained ---------------------------------------------------------------------------------------
     accelerator = build_accelerator(config, ranks)  # the processes meet here
     device = accelerator.device
-    data = load_data(config.data)
-    task = build_task(config.task)
+    data = load_data(config.data, config.seed)
+    task = build_task(config.task, config.seed)
     bare_model = build_model(config, data, task, device)  # the same initial weights on all ranks
     optimizer = build_optimizer(bare_model, config.optim, device, config.precision)
     average = Average(bare_model, config.optim.ema_decay)  # of the weights; empty without a decay
@@ -94,7 +94,7 @@ def train(config: Config, ranks: Ranks) -> None:
             set_lr(optimizer, lr)
             losses.begin_step()
             finite.begin_step()
-            for micro in batches.of_step(step):  # this rank's share of the step; torch's generators are seeded for each
+            for micro in batches.of_step(step):  # this rank's share of the step; random generators are seeded for each
                 # Ranks exchange gradients once a step, in the backward pass of its last micro-batch.
                 with nullcontext() if micro.is_last else accelerator.no_sync(model):
                     inputs, labels = micro.batch
