@@ -58,6 +58,8 @@ class Attempt(AttemptBase):
     def end_step(self, step: int) -> StopReason | None:
         """Call it after each step; `step`: how many are done. Returns why all ranks stop now; None: go on."""
         self.clock.add(self.plan.sample_count(step - 1))
+        if self.ranks.watch.signals.taken:
+            self.ranks.watch.arm()
         return self.stop_reason or self.agreement.reached()
 
     @property
@@ -74,6 +76,7 @@ class Attempt(AttemptBase):
         self.best.row = self.status.best = state.best
         if self.start.changes and self.ranks.is_main:
             record_start(self.start, self.config, self.ranks.world_size, self.loop)
+        self.ranks.watch.begin_loop()
         return state
 
     def save(self, parts: Parts, state: LoopState) -> None:
@@ -145,7 +148,9 @@ class Attempt(AttemptBase):
             self.saver.wait()
         state = "stopped" if interrupted else "failed"
         if error is not None:
-            self.status.end(state, self.ranks.report_failure(error).reason)  # the first failure, perhaps another rank's
+            verdict = self.ranks.report_failure(error)  # on the first failure, perhaps another rank's
+            state = "stopped" if verdict.code == 0 else state  # another rank was asked to stop before the loop
+            self.status.end(state, verdict.reason)
         if self.is_open:
             self.accounts.close(None if error is None else state)
             self.is_closed = True

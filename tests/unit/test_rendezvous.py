@@ -78,7 +78,7 @@ def test_a_name_that_nobody_knows_is_the_users_mistake(number: int) -> None:
 def test_a_port_that_is_none_is_the_users_mistake(port: str) -> None:
     # In this process: no wait, and no import of torch for each.
     with pytest.raises(UsageError, match=re.escape(f"MASTER_PORT = {port!r} is not a port")):
-        meeting.open_store("127.0.0.1", port, True, SECONDS, "rank")
+        meeting.open_store("127.0.0.1", port, True, meeting.Wait("rank", SECONDS))
 
 
 def test_numbers_that_are_none_are_the_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +247,7 @@ def test_ranks_on_gpus_of_their_own_train(tmp_path: Path) -> None:
 def meet(store: HashStore, number: int, expected: int, limit: float, said: dict[int, str]) -> threading.Thread:
     def come() -> None:
         try:
-            meeting.wait_for_all(store, number, expected, limit, "rank")
+            meeting.wait_for_all(store, number, expected, meeting.Wait("rank", limit))
             said[number] = ""
         except RunFailed as error:
             said[number] = str(error)
