@@ -4,7 +4,6 @@ since it reads the environment."""
 from __future__ import annotations
 
 import ctypes
-import ipaddress
 import math
 import os
 import signal
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from distloop.errors import RunFailed, StoppedEarly, Unanswered, UsageError
 from distloop.ranks import launch_guards
 from distloop.ranks.environment import hide_stacks, node_name
+from distloop.ranks.interfaces import VARIABLE, choose_interface, is_loopback
 from distloop.ranks.leaving import leave
 from distloop.ranks.talking import say, speaks
 
@@ -126,15 +126,6 @@ def address_text(host: str, port: int | str) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _is_loopback(host: str) -> bool:
-    """True for an address that is each machine's own, such as 127.0.1.1, which Debian gives a machine's own name."""
-    try:
-        addresses = [found[4][0] for found in socket.getaddrinfo(host, None)]
-        return all(ipaddress.ip_address(address).is_loopback for address in addresses)
-    except (OSError, ValueError):
-        return False
-
-
 def _wait_for_address(host: str, port: int, is_master: bool, wait: Wait) -> None:
     """Wait until the name is known and, unless this is the master, a program listens at the port. torch would wait as
     well, but fail with pages of text."""
@@ -157,7 +148,7 @@ def _wait_for_address(host: str, port: int, is_master: bool, wait: Wait) -> None
             if waited > wait.limit:
                 raise Unanswered(
                     f"No answer from {where} within {wait.limit:.0f} s, asked from {here} ({reason}). "
-                    f"Is the address right, was {first} started, is there a firewall?" + own * _is_loopback(host)
+                    f"Is the address right, was {first} started, is there a firewall?" + own * is_loopback(host)
                 ) from None
         wait.sleep(0.2, where)
 
@@ -239,6 +230,11 @@ def start_group(environ: Mapping[str, str], settings: Ddp, cuda_device: int | No
     rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
     keys = PrefixStore("roll_call", store)
     roll_call.gather(keys, rank, world_size, bare(environ["MASTER_ADDR"]), settings.timeout_seconds)
+    if (interface := choose_interface(store, rank, world_size, bare(environ["MASTER_ADDR"]), environ)) is not None:
+        os.environ[VARIABLE] = interface
+        if speaks(os.environ):
+            why = f"{os.uname().nodename}, this machine's own name, is a loopback address here"
+            say(f"distloop: {why}: gloo uses {interface}, by which ranks reach each other ({VARIABLE})", sys.stderr)
     launch_guards.check_devices(store, rank, world_size, launch_guards.gpu_of(cuda_device))
     dist.init_process_group(
         # Objects that ranks send each other go over gloo, so that they need not wait for the GPU's queue.
