@@ -58,8 +58,6 @@ class Attempt(AttemptBase):
     def end_step(self, step: int) -> StopReason | None:
         """Call it after each step; `step`: how many are done. Returns why all ranks stop now; None: go on."""
         self.clock.add(self.plan.sample_count(step - 1))
-        if self.ranks.watch.signals.taken:
-            self.ranks.watch.arm()
         return self.stop_reason or self.agreement.reached()
 
     @property
@@ -149,8 +147,7 @@ class Attempt(AttemptBase):
         state = "stopped" if interrupted else "failed"
         if error is not None:
             verdict = self.ranks.report_failure(error)  # on the first failure, perhaps another rank's
-            state = "stopped" if verdict.code == 0 else state  # another rank was asked to stop before the loop
-            self.status.end(state, verdict.reason)
+            self.status.end(state if verdict.code else "stopped", verdict.reason)
         if self.is_open:
             self.accounts.close(None if error is None else state)
             self.is_closed = True

@@ -36,7 +36,12 @@ def leave(*_: object) -> None:
 
 def call_the_one_before() -> None:
     before: Any = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, lambda *arguments: (note(), before(*arguments)))
+
+    def call_both(*arguments: object) -> None:
+        note()
+        before(*arguments)
+
+    signal.signal(signal.SIGTERM, call_both)
 
 
 def run_asyncio() -> None:

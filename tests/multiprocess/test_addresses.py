@@ -79,8 +79,8 @@ def test_machines_whose_own_name_is_a_loopback_address_train_together(
         variables = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         environment = {**clean_environment(), **variables, "MASTER_ADDR": head, "MASTER_PORT": str(port)}
         words = ["ip", "netns", "exec", machine, sys.executable, "-m", "distloop.train", *short_run(tmp_path)]
-        with open(tmp_path / f"output-{rank}", "w") as output:
-            started.append(subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=output, stderr=output))
+        with open(tmp_path / f"output-{rank}", "w") as file:
+            started.append(subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=file, stderr=file))
     try:
         codes = [process.wait(120) for process in started]
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import psutil
@@ -54,7 +55,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], is_own_name
     loopback = interfaces.is_loopback
     monkeypatch.setattr(interfaces, "address_towards", lambda host: WAYS[rank_of.number, host])
     monkeypatch.setattr(interfaces, "interface_of", lambda address: f"the one with {address}")
-    own = interfaces.os.uname().nodename
+    own = os.uname().nodename
     monkeypatch.setattr(interfaces, "is_loopback", lambda host: is_own_name_loopback if host == own else loopback(host))
     store, found = HashStore(), {}
 

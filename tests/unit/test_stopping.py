@@ -350,7 +350,7 @@ def agree(
         return original(*arguments, **options)
 
     dist.all_reduce = counted
-    watch = SimpleNamespace(wish=None, between_steps=0.0, took=lambda *_: None)
+    watch = SimpleNamespace(wish=None, signals=SimpleNamespace(taken=False), between_steps=0.0, took=lambda *_: None)
     agreement = Agreement(watch, 2, datetime.timedelta(seconds=30))  # type: ignore[arg-type]
     for call in range(1, calls + 1):
         time.sleep(seconds[rank])
