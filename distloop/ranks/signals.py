@@ -15,6 +15,7 @@ IGNORABLE = (signal.SIGINT, signal.SIGHUP)
 """What a shell script ignores for `command &`, and nohup for all that it starts: those stay ignored."""
 
 _process: int | None = None  # global, as signals are: the process that has them; its children by fork do not
+_mask = threading.local()  # global, as hooks at a fork are: the signals that were blocked before it
 
 
 class Signals:
@@ -93,14 +94,22 @@ def _leave_to_parent_after_fork() -> None:
     and they would not end when they are told to."""
     global _process
     if _process is None:
-        os.register_at_fork(after_in_child=_reset_in_child)
+        os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_reset_in_child)
     _process = os.getpid()
 
 
+def _block() -> None:
+    """A signal to the child waits until its handlers are its own."""
+    _mask.before_fork = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before_fork)
+
+
 def _reset_in_child() -> None:
-    if threading.current_thread() is not threading.main_thread():  # of the child: the thread that forked
-        return
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _unblock()
