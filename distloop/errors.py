@@ -23,6 +23,10 @@ class Unanswered(RunFailed):
     """Rank 0 does not answer, so that another rank has to say what is wrong."""
 
 
+class StoppedEarly(Exception):
+    """The run is asked to stop before it has begun: printed as one message, exit code 0. Nothing is lost."""
+
+
 def suggest(word: str, known: list[str]) -> str:
     """ " Did you mean 'x'?" with the word of `known` nearest to `word`, else the list of them if it is short."""
     import difflib

@@ -43,8 +43,11 @@ prepare() {
   local cpus
   cpus=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > $1 ? cpus / $1 : 1))}
-  # The launcher hands these signals on, and gives the ranks two minutes to save, not 30 seconds.
-  export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 PET_SHUTDOWN_TIMEOUT=120
+  # The launcher hands these signals on, and gives the ranks two minutes to save, not 30 seconds. Under nohup, which
+  # ignores a hangup, it must not listen to that one either.
+  local hangup=,SIGHUP
+  if [ -n "$(trap -p HUP)" ]; then hangup=; fi
+  export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT$hangup,SIGQUIT,SIGUSR1,SIGUSR2 PET_SHUTDOWN_TIMEOUT=120
 }
 
 # on_cpu: let Accelerate's launcher start ranks without GPUs.

@@ -29,6 +29,8 @@ class Agreement:
 
     def reached(self) -> StopReason | None:
         """Why all ranks stop now; None: go on. Call it after each step."""
+        if self.watch.signals.taken:
+            self.watch.arm()
         if self.group is None and self.watch.wish is not None:
             return self.watch.wish
         self.steps_left -= 1

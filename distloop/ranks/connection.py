@@ -73,7 +73,9 @@ class Connections:
     def listen(self, places: Sequence[Place]) -> tuple[int, str]:
         """On rank 0: let the ranks at `places` connect; returns the port and the token that they have to send."""
         self._places, self._token = places, secrets.token_hex(16)
-        self._listener = socket.create_server(("", 0), backlog=len(places))
+        both = socket.has_dualstack_ipv6()  # IPv4 and IPv6: only the others know by which they reach this machine
+        family = socket.AF_INET6 if both else socket.AF_INET
+        self._listener = socket.create_server(("", 0), family=family, backlog=len(places), dualstack_ipv6=both)
         self.listening_since = time.monotonic()
         return self._listener.getsockname()[1], self._token
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Mapping, MutableMapping
 
 from distloop.errors import UsageError
+from distloop.ranks.launch_guards import own_file
 from distloop.ranks.leaving import leave
 
 
@@ -42,10 +43,19 @@ def prepare_environment() -> None:
 
 def adopt_slurm(environ: MutableMapping[str, str]) -> bool:
     """Under `srun` with several tasks, set the variables that torch reads; returns whether they were set. SLURM_NTASKS
-    does not show it: an interactive shell in an allocation has it as well, and is one process."""
+    does not show it: an interactive shell in an allocation has it as well, and is one process. Raises UsageError in the
+    shell of a step, or if the variables make no sense."""
     tasks = int(environ.get("SLURM_STEP_NUM_TASKS", 1))
     if "RANK" in environ or tasks <= 1 or "SLURM_PROCID" not in environ:
         return False
+    if _in_shell_of_step(environ):
+        command = f"python {own_file() or '-m distloop.train'} …"
+        raise UsageError(
+            f"This is the shell of a Slurm step of {tasks} tasks (srun --pty), of which only this one has a terminal: "
+            "the other ranks would never come.\n"
+            f"{tasks} processes: srun --overlap --ntasks={tasks} {command}\n"
+            f"One process: SLURM_STEP_NUM_TASKS=1 {command}"
+        )
     node = int(environ.get("SLURM_NODEID", 0))
     job, step = int(environ.get("SLURM_JOB_ID", 0)), int(environ.get("SLURM_STEP_ID", 0))
     local_tasks = _tasks_on_node(environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)), node)
@@ -55,6 +65,12 @@ def adopt_slurm(environ: MutableMapping[str, str]) -> bool:
     # The same on all ranks; another one for each job and step on a node; below the ports the kernel gives away.
     environ.setdefault("MASTER_PORT", str(10000 + (job * 16 + step) % 20000))
     return True
+
+
+def _in_shell_of_step(environ: Mapping[str, str]) -> bool:
+    """True for what is typed in the shell of `srun --pty bash`. A rank of `srun --pty python` leads the session of its
+    terminal, or has none; a shell starts each command in a process group of its own."""
+    return "SLURM_PTY_PORT" in environ and environ["SLURM_PROCID"] == "0" and os.getpgrp() != os.getsid(0)
 
 
 def first_host(nodelist: str) -> str:

@@ -39,7 +39,7 @@ class Judge:
         """Give the verdict as soon as it is clear who failed first; see first_failure()."""
         connected, listening_since = self.connections.ranks(), self.connections.listening_since
         more: dict[str, Any] = {"connected": connected, "first_heard": self.first_heard, "limit_name": limit_name}
-        more |= {"judge": rank, "listening_since": listening_since}
+        more |= {"judge": rank, "listening_since": listening_since, "is_stopping": self.watch.wish is not None}
         first = first_failure(places, self.ends, time.monotonic(), limit, **more)
         if first is not None:
             self.decide(first, places, rank)
@@ -74,14 +74,15 @@ class Judge:
             speaks_for_all = (several and rank <= 1) or self.speaks_for_rank_0
             if verdict.text and (is_own_failure or speaks_for_all or speaks(os.environ)):
                 say(verdict.text, sys.stderr)
-                self._record(end, places, is_rank_0_lost=rank > 0 and end.place is places[0], reason=verdict.reason)
+                if verdict.code:
+                    self._record(end, places, is_rank_0_lost=rank > 0 and end.place is places[0], reason=verdict.reason)
             self._hand_on(verdict, several)
 
     def _hand_on(self, verdict: Verdict, several: bool) -> None:
         """Send the verdict to the other ranks, also to rank 0, which may have been suspended; then end this rank."""
         self.connections.send(verdict=verdict)
         if several and not self._is_leaving:
-            self.watch.leave_within(STUCK_SECONDS, verdict.code, verdict.reason)
+            self.watch.leave_within(STUCK_SECONDS, verdict.code, verdict.reason if verdict.code else None)
         self.has_decided.set()
 
     def _record(self, end: End, places: Sequence[Place], is_rank_0_lost: bool, reason: str) -> None:
@@ -99,7 +100,8 @@ class Judge:
             assert self.verdict is not None
             if several:
                 self._is_leaving = True
-                self.watch.leave_within(LEAVE_SECONDS, self.verdict.code, self.verdict.reason)
+                failure = self.verdict.reason if self.verdict.code else None
+                self.watch.leave_within(LEAVE_SECONDS, self.verdict.code, failure)
             return self.verdict
 
 

@@ -10,7 +10,10 @@ import sys
 import threading
 from typing import NoReturn
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from distloop.ranks.talking import say
+
+OTHERS_SECONDS = 10.0  # for threads and processes that user code has started, and for libraries' exit functions
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """The signals that ask for a stop."""
 
 
@@ -24,16 +27,36 @@ def kill_workers() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with this exit code, after its workers and the libraries' exit functions."""
+    """End the process with this exit code, after its workers and the libraries' exit functions. In order (code 0) it
+    also waits for threads and processes that user code has started, as Python does, but for OTHERS_SECONDS at most."""
     kill_workers()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    timer = threading.Timer(OTHERS_SECONDS, _end_without_others, (code,))
+    timer.daemon = True
+    timer.start()
+    if code == 0:
+        threading._shutdown()  # type: ignore[attr-defined] # lets executors finish, and joins threads
+        for child in multiprocessing.active_children():
+            child.join()
     if code != 130 and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         atexit._run_exitfuncs()  # libraries end their work here, as at sys.exit
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
     end_at_once(code)
+
+
+def _end_without_others(code: int) -> NoReturn:
+    """End the process, and say what it leaves behind."""
+    try:
+        others = [one for one in threading.enumerate() if not (one.daemon or one is threading.main_thread())]
+        left = [f"the thread {one.name}" for one in others]
+        left += [f"the process {one.name} ({one.pid}), which goes on" for one in multiprocessing.active_children()]
+        what = ", ".join(left) or "an exit function of a library"
+        say(f"distloop: did not wait longer than {OTHERS_SECONDS:.0f} s for {what}", sys.stderr)
+    finally:
+        end_at_once(code)
 
 
 def end_at_once(code: int) -> NoReturn:

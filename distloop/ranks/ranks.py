@@ -7,10 +7,21 @@ from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
+from distloop.ranks.attempt_base import AttemptBase
 from distloop.ranks.roll_call import RollCall
 from distloop.ranks.stopping import StopReason, Watch, end_launcher
 from distloop.ranks.talking import Result, from_main
 from distloop.ranks.verdicts import Verdict
+
+
+class _NotOpen(AttemptBase):
+    """The attempt until its run directory is open."""
+
+    def __init__(self, roll_call: RollCall) -> None:
+        self._roll_call = roll_call
+
+    def cut_off(self, state: str, reason: str) -> None:
+        self._roll_call.cut_off(state, reason)
 
 
 class Ranks:
@@ -21,6 +32,7 @@ class Ranks:
         """`code`: that of the function with the training loop; messages name its lines."""
         self.watch = watch
         self.roll_call = RollCall(watch)
+        watch.attempt = _NotOpen(self.roll_call)
         self.position = self.roll_call.position
         self.position.code, self.position.compares = code, int(os.environ.get("WORLD_SIZE", 1)) > 1
         self.messages: list[str] = []  # for the console, which does not exist yet

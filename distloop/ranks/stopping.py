@@ -7,9 +7,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import enum
+import math
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from distloop.ranks.attempt_base import AttemptBase
 from distloop.ranks.leaving import SIGNALS, end_at_once
+from distloop.ranks.signals import Signals
 from distloop.ranks.talking import say, speaks
 
 if TYPE_CHECKING:  # the config's libraries are imported once this process listens to signals
@@ -35,12 +36,14 @@ POLL_SECONDS = 0.5
 SECOND_INTERRUPT_SECONDS = 2.0  # an elastic launcher passes Ctrl-C on, so that it arrives twice at once
 LAST_SECONDS = 3.0  # of a command that has nothing to save
 ORPHAN_SECONDS = 8.0  # for the last save when the launcher is gone
+START_SECONDS = 25.0  # from a wish to the loop's first step; who asked (Slurm, Kubernetes, torchrun) kills after 30
 
 
 class StopReason(enum.IntEnum):
     """Why a run stops. If ranks have different reasons, the greatest number is the reason of all. A failed save is the
     greatest, since the run then fails; next comes what leaves little time; signals are last."""
 
+    SIGHUP = signal.SIGHUP
     SIGINT = signal.SIGINT
     SIGUSR1 = signal.SIGUSR1
     SIGUSR2 = signal.SIGUSR2
@@ -106,12 +109,8 @@ class Watch:
         self._interrupted = False  # by a second Ctrl-C
         self._raised = False  # KeyboardInterrupt, in the main thread
         self._leave: tuple[float, int, str | None] | None = None  # when the process ends, exit code, why it failed
-        self._wakeup, write = os.pipe()
-        os.set_blocking(write, False)
-        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        for number in SIGNALS:
-            if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # `command &` in a script
-                signal.signal(number, self._in_main_thread)
+        self.signals = Signals(self._in_main_thread)
+        self._begin_loop_by: float | None = None  # None until a wish; infinite once the loop begins
         self._launcher = launcher(os.environ)  # now that signals are received: it takes some time
         threading.Thread(target=self._run, name="distloop-watch", daemon=True).start()
 
@@ -129,6 +128,8 @@ class Watch:
             self.wish = reason
             if self.failing:  # the launcher has sent SIGTERM to the ranks that are left
                 return
+            if reason in (StopReason.SIGTERM, StopReason.SIGINT, StopReason.SIGHUP):  # the others come long before
+                self._begin_loop_by = self._begin_loop_by or time.monotonic() + START_SECONDS
             more = " (Ctrl-C again: end at once)" if reason is StopReason.SIGINT else ""
             if reason is StopReason.SIGINT and speaks(os.environ) and sys.stderr.isatty():
                 print(file=sys.stderr)  # after the ^C of the terminal
@@ -161,8 +162,17 @@ class Watch:
         """Seconds to keep free before a deadline: for steps, a validation and a save as long as the longest so far."""
         return self.reserve_seconds + 1.5 * sum(list(self._longest.values()))
 
-    def _in_main_thread(self, number: int, frame: object) -> None:
-        """Python's signal handler. It may run late; the thread has read the signal before."""
+    def arm(self) -> None:
+        """Take signals back that other code has taken, and say so. Call it in the main thread."""
+        if said := self.signals.arm():
+            self.say(said)
+
+    def begin_loop(self) -> None:
+        """From now on a stop saves, however long it takes. Call it in the main thread."""
+        self.arm()
+        self._begin_loop_by = math.inf
+
+    def _in_main_thread(self, number: int) -> None:
         if number == signal.SIGINT and self._interrupted and not self._raised:
             self._raised = True  # once: further ones would interrupt what closes the run
             raise KeyboardInterrupt
@@ -188,14 +198,15 @@ class Watch:
                 complained = True
 
     def _poll(self) -> None:
-        if select.select([self._wakeup], [], [], POLL_SECONDS)[0]:
-            for number in os.read(self._wakeup, 4096):
-                if number == signal.SIGINT:
-                    self._interrupt()
-                if number in SIGNALS:
-                    self.ask(StopReason(number))
+        for number in self.signals.read(POLL_SECONDS):
+            if number == signal.SIGINT:
+                self._interrupt()
+            if number in SIGNALS:
+                self.ask(StopReason(number))
         if self._leave and time.monotonic() > self._leave[0]:
             self._end_process(self._leave[1], self._leave[2])
+        if self._begin_loop_by is not None and time.monotonic() > self._begin_loop_by:
+            self._end_process(0, None)
         if self._launcher is not None and os.getppid() != self._launcher:
             self.ask(StopReason.LAUNCHER_GONE)
             self._leave = self._leave or (time.monotonic() + ORPHAN_SECONDS, 1, None)
@@ -209,7 +220,9 @@ class Watch:
     def _end_process(self, code: int, failure: str | None) -> None:
         """End the process without its main thread. `failure`: why it has failed; None: it is stopped."""
         if failure is None:
-            self.say("ended without saving; the same command continues from the last checkpoint")
+            at_start = self._begin_loop_by != math.inf
+            how = "before the loop began, with nothing to save" if at_start else "without saving"
+            self.say(f"ended {how}; the same command continues from the last checkpoint")
         reason = "interrupted from the keyboard" if self._interrupted else self.wish.text if self.wish else ""
         state = ("stopped", reason) if failure is None else ("failed", failure)
         thread = threading.Thread(target=self.attempt.cut_off, args=state, daemon=True)

@@ -7,10 +7,12 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from distloop.config.secrets import clean_message
-from distloop.errors import RunFailed, UsageError
+from distloop.errors import RunFailed, StoppedEarly, UsageError
 from distloop.ranks.places import Place
+from distloop.ranks.stopping import StopReason
 
 SEARCH_SECONDS = 4.0  # if rank 0 hears of consequences only, it waits so long for their cause
+STOP_SECONDS = 60.0  # once this rank is asked to stop: the longest that another one may be silent
 ABSENT_SECONDS = 60.0  # rank 0 waits so long for the others to connect
 IN_ORDER, INTERRUPTED = "in order", "interrupted from the keyboard"  # why a rank leaves on purpose
 CONSEQUENCE = re.compile(r"\b(gloo|nccl|c10d)\b|process ?group", re.IGNORECASE)  # in the error of a rank without peers
@@ -19,7 +21,8 @@ FROM_WORKER = "Caught "  # torch's first word for an error in a loader worker; t
 
 class End(NamedTuple):
     """What ended a rank, or keeps it from going on. The texts have no secrets.
-    kind: failed, mistake (exit code 2) or known (without traceback): the rank's own error. consequence: its error says
+    kind: failed, mistake (exit code 2), known (without traceback) or stopped (no failure, code 0): the rank's own
+    error. consequence: its error says
     that another rank is gone. gone: its connection closed without a message. absent: it never connected. silent: no
     message for longer than the limit. standing: the others wait for it for longer than the limit. behind: the others'
     wait for it ended with an error."""
@@ -38,6 +41,7 @@ class Verdict(NamedTuple):
     text: str  # for standard error, printed once for all ranks
 
 
+CODES = {"mistake": 2, "known": 1, "stopped": 0}  # the exit codes of the kinds that are printed as one message
 BY_KEYBOARD = Verdict(130, f"{INTERRUPTED}, without saving", "")
 
 
@@ -52,11 +56,13 @@ def first_failure(
     first_heard: float = 0.0,
     listening_since: float | None = None,
     limit_name: str = "ddp.timeout_seconds",
+    is_stopping: bool = False,
 ) -> End | None:
     """The end that is the cause of all others; None as long as that is open.
     `ends`: in the order in which they were heard, from `first_heard` on. `limit`: how many seconds a rank may keep
     the others waiting. `judge`: the rank that asks; 0 judges all ranks, another one rank 0 only. `connected`: the
-    ranks it hears. `listening_since`: None once all ranks have connected. Times are those of time.monotonic()."""
+    ranks it hears. `listening_since`: None once all ranks have connected. `is_stopping`: this rank is asked to stop.
+    Times are those of time.monotonic()."""
     for end in ends:
         if end.kind != "consequence":
             return end
@@ -64,9 +70,12 @@ def first_failure(
         return End(next(place for place in places[1:] if not place.pid), "absent", "", "")
     others = [place for place in places if place.rank in connected and not place.left]
     waited = f"{limit:.0f} s ({limit_name})"
+    silence, silent = (STOP_SECONDS, f"{STOP_SECONDS:.0f} s, while the run is asked to stop")
+    if not is_stopping or limit < STOP_SECONDS:
+        silence, silent = limit, waited
     for place in others:
-        if now - place.heard > limit:
-            return End(place, "silent", waited, "")
+        if now - place.heard > silence:
+            return End(place, "silent", silent, "")
     if judge:
         return None
     slow, fast = _slowest_and_fastest([places[0], *others])
@@ -86,11 +95,13 @@ def _slowest_and_fastest(places: Sequence[Place]) -> tuple[Place, Place]:
 
 
 def describe_error(error: BaseException) -> tuple[str, str, str]:
-    """(kind, what, trace) of an End, for an error that a rank has met; kind: mistake, known, failed, consequence."""
+    """(kind, what, trace) of an End, for an error that a rank has met; not one of the kinds that others tell of it."""
     if isinstance(error, UsageError):
         return "mistake", clean_message(str(error)), ""
     if isinstance(error, RunFailed):
         return "known", clean_message(str(error)), ""
+    if isinstance(error, StoppedEarly):
+        return "stopped", clean_message(str(error)), ""
     if isinstance(error, SystemExit):
         what = f"it left with sys.exit({error.code!r}) before the run was done"
     else:
@@ -115,14 +126,18 @@ def left_on_purpose(end: End, rank_0: Place) -> Verdict | None:
     place = end.place if end.place.left else rank_0
     if not place.left or place.left == IN_ORDER or end.kind not in ("gone", "consequence"):
         return None
+    reason = StopReason.of(place.left)
+    if reason is not None and reason.is_signal:
+        text = f"{place} was asked to stop ({reason.text}) before the loop began: nothing was trained"
+        return Verdict(0, place.left, f"\ndistloop: {text}; the same command starts again")
     return Verdict(130 if place.left == INTERRUPTED else 1, f"{place} left: {place.left}", "")
 
 
 def verdict_on(end: End, own: Place, world_size: int, now: float) -> Verdict:
     """The verdict on the rank that failed first, in the words of the rank at `own`."""
     place, kind, what, trace = end
-    if kind in ("mistake", "known"):
-        return Verdict(2 if kind == "mistake" else 1, what, f"\ndistloop: {what}")
+    if kind in CODES:
+        return Verdict(CODES[kind], what, f"\ndistloop: {what}")
     if world_size == 1:
         return Verdict(1, what, f"{trace}\ndistloop: failed {place.where}: {what}")
     where = f"{place}, {place.where}"

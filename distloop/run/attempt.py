@@ -76,6 +76,7 @@ class Attempt(AttemptBase):
         self.best.row = self.status.best = state.best
         if self.start.changes and self.ranks.is_main:
             record_start(self.start, self.config, self.ranks.world_size, self.loop)
+        self.ranks.watch.begin_loop()
         return state
 
     def save(self, parts: Parts, state: LoopState) -> None:
@@ -149,7 +150,8 @@ class Attempt(AttemptBase):
             self.saver.wait()
         state = "stopped" if interrupted else "failed"
         if error is not None:
-            self.status.end(state, self.ranks.report_failure(error).reason)  # the first failure, perhaps another rank's
+            verdict = self.ranks.report_failure(error)  # on the first failure, perhaps another rank's
+            self.status.end(state if verdict.code else "stopped", verdict.reason)
         if self.is_open:
             self.accounts.close(None if error is None else state)
             self.is_closed = True

@@ -29,14 +29,16 @@ GONE = "its launcher is gone"
 LAUNCHERS = {
     (1, "SIGTERM"): GONE,
     (1, "SIGINT"): GONE,
+    (1, "SIGHUP"): GONE,
     (1, "SIGUSR1"): GONE,
     (1, "SIGKILL"): GONE,
     (2, "SIGTERM"): "SIGTERM",
     (2, "SIGINT"): "SIGINT",
+    (2, "SIGHUP"): "SIGHUP",
     (2, "SIGUSR1"): GONE,
     (2, "SIGKILL"): GONE,
 }
-COVERING = {(1, "SIGTERM"), (2, "SIGINT"), (2, "SIGKILL")}
+COVERING = {(1, "SIGTERM"), (2, "SIGINT"), (2, "SIGHUP"), (2, "SIGKILL")}
 
 Start = Callable[..., subprocess.Popen]
 
@@ -148,7 +150,7 @@ SCRIPTS: dict[str, tuple[Callable[[], list[list[str]]], str | None]] = {
     "single_node.sh, two ranks": (lambda: [script("single_node.sh", PROCESSES=2)], None),
     "multi_node.sh": (lambda: machines(1), None),
 }
-SIGNALLED_MACHINE = {"SIGTERM": 1, "SIGINT": 0, "SIGUSR1": 1, "SIGUSR2": 0}  # of several, one
+SIGNALLED_MACHINE = {"SIGTERM": 1, "SIGINT": 0, "SIGHUP": 1, "SIGUSR1": 1, "SIGUSR2": 0}  # of several, one
 COVERING_SCRIPTS = {("debug.sh", "SIGTERM"), ("multi_node.sh", "SIGUSR1")}
 
 
@@ -173,6 +175,29 @@ def test_a_signal_to_one_script_saves_the_run_and_ends_it_on_all_machines(
     check_nothing_runs(tmp_path, marker, seconds=60)
     check_saved(tmp_path, reason or signal_name, "output-0")
     assert (tmp_path / f"output-{number}").read_text().count(NOTICE) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "launched"),
+    [
+        (TRAIN, "python"),
+        (script("single_node.sh", PROCESSES=2), "single_node.sh"),
+        pytest.param(script("single_node.sh", PROCESSES=1), "single_node.sh, one rank", marks=pytest.mark.long),
+        pytest.param(accelerate_launch(1), "accelerate launch", marks=pytest.mark.long),
+    ],
+)
+def test_nohup_keeps_a_hangup_from_the_run(
+    tmp_path: Path, start: Start, marker: str, words: list[str], launched: str
+) -> None:
+    arguments = [*waiting_run(tmp_path), "--train.steps", "300", "--runs-dir", "runs"]
+    started = start(["setsid", "nohup", *words, *arguments])
+    reached(tmp_path, 4)
+    for pid in processes_of(tmp_path, marker):  # a terminal that is closed reaches its session, a closed ssh all of it
+        os.kill(pid, signal.SIGHUP)
+    wait_until(lambda: status(run_of(tmp_path))["state"] != "running", f"the end under {launched}")
+    assert (status(run_of(tmp_path))["state"], status(run_of(tmp_path))["step"]) == ("finished", 300)
+    assert NOTICE not in (tmp_path / "output").read_text()
+    started.wait(60)
 
 
 def test_a_script_that_is_ended_while_it_waits_for_other_machines_leaves_nothing_behind(
@@ -273,6 +298,25 @@ def check_saved_in_terminal(folder: Path, screen: str) -> int:
     assert step_of(newest) == status(run_of(folder))["step"]
     assert f"stopped after step {step_of(newest)} of 250 ({reason}), saved in" in screen
     return step_of(newest)
+
+
+@needs_tmux
+@pytest.mark.parametrize(
+    "words",
+    [TRAIN, pytest.param(script("single_node.sh", PROCESSES=2), marks=pytest.mark.long)],
+    ids=["python", "script"],
+)
+def test_a_run_whose_terminal_is_closed_is_saved(
+    tmp_path: Path, terminal: Terminal, marker: str, words: list[str]
+) -> None:
+    terminal.type(shlex.join([*words, *waiting_run(tmp_path), "--train.steps", "100000", "--runs-dir", "runs"]))
+    reached(tmp_path, 4)
+    terminal.kill()
+    check_nothing_runs(tmp_path, marker, seconds=30)
+    run = run_of(tmp_path)
+    assert (status(run)["state"], status(run)["reason"]) == ("stopped", "SIGHUP")
+    verify(published_in(run / "checkpoints")[-1])
+    assert step_of(published_in(run / "checkpoints")[-1]) == status(run)["step"]
 
 
 @needs_tmux

@@ -34,7 +34,7 @@ from tests.tools.stopping import (
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 PLACES = ("start", "step", "validation", "save")
-ASKS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "STOP")
+ASKS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "STOP")
 EVERYONE = "all ranks"
 # (place, what asks, number of ranks, whom): each of them, and most pairs. The full product is marked long.
 COVERING = {
@@ -43,6 +43,8 @@ COVERING = {
     ("start", "STOP", 2, "rank 0"),
     ("step", "SIGTERM", 1, EVERYONE),
     ("step", "SIGUSR2", 2, "rank 0"),
+    ("step", "SIGHUP", 2, "rank 1"),
+    ("validation", "SIGHUP", 1, EVERYONE),
     ("step", "STOP", 1, "rank 0"),
     ("validation", "SIGUSR1", 1, EVERYONE),
     ("validation", "SIGINT", 2, EVERYONE),
@@ -225,7 +227,7 @@ def test_signals_to_loader_workers_alone_stop_nothing(tmp_path: Path) -> None:
     workers = children(ranks.processes[0].pid or 0)
     assert len(workers) >= 2
     for worker in workers:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             os.kill(worker, number)
     stage.let_go(tmp_path, "step")
     outcome = ranks.join().check()

@@ -69,6 +69,43 @@ def test_anything_but_a_step_of_several_tasks_changes_nothing(environ: dict[str,
     assert environ == before
 
 
+SHELL = {**STEP, "SLURM_PROCID": "0", "SLURM_PTY_PORT": "40000"}
+
+
+def leads(monkeypatch: pytest.MonkeyPatch, group: int, session: int) -> None:
+    monkeypatch.setattr(os, "getpgrp", lambda: group)
+    monkeypatch.setattr(os, "getsid", lambda _: session)
+
+
+def test_what_is_typed_in_the_shell_of_a_step_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    leads(monkeypatch, group=20, session=10)  # a job of the shell that leads the session
+    environ = dict(SHELL)
+    with pytest.raises(UsageError) as refusal:
+        adopt_slurm(environ)
+    assert environ == SHELL
+    first, *commands = str(refusal.value).splitlines()
+    assert "the shell of a Slurm step of 5 tasks (srun --pty)" in first
+    assert commands[0].startswith("5 processes: srun --overlap --ntasks=5 python ")
+    assert commands[1].startswith("One process: SLURM_STEP_NUM_TASKS=1 python ")
+    assert not adopt_slurm({**SHELL, "SLURM_STEP_NUM_TASKS": "1"})  # as the message says
+
+
+@pytest.mark.parametrize(
+    ("changes", "group", "session"),
+    [
+        ({}, 10, 10),  # srun --pty python: it leads the session itself
+        ({"SLURM_PROCID": "1"}, 20, 10),  # another task of it, without a terminal
+    ],
+)
+def test_the_ranks_of_a_step_with_a_terminal_are_ranks(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], group: int, session: int
+) -> None:
+    leads(monkeypatch, group, session)
+    environ = {**SHELL, **changes}
+    assert adopt_slurm(environ)
+    assert environ["RANK"] == environ["SLURM_PROCID"]
+
+
 def test_an_address_and_a_port_that_were_set_are_kept() -> None:
     environ = {**STEP, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "12345"}
     assert adopt_slurm(environ)

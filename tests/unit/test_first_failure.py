@@ -82,6 +82,14 @@ def test_a_rank_that_is_not_heard_of_for_longer_than_the_limit_is_named(judge: i
     assert found == End(places[culprit], "silent", "10 s (--check-seconds)", "")
 
 
+@pytest.mark.parametrize(("silent", "is_stopping", "found"), [(50, True, False), (70, True, True), (70, False, False)])
+def test_once_a_stop_is_asked_for_nobody_may_be_silent_for_long(silent: float, is_stopping: bool, found: bool) -> None:
+    places = [place(0), place(1, heard=NOW - silent)]
+    more: dict[str, Any] = {"connected": [1], "is_stopping": is_stopping}
+    end = first_failure(places, [], NOW, 600.0, **more)
+    assert end == (End(places[1], "silent", "60 s, while the run is asked to stop", "") if found else None)
+
+
 def test_a_rank_that_left_on_purpose_is_not_missed() -> None:
     places = [place(0), place(1, step=3, heard=LONG_AGO, left="in order")]
     assert first(places) is None

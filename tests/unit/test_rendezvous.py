@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import socketserver
 import subprocess
@@ -14,9 +15,10 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
-from distloop.errors import RunFailed, UsageError
+from distloop.errors import RunFailed, StoppedEarly, Unanswered, UsageError
 from distloop.ranks import meeting
-from tests.tools.ranks import clean_environment, free_port, train
+from distloop.ranks.stopping import StopReason
+from tests.tools.ranks import clean_environment, free_port, train, wait_until
 
 SECONDS = 2  # how long they wait for each other
 SOON = 60  # for an import of torch and the rest, beyond the limit
@@ -78,7 +80,7 @@ def test_a_name_that_nobody_knows_is_the_users_mistake(number: int) -> None:
 def test_a_port_that_is_none_is_the_users_mistake(port: str) -> None:
     # In this process: no wait, and no import of torch for each.
     with pytest.raises(UsageError, match=re.escape(f"MASTER_PORT = {port!r} is not a port")):
-        meeting.open_store("127.0.0.1", port, True, SECONDS, "rank")
+        meeting.open_store("127.0.0.1", port, True, meeting.Wait("rank", SECONDS))
 
 
 def test_numbers_that_are_none_are_the_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +249,7 @@ def test_ranks_on_gpus_of_their_own_train(tmp_path: Path) -> None:
 def meet(store: HashStore, number: int, expected: int, limit: float, said: dict[int, str]) -> threading.Thread:
     def come() -> None:
         try:
-            meeting.wait_for_all(store, number, expected, limit, "rank")
+            meeting.wait_for_all(store, number, expected, meeting.Wait("rank", limit))
             said[number] = ""
         except RunFailed as error:
             said[number] = str(error)
@@ -278,3 +280,51 @@ def test_rank_0_that_ends_while_the_others_wait_is_named(monkeypatch: pytest.Mon
     said: dict[int, str] = {}
     meet(HashStore(), 1, 2, 0.2, said).join()
     assert said == {1: "Rank 0, for which the others waited, is gone or hangs."}
+
+
+class Wish:
+    """A watch that is asked to stop."""
+
+    wish = StopReason.SIGTERM
+
+
+@pytest.mark.parametrize("asked", [0, 2])
+def test_all_that_came_hear_that_one_of_them_is_asked_to_stop(asked: int) -> None:
+    store, said = HashStore(), dict[int, str]()
+
+    def come(number: int) -> None:
+        wait = meeting.Wait("rank", 60, Wish() if number == asked else None)  # type: ignore[arg-type]
+        try:
+            meeting.wait_for_all(store, number, 3, wait)
+        except StoppedEarly as error:
+            said[number] = str(error)
+
+    threads = [threading.Thread(target=come, args=(number,)) for number in (2, 0)]
+    threads[0].start()
+    wait_until(lambda: store.check(["here/2"]), "rank 2")
+    threads[1].start()
+    for thread in threads:
+        thread.join(30)
+    who = "SIGTERM" if asked == 0 else "SIGTERM to rank 2"
+    assert said == dict.fromkeys((0, 2), f"Stopped ({who}) while waiting for rank 1 of 3. {NOTHING}")
+
+
+NOTHING = "Nothing was trained; the same command starts again."
+
+
+def test_for_whom_a_rank_waits_is_said_before_the_limit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(meeting, "SILENT_SECONDS", 0.1)
+    with pytest.raises(RunFailed):
+        meeting.wait_for_all(HashStore(), 0, 3, meeting.Wait("rank", 1))
+    assert capsys.readouterr().err == "distloop: waiting for rank 1, 2 of 3, 1 s at most\n"
+
+
+@pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]:"), ("[::1]", "[::1]:"), ("127.0.1.1", "127.0.1.1:")])
+def test_a_head_whose_address_is_this_machines_own_is_told_of(host: str, shown: str) -> None:
+    with pytest.raises(Unanswered) as refusal:
+        meeting.open_store(host, "1", False, meeting.Wait("rank", 0.1))
+    assert f"No answer from rank 0 at {shown}1 within 0 s" in str(refusal.value)
+    own = f"{host.strip('[]')} is {os.uname().nodename} itself: other machines need an address that reaches rank 0."
+    assert str(refusal.value).endswith(own)

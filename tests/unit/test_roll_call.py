@@ -32,6 +32,7 @@ class FakeWatch:
     def __init__(self) -> None:
         self.leaves: list[float | None] = []
         self.attempt: Any = AttemptBase()
+        self.wish = None
 
     def leave_within(self, seconds: float | None, code: int = 1, failure: str | None = None) -> None:
         self.leaves.append(seconds)

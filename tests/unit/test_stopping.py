@@ -210,14 +210,15 @@ def test_the_stop_file_is_found(tmp_path: Path) -> None:
     assert apart(wish_for_stop_file, tmp_path) == [StopReason.STOP_FILE]
 
 
-def test_an_interrupt_that_a_script_ignores_for_its_background_stays_ignored(tmp_path: Path) -> None:
-    # `command &` in a shell script: Ctrl-C is for what runs in the foreground.
+@pytest.mark.parametrize("ignored", ["SIGINT", "SIGHUP"])
+def test_what_a_shell_or_nohup_ignores_stays_ignored(tmp_path: Path, ignored: str) -> None:
+    # `command &` in a shell script: Ctrl-C is for what runs in the foreground. nohup: a hangup is for no one.
     code = (
-        "import os, signal; from distloop.ranks import stopping; stopping.listen(); "
-        "os.kill(os.getpid(), signal.SIGINT); "
-        "print(signal.getsignal(signal.SIGINT).name, stopping.listen().wish)"
+        f"import os, signal; from distloop.ranks import stopping; watch = stopping.listen(); watch.begin_loop(); "
+        f"os.kill(os.getpid(), signal.{ignored}); "
+        f"print(signal.getsignal(signal.{ignored}).name, watch.wish)"
     )
-    done = command(["sh", "-c", 'trap "" INT; "$@"', "sh", sys.executable, "-c", code], tmp_path)
+    done = command(["sh", "-c", f'trap "" {ignored[3:]}; "$@"', "sh", sys.executable, "-c", code], tmp_path)
     assert done.stdout == "SIG_IGN None\n"
 
 
@@ -349,7 +350,7 @@ def agree(
         return original(*arguments, **options)
 
     dist.all_reduce = counted
-    watch = SimpleNamespace(wish=None, between_steps=0.0, took=lambda *_: None)
+    watch = SimpleNamespace(wish=None, signals=SimpleNamespace(taken=False), between_steps=0.0, took=lambda *_: None)
     agreement = Agreement(watch, 2, datetime.timedelta(seconds=30))  # type: ignore[arg-type]
     for call in range(1, calls + 1):
         time.sleep(seconds[rank])
