@@ -124,9 +124,8 @@ class Attempt(AttemptBase):
         facts = facts_of(*data, self.loop) if ranks.world_size > 1 else {}
         opening = (config, self.lock, self.status, ranks.world_size)
         start, of_rank_0 = ranks.from_main(lambda: (open_directory(*opening, identity_of(*data), self.loop), facts))
-        self.start = start
         refuse_unlike_rank_0(ranks, of_rank_0, facts, start)
-        self.is_finished = start.finished  # before this attempt
+        self.start, self.is_finished = start, start.finished  # before this attempt
         if self.is_finished:
             if ranks.is_main:
                 _say_finished(start, self.plan.total_steps)
