@@ -57,6 +57,8 @@ def refuse_unlike_ranks(config: Config, source: DataSource, device: torch.device
 def refuse_unlike_rank_0(ranks: Ranks, of_rank_0: Facts, own: Facts, start: Start) -> None:
     """Raise UsageError, on this rank, if its facts are others than those that rank 0 has sent, or if it does not find
     the files that rank 0 found and that all load. Exchanges nothing."""
+    if ranks.world_size == 1:
+        return
     nodes = [ranks.roll_call.places[0].node, node_name()]
     if message := first_difference([of_rank_0, own], nodes, [0, ranks.rank]):
         raise UsageError(message)
