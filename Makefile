@@ -39,7 +39,8 @@ in_two_parts = trap 'exit 130' INT; first=0 second=0; \
   $(BIN)/python -m pytest $(1) --ignore tests/unit || second=$$?; \
   case $$first$$second in 00 | 05 | 50) ;; *) exit 1 ;; esac
 
-gpu:
+# From a kit, which brings what it needs, or from .venv.
+gpu: $(if $(wildcard gpu-kit/wheels),,.venv/installed-dev)
 	bash tests/gpu/run.sh $(ARGS)
 
 # GPU_PYTHON: that machine's Python; GPU_HAS: its `pip freeze`. Default: this Python, and torch alone.

@@ -265,3 +265,17 @@ def test_small_images_are_read_by_distloops_own_loaders(
     assert done.stdout == "300 60 (3, 32, 32)\n"
     source = load_data(Data("fashion_mnist", root=root, args={"download": False}))
     assert (len(source.train), len(source.validation)) == (300, 100)
+
+
+def test_make_gpu_installs_what_the_parts_need_unless_a_kit_brings_it(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml"):
+        (tmp_path / name).write_text((REPOSITORY / name).read_text())
+
+    def commands() -> str:
+        done = subprocess.run(["make", "-n", "gpu"], cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "'.[dev]'" in commands()
+    (tmp_path / "gpu-kit" / "wheels").mkdir(parents=True)
+    assert commands().strip() == "bash tests/gpu/run.sh"
