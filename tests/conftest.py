@@ -1,6 +1,8 @@
-"""For all tests: one thread, since ranks and pytest share two cores; each begins in its own folder."""
+"""For all tests: one thread, since ranks and pytest share two cores; each has its own folder and no make above it."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch
 from distloop.config import places
 
 torch.set_num_threads(1)
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # with them a make that a test starts prints its folder
+    os.environ.pop(name, None)
 
 
 @pytest.fixture(autouse=True)

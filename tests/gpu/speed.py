@@ -109,27 +109,20 @@ def loss_of(case: Case, model: nn.Module, inputs: Tensor, targets: Tensor) -> Te
 
 def distloop_loop(case: Case, device: torch.device, compiled: bool, number: int) -> list[Any]:
     """The moments at which the forward passes of distloop's loop begin."""
-    from distloop.ranks.start import main
-    from distloop.train import train
-
     data: dict[str, Any] = {"name": "tests.gpu.lab:tokens"}
     task: type[Timed] = TimedNextToken
     if case.shape is not None:
         data = {"name": "tests.gpu.speed:images", "args": {"shape": list(case.shape), "pad": case.pad}}
         task = TimedClassification
-    return run_distloop(main, train, case, device, compiled, number, data, task)
+    return run_distloop(case, device, compiled, number, data, task)
 
 
 def run_distloop(
-    main: Any,
-    train: Any,
-    case: Case,
-    device: torch.device,
-    compiled: bool,
-    number: int,
-    data: dict[str, Any],
-    task: type[Timed],
+    case: Case, device: torch.device, compiled: bool, number: int, data: dict[str, Any], task: type[Timed]
 ) -> list[Any]:
+    from distloop.ranks.start import main
+    from distloop.train import train
+
     never = 1_000_000
     settings = {
         "data": data,
@@ -279,15 +272,12 @@ def steps(name: str, device_name: str, compiled: bool, rounds: int) -> None:
 def data_of_cifar10(root: str, device_name: str, rounds: int) -> None:
     """Time the steps of distloop on a CIFAR-10-sized data set in the real format, and of the same model by hand on a
     batch that is ready on the device."""
-    from distloop.ranks.start import main
-    from distloop.train import train
-
     torch.set_num_threads(1)
     device = torch.device(device_name)
     case = (ON_CUDA if device_name == "cuda" else ON_CPU)["ResNet-18, 32 px"]
     data = {"name": "tests.lab.user_code:small_cifar10", "root": root}
     for number in range(rounds):
-        marks = run_distloop(main, train, case, device, False, 10 + number, data, TimedClassification)
+        marks = run_distloop(case, device, False, 10 + number, data, TimedClassification)
         write({"loop": "from files", "milliseconds": intervals(marks)[int(WARM_UP * case.steps) :]})
         model, optimizer = build(case, device)
         inputs = torch.randn(case.batch, 3, 32, 32, device=device)

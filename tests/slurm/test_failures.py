@@ -57,6 +57,7 @@ def test_a_failed_rank_ends_the_job_and_is_named(cluster: Cluster, tmp_path: Pat
     assert len(blame) == 1, log
     without_line = re.sub(r" \(train\.py:\d+ .*\)(?=, )", "", blame[0])
     assert without_line.startswith(f"distloop: {SAID[how]}"), blame[0]
+    assert how != "suspend" or re.match("distloop: rank 1 on n2, (in step [0-9]|before the first step, )", blame[0])
     assert ("for 5 s (ddp.timeout_seconds)" in blame[0]) == (how == "suspend")
     assert ("a value that nobody likes" in log) == (how == "raise")
     assert ("Traceback" in log) == (how == "raise")

@@ -84,9 +84,7 @@ def clean_environment() -> dict[str, str]:
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     names = (*ranks, "TORCH_CPP_LOG_LEVEL", "PYTEST_ADDOPTS")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(prefixes) and k not in names}
-    path = os.pathsep.join(
-        [str(REPOSITORY), *filter(None, [kept.get("PYTHONPATH")])]
-    )  # the GPU kit's packages are there
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), kept.get("PYTHONPATH")]))  # the GPU kit's packages are there
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 

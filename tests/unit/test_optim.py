@@ -395,3 +395,10 @@ def test_groups_of_ones_own_keep_their_factors_and_the_configs_optimizer() -> No
     assert isinstance(optimizer, torch.optim.AdamW)
     found = [(group["factor"], group["weight_decay"], group["betas"]) for group in optimizer.param_groups]
     assert found == [(factor, decay, (0.5, 0.6)) for factor in (1.0, 10.0) for decay in (0.3, 0.0)]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_fp16_leaves_pytorch_its_own_choice_of_an_optimizer_that_is_not_fused(name: Any) -> None:
+    """Its scaler has to see the steps that are left out; fused=False would forbid the grouped way, too."""
+    made = [build_optimizer(nn.Linear(1, 1), Optim(name=name), CPU, precision) for precision in ("fp16", "bf16")]
+    assert [(one.defaults["fused"], one.defaults["foreach"]) for one in made] == [(None, None), (True, None)]
