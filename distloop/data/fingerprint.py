@@ -3,21 +3,20 @@
 import dataclasses
 import hashlib
 import os
-import pickle
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from distloop.config.settings import Data
 from distloop.data.datasets import DataSource, InMemory
 from distloop.data.loader import worker_count
+from distloop.data.look import look
 from distloop.data.seeding import generators_restored, seed_sample
-from distloop.data.workers import leave_signals_to_parent, signals_blocked
 
 SAMPLES = 8  # of a data set, at equal distances from the first to the last
 SECONDS = 2.0  # after so long no further sample is loaded, of a data set that is slow
@@ -90,29 +89,14 @@ class SampleDigests(Dataset):
 def _contents(dataset: Any, config: Data, workers: int, device: torch.device | None) -> dict[str, str]:
     last = len(dataset) - 1
     indices = sorted({place * last // (SAMPLES - 1) for place in range(SAMPLES)})
-    if workers and device is not None and device.type == "cuda":  # what each loader process gets there, at less cost
-        dataset, workers = pickle.loads(pickle.dumps(dataset)), 0
-    loader: DataLoader = DataLoader(
-        SampleDigests(dataset),
-        batch_size=None,
-        sampler=indices,
-        num_workers=min(1, workers),
-        worker_init_fn=leave_signals_to_parent,
-        timeout=config.timeout_seconds if workers else 0,
-    )
     found: dict[str, str] = {}
     begun = time.monotonic()
     with generators_restored():
-        for index, digest in zip(indices, _begun(loader), strict=True):
+        for index, digest in zip(indices, look(SampleDigests(dataset), indices, workers, config, device), strict=True):
             found[str(index)] = digest
             if time.monotonic() - begun > SECONDS:
                 break
     return found
-
-
-def _begun(loader: DataLoader) -> Iterator[str]:
-    with signals_blocked():
-        return iter(loader)
 
 
 def add(digest: Any, value: Any) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 from typing import cast as cast_type
 
-import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -76,6 +75,8 @@ class SeededDataset(Dataset):
         self.check(batch, indices)
         return batch
 
+    __getitem__ = __getitems__  # for a loader without a batch sampler (look.py)
+
 
 class _SeedFirst:
     """A seed that seeds the global generators when it is unpickled, as load_data() does, and becomes a number."""
@@ -120,12 +121,6 @@ class Loader:
 def collate_of(config: Data) -> Callable[[list], Any]:
     """The config's collate function, or PyTorch's."""
     return import_callable("data.collate", config.collate) if config.collate else default_collate
-
-
-def example_batch(source: DataSource, config: Data, seed: int, dtype: torch.dtype, samples: int = 1) -> Any:
-    """A batch of the first training samples, in the form that the model takes."""
-    dataset = SeededDataset(source.train, seed, collate_of(config), no_check)
-    return to_model(dataset.__getitems__(MicroBatch(0, np.arange(samples))), source, dtype)
 
 
 def offers_to_model(example: Any, source: DataSource) -> dict[str, Any]:

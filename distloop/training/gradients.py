@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distloop.config.settings import Config
 from distloop.data.datasets import DataSource
-from distloop.data.loader import example_batch
+from distloop.data.look import example_batch
 from distloop.data.order import Plan
 from distloop.data.seeding import Place, seed_place
 
@@ -45,7 +45,8 @@ def trial_batches(
     if plan.world_size == 1:
         return
     samples = min(plan.micro_batch_size, plan.samples)
-    example = example_batch(source, config.data, config.seed, getattr(torch, config.dtype), samples)
+    dtype = getattr(torch, config.dtype)
+    example = example_batch(source, config.data, config.seed, dtype, samples, device)
     before = [buffer.clone() for model in models for buffer in model.buffers()]
     for model in models:
         model.train()

@@ -19,7 +19,8 @@ from distloop.config.registry import call, import_callable
 from distloop.config.settings import Config, Model
 from distloop.data.datasets import DataSource
 from distloop.data.download import download_lock
-from distloop.data.loader import example_batch, offers_to_model
+from distloop.data.loader import offers_to_model
+from distloop.data.look import example_batch
 from distloop.data.seeding import Place, seed_building
 from distloop.errors import UsageError, suggest
 from distloop.run.same import refuse_unlike_ranks
@@ -96,7 +97,7 @@ def build_model(config: Config, source: DataSource, task: Task, device: torch.de
     train. Collective.
     """
     dtype = getattr(torch, config.dtype)
-    example = send_to_device(example_batch(source, config.data, config.seed, dtype), device)
+    example = send_to_device(example_batch(source, config.data, config.seed, dtype, device=device), device)
     seed_building(Place.MODEL, config.seed)
     torch.manual_seed(config.seed)  # the initial weights, as they always were
     model = make_model(config.model, offers_to_model(example, source)).to(device, dtype)

@@ -23,12 +23,12 @@ from distloop.data.loader import (
     SeededDataset,
     TrainBatches,
     collate_of,
-    example_batch,
     make_loader,
     no_check,
     offers_to_model,
     worker_count,
 )
+from distloop.data.look import example_batch
 from distloop.data.order import FixedBatchSampler, MicroBatch, MicroBatchSampler, Order, Part, Plan
 from distloop.data.seeding import seed_forward
 from distloop.errors import UsageError
