@@ -16,7 +16,7 @@ from distloop.config.registry import import_callable
 from distloop.config.settings import Config, Data
 from distloop.data.batches import inputs_of, targets_of, to_model
 from distloop.data.datasets import DataSource, InMemory
-from distloop.data.order import MicroBatch, MicroBatchSampler, Plan
+from distloop.data.order import Half, MicroBatch, MicroBatchSampler, Plan
 from distloop.data.seeding import Place, seed_building, seed_forward, seed_place, seed_sample, uniforms
 from distloop.data.workers import leave_signals_to_parent, signals_blocked, start_forkserver
 from distloop.errors import UsageError
@@ -53,6 +53,16 @@ class SeededDataset(Dataset):
 
     def __getitems__(self, micro_batch: MicroBatch) -> Any:
         """The batch of these indices. A DataLoader calls this with an item of its batch sampler."""
+        if not isinstance(micro_batch, Half):
+            return self._load(micro_batch)
+        try:
+            return self._load(micro_batch)
+        except Exception:  # a collate function, or a check, of the user's may want whole batches
+            return None
+
+    __getitem__ = __getitems__  # for a loader without a batch sampler (look.py)
+
+    def _load(self, micro_batch: MicroBatch) -> Any:
         epoch, indices = micro_batch
         if hasattr(self.dataset, "batch"):
             if not self.draws_nothing:  # a batch() or a check of the user's
@@ -74,8 +84,6 @@ class SeededDataset(Dataset):
                 ) from None
         self.check(batch, indices)
         return batch
-
-    __getitem__ = __getitems__  # for a loader without a batch sampler (look.py)
 
 
 class _SeedFirst:
@@ -115,7 +123,7 @@ class Loader:
         batches = iter(self.loader)
         with signals_blocked():  # workers start with the first batch
             first = list(itertools.islice(batches, 1))
-        return map(self.finish, itertools.chain(first, batches))
+        yield from map(self.finish, itertools.chain(first, batches))
 
 
 def collate_of(config: Data) -> Callable[[list], Any]:
@@ -154,11 +162,8 @@ def make_loader(
     """Batches of `dataset` in `sampler`'s order, on `device`, in the form that the model takes. The sampler yields this
     rank's indices only, so that Accelerate does not shard them. `persistent` keeps the workers between iterations."""
     workers = worker_count(config, dataset)
-    in_memory = hasattr(dataset, "batch") and getattr(dataset, "targets", None) is not None
-    # try_out() has checked all targets that are in memory.
-    check = no_check if task is None or (in_memory and task.checks_targets_only) else task.check
     loader = DataLoader(
-        SeededDataset(dataset, seed, collate_of(config), check),
+        SeededDataset(dataset, seed, collate_of(config), check_of(task, dataset)),
         batch_sampler=cast_type(Any, sampler),  # its items go to __getitems__
         num_workers=workers,
         collate_fn=identity,
@@ -175,7 +180,13 @@ def make_loader(
     prepared = prepare_data_loader(
         loader, device=device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
     )
-    return Loader(prepared, lambda batch: to_model(batch, source, dtype))
+    return Loader(prepared, lambda batch: None if batch is None else to_model(batch, source, dtype))
+
+
+def check_of(task: ChecksBatches | None, dataset: Any) -> Callable[..., None]:
+    """The check of the data set's batches; none of targets in memory, all of which try_out() has checked."""
+    in_memory = hasattr(dataset, "batch") and getattr(dataset, "targets", None) is not None
+    return no_check if task is None or (in_memory and task.checks_targets_only) else task.check
 
 
 def worker_count(config: Data, dataset: Any) -> int:
@@ -217,6 +228,12 @@ class TrainBatches:
         dtype = getattr(torch, config.dtype)
         loader = make_loader(config.data, source, task, config.seed, device, dtype, source.train, self.sampler)
         self.batches = waiting(loader)  # one iterator through all epochs: loader workers start once
+
+    def rehearsal(self) -> list[Any]:
+        """The first micro-batch, and its two halves if all ranks' have two samples: loaded before those of the steps,
+        and in addition to them. None in the place of a half that cannot be loaded alone. Call it before of_step()."""
+        self.sampler.rehearses = True
+        return list(itertools.islice(self.batches, len(self.sampler.rehearsal())))
 
     def of_step(self, step: int) -> Iterator[Micro]:
         """This rank's micro-batches of `step`, counted from 0. Before each, and after the last one, the global random

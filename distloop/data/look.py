@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset
 
-from distloop.config.settings import Data
+from distloop.config.settings import Config, Data
 from distloop.data.batches import to_model
 from distloop.data.datasets import DataSource
-from distloop.data.loader import SeededDataset, collate_of, identity, no_check, worker_count
-from distloop.data.order import MicroBatch
+from distloop.data.loader import ChecksBatches, SeededDataset, check_of, collate_of, identity, no_check, worker_count
+from distloop.data.order import FixedBatchSampler, MicroBatch
 from distloop.data.workers import leave_signals_to_parent, signals_blocked
 
 
@@ -40,6 +41,18 @@ def look(
     with signals_blocked():
         found = iter(loader)
     yield from found
+
+
+def first_validation_batch(
+    config: Config, source: DataSource, task: ChecksBatches, sampler: FixedBatchSampler, device: torch.device
+) -> tuple[Any, int]:
+    """The first batch that the sampler gives this rank, or rank 0's if it gives none, on `device` in the form that the
+    model takes; and the number of samples that were asked for."""
+    first = next(iter(sampler), None) or MicroBatch(0, np.arange(min(sampler.samples, sampler.batch_size)))
+    dataset = SeededDataset(source.validation, config.seed, collate_of(config.data), check_of(task, source.validation))
+    [batch] = look(dataset, [first], worker_count(config.data, source.validation), config.data, device)
+    batch = to_model(send_to_device(batch, device), source, getattr(torch, config.dtype))
+    return batch, len(first.indices)
 
 
 def example_batch(

@@ -91,6 +91,12 @@ class MicroBatch(NamedTuple):
     indices: NDArray[np.int64]
 
 
+class Half(MicroBatch):
+    """A part of a micro-batch, for the rehearsal: None stands for one that cannot be loaded alone."""
+
+    __slots__ = ()
+
+
 class Part(NamedTuple):
     """One micro-batch of one rank: positions start ≤ p < stop of the epoch's order, none if both are equal."""
 
@@ -193,15 +199,30 @@ class MicroBatchSampler:
     def __init__(self, plan: Plan, start: int) -> None:
         self.plan, self.start = plan, start
         self.parts: collections.deque[Part] = collections.deque()
+        self.rehearses = False  # True: begin with those of rehearsal()
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        plan = self.plan
-        for step in range(self.start, plan.total_steps):
-            epoch, first, _ = plan.span(step)
-            for part in plan.window(step, plan.rank):
-                empty = part.start == part.stop
+        if self.rehearses:
+            yield from self.rehearsal()
+        for step in range(self.start, self.plan.total_steps):
+            for part in self.plan.window(step, self.plan.rank):
                 self.parts.append(part)
-                yield MicroBatch(epoch, plan.order(epoch, *((first, first + 1) if empty else (part.start, part.stop))))
+                yield self._item(part)
+
+    def rehearsal(self) -> list[MicroBatch]:
+        """This rank's first micro-batch and, if that of each rank has two samples at least, its two halves."""
+        window = self.plan.window(self.start, self.plan.rank)
+        whole = self._item(window[0])
+        if self.plan.sample_count(self.start) < 2 * len(window) * self.plan.world_size:
+            return [whole]
+        middle = len(whole.indices) // 2
+        return [whole, Half(whole.epoch, whole.indices[:middle]), Half(whole.epoch, whole.indices[middle:])]
+
+    def _item(self, part: Part) -> MicroBatch:
+        epoch, first, _ = self.plan.span(part.step)
+        is_empty = part.start == part.stop
+        span = (first, first + 1) if is_empty else (part.start, part.stop)
+        return MicroBatch(epoch, self.plan.order(epoch, *span))
 
 
 class FixedBatchSampler:

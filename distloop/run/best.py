@@ -29,6 +29,7 @@ class Best:
     def __init__(self, named: str | None, default: Rule) -> None:
         """`named`: checkpoint.best, such as "max accuracy"; None: `default`, the task's own rule."""
         self.rule: Rule = default
+        self.is_named = named is not None
         if named is not None:
             direction, metric = named.split()
             self.rule = (metric, direction)
@@ -39,11 +40,17 @@ class Best:
         """The step after which it was the best."""
         return self.row["step"] if self.row else None
 
-    def update(self, step: int, metrics: dict[str, Any]) -> None:
-        """Take up the validation after `step`. Raises UsageError when it has no such metric."""
+    def check(self, metrics: dict[str, Any]) -> None:
+        """Raise UsageError when a validation has no such metric."""
         metric, _ = self.rule
         if metric not in metrics:
-            known = ", ".join(name for name in metrics if name != "samples")
-            raise UsageError(f"checkpoint.best: validation gives no {metric!r}, but {known}.")
+            known = [name for name in metrics if name != "samples"]
+            where = "checkpoint.best" if self.is_named else f"the task's best = {self.rule!r}"
+            raise UsageError(f"{where}: validation gives no {metric!r}, but {', '.join(known)}.")
+
+    def update(self, step: int, metrics: dict[str, Any]) -> None:
+        """Take up the validation after `step`. Raises UsageError when it has no such metric."""
+        self.check(metrics)
+        metric, _ = self.rule
         if is_better(self.rule, metrics[metric], (self.row or {}).get(metric)):
             self.row = {"step": step, **metrics}

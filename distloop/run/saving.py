@@ -1,22 +1,26 @@
 """Saving beside training: the loop waits for a copy in host memory; a thread writes it."""
 
+import contextlib
 import copy
+import io
+import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from distloop.config.secrets import clean_message
 from distloop.config.settings import Checkpoint
-from distloop.errors import RunFailed
+from distloop.errors import RunFailed, UsageError
 from distloop.ranks.stopping import StopReason, Watch
-from distloop.run.checkpoint import LoopState, Snapshot, newest_published, prune, publish
+from distloop.run.checkpoint import STATE, LoopState, Snapshot, Weights, newest_published, prune, publish
 from distloop.run.parts import Parts, contents_of
 
 
@@ -73,6 +77,36 @@ def reason_of(error: BaseException) -> str:
     return str(error).split("\n")[0] or type(error).__name__
 
 
+def read_back(weights: Mapping[str, Weights], others: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Make each file of a checkpoint in memory, and read it as a later start would. Raises UsageError if that fails, or
+    gives something else."""
+    for name, (tensors, _) in weights.items():
+        with _naming(f"{name}.safetensors"):
+            found = load(save(tensors))
+            for key, tensor in tensors.items():
+                if found[key].dtype != tensor.dtype or found[key].shape != tensor.shape:
+                    raise ValueError(f"{key} comes back as {found[key].dtype} {list(found[key].shape)}")
+    for name, content in others.items():
+        with _naming(f"{name}.pt"):
+            file = io.BytesIO()
+            torch.save(content, file)
+            file.seek(0)
+            torch.load(file, map_location="cpu", weights_only=True)
+    with _naming(STATE):
+        json.dumps(state)
+
+
+@contextlib.contextmanager
+def _naming(file: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each library has its own
+        raise UsageError(
+            f"A checkpoint of this run could not be saved and loaded again: {file}: {type(error).__name__}: {error}. "
+            "Keep tensors, numbers and text in the state, and nothing else."
+        ) from None
+
+
 class Saver:
     """Writes rank 0's checkpoints, one at a time; on the other ranks it does nothing."""
 
@@ -106,6 +140,16 @@ class Saver:
             target=self._write, args=(state.step, state.best, snapshot, begun), name="distloop-save", daemon=True
         )
         self.thread.start()
+
+    def rehearse(self, parts: Parts, state: LoopState) -> None:
+        """Build the files of a checkpoint in memory and read them back; nothing is written. Raises UsageError for a
+        state that could not be saved or loaded."""
+        if not self.enabled:
+            return
+        weights, others, of_parts = contents_of(parts, self.buffers)
+        self.buffers.record()
+        self.buffers.ready()
+        read_back(weights, others, {**asdict(state), **of_parts})
 
     def wait(self) -> None:
         """Wait for the checkpoint that is being written."""

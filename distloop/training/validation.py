@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from distloop.config.settings import Config
 from distloop.data.datasets import DataSource
 from distloop.data.loader import make_loader
+from distloop.data.look import first_validation_batch
 from distloop.data.order import FixedBatchSampler
 from distloop.data.seeding import Place, generators_restored, seed_place
 from distloop.ranks.places import Position
@@ -27,7 +28,7 @@ class Validation:
         self, config: Config, model: nn.Module, task: Task, source: DataSource, run: Attempt, ranks: Ranks
     ) -> None:
         self.model, self.task, self.run, self.position = model, task, run, ranks.position
-        self.seed = config.seed
+        self.config, self.source, self.seed = config, source, config.seed
         device, dtype, data = run.clock.device, getattr(torch, config.dtype), source.validation
         self.sampler = FixedBatchSampler(len(data), config.validate.batch_size, ranks.rank, ranks.world_size)
         self.loader = make_loader(
@@ -40,6 +41,14 @@ class Validation:
         metrics = validate(self.model, self.task, self.loader, self.sampler, self.position, self.details, self.seed)
         self.details.write(self.run.path, step, self.run.start.attempt)
         return metrics
+
+    def first_batch(self) -> dict[str, float]:
+        """The metrics of one batch, this rank's first, for the rehearsal. Collective, although ranks differ in it."""
+        batch, samples = first_validation_batch(
+            self.config, self.source, self.task, self.sampler, self.run.clock.device
+        )
+        alone = FixedBatchSampler(samples, samples, 0, 1)
+        return validate(self.model, self.task, [batch], alone, None, self.details, self.seed)
 
 
 @generators_restored()  # so that no numbers of training depend on when it validates

@@ -89,4 +89,4 @@ class Rows:
 
 
 def make_data(root: str) -> tuple[Rows, Rows]:
-    return Rows(Path(root), range(0, ROWS - 16)), Rows(Path(root), range(ROWS - 16, ROWS))
+    return Rows(Path(root), range(ROWS - 16)), Rows(Path(root), range(ROWS - 16, ROWS))

@@ -149,7 +149,7 @@ def test_a_copy_of_this_version_says_nothing(tmp_path: Path) -> None:
     assert status(tmp_path / "runs" / "run")["reason"] == "all steps are done"
 
 
-GONE = ("    trial_batches,\n)", "    trial_batches,\n    gone_since,\n)")
+GONE = ("    set_lr,\n)", "    set_lr,\n    gone_since,\n)")
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])

@@ -101,12 +101,9 @@ def train(config: Config, ranks: Ranks) -> None:
 
         # ---- prepared by Accelerate ----------------------------------------------------------------------------
         model = accelerator.prepare(bare_model)  # DDP around the model, mixed precision
-        # Two trial passes, of which nothing stays: DDP adds gradients up in its final order from the first step on.
-        for batch in trial_batches(config, data, plan, device, model):
-            accelerator.backward(sum(model(batch[0])))
+        batches = TrainBatches(config, data, None, plan, device, run.start.step, ranks.position, run.clock.waiting)
 
         # ---- what a checkpoint holds; after this, nothing knows whether the run was interrupted ----------------
-        # Loaded are the run's newest whole checkpoint, else --init-from, else the initial weights.
         parts = {
             "generator": bare_model.generator,
             "averaged_generator": average.averaged,
@@ -114,9 +111,12 @@ def train(config: Config, ranks: Ranks) -> None:
             "generator_optimizer": generator_optimizer,
             "discriminator_optimizer": discriminator_optimizer,
         }
+        # Two trial passes, of which nothing stays: DDP adds gradients up in its final order from the first step on.
+        for batch in trial_batches(config, data, plan, device, model):
+            accelerator.backward(sum(model(batch[0])))
+        # Loaded are the run's newest whole checkpoint, else --init-from, else the initial weights.
         state = run.load(parts)
         step, stop_reason = state.step, run.stop_reason
-        batches = TrainBatches(config, data, None, plan, device, step, ranks.position, run.clock.waiting)
         parameters = [parameter for parameter in bare_model.parameters() if parameter.requires_grad]
         losses = LossSums(device, state.epoch_sums)
         discriminator_losses = LossSums(device)

@@ -35,8 +35,8 @@ from distloop.training import (
     divide_by_weight,
     due_after,
     norm_and_clip,
+    rehearse,
     set_lr,
-    trial_batches,
 )
 
 OWN = {"alpha": 0.2}  # the loop's own settings: --own.alpha 0.4
@@ -68,20 +68,19 @@ def train(config: Config, ranks: Ranks) -> None:
         scaler = accelerator.scaler  # of fp16; else None
         if scaler is None:
             optimizer = optimizer.optimizer  # Accelerate's wrapper serves the scaler only, and costs 0.15 ms a step
-        # Two trial passes, of which nothing stays: DDP adds gradients up in its final order from the first step on.
-        for batch in trial_batches(config, data, plan, device, model):
-            accelerator.backward(task.loss(task.forward(model, batch), batch)[0])
-
-        # ---- what a checkpoint holds; after this, nothing knows whether the run was interrupted ----------------
-        # Loaded are the run's newest whole checkpoint, else --init-from, else the initial weights.
-        parts = {"model": bare_model, "averaged": average.averaged, "optimizer": optimizer, "scaler": scaler}
-        state = run.load(parts)
-        step, stop_reason, metrics = state.step, run.stop_reason, {}
-        batches = TrainBatches(config, data, task, plan, device, step, ranks.position, run.clock.waiting)
         validated_model = bare_model
         if average.module is not None:
             validated_model = accelerator.prepare_model(average.module, evaluation_mode=True)
         validate = Validation(config, validated_model, task, data, run, ranks)
+        batches = TrainBatches(config, data, task, plan, device, run.start.step, ranks.position, run.clock.waiting)
+
+        # ---- what a checkpoint holds; after this, nothing knows whether the run was interrupted ----------------
+        parts = {"model": bare_model, "averaged": average.averaged, "optimizer": optimizer, "scaler": scaler}
+        # All that comes is done once, on one batch, and nothing of it stays: mistakes end the run here, not in an hour.
+        rehearse(accelerator, model, task, batches, validate, parts, run)
+        # Loaded are the run's newest whole checkpoint, else --init-from, else the initial weights.
+        state = run.load(parts)
+        step, stop_reason, metrics = state.step, run.stop_reason, {}
         parameters = [parameter for parameter in bare_model.parameters() if parameter.requires_grad]
         losses = LossSums(device, state.epoch_sums)
         finite = FiniteCheck(config.train.on_nonfinite, bare_model, optimizer, scaler, plan, state.skipped_steps)

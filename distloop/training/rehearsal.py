@@ -1,0 +1,219 @@
+"""The rehearsal: before the first step, all that a run does is done once on one batch, and nothing of it stays.
+
+A step without its update, a validation and a save. So a mistake that would end the run after an epoch ends it here.
+"""
+
+import contextlib
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distloop.data.loader import TrainBatches
+from distloop.data.seeding import Place, generators_restored, seed_place
+from distloop.errors import UsageError
+from distloop.ranks.places import Position
+from distloop.run.attempt import Attempt
+from distloop.run.checkpoint import LoopState
+from distloop.run.parts import Parts, existing
+from distloop.training.putting_back import put_back
+from distloop.training.tasks import Task
+from distloop.training.validation import Validation
+
+METHODS = ("forward", "loss", "metrics", "guesses", "summary")  # of a task, as errors name them
+NEARLY = 1e-3  # relative: losses that agree so far are the same up to rounding
+
+
+def rehearse(
+    accelerator: Accelerator,
+    model: nn.Module,
+    task: Task,
+    batches: TrainBatches,
+    validate: Validation,
+    parts: Parts,
+    run: Attempt,
+) -> None:
+    """Try all that the run does once, on one batch: train, validate, save. Nothing stays of it but loader processes and
+    the order in which DDP adds gradients up; what objects of the user's own classes note, cannot be put back.
+
+    DDP sorts its buckets, and with them the order of the sums, after the first backward pass: with several ranks two
+    passes are done, so that a run that is continued rounds as one that was not interrupted.
+
+    `model`: as prepared for training. Raises UsageError for what the run would meet later: a loss that is a mean, a
+    metric that is missing, a state that cannot be saved. Other errors of the user's code get a note. Collective.
+    """
+    first, seed, position = run.start.step, run.config.seed, run.ranks.position
+    if first >= run.plan.total_steps:
+        return  # nothing is left to train
+    bare_model = model.module if isinstance(model, DistributedDataParallel) else model
+    modules = [part for _, part in existing(parts) if isinstance(part, nn.Module)]
+    with generators_restored(), put_back(*modules, validate.model, task, keep_created=run.start.checkpoint is not None):
+        with _rehearsing(task, position, "loading the first batch"):
+            whole, *halves = batches.rehearsal()
+        with _rehearsing(task, position, "a step of training"):
+            _train(accelerator, model, bare_model, task, whole, seed, 2 if run.plan.world_size > 1 else 1)
+        with _rehearsing(task, position, "comparing the loss of a batch with those of its halves"):
+            _refuse_mean(bare_model, task, [whole, *halves], seed, batches.device)
+        metrics = {}
+        try:
+            with _rehearsing(task, position, "the first batch of validation"):
+                metrics = validate.first_batch()
+        except (ArithmeticError, ValueError) as error:
+            if _method(error, task) != "summary":
+                raise
+            run.ranks.messages.append(
+                f"WARNING: task.summary() raises {type(error).__name__} ({error}) for the sums of one batch: "
+                "look at it, unless it needs more samples"
+            )
+        else:
+            run.best.check(metrics)
+        with _rehearsing(task, position, "a save"):
+            state = LoopState(first, (0.0, 0.0), {"step": first, **metrics})
+            run.ranks.from_main(lambda: run.saver.rehearse(parts, state))
+
+
+@contextlib.contextmanager
+def _rehearsing(task: Task, position: Position, what: str) -> Iterator[None]:
+    """Name what is rehearsed: as this rank's position, and in a note on an error of the user's code."""
+    position.enter(f"in the rehearsal: {what}")
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, UsageError):
+            method = _method(error, task)
+            position.phase += f", task.{method}()" if method else ""
+            error.add_note(f"This is before the first step, {position.phase}: nothing was trained yet.")
+        raise
+
+
+def _method(error: BaseException, task: Task) -> str | None:
+    """The method of the task that raised the error, directly or in what it calls."""
+    trace: types.TracebackType | None = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        if frame.f_code.co_name in METHODS and frame.f_locals.get("self") is task:
+            return frame.f_code.co_name
+        trace = trace.tb_next
+    return None
+
+
+class OnlyForward(nn.Module):
+    """The model as several processes have it: it offers what DistributedDataParallel does, on one process, too."""
+
+    def __init__(self, model: nn.Module, bare_model: nn.Module) -> None:
+        super().__init__()
+        self.module = bare_model  # for parameters(), buffers(), train(): nn.Module's own methods
+        self.__dict__["_call"] = model  # not registered: it holds the same parameters
+        self._is_called = False
+        self._missed: list[str] = []  # attributes that were asked for, and that the bare model has
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        self._is_called = True
+        return self._call(*arguments, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "module" or hasattr(self._modules["module"], name):
+            self._missed.append(name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def _refuse_bypass(task: Task, model: OnlyForward) -> None:
+    """Raise UsageError if the task has used more of the model than the call."""
+    kind = type(task).__name__
+    advice = (
+        'Put what it does into the model\'s forward(), for example with an argument (`model(inputs, mode="encode")`), '
+        f"and let {kind}.forward() call `model(…)`; give a number such as `model.num_classes` to the task in task.args."
+    )
+    if model._missed:
+        raise UsageError(
+            f"{kind} uses `model.{model._missed[0]}`: with several processes the model is inside "
+            "DistributedDataParallel, where the call `model(…)` and the methods of torch.nn.Module alone work. "
+            + advice
+        )
+    if not model._is_called:
+        raise UsageError(
+            f"{kind}.forward() does not call `model(…)`: several processes exchange the gradients of what went through "
+            "that call, and would drift apart. " + advice
+        )
+
+
+def _train(
+    accelerator: Accelerator, model: nn.Module, bare_model: nn.Module, task: Task, batch: Any, seed: int, passes: int
+) -> None:
+    device = accelerator.device
+    for number in range(passes):
+        offered = OnlyForward(model, bare_model)
+        model.train()
+        seed_place(Place.TRIAL, seed, device, number)
+        try:
+            outputs = task.forward(offered, batch)
+            result = task.loss(outputs, batch)
+        except Exception:
+            if offered._missed:  # it comes of that
+                _refuse_bypass(task, offered)
+            raise
+        _refuse_bypass(task, offered)
+        accelerator.backward(_checked(task, result)[0])
+
+
+def _checked(task: Task, result: Any) -> tuple[Tensor, Any]:
+    """What loss() returned, if it has the right form. Raises UsageError."""
+    pair = result if isinstance(result, (tuple, list)) else (result,)
+    if len(pair) != 2 or not isinstance(pair[0], Tensor) or pair[0].numel() != 1:
+        found = " and ".join(
+            f"a tensor of shape {list(each.shape)}" if isinstance(each, Tensor) else f"a {type(each).__name__}"
+            for each in pair
+        )
+        raise UsageError(
+            f"{type(task).__name__}.loss() returned {found}. Return two numbers, the sum of the losses and the sum of "
+            'the weights over the batch, such as `cross_entropy(outputs, targets, reduction="sum"), len(targets)`.'
+        )
+    return pair[0], pair[1]
+
+
+def _refuse_mean(model: nn.Module, task: Task, batches: Sequence[Any], seed: int, device: torch.device) -> None:
+    """Raise UsageError if the loss of a batch is the mean of those of its halves, and not their sum: the gradient would
+    be divided twice. In eval mode and with the same random numbers, so that dropout and BatchNorm change nothing."""
+    if any(batch is None for batch in batches) or len(batches) != 3:
+        return
+    found = []
+    model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # not compiled for two more shapes
+            for batch in batches:
+                seed_place(Place.TRIAL, seed, device, 2)
+                loss, weight = _checked(task, task.loss(task.forward(model, batch), batch))
+                found.append((float(loss), float(weight)))
+    except Exception:  # of a task that takes no training batch in eval mode, or no half: it says nothing of the loss
+        return
+    if is_mean(*found):
+        (whole, weight), (first, _), (second, _) = found
+        raise UsageError(
+            f"{type(task).__name__}.loss() returns a mean: {whole:.6g} for a batch (weight {weight:g}), {first:.6g} "
+            f"and {second:.6g} for its halves, where a sum would be {first + second:.6g}. distloop divides by the "
+            "weights of the whole step, so that the gradient would be too small. Return sums: "
+            '`cross_entropy(outputs, targets, reduction="sum"), len(targets)`, or the like.'
+        )
+
+
+def is_mean(whole: tuple[float, float], first: tuple[float, float], second: tuple[float, float]) -> bool:
+    """True if the (loss, weight) of a batch and of its halves are those of a mean over the batch.
+
+    A loss that is the same for all three, with weights that do not add up, is none: it does not come of the batch.
+    """
+    (loss, weight), (a, weight_a), (b, weight_b) = whole, first, second
+
+    def near(value: float, other: float) -> bool:
+        return abs(value - other) <= NEARLY * abs(other)
+
+    if abs(loss) < 1e-8 or near(a + b, loss):
+        return False
+    means = [(a + b) / 2]
+    if weight_a + weight_b > 0:
+        means.append((weight_a * a + weight_b * b) / (weight_a + weight_b))  # of halves of different sizes
+    adds_up = near(weight_a + weight_b, weight)
+    return any(near(mean, loss) for mean in means) and (adds_up or not (near(a, loss) and near(b, loss)))
