@@ -100,6 +100,8 @@ def read_back(weights: Mapping[str, Weights], others: Mapping[str, Any], state: 
 def _naming(file: str) -> Iterator[None]:
     try:
         yield
+    except UsageError:
+        raise
     except Exception as error:  # each library has its own
         raise UsageError(
             f"A checkpoint of this run could not be saved and loaded again: {file}: {type(error).__name__}: {error}. "
@@ -146,9 +148,10 @@ class Saver:
         state that could not be saved or loaded."""
         if not self.enabled:
             return
-        weights, others, of_parts = contents_of(parts, self.buffers)
-        self.buffers.record()
-        self.buffers.ready()
+        with _naming("state_dict()"):
+            weights, others, of_parts = contents_of(parts, self.buffers)
+            self.buffers.record()
+            self.buffers.ready()
         read_back(weights, others, {**asdict(state), **of_parts})
 
     def wait(self) -> None:

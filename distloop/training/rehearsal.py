@@ -58,10 +58,11 @@ def rehearse(
             _train(accelerator, model, bare_model, task, whole, seed, 2 if run.plan.world_size > 1 else 1)
         with _rehearsing(task, position, "comparing the loss of a batch with those of its halves"):
             _refuse_mean(bare_model, task, [whole, *halves], seed, batches.device)
-        metrics = {}
+        with _rehearsing(task, position, "a save"):
+            run.ranks.from_main(lambda: run.saver.rehearse(parts, LoopState(first)))
         try:
             with _rehearsing(task, position, "the first batch of validation"):
-                metrics = validate.first_batch()
+                run.best.check(validate.first_batch())
         except (ArithmeticError, ValueError) as error:
             if _method(error, task) != "summary":
                 raise
@@ -69,11 +70,6 @@ def rehearse(
                 f"WARNING: task.summary() raises {type(error).__name__} ({error}) for the sums of one batch: "
                 "look at it, unless it needs more samples"
             )
-        else:
-            run.best.check(metrics)
-        with _rehearsing(task, position, "a save"):
-            state = LoopState(first, (0.0, 0.0), {"step": first, **metrics})
-            run.ranks.from_main(lambda: run.saver.rehearse(parts, state))
 
 
 @contextlib.contextmanager

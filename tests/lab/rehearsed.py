@@ -24,7 +24,7 @@ class Restless(nn.Module):
     smooth: Tensor
     mean: Tensor
 
-    def __init__(self, num_outputs: int) -> None:
+    def __init__(self, num_outputs: int, creates_later: bool = True) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Flatten(),
@@ -40,6 +40,9 @@ class Restless(nn.Module):
         self.history: list[float] = []
         self.queue = torch.zeros(4)
         self.ready = False
+        if not creates_later:
+            self.register_buffer("mean", torch.tensor(0.0))
+            self.ready = True
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training and not self.ready:
@@ -123,10 +126,10 @@ class Zero(distloop.tasks.Classification):
 
 
 class OfPairs(distloop.tasks.Classification):
-    """Takes whole batches only."""
+    """Takes whole batches only, and the one sample that the model is tried out with."""
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
-        assert len(targets_of(batch)) >= 60
+        assert len(targets_of(batch)) not in range(2, 60)
         return super().forward(model, batch)
 
 

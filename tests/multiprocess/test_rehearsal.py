@@ -1,0 +1,181 @@
+"""Before the first step all that a run does is done once, on one batch: what is wrong ends the run there, with one
+message for all ranks, and nothing of the rehearsal stays."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from distloop.training.rehearsal import is_mean
+from tests.tools.ranks import Outcome, train, write_config
+
+SETTINGS: dict[str, Any] = {
+    "device": "cpu",
+    "data": "digits",
+    "model": {"name": "mlp", "args": {"hidden": 8}},
+    "batch": {"global_size": 64},
+    "train": {"epochs": 1},
+    "log": {"every_steps": 1},
+}
+
+
+def start(folder: Path, task: str, ranks: int = 1, /, **settings: Any) -> Outcome:
+    config = {**SETTINGS, "task": f"tests.lab.rehearsed:{task}", **settings}
+    return train(folder, ["--config", str(write_config(folder, config)), "--name", "run"], ranks)
+
+
+def is_refused(outcome: Outcome, folder: Path, *words: str, code: int = 2) -> None:
+    """One message, said once, before anything was trained or written."""
+    assert set(outcome.codes) == {code}, outcome.output
+    for word in words:
+        assert word in outcome.output, outcome.output
+    lines = [
+        line for line in outcome.output.splitlines() if line.startswith("distloop: ") and "all 2 ranks" not in line
+    ]
+    assert len(lines) == 1, outcome.output
+    assert code == 1 or "Traceback" not in outcome.output
+    assert not (folder / "runs/run/metrics.jsonl").exists()
+    assert not list((folder / "runs/run/checkpoints").iterdir())
+
+
+# ---- a loss that is a mean -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("task", "ranks"), [("Mean", 1), ("Mean", 2), ("MeanOfTokens", 1), ("MeanOfSquares", 2)])
+def test_a_loss_that_is_a_mean_is_refused_with_the_numbers_and_the_line(tmp_path: Path, task: str, ranks: int) -> None:
+    outcome = start(tmp_path, task, ranks, data={"name": "digits", "args": {"shift": 0}})
+    is_refused(outcome, tmp_path, f"{task}.loss() returns a mean", 'reduction="sum"', "for its halves")
+
+
+@pytest.mark.parametrize("task", ["Contrastive", "Zero", "OfPairs"])
+def test_a_loss_that_is_no_mean_of_halves_trains(tmp_path: Path, task: str) -> None:
+    start(tmp_path, task, train={"steps": 2}).check()
+
+
+@pytest.mark.parametrize(
+    ("whole", "first", "second", "expected"),
+    [
+        ((2.30, 64), (2.20, 32), (2.40, 32), True),
+        ((147.0, 64), (70.0, 32), (77.0, 32), False),
+        ((2.30, 1), (2.20, 1), (2.40, 1), True),  # with a weight that is wrong, too
+        ((7.0, 512), (7.0, 512), (7.0, 512), False),  # nothing of the batch: a penalty, points drawn in the model
+        ((2.3333, 3), (2.0, 1), (2.5, 2), True),  # halves of different sizes
+        ((2.35, 64), (2.20, 32), (2.40, 32), False),  # neither
+        ((0.0, 64), (0.0, 32), (0.0, 32), False),
+        ((1e-12, 64), (1e-12, 32), (1e-12, 32), False),
+        ((-2.30, 64), (-2.20, 32), (-2.40, 32), True),
+        ((float("nan"), 64), (2.0, 32), (2.0, 32), False),
+        ((0.1, 64), (-3.9, 32), (4.0, 32), False),
+    ],
+)
+def test_what_counts_as_a_mean(whole: Any, first: Any, second: Any, expected: bool) -> None:
+    assert is_mean(whole, first, second) is expected
+
+
+def test_one_sample_has_no_halves(tmp_path: Path) -> None:
+    start(tmp_path, "Contrastive", batch={"global_size": 8, "micro_size": 1}, train={"steps": 1}).check()
+
+
+# ---- what only validation meets --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "ranks", "words", "code"),
+    [
+        ("NoKey", 1, ["before the first step, in the rehearsal: ", "task.summary()", "correct_top5", "Traceback"], 1),
+        ("NoKey", 2, ["before the first step, in the rehearsal: ", "task.summary()", "correct_top5"], 1),
+        ("Metrics", 1, ["before the first step, in the rehearsal: ", "task.metrics()", "Traceback"], 1),
+        ("OutOfMemory", 2, ["before the first step, in the rehearsal: ", "task.forward()", "out of memory"], 1),
+        ("Text", 1, ["task.summary()", "model is a str"], 2),
+        ("NoSuchBest", 2, ["('f1', 'max')", "but loss, accuracy"], 2),
+        ("Guesses", 1, ["task.guesses()", "[64]"], 2),
+        ("OnlyLoss", 2, ["OnlyLoss.loss() returned a tensor of shape []", "sum of the weights"], 2),
+    ],
+)
+def test_a_mistake_of_a_task_is_found_before_the_first_step(
+    tmp_path: Path, task: str, ranks: int, words: list[str], code: int
+) -> None:
+    is_refused(start(tmp_path, task, ranks, validate={"batch_size": 64}), tmp_path, *words, code=code)
+
+
+def test_a_metric_that_checkpoint_best_names_and_validation_lacks_is_refused(tmp_path: Path) -> None:
+    outcome = start(tmp_path, "Contrastive", checkpoint={"best": "max acuracy"})
+    is_refused(outcome, tmp_path, "checkpoint.best: validation gives no 'acuracy', but loss, accuracy.")
+
+
+def test_a_summary_that_needs_more_samples_than_a_batch_has_is_one_line(tmp_path: Path) -> None:
+    outcome = start(tmp_path, "ManyNeeded", validate={"batch_size": 64}).check()
+    assert outcome.output.count("WARNING: task.summary() raises ValueError (too few samples for a quantile)") == 1
+
+
+# ---- a save ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_state_that_cannot_be_saved_is_refused(tmp_path: Path, ranks: int) -> None:
+    outcome = start(tmp_path, "AsItShould", ranks, model="tests.lab.rehearsed:Strange", task="classification")
+    is_refused(outcome, tmp_path, "could not be saved")
+
+
+# ---- methods of the model --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("task", "word"),
+    [
+        ("CallsMethod", "model.head"),
+        ("ReadsNumber", "model.num_classes"),
+        ("AsksFirst", "model.encode"),
+        ("Unwraps", "model.module"),
+        ("PassesBy", "does not call `model(…)`"),
+    ],
+)
+def test_what_only_one_process_offers_is_refused_on_one_as_on_two(
+    tmp_path: Path, task: str, word: str, ranks: int
+) -> None:
+    outcome = start(tmp_path, task, ranks, model="tests.lab.rehearsed:Encoder")
+    is_refused(outcome, tmp_path, task, word, 'model(inputs, mode="encode")')
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_the_message_says_trains(tmp_path: Path, ranks: int) -> None:
+    start(tmp_path, "AsItShould", ranks, model="tests.lab.rehearsed:Encoder", train={"steps": 2}).check()
+
+
+# ---- nothing stays ---------------------------------------------------------------------------------------------------
+
+
+def trained(folder: Path, name: str, *arguments: str, loop: str, ranks: int) -> tuple[dict[str, Any], list[Any]]:
+    """The weights and the rows of a run with a model and a task that change with each pass."""
+    settings = {**SETTINGS, "model": "tests.lab.rehearsed:Restless", "task": "tests.lab.rehearsed:Restful"}
+    settings |= {"train": {"steps": 8}, "validate": {"every_steps": 4}, "checkpoint": {"every_steps": 4}}
+    arguments = ("--config", str(write_config(folder, settings)), "--name", name, *arguments)
+    train(folder, list(arguments), ranks, loop=loop).check()
+    run = folder / "runs" / name
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = ("kind", "step", "loss", "gradient_norm", "accuracy", "batches")
+    weights = {path.name: load_file(path) for path in (run / "checkpoints/step_00000008").glob("*.safetensors")}
+    return weights, [{key: row[key] for key in kept if key in row} for row in rows]
+
+
+AVERAGED = ("--optim.ema_decay", "0.9", "--model.args.creates_later", "false")
+
+
+@pytest.mark.parametrize(("ranks", "arguments"), [(1, ()), (2, ()), (1, AVERAGED), (2, AVERAGED)])
+def test_a_run_that_rehearses_trains_what_one_that_does_not_would(
+    tmp_path: Path, ranks: int, arguments: tuple[str, ...]
+) -> None:
+    (weights, rows), (others, other_rows) = (
+        trained(tmp_path, loop.rpartition(".")[2], *arguments, loop=loop, ranks=ranks)
+        for loop in ("distloop.train", "tests.lab.unrehearsed")
+    )
+    assert rows == other_rows
+    assert weights.keys() == others.keys() >= {"model.safetensors"}
+    for file, tensors in weights.items():
+        assert tensors.keys() == others[file].keys()
+        assert all(tensors[name].equal(others[file][name]) for name in tensors), file
