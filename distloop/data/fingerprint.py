@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from distloop.config.settings import Data
 from distloop.data.datasets import DataSource, InMemory
-from distloop.data.loader import worker_count
+from distloop.data.loader import SeedFirst, worker_count
 from distloop.data.look import look
 from distloop.data.seeding import generators_restored, seed_sample
 
@@ -25,16 +25,19 @@ OWN_DRAWS, RAISES = "differs under the same seed: ", "raises "
 LONGEST_ERROR = 300  # letters
 
 
-def fingerprint_of(source: DataSource, half: str, config: Data, device: torch.device) -> dict[str, Any]:
+def fingerprint_of(source: DataSource, half: str, config: Data, device: torch.device, seed: int = 0) -> dict[str, Any]:
     """The fingerprint of the train or validation half, which is found once. Loads samples as training does: in a loader
-    process if there are any, or from a copy, so that no file of the user's is opened by what others are copies of."""
+    process if there are any, or from a copy, so that no file of the user's is opened by what others are copies of.
+    `seed`: the run's, for what a loader process draws as it imports the user's module."""
     if half not in source.fingerprints:
         dataset = getattr(source, half)
-        source.fingerprints[half] = fingerprint(dataset, config, device)
+        source.fingerprints[half] = fingerprint(dataset, config, device, seed)
     return source.fingerprints[half]
 
 
-def fingerprint(dataset: Any, config: Data | None = None, device: torch.device | None = None) -> dict[str, Any]:
+def fingerprint(
+    dataset: Any, config: Data | None = None, device: torch.device | None = None, seed: int = 0
+) -> dict[str, Any]:
     """What changes with the data: "samples"; and "sha256" of tensors in memory or of names of a folder, or "contents":
     digests of some samples by index. Without a config the samples are loaded in this process."""
     digest = hashlib.sha256()
@@ -46,7 +49,8 @@ def fingerprint(dataset: Any, config: Data | None = None, device: torch.device |
             digest.update(f"{os.path.relpath(path, dataset.root)} {label}\n".encode())
     else:
         workers = worker_count(config, dataset) if config else 0
-        return {"samples": len(dataset), "contents": _contents(dataset, config or Data(), workers, device)}
+        digests = SampleDigests(dataset, seed)
+        return {"samples": len(dataset), "contents": _contents(digests, config or Data(), workers, device)}
     return {"samples": len(dataset), "sha256": digest.hexdigest()}
 
 
@@ -63,8 +67,12 @@ def is_other(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 class SampleDigests(Dataset):
     """The digest of a sample, in hexadecimal, or what stands in its place; "" for one that cannot be read as bytes."""
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.seed = SeedFirst(seed)  # unpickled before the data set
         self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> str:
         first, again = self._digest(index), self._digest(index)
@@ -86,13 +94,13 @@ class SampleDigests(Dataset):
         return digest.hexdigest()[:16]
 
 
-def _contents(dataset: Any, config: Data, workers: int, device: torch.device | None) -> dict[str, str]:
-    last = len(dataset) - 1
+def _contents(digests: SampleDigests, config: Data, workers: int, device: torch.device | None) -> dict[str, str]:
+    last = len(digests) - 1
     indices = sorted({place * last // (SAMPLES - 1) for place in range(SAMPLES)})
     found: dict[str, str] = {}
     begun = time.monotonic()
     with generators_restored():
-        for index, digest in zip(indices, look(SampleDigests(dataset), indices, workers, config, device), strict=True):
+        for index, digest in zip(indices, look(digests, indices, workers, config, device), strict=True):
             found[str(index)] = digest
             if time.monotonic() - begun > SECONDS:
                 break

@@ -2,7 +2,6 @@
 
 import atexit
 import itertools
-import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -49,7 +48,7 @@ class SeededDataset(Dataset):
     def __reduce__(self) -> Any:
         """For loader processes that are not forked: they import the user's module as they unpickle the data set. It
         then draws what it drew in load_data(), since the seed is unpickled before the data set."""
-        return _unpickled, (_SeedFirst(self.seed), self.dataset, self.collate, self.check)
+        return _unpickled, (SeedFirst(self.seed), self.dataset, self.collate, self.check)
 
     def __getitems__(self, micro_batch: MicroBatch) -> Any:
         """The batch of these indices. A DataLoader calls this with an item of its batch sampler."""
@@ -86,7 +85,7 @@ class SeededDataset(Dataset):
         return batch
 
 
-class _SeedFirst:
+class SeedFirst:
     """A seed that seeds the global generators when it is unpickled, as load_data() does, and becomes a number."""
 
     def __init__(self, seed: int) -> None:
@@ -175,8 +174,7 @@ def make_loader(
     )
     if workers:
         atexit.register(kill_workers)
-        if (loader.multiprocessing_context or multiprocessing).get_start_method() == "forkserver":
-            start_forkserver()
+        start_forkserver(loader.multiprocessing_context)
     prepared = prepare_data_loader(
         loader, device=device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
     )

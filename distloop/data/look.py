@@ -14,7 +14,7 @@ from distloop.data.batches import to_model
 from distloop.data.datasets import DataSource
 from distloop.data.loader import ChecksBatches, SeededDataset, check_of, collate_of, identity, no_check, worker_count
 from distloop.data.order import FixedBatchSampler, MicroBatch
-from distloop.data.workers import leave_signals_to_parent, signals_blocked
+from distloop.data.workers import leave_signals_to_parent, signals_blocked, start_forkserver
 
 
 def look(
@@ -38,6 +38,8 @@ def look(
         worker_init_fn=leave_signals_to_parent,
         timeout=config.timeout_seconds if workers else 0,
     )
+    if loader.num_workers:
+        start_forkserver()
     with signals_blocked():
         found = iter(loader)
     yield from found

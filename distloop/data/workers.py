@@ -7,12 +7,16 @@ import signal
 import sys
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
+from typing import Any
 
 from distloop.ranks.leaving import SIGNALS, end_at_once
 
 
-def start_forkserver() -> None:
-    """Start multiprocessing's fork server with SIGNALS blocked, since they reach the whole process group."""
+def start_forkserver(context: Any = None) -> None:
+    """Start multiprocessing's fork server, if loader workers of this context (None: the usual one) come from it: with
+    SIGNALS blocked, since they reach the whole process group."""
+    if (context or multiprocessing).get_start_method() != "forkserver":
+        return
     resource_tracker.ensure_running()  # before, because it unblocks signals
     with signals_blocked():
         forkserver.ensure_running()

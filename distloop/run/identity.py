@@ -44,7 +44,7 @@ def identity_of(config: Config, source: DataSource, device: torch.device) -> dic
     versions, and the SHA-256 of the modules that the config names."""
     return {
         "config_sha256": training_hash(config),
-        "dataset": fingerprint_of(source, "train", config.data, device),
+        "dataset": fingerprint_of(source, "train", config.data, device, config.seed),
         "versions": versions(),
         "sources": sources(config),
     }
@@ -131,7 +131,7 @@ def _torch_value(dotted_name: str) -> str | None:
 
 def _data(config: Config, source: DataSource, device: torch.device) -> Iterator[tuple[str, Any]]:
     for half, word in (("train", "training"), ("validation", "validation")):
-        found: Mapping[str, Any] = fingerprint_of(source, half, config.data, device)
+        found: Mapping[str, Any] = fingerprint_of(source, half, config.data, device, config.seed)
         yield f"{word} samples", found["samples"]
         yield f"{word} data", found.get("sha256")
         yield from ((f"{word} sample {index}", digest) for index, digest in found.get("contents", {}).items())
