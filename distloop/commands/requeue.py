@@ -34,11 +34,12 @@ def decide(
     """
     restarts = int(job.get("Restarts", 0))
     ours = str(status.get("slurm_job")) == job.get("JobId") and status.get("slurm_restart") == restarts
-    if not node_lost and (not ours or status.get("state") != "stopped"):
+    preempted = job.get("PreemptTime", "None") != "None"
+    not_begun = preempted and not ours  # the ranks were still starting, or loading their data
+    if not node_lost and not not_begun and (not ours or status.get("state") != "stopped"):
         return False, ""  # it has finished or failed, or never began, since another job owns the run
     text, step, attempt = str(status.get("reason")), status.get("step"), int(status.get("attempt", 1))
-    reason = StopReason.of(text)
-    preempted = job.get("PreemptTime", "None") != "None"
+    reason = StopReason.SIGTERM if not_begun else StopReason.of(text)
     if job.get("JobState") != "RUNNING":
         return False, f"not requeued: Slurm is ending the job ({job.get('JobState')})"
     if not node_lost and not (reason in TIME_IS_OVER or (preempted and reason is StopReason.SIGTERM)):

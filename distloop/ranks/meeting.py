@@ -31,6 +31,7 @@ UNKNOWN_NAME_SECONDS = 5.0  # a name server may stumble once, but a wrong name s
 BACKEND_SECONDS = 180  # after the limit at which the roll call names who hangs; W&B and the report may end meanwhile
 RESULT_SECONDS = 10.0  # for rank 0 to say who is missing, and for the others to read it
 SILENT_SECONDS = 20.0  # then a process says for whom it waits
+GRACE_SECONDS = 10.0  # after a wish to stop: ranks that still import come, and the run can save that it was stopped
 ENDED = "Stopped "  # how rank 0's answer begins if it is no failure
 
 
@@ -38,17 +39,21 @@ class Wait:
     """The wait of a process for the other members of its run, "rank" or "machine". It says once for whom it waits."""
 
     def __init__(self, members: str, limit_seconds: float, watch: Watch | None = None) -> None:
-        """`watch`: knows whether this process is asked to stop, which ends the wait."""
+        """`watch`: knows whether this process is asked to stop, which soon ends the wait."""
         self.members, self.limit, self._watch = members, limit_seconds, watch
         self._say_at = time.monotonic() + SILENT_SECONDS
+        self._end_at = math.inf
 
     @property
     def wish(self) -> str:
-        """What asks this process to stop; "" if nothing does."""
-        return self._watch.wish.text if self._watch and self._watch.wish else ""
+        """What asked this process to stop, once the others have had time to come; else ""."""
+        if not (self._watch and self._watch.wish):
+            return ""
+        self._end_at = min(self._end_at, time.monotonic() + GRACE_SECONDS)
+        return self._watch.wish.text if time.monotonic() >= self._end_at else ""
 
     def sleep(self, seconds: float, missing: str, ends_early: bool = True) -> None:
-        """Sleep while `missing` is. `ends_early`: raise StoppedEarly if this process is asked to stop."""
+        """Sleep while `missing` is. `ends_early`: raise StoppedEarly if there is a wish to stop."""
         if ends_early and self.wish:
             raise StoppedEarly(stopped_early(self.wish, missing))
         if time.monotonic() > self._say_at:

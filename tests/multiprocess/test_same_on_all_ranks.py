@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from distloop.commands.copy import copy_of
+from tests.lab.crashing import mount, mount_is_allowed
 from tests.tools.ranks import (
     LOOP,
     REPOSITORY,
@@ -110,14 +113,17 @@ def on_machines(
     arguments: Callable[[int], list[str]],
     environment: Callable[[int], dict[str, str]] = lambda rank: {},
     loop: str = LOOP,
+    own_disks: bool = False,
 ) -> Outcome:
-    """Start a rank in each of the folders, with arguments and variables of its own."""
+    """Start a rank in each of the folders, with arguments and variables of its own. `own_disks`: all are in the first
+    folder, as far as they can tell, in whose place the others find their own."""
     port, processes = free_port(), []
     outputs = [folder / f".output-{rank}" for rank, folder in enumerate(folders)]
     for rank, folder in enumerate(folders):
         variables = {**clean_environment(), **rank_environment(rank, len(folders), port), **environment(rank)}
-        target = (loop, arguments(rank), str(folder), variables, str(outputs[rank]))
-        process = forkserver.Process(target=_rank, args=target)
+        mounted = (str(folder), str(folders[0])) if own_disks and rank else None
+        target = (loop, arguments(rank), str(folders[0] if own_disks else folder), variables, str(outputs[rank]))
+        process = forkserver.Process(target=_rank_with_a_disk, args=(mounted, target))
         process.start()
         processes.append(process)
     for process in processes:
@@ -126,6 +132,16 @@ def on_machines(
             process.kill()
         process.join()
     return Outcome([process.exitcode or 0 for process in processes], [path.read_text() for path in outputs])
+
+
+def _rank_with_a_disk(mounted: tuple[str, str] | None, target: tuple[Any, ...]) -> None:
+    """Start a rank. `mounted`: a folder that only it finds in the place of another one."""
+    if mounted:
+        library = ctypes.CDLL(None, use_errno=True)
+        assert library.unshare(0x00020000) == 0, os.strerror(ctypes.get_errno())  # CLONE_NEWNS
+        mount("--make-rprivate", "/")
+        mount("--bind", *mounted)
+    _rank(*target)
 
 
 @pytest.fixture
@@ -216,13 +232,15 @@ def test_ranks_that_differ_are_refused_by_evaluate(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["checkpoint", "weights", "nothing"])
 def test_other_weights_on_the_disk_of_a_machine_are_refused(machines: list[Path], what: str) -> None:
+    if not mount_is_allowed(machines[0].parent):
+        pytest.skip("no right to mount a folder here")
     more = ["--init-from", "runs/other/checkpoints/step_00000003"] if what == "weights" else []
     for number, folder in enumerate(machines[: 1 if what == "nothing" else 2]):
         rate = ["--optim.lr", str(0.001 + number)]
         train(folder, ["--config", "run.yaml", *rate, "--name", "other" if more else "run"]).check()
         if not more:
             killed(folder)
-    outcome = on_machines(machines, lambda rank: ["--config", "run.yaml", *more])
+    outcome = on_machines(machines, lambda rank: ["--config", "run.yaml", *more], own_disks=True)
     if what == "nothing":
         refused(outcome, r"manifest\.json is not to be found on {1}", "same folder")
     else:

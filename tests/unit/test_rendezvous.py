@@ -289,7 +289,8 @@ class Wish:
 
 
 @pytest.mark.parametrize("asked", [0, 2])
-def test_all_that_came_hear_that_one_of_them_is_asked_to_stop(asked: int) -> None:
+def test_all_that_came_hear_that_one_of_them_is_asked_to_stop(monkeypatch: pytest.MonkeyPatch, asked: int) -> None:
+    monkeypatch.setattr(meeting, "GRACE_SECONDS", 0.2)
     store, said = HashStore(), dict[int, str]()
 
     def come(number: int) -> None:
@@ -310,6 +311,19 @@ def test_all_that_came_hear_that_one_of_them_is_asked_to_stop(asked: int) -> Non
 
 
 NOTHING = "Nothing was trained; the same command starts again."
+
+
+def test_ranks_that_come_soon_after_a_wish_to_stop_meet_and_the_run_can_save_that_it_was_stopped() -> None:
+    store = HashStore()
+    first = threading.Thread(
+        target=meeting.wait_for_all,
+        args=(store, 0, 2, meeting.Wait("rank", 60, Wish())),  # type: ignore[arg-type]
+    )
+    first.start()
+    wait_until(lambda: store.check(["here/0"]), "rank 0")
+    meeting.wait_for_all(store, 1, 2, meeting.Wait("rank", 60, Wish()))  # type: ignore[arg-type]
+    first.join(30)
+    assert store.get("result") == b""
 
 
 def test_for_whom_a_rank_waits_is_said_before_the_limit(

@@ -73,6 +73,11 @@ SHOWN = (
         ({"slurm_job": None}, {}, ""),
         ({"slurm_restart": 0}, {}, ""),
         ({"slurm_restart": 0}, {"Restarts": "0"}, "requeued after step 40 of 100"),
+        # A preemption that comes while ranks start, or data load: the status is that of an earlier start.
+        ({"slurm_restart": 0}, PREEMPTED, "requeued after step 40 of 100 (preempted); it continues there"),
+        ({"slurm_job": "8", "state": "failed"}, PREEMPTED, "requeued after step 40 of 100 (preempted)"),
+        ({"slurm_restart": 0, "first_step": 40}, PREEMPTED, "requeued after step 40 of 100 (preempted)"),
+        ({"slurm_restart": 0}, PREEMPTED | {"Requeue": "0"}, "not requeued: the job was submitted with --no-requeue"),
     ],
 )
 def test_a_job_goes_back_to_the_queue_when_its_time_was_up_and_only_then(
@@ -109,12 +114,13 @@ def test_a_job_that_has_lost_a_node_goes_back_to_the_queue(
     assert requeue == said.startswith("requeued")
 
 
-def test_a_job_that_has_lost_a_node_before_the_run_had_a_directory_goes_back() -> None:
-    requeue, line = decide({}, JOB, max_requeues=3, node_lost=True)
-    assert requeue
-    assert line.startswith("requeued ")
-    assert "a node is lost" in line
-    assert "None" not in line
+@pytest.mark.parametrize(
+    ("job", "node_lost", "why"), [(JOB, True, "a node is lost"), (JOB | PREEMPTED, False, "preempted")]
+)
+def test_a_job_that_ends_before_the_run_has_a_directory_goes_back(
+    job: dict[str, str], node_lost: bool, why: str
+) -> None:
+    assert decide({}, job, 3, node_lost) == (True, f"requeued before the run had begun ({why})")
 
 
 def ask(
