@@ -132,6 +132,7 @@ class Details:
             say(f"distloop: WARNING: {VALIDATION} cannot be written ({error.strerror}): step {step}")
 
     def _picture(self, index: int) -> str | None:
+        """The sample's picture. It is loaded in this process, when all loader processes are running: none is a copy."""
         if index in self.pictures:  # of the last validation: many mistakes are the same
             return self.pictures[index]
         try:

@@ -50,8 +50,8 @@ def rehearse(
     if first >= run.plan.total_steps:
         return  # nothing is left to train
     bare_model = model.module if isinstance(model, DistributedDataParallel) else model
-    modules = [part for _, part in existing(parts) if isinstance(part, nn.Module)]
-    with generators_restored(), put_back(*modules, validate.model, task, keep_created=run.start.checkpoint is not None):
+    modules = [bare_model, validate.model, *(part for _, part in existing(parts) if isinstance(part, nn.Module))]
+    with generators_restored(), put_back(*modules, task, keep_created=run.start.checkpoint is not None):
         with _rehearsing(task, position, "loading the first batch"):
             whole, *halves = batches.rehearsal()
         with _rehearsing(task, position, "a step of training"):
@@ -140,7 +140,7 @@ def _refuse_bypass(task: Task, model: OnlyForward) -> None:
 def _train(
     accelerator: Accelerator, model: nn.Module, bare_model: nn.Module, task: Task, batch: Any, seed: int, passes: int
 ) -> None:
-    device = accelerator.device
+    device, known = accelerator.device, {id(parameter) for parameter in bare_model.parameters()}
     for number in range(passes):
         offered = OnlyForward(model, bare_model)
         model.train()
@@ -153,6 +153,11 @@ def _train(
                 _refuse_bypass(task, offered)
             raise
         _refuse_bypass(task, offered)
+        if late := [name for name, parameter in bare_model.named_parameters() if id(parameter) not in known]:
+            raise UsageError(
+                f"The model makes parameters in its first forward pass of training ({', '.join(late[:3])}): no "
+                "optimizer would update them. Make them in __init__(), or with lazy modules such as nn.LazyLinear."
+            )
         accelerator.backward(_checked(task, result)[0])
 
 

@@ -73,7 +73,8 @@ class Handles:
 
 class Rows:
     def __init__(self, folder: Path, rows: range) -> None:
-        self.folder, self.rows, self.handles = folder, rows, None
+        self.folder, self.rows = folder, rows
+        self.handles: Handles | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -238,13 +238,27 @@ class AsItShould(distloop.tasks.Classification):
         return model(batch[0]) if features is None else model(batch[0]) + 0 * features.sum()
 
 
+class Late(nn.Module):
+    """Makes a layer when it first trains."""
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, num_outputs))
+        self.more: nn.Linear | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and self.more is None:
+            self.more = nn.Linear(10, 10)
+        return self.body(images) if self.more is None else self.more(self.body(images))
+
+
 class Strange(nn.Module):
     """Has a buffer whose kind no file has."""
 
     def __init__(self, num_outputs: int) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, num_outputs))
-        self.register_buffer("places", torch.sparse_coo_tensor([[0, 1]], [1.0, 2.0], (3,)))
+        self.register_buffer("places", torch.tensor([1.0, 0.0, 2.0]).to_sparse())
 
     def forward(self, images: Tensor) -> Tensor:
         return self.body(images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unittest.mock
 from typing import Any
 
 import distloop.train as loop
@@ -12,11 +13,8 @@ from distloop.training.putting_back import put_back
 
 
 def train(config: Config, ranks: Ranks) -> None:
-    rehearse, loop.rehearse = loop.rehearse, passes_alone
-    try:
+    with unittest.mock.patch.object(loop, "rehearse", passes_alone):
         loop.train(config, ranks)
-    finally:
-        loop.rehearse = rehearse
 
 
 def passes_alone(accelerator: Any, model: Any, task: Any, batches: Any, validate: Any, parts: Any, run: Any) -> None:

@@ -143,6 +143,12 @@ def test_what_only_one_process_offers_is_refused_on_one_as_on_two(
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+def test_a_layer_that_is_made_while_training_is_refused(tmp_path: Path, ranks: int) -> None:
+    outcome = start(tmp_path, "AsItShould", ranks, model="tests.lab.rehearsed:Late", task="classification")
+    is_refused(outcome, tmp_path, "makes parameters in its first forward pass", "more.weight, more.bias")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_what_the_message_says_trains(tmp_path: Path, ranks: int) -> None:
     start(tmp_path, "AsItShould", ranks, model="tests.lab.rehearsed:Encoder", train={"steps": 2}).check()
 

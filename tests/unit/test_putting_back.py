@@ -97,12 +97,13 @@ def test_a_module_that_gets_its_shapes_in_a_try_keeps_them(is_deep: bool) -> Non
 
 def test_expanded_and_shared_tensors_stay_what_they_are() -> None:
     model = nn.Linear(3, 3)
+    view = model.weight.detach()[0]
     model.register_buffer("wide", torch.ones(1, 3).expand(4, 3))
-    model.register_buffer("view", model.weight.detach()[0])
+    model.register_buffer("view", view)
     model.register_buffer("missing", None)
     before = plain(model)
     with put_back(model):
         model.weight.data.mul_(2)
-        model.view.add_(1)
+        view.add_(1)
     assert plain(model) == before
-    assert model.view.data_ptr() == model.weight.data_ptr()
+    assert view.data_ptr() == model.weight.data_ptr()
