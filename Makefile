@@ -21,7 +21,7 @@ CPU      = $(BIN)/python -c 'import torch; print("false" if torch.cuda.is_availa
 .PHONY: train test test-all lint setup gpu gpu-kit
 
 train: .venv/installed
-	ACCELERATE_USE_CPU=$$($(CPU)) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(getconf _NPROCESSORS_ONLN) + $(PROCS) - 1) / $(PROCS) ))} \
+	PYTHONHASHSEED=$${PYTHONHASHSEED:-0} ACCELERATE_USE_CPU=$$($(CPU)) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(getconf _NPROCESSORS_ONLN) + $(PROCS) - 1) / $(PROCS) ))} \
 	  $(LAUNCH) distloop/train.py --config $(CONFIG) --expect-world $(PROCS) $(ARGS)
 
 # In two parts, and both to their end: tests/unit on all cores, then the rest, whose ranks use them by themselves.

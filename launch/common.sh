@@ -15,6 +15,8 @@ fi
 command -v accelerate >/dev/null ||
   fail "no accelerate here: activate the environment that distloop is installed in (a checkout: \`make setup\`)"
 
+export PYTHONHASHSEED=${PYTHONHASHSEED:-0} # sets of texts have one order on all ranks and in all starts
+
 # TRAIN=my_train.py starts a loop of your own, named as from where you are; `distloop copy` writes one to begin with.
 target=("$home/distloop/train.py")
 if [ ! -f "${target[0]}" ]; then # no checkout, but a folder that `distloop init` wrote

@@ -25,6 +25,7 @@ if [ ${#python[@]} = 0 ]; then
 fi
 
 export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} # a checkout need not be installed
+export PYTHONHASHSEED=${PYTHONHASHSEED:-0}         # sets of texts have one order on all ranks and in all starts
 
 fail() {
   echo "distloop: $*" >&2

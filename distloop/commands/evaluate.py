@@ -19,7 +19,7 @@ from distloop.config.load import load_config
 from distloop.config.places import absolute
 from distloop.config.settings import Config
 from distloop.errors import UsageError
-from distloop.ranks.environment import fix_hashes, prepare_environment
+from distloop.ranks.environment import prepare_environment
 from distloop.ranks.ranks import Ranks
 from distloop.ranks.stopping import WatchWithoutSaving
 from distloop.ranks.talking import let_others_speak, speaks
@@ -98,7 +98,6 @@ def config_of(path: Path, arguments: list[str], quiet: bool) -> Config:
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate what the command line names; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
-    fix_hashes(os.environ)
     prepare_environment()
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0].startswith("-"):

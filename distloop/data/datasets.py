@@ -146,7 +146,7 @@ DATASETS: dict[str, Callable[..., DataSource]] = {
 }
 
 
-def load_data(config: Data, seed: int = 0) -> DataSource:
+def load_data(config: Data, seed: int | None = None) -> DataSource:
     """The data set that the config names. `seed`: the run's; what building it draws from the global generators follows
     from it. Raises UsageError if the data set is unknown, missing, empty or of another form."""
     offered = {"root": root_for_code(config.root)}

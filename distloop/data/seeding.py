@@ -105,12 +105,14 @@ def seed_building(place: Place, seed: int) -> None:
 
 
 @contextlib.contextmanager
-def building(place: Place, seed: int) -> Iterator[None]:
+def building(place: Place, seed: int | None) -> Iterator[None]:
     """Seed the global generators for what is built, and once more at the end: what a loop of the user's own builds
-    next does not depend on how many numbers were drawn."""
-    seed_building(place, seed)
+    next does not depend on how many numbers were drawn. Without a seed, leave them alone."""
+    if seed is not None:
+        seed_building(place, seed)
     yield
-    seed_building(Place.REST, seed)
+    if seed is not None:
+        seed_building(Place.REST, seed)
 
 
 @contextlib.contextmanager

@@ -6,28 +6,11 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping, MutableMapping
 
 from distloop.errors import UsageError
 from distloop.ranks.launch_guards import own_file
 from distloop.ranks.leaving import leave
-
-
-def fix_hashes(environ: MutableMapping[str, str]) -> None:
-    """Start this process anew with PYTHONHASHSEED=0, unless the variable is set, or a debugger or a thread is at work.
-
-    Python hashes texts otherwise in each process, and reads the variable only as it starts. The order of a set follows:
-    `list(set(names))` would number the classes differently on each rank, and after each stop.
-    """
-    is_read = sys.argv[0] in ("", "-")  # from a terminal or a pipe, which cannot be read once more
-    is_busy = sys.gettrace() is not None or threading.active_count() > 1  # a debugger; a notebook
-    if environ.get("PYTHONHASHSEED") or sys.flags.ignore_environment or is_read or is_busy:
-        return
-    environ["PYTHONHASHSEED"] = "0"
-    sys.stdout.flush()
-    with contextlib.suppress(OSError):
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def prepare_environment() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 from distloop import __version__
 from distloop.errors import UsageError
 from distloop.ranks import stopping
-from distloop.ranks.environment import fix_hashes, prepare_environment
+from distloop.ranks.environment import prepare_environment
 from distloop.ranks.leaving import leave
 from distloop.ranks.ranks import Ranks
 from distloop.ranks.talking import speak_clearly, speaks
@@ -33,12 +33,11 @@ _copied_from: str | None = None  # global, since it is the process's: "" or a ve
 
 def prepare_process(copied_from: str = "") -> None:
     """Receive signals, and set the variables that torch reads when it is imported. Call it in the main thread, before
-    all else: without PYTHONHASHSEED the program is started once more from here, with it.
+    all else.
     From now on a signal asks for a stop and does not end the process. Under `srun`, ranks come from Slurm's variables;
     ranks that share a machine share its CPUs. Leaves with code 2 if Slurm's variables make no sense.
     `copied_from`: the version of distloop whose loop the file is a copy of."""
     global _copied_from
-    fix_hashes(os.environ)
     _copied_from = copied_from
     if copied_from not in ("", __version__):
         sys.excepthook = _explain_missing_name

@@ -58,7 +58,7 @@ def open_directory(
         step = step_of(checkpoint) if checkpoint else 0
         if checkpoint:
             manifest = read_manifest(checkpoint)
-            changes.update(_changes_of_data(path, manifest["dataset"], identity["dataset"], config))
+            changes.update(_changes_of_data(path, manifest, identity, config))
             changes.update(_changes_of_code(manifest, identity, messages))
             changes.update(_changes_of_loop(path, loop, messages))
         if redone := set_rows_aside(path / files.METRICS, step):
@@ -159,8 +159,9 @@ def _is_finished(path: Path, config: Config) -> bool:
     return is_finished and not ((path / files.CONFIG).exists() and _changes(path, config))
 
 
-def _changes_of_data(path: Path, old: dict[str, Any], new: dict[str, Any], config: Config) -> dict[str, Any]:
+def _changes_of_data(path: Path, manifest: dict[str, Any], identity: dict[str, Any], config: Config) -> dict[str, Any]:
     """The difference of the training data. Raises UsageError for one that --resume does not allow."""
+    old, new = manifest["dataset"], identity["dataset"]
     if not is_other(old, new):
         return {}
     what = (
@@ -171,7 +172,10 @@ def _changes_of_data(path: Path, old: dict[str, Any], new: dict[str, Any], confi
     if config.resume == "extend" and old["samples"] == new["samples"]:
         return {"dataset": (old, new)}
     extend = ", or --resume extend to continue it with these" if old["samples"] == new["samples"] else ""
-    raise UsageError(f"{path} {what} Give it the data it had, use --name OTHER or --resume never{extend}.")
+    code: list[str] = []
+    _changes_of_code(manifest, identity, code)
+    why = f" ({'; '.join(code)}: that may be why.)" if code and extend else ""
+    raise UsageError(f"{path} {what}{why} Give it the data it had, use --name OTHER or --resume never{extend}.")
 
 
 def _changes_of_code(manifest: dict[str, Any], identity: dict[str, Any], messages: list[str]) -> dict[str, Any]:

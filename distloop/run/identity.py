@@ -17,7 +17,7 @@ from distloop.config.comparison import flatten, is_one_of, training_hash
 from distloop.config.secrets import clean_mapping
 from distloop.config.settings import Config
 from distloop.data.datasets import DataSource
-from distloop.data.fingerprint import fingerprint_of
+from distloop.data.fingerprint import fingerprint_of, without_errors
 from distloop.run.provenance import LoopSource
 
 Facts = dict[str, dict[str, Any]]  # kind -> name -> value
@@ -44,7 +44,7 @@ def identity_of(config: Config, source: DataSource, device: torch.device) -> dic
     versions, and the SHA-256 of the modules that the config names."""
     return {
         "config_sha256": training_hash(config),
-        "dataset": fingerprint_of(source, "train", config.data, device, config.seed),
+        "dataset": without_errors(fingerprint_of(source, "train", config.data, device, config.seed)),
         "versions": versions(),
         "sources": sources(config),
     }
@@ -69,11 +69,19 @@ def facts_of_model(task: Any, model: nn.Module) -> Facts:
     tensors: dict[str, tuple[Tensor, str]] = {
         name: (tensor, "trained" if tensor.requires_grad else "frozen") for name, tensor in model.named_parameters()
     }
+    order = {str(place): name for place, name in enumerate(tensors)}
     tensors |= {name: (tensor, "a buffer") for name, tensor in model.named_buffers()}
+    # Their values may be anything: a forward pass fills them.
+    scratch = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
     return {
         "task": {"class": kind, "weight": task.weight, "best": _plain(task.best)},
         "model": {name: _form(tensor, role) for name, (tensor, role) in tensors.items()},
-        "values": {name: _values(tensor) for name, (tensor, _) in tensors.items()},
+        "order": order,
+        "values": {name: _values(tensor) for name, (tensor, _) in tensors.items() if name not in scratch},
     }
 
 
@@ -131,6 +139,8 @@ def _torch_value(dotted_name: str) -> str | None:
 
 def _data(config: Config, source: DataSource, device: torch.device) -> Iterator[tuple[str, Any]]:
     for half, word in (("train", "training"), ("validation", "validation")):
+        if getattr(source, half) is None:  # of a loop of the user's own, which does not validate
+            continue
         found: Mapping[str, Any] = fingerprint_of(source, half, config.data, device, config.seed)
         yield f"{word} samples", found["samples"]
         yield f"{word} data", found.get("sha256")

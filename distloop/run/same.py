@@ -90,7 +90,8 @@ def first_difference(facts: Sequence[Facts], nodes: Sequence[str], ranks: Sequen
             if kind == "data" and " sample " in name and ABSENT in values:
                 continue  # a slow data set: the other rank has had time for more samples
             # A sample that no rank can load is the same on all, wherever its files lie.
-            same = [RAISES if str(value).startswith(RAISES) else value for value in values]
+            # As JSON, since NaN is not equal to itself.
+            same = [RAISES if str(value).startswith(RAISES) else json.dumps(value, sort_keys=True) for value in values]
             others = [place for place, value in enumerate(same) if value != same[0]]
             if others:
                 more = "" if len(others) == 1 else f" (as on {len(others) - 1} more)"
@@ -122,7 +123,12 @@ def _words(kind: str, name: str, theirs: Any, ours: Any, there: str, here: str) 
         return (
             f"the model's {name} begins with other values on {there} than on {here}. Draw initial values from the "
             "global generators, which are seeded alike on all ranks (torch.nn.init does), not from one of your own, "
-            "and load weights from the same file."
+            "load weights from the same file, and leave nothing uninitialised (torch.empty)."
+        )
+    if kind == "order":
+        return (
+            f"the model's parameters are in another order on {there} than on {here}: {theirs!r} where the other has "
+            f"{ours!r}. Gradients are exchanged in this order. {SAME_CODE} Do not build layers in the order of a set."
         )
     if ABSENT in (theirs, ours):
         only, form = (here, ours) if theirs == ABSENT else (there, theirs)

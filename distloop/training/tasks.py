@@ -165,7 +165,7 @@ class Regression(Task):
 TASKS: dict[str, Callable[..., Task]] = {"classification": Classification, "regression": Regression}
 
 
-def build_task(config: TaskConfig, seed: int = 0) -> Task:
+def build_task(config: TaskConfig, seed: int | None = None) -> Task:
     """The task that the config names. `seed`: the run's, for what building it draws. Raises UsageError."""
     with building(Place.TASK, seed):
         task = call("task.args", resolve("task.name", config.name, TASKS), config.args, {})

@@ -93,13 +93,17 @@ def change_the_process(here: Callable[[str], bool]) -> None:
         torch.set_default_dtype(torch.float64)
 
 
-def make_model(differs: str = "") -> nn.Module:
+def make_model(differs: str = "", number: float = 0.0) -> nn.Module:
     layers: list[nn.Module] = [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, len(CLASSES))]
     if is_other(differs, "one layer more"):
         layers.append(nn.Linear(len(CLASSES), len(CLASSES)))
     if is_other(differs, "width"):
         layers[0], layers[1], layers[3] = nn.Linear(4, 9), nn.BatchNorm1d(9), nn.Linear(9, len(CLASSES))
     model: Any = nn.Sequential(*layers)
+    if differs == "scratch":  # what a forward pass fills, and no checkpoint holds
+        model.register_buffer("scratch", torch.tensor(float(os.environ.get("RANK", 0))), persistent=False)
+    if differs == "order of layers":
+        model = Two("ba" if is_other(differs, differs) else "ab")
     if is_other(differs, "initial values"):
         with torch.no_grad():
             model[3].weight.normal_(generator=torch.Generator().manual_seed(5))
@@ -108,6 +112,21 @@ def make_model(differs: str = "") -> nn.Module:
     if is_other(differs, "frozen"):
         model[0].bias.requires_grad_(False)
     return model
+
+
+class Two(nn.Module):
+    """Two equal layers, a and b, which are made in this order."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        for name in order:
+            layer = nn.Linear(4, len(CLASSES))
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+            setattr(self, name, layer)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.a(inputs) + 2 * self.b(inputs)
 
 
 class Task(Classification):

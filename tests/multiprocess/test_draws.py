@@ -6,6 +6,7 @@ tests/lab/drawing.py draws in the places that a test names: as data or model are
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.lab.drawing import VALIDATED
-from tests.tools.ranks import REPOSITORY, accelerate_launch, command, train, write_config
+from tests.tools.ranks import REPOSITORY, TIMEOUT, accelerate_launch, clean_environment, command, train, write_config
 from tests.tools.records import found, largest_difference, rows, weights
 
 PLACES = [
@@ -100,7 +101,7 @@ def test_what_each_rank_computes_for_itself_is_the_same_on_all(tmp_path: Path, p
     (tmp_path / "notes").mkdir()
     Runs(tmp_path, place).train("two", 2, 0, NOTES=str(tmp_path / "notes"))
     notes = [(tmp_path / "notes" / f"{place}-{rank}").read_text().split() for rank in range(2)]
-    assert len(notes[0]) == (2 if place == "summary" else 2 * STEPS)
+    assert len(notes[0]) == (3 if place == "summary" else 2 * STEPS)  # the rehearsal has a summary, too
     assert notes[0] == notes[1]
 
 
@@ -128,20 +129,30 @@ def test_evaluate_draws_what_the_runs_validation_drew(tmp_path: Path) -> None:
         assert numbers == pytest.approx({name: row[name] for name in numbers}, rel=1e-12)
 
 
-def test_sets_of_texts_have_one_order_in_all_processes(tmp_path: Path) -> None:
-    """Python gives them another one in each process, unless PYTHONHASHSEED is set before it starts."""
+def test_a_set_of_texts_has_one_order_where_a_script_starts_the_run_and_else_is_refused(tmp_path: Path) -> None:
+    """Python gives it another one in each process, unless PYTHONHASHSEED is set before it starts."""
     Runs(tmp_path)
-    variables = {"NOTES": str(tmp_path), "ACCELERATE_USE_CPU": "true"}
+    environment = {name: value for name, value in clean_environment().items() if name != "PYTHONHASHSEED"}
+    environment |= {"NOTES": str(tmp_path), "ACCELERATE_USE_CPU": "true"}
     more = ["--config", "run.yaml", "--data", "tests.lab.drawing:data_of_a_set", "--data.args", "{}"]
     more += ["--tracking.no-report"]
-    for words in (
-        [*accelerate_launch(2), *more, "--train.steps", "4"],
-        [sys.executable, "-m", "distloop.train", *more, "--resume", "extend"],
-        [sys.executable, "-m", "distloop.commands.cli", "evaluate", "runs/run"],
-        [sys.executable, "-m", "distloop.train", *more, "--name", "again"],
-    ):
-        done = command(words, tmp_path, variables)
-        assert done.returncode == 0, done.stdout
-    notes = [line for rank in range(2) for line in (tmp_path / f"classes-{rank}").read_text().split()]
-    assert len(notes) == 5
+    script = ["env", "PROCESSES=2", "bash", str(REPOSITORY / "launch" / "single_node.sh")]
+
+    def run(words: list[str]) -> tuple[int, str]:
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+        return done.returncode, done.stdout + done.stderr
+
+    for _ in range(2):
+        code, output = run([*script, *more, "--train.steps", "4", "--resume", "extend"])
+        assert code == 0, output
+    notes = [line for rank in range(2) for line in (tmp_path / f"names-{rank}").read_text().split()]
+    assert len(notes) == 4
     assert len(set(notes)) == 1
+    code, output = run([*accelerate_launch(2), *more, "--name", "other"])
+    assert code != 0
+    assert output.count("is another one on rank 1") == 1, output
+    assert "a set gave (sorted(" in output
+    (tmp_path / "runs" / "run" / "status.json").unlink()  # as if it had been killed
+    code, output = run([sys.executable, "-m", "distloop.train", *more, "--train.steps", "4"])
+    assert code == 2, output
+    assert "was trained on other data" in output

@@ -66,6 +66,7 @@ MEMBERS = {
     "width": ("model", r"0\.weight is float32 \[9, 4\].* on {1}, but float32 \[8, 4\].* on {0}", "which rank"),
     "initial values": ("model", r"3\.weight begins with other values on {1} than on {0}", "global generators"),
     "buffer": ("model", r"1\.running_mean begins with other values on {1} than on {0}", "global generators"),
+    "order of layers": ("model", r"parameters are in another order on {1} than on {0}: 'b\.\w+'", "order of a set"),
     "frozen": ("model", r"0\.bias is .*frozen.* on {1}, but .*trained.* on {0}", "which rank"),
     "weight": ("task", r"weight is 'tokens' on {1}, but 'samples' on {0}", "which rank"),
     "best": ("task", r"best is .*loss.* on {1}, but .*accuracy.* on {0}", "which rank"),
@@ -83,7 +84,17 @@ def refused(outcome: Outcome, pattern: str, way_out: str) -> None:
     assert "Traceback" not in outcome.output
 
 
-OFTEN = ("fewer samples", "order", "own generator", "torch", "threads", "one layer more", "initial values", "weight")
+OFTEN = (
+    "order of layers",
+    "fewer samples",
+    "order",
+    "own generator",
+    "torch",
+    "threads",
+    "one layer more",
+    "initial values",
+    "weight",
+)
 
 
 @pytest.mark.parametrize("differs", [pytest.param(m, marks=[] if m in OFTEN else pytest.mark.long) for m in MEMBERS])
@@ -103,6 +114,15 @@ def test_samples_that_draw_from_seeded_generators_are_the_same_on_all_ranks(
     settings = {**BASE, "data": {"name": f"{LAB}:augmented", "workers": workers}}
     train(tmp_path, ["--config", str(write_config(tmp_path, settings))], world_size).check()
     assert len(rows(tmp_path / "runs" / "run", "train")) == 3
+
+
+def test_what_a_forward_pass_fills_and_a_setting_that_is_no_number_are_the_same_on_all_ranks(tmp_path: Path) -> None:
+    """A buffer that no checkpoint holds may begin with any values, and NaN is not equal to itself."""
+    model = {"name": f"{LAB}:make_model", "args": {"differs": "scratch"}}
+    settings = {**BASE, "model": model}
+    config = write_config(tmp_path, settings)
+    config.write_text(config.read_text().replace("differs: scratch", "differs: scratch\n    number: .nan"))
+    train(tmp_path, ["--config", str(config)], 2).check()
 
 
 # ---- each rank on a machine of its own, as far as it can tell -------------------------------------------------
@@ -273,7 +293,24 @@ def test_a_run_is_not_continued_with_other_contents_of_as_many_samples(tmp_path:
     assert outcome.codes == [2]
     assert "was trained on other data: these 96 samples have other contents" in outcome.output
     assert "--resume extend" in outcome.output
+    assert "that may be why" not in outcome.output
     start(tmp_path, differs, "--resume", "extend").check()
+
+
+def test_where_the_code_has_changed_with_the_contents_of_samples_that_is_said(tmp_path: Path) -> None:
+    config = write_config(tmp_path, {**BASE, "data": {"name": "mine:make_data", "workers": 0}})
+    for shift in (0, 1):
+        (tmp_path / "mine.py").write_text(
+            "import torch\nfrom torch.utils.data import TensorDataset\n"
+            f"rows, labels = torch.ones(96, 4) + {shift}, torch.arange(96) % 3\n"
+            "def make_data():\n    return TensorDataset(rows, labels), TensorDataset(rows[:20], labels[:20])\n"
+        )
+        outcome = train(tmp_path, ["--config", str(config)])
+        if not shift:
+            outcome.check()
+            killed(tmp_path)
+    assert outcome.codes == [2]
+    assert "(mine.py has another source than when step 3 was trained: that may be why.)" in outcome.output
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from distloop.config.settings import Data, Task
+from distloop.data.datasets import load_data
 from distloop.data.seeding import (
     Place,
     building,
@@ -25,6 +27,7 @@ from distloop.data.seeding import (
     seed_sample,
     uniforms,
 )
+from distloop.training.tasks import build_task
 
 reproducible = settings(derandomize=True, deadline=None)
 seeds = st.integers(0, 2**63 - 1)
@@ -171,6 +174,16 @@ def test_each_place_and_number_draws_otherwise_from_every_generator_and_draws_th
     for column in zip(*first, strict=True):
         assert len(set(column)) == len(calls)
     assert [drawn(call) for call in reversed(calls)] == first[::-1]
+
+
+def test_a_loop_that_seeds_before_it_loads_data_without_a_seed_goes_on_with_its_own_numbers() -> None:
+    """As copies of the loop did before load_data() took a seed."""
+    torch.manual_seed(3)
+    load_data(Data("digits"))
+    build_task(Task("classification"))
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(3))
 
 
 @pytest.mark.parametrize("draws", [0, 3])
