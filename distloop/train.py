@@ -99,7 +99,7 @@ def train(config: Config, ranks: Ranks) -> None:
                     outputs = task.forward(model, micro.batch)  # forward pass
                     loss, weight = task.loss(outputs, micro.batch)  # loss computation: sums over the micro-batch
                     accelerator.backward(loss * micro.scale)  # backward pass; scale: processes / samples of the step
-                losses.add(loss, weight, micro.is_empty)
+                losses.add(loss, weight, micro.is_empty, micro.samples)
 
             if scaler is not None:
                 accelerator.unscale_gradients(optimizer)

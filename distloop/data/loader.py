@@ -32,6 +32,9 @@ class ChecksBatches(Protocol):
     @property
     def checks_targets_only(self) -> bool: ...
 
+    @property
+    def weight(self) -> str: ...
+
     def check(self, batch: Any, indices: Any) -> None: ...
 
 
@@ -199,6 +202,7 @@ class Micro(NamedTuple):
     is_last: bool  # of this rank's in the step
     is_empty: bool
     scale: float  # of the sum of its losses: DDP's mean over the ranks becomes the mean over the step; 0 if empty
+    samples: int | None = None  # which the weight of its loss must count; None: it counts something else
 
 
 class TrainBatches:
@@ -218,6 +222,7 @@ class TrainBatches:
         """`task`: checks the batches; None: nobody does. `waiting` wraps the iterator, to measure how long the loop
         waits for each batch."""
         self.plan, self.seed, self.device, self.position = plan, config.seed, device, position
+        self.counts_samples = task is not None and task.weight == "samples"
         self.sampler = MicroBatchSampler(plan, first_step)
         dtype = getattr(torch, config.dtype)
         loader = make_loader(config.data, source, task, config.seed, device, dtype, source.train, self.sampler)
@@ -241,6 +246,7 @@ class TrainBatches:
             seed_forward(self.seed, step, part.number, self.device)
             is_last, is_empty = part.is_last, part.start == part.stop
             self.position.enter("forward and backward pass")
-            yield Micro(batch, is_last, is_empty, 0.0 if is_empty else scale)
+            samples = max(1, part.stop - part.start) if self.counts_samples else None
+            yield Micro(batch, is_last, is_empty, 0.0 if is_empty else scale, samples)
         seed_place(Place.UPDATE, self.seed, self.device, step)  # alike on all ranks, which had other micro-batches
         self.position.enter("parameter update")

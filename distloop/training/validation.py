@@ -18,6 +18,7 @@ from distloop.run.attempt import Attempt
 from distloop.run.metrics import plain_values
 from distloop.training.details import Details
 from distloop.training.tasks import Task
+from distloop.training.weights import Weights
 
 
 class Validation:
@@ -68,11 +69,13 @@ def validate(
         details.begin(device)
     rows: list[dict[str, Tensor]] = []
     counts: dict[str, Tensor] = {}
+    weights = Weights()
     with torch.no_grad():
         for position, batch in enumerate(loader):
             seed_place(Place.VALIDATION, seed, device, sampler.rank + position * sampler.world_size)
             outputs = task.forward(model, batch)
             loss, weight = task.loss(outputs, batch)
+            weights.check(weight, sampler.size(position) if task.weight == "samples" else None)
             sums_of_batch = {"loss": loss, "weight": weight, "samples": sampler.size(position)}
             sums_of_batch |= task.metrics(outputs, batch)
             rows.append({})
@@ -84,6 +87,7 @@ def validate(
                     counts[name] = counts.get(name, 0) + tensor.to(torch.int64)
             if details is not None:
                 details.add(task.guesses(outputs, batch), *sampler.span(position))
+    weights.read()
     model.train(was_training)
     if here is not None:
         here.enter("adding up the validation")

@@ -104,7 +104,7 @@ def train(config: Config, ranks: Ranks) -> None:
                     loss, weight = task.loss(outputs, (mixed, labels))  # loss computation: sums over the micro-batch
                     loss = share * loss + (1 - share) * task.loss(outputs, (mixed, labels[order]))[0]
                     accelerator.backward(loss * micro.scale)  # backward pass; scale: processes / samples of the step
-                losses.add(loss, weight, micro.is_empty)
+                losses.add(loss, weight, micro.is_empty, micro.samples)
 
             if scaler is not None:
                 accelerator.unscale_gradients(optimizer)
