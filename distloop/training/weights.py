@@ -37,9 +37,8 @@ class Weights:
         """Check the weights on a GPU since the last call; waits for the device. Raises UsageError."""
         unread, self.unread = self.unread, []
         if unread:
-            for number, (_, samples) in zip(
-                torch.stack([weight for weight, _ in unread]).tolist(), unread, strict=True
-            ):
+            numbers = torch.stack([weight for weight, _ in unread]).tolist()
+            for number, (_, samples) in zip(numbers, unread, strict=True):
                 _refuse_wrong(number, samples)
 
 
@@ -57,10 +56,11 @@ def _refuse_wrong(weight: Any, samples: int | None) -> bool | int | float:
             "are counted for, such as the number of tokens, which is at least 0."
         )
     if samples is not None and number != samples:
+        asked_for = "1 sample" if samples == 1 else f"{samples} samples"
         raise UsageError(
-            f"task.loss() returned the weight {number} for {samples} sample{'s'[: samples > 1]}. Let it return sums over the batch: of the "
-            'losses (reduction="sum", not a mean), and the number of samples (len(targets)). If data.collate leaves '
-            "samples out or adds some, let it keep all; else say in the task what the weight counts: "
-            'weight = "views", or any word but "samples". The gradient is then divided by the sum of the weights.'
+            f"task.loss() returned the weight {number} for {asked_for}. Let it return sums over the batch: of the losses "
+            '(reduction="sum", not a mean), and the number of samples (len(targets)). If data.collate leaves samples out '
+            'or adds some, let it keep all; else say in the task what the weight counts: weight = "views", or any word '
+            'but "samples". The gradient is then divided by the sum of the weights.'
         )
     return number

@@ -1,4 +1,4 @@
-"""The gradient is divided by what the batches held: a weight that says otherwise is refused, before anything is saved."""
+"""The gradient is divided by what the batches held: a weight that says otherwise is refused before a save."""
 
 from __future__ import annotations
 
