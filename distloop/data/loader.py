@@ -17,6 +17,7 @@ from distloop.config.registry import import_callable
 from distloop.config.settings import Config, Data
 from distloop.data.batches import inputs_of, targets_of, to_model
 from distloop.data.datasets import DataSource, InMemory
+from distloop.data.lengths import in_words, refuse_other_length, short
 from distloop.data.order import MicroBatch, MicroBatchSampler, Plan
 from distloop.data.seeding import Place, seed_building, seed_forward, seed_place, seed_sample, uniforms
 from distloop.data.workers import leave_signals_to_parent, signals_blocked, start_forkserver
@@ -58,17 +59,24 @@ class SeededDataset(Dataset):
     def __getitems__(self, micro_batch: MicroBatch) -> Any:
         """The batch of these indices. A DataLoader calls this with an item of its batch sampler."""
         epoch, indices = micro_batch
+        index = int(indices[0])
         if hasattr(self.dataset, "batch"):
             if not self.draws_nothing:  # a batch() or a check of the user's
-                seed_sample(self.seed, epoch, int(indices[0]))
+                seed_sample(self.seed, epoch, index)
             batch = self.dataset.batch(indices, uniforms(self.seed, epoch, indices, self.dataset.draws))
         else:
             samples = []
-            for index in indices.tolist():
-                seed_sample(self.seed, epoch, index)
-                samples.append(self.dataset[index])
+            try:
+                for index in indices.tolist():
+                    seed_sample(self.seed, epoch, index)
+                    samples.append(self.dataset[index])
+            except (IndexError, StopIteration) as error:
+                what = f"The data ({type(self.dataset).__name__})"
+                raise short(what, len(self.dataset), index, in_words(error)) from None
             try:
                 batch = self.collate(samples)
+            except StopIteration as error:  # it would end the epoch without a word
+                raise RuntimeError(f"data.collate raised {in_words(error)}") from error
             except (RuntimeError, TypeError) as error:
                 if self.collate is not default_collate:
                     raise
@@ -222,7 +230,7 @@ class TrainBatches:
         """`task`: checks the batches; None: nobody does. `waiting` wraps the iterator, to measure how long the loop
         waits for each batch."""
         self.plan, self.seed, self.device, self.position = plan, config.seed, device, position
-        self.counts_samples = task is not None and task.weight == "samples"
+        self.dataset, self.counts_samples = source.train, task is not None and task.weight == "samples"
         self.sampler = MicroBatchSampler(plan, first_step)
         dtype = getattr(torch, config.dtype)
         loader = make_loader(config.data, source, task, config.seed, device, dtype, source.train, self.sampler)
@@ -232,6 +240,8 @@ class TrainBatches:
         """This rank's micro-batches of `step`, counted from 0. Before each, and after the last one, the global random
         generators are seeded. Take all of them. Raises RuntimeError if the loader is at another step."""
         self.position.start_step(step + 1)
+        if step % self.plan.steps_per_epoch == 0:
+            refuse_other_length("train", self.dataset, self.plan.samples)
         scale = self.plan.world_size / self.plan.sample_count(step)
         is_last = False
         while not is_last:

@@ -19,6 +19,7 @@ from distloop.config.registry import call, import_callable
 from distloop.config.settings import Config, Model
 from distloop.data.datasets import DataSource
 from distloop.data.download import download_lock
+from distloop.data.fingerprint import refuse_short
 from distloop.data.loader import example_batch, offers_to_model
 from distloop.data.seeding import Place, seed_building
 from distloop.errors import UsageError, suggest
@@ -101,6 +102,7 @@ def build_model(config: Config, source: DataSource, task: Task, device: torch.de
     torch.manual_seed(config.seed)  # the initial weights, as they always were
     model = make_model(config.model, offers_to_model(example, source)).to(device, dtype)
     refuse_unlike_ranks(config, source, device, task, model)
+    refuse_short(source, config.data, device)
     try_out(task, model, example, source)
     if config.compile:
         model.compile()  # in place, before DDP wraps it: the names of its parameters stay

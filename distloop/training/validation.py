@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from distloop.config.settings import Config
 from distloop.data.datasets import DataSource
+from distloop.data.lengths import refuse_other_length
 from distloop.data.loader import make_loader
 from distloop.data.order import FixedBatchSampler
 from distloop.data.seeding import Place, generators_restored, seed_place
+from distloop.errors import RunFailed
 from distloop.ranks.places import Position
 from distloop.ranks.ranks import Ranks
 from distloop.run.attempt import Attempt
@@ -30,6 +32,7 @@ class Validation:
         self.model, self.task, self.run, self.position = model, task, run, ranks.position
         self.seed = config.seed
         device, dtype, data = run.clock.device, getattr(torch, config.dtype), source.validation
+        self.dataset = data
         self.sampler = FixedBatchSampler(len(data), config.validate.batch_size, ranks.rank, ranks.world_size)
         self.loader = make_loader(
             config.data, source, task, config.seed, device, dtype, data, self.sampler, persistent=True
@@ -38,6 +41,7 @@ class Validation:
 
     def __call__(self, step: int) -> dict[str, float]:
         """Validate after `step` steps; returns the task's summary, the same on all ranks. Collective."""
+        refuse_other_length("validation", self.dataset, self.sampler.samples)
         metrics = validate(self.model, self.task, self.loader, self.sampler, self.position, self.details, self.seed)
         self.details.write(self.run.path, step, self.run.start.attempt)
         return metrics
@@ -88,6 +92,7 @@ def validate(
             if details is not None:
                 details.add(task.guesses(outputs, batch), *sampler.span(position))
     weights.read()
+    refuse_short_loader(len(rows), sampler)
     model.train(was_training)
     if here is not None:
         here.enter("adding up the validation")
@@ -96,6 +101,16 @@ def validate(
         details.gather(sampler)
     seed_place(Place.SUMMARY, seed, device)
     return {**plain_values("task.summary()", task.summary(sums)), "samples": int(sums["samples"])}
+
+
+def refuse_short_loader(batches: int, sampler: FixedBatchSampler) -> None:
+    """Raise RunFailed if this rank got fewer batches than the sampler has for it."""
+    due = len(range(sampler.rank, sampler.batches, sampler.world_size))
+    if batches != due:
+        raise RunFailed(
+            f"Validation on rank {sampler.rank} got {batches} batches in the place of {due}: something ended the "
+            "loader, such as a StopIteration that left the data set. The samples behind it would not be counted."
+        )
 
 
 def add_in_batch_order(
