@@ -230,7 +230,8 @@ class TrainBatches:
         """`task`: checks the batches; None: nobody does. `waiting` wraps the iterator, to measure how long the loop
         waits for each batch."""
         self.plan, self.seed, self.device, self.position = plan, config.seed, device, position
-        self.dataset, self.counts_samples = source.train, task is not None and task.weight == "samples"
+        self.dataset, self.length = source.train, len(source.train)
+        self.counts_samples = task is not None and task.weight == "samples"
         self.sampler = MicroBatchSampler(plan, first_step)
         dtype = getattr(torch, config.dtype)
         loader = make_loader(config.data, source, task, config.seed, device, dtype, source.train, self.sampler)
@@ -241,7 +242,7 @@ class TrainBatches:
         generators are seeded. Take all of them. Raises RuntimeError if the loader is at another step."""
         self.position.start_step(step + 1)
         if step % self.plan.steps_per_epoch == 0:
-            refuse_other_length("train", self.dataset, self.plan.samples)
+            refuse_other_length("train", self.dataset, self.length)
         scale = self.plan.world_size / self.plan.sample_count(step)
         is_last = False
         while not is_last:
