@@ -25,6 +25,7 @@ from distloop.data.seeding import Place, seed_building
 from distloop.errors import UsageError, suggest
 from distloop.run.same import refuse_unlike_ranks
 from distloop.training.tasks import Task, try_out
+from distloop.training.untrained import refuse_parameters_of_task
 
 Builder = Callable[..., nn.Module]
 
@@ -103,6 +104,7 @@ def build_model(config: Config, source: DataSource, task: Task, device: torch.de
     model = make_model(config.model, offers_to_model(example, source)).to(device, dtype)
     refuse_unlike_ranks(config, source, device, task, model)
     refuse_short(source, config.data, device)
+    refuse_parameters_of_task(task)
     try_out(task, model, example, source)
     if config.compile:
         model.compile()  # in place, before DDP wraps it: the names of its parameters stay

@@ -13,7 +13,7 @@ from distloop.data.lengths import refuse_other_length
 from distloop.data.loader import make_loader
 from distloop.data.order import FixedBatchSampler
 from distloop.data.seeding import Place, generators_restored, seed_place
-from distloop.errors import RunFailed
+from distloop.errors import RunFailed, UsageError
 from distloop.ranks.places import Position
 from distloop.ranks.ranks import Ranks
 from distloop.run.attempt import Attempt
@@ -21,6 +21,8 @@ from distloop.run.metrics import plain_values
 from distloop.training.details import Details
 from distloop.training.tasks import Task
 from distloop.training.weights import Weights
+
+Forms = dict[str, tuple[tuple[int, ...], bool]]  # name -> shape, whether it is floating
 
 
 class Validation:
@@ -122,10 +124,12 @@ def add_in_batch_order(
     integer sums over this rank's batches, which are exact in any order (a table of confusion matrices would not fit).
     """
     own = {**rows[0], **counts} if rows else {}
-    forms = [{name: (tuple(value.shape), value.is_floating_point()) for name, value in own.items()}]
+    forms = [_forms(own)]
     distributed = sampler.world_size > 1
     if distributed:
         dist.broadcast_object_list(forms)  # a rank may have no batch at all; rank 0 has the first
+        if rows:
+            refuse_other_forms(_forms(own), forms[0], sampler.rank)
     sums: dict[str, Tensor] = {}
     for name, (shape, floating) in forms[0].items():
         if floating:
@@ -139,6 +143,23 @@ def add_in_batch_order(
             dist.all_reduce(table)
         sums[name] = table.cpu().sum(0)
     return sums
+
+
+def refuse_other_forms(here: Forms, there: Forms, rank: int) -> None:
+    """Raise UsageError if the sums of this rank have other names or shapes than those of rank 0, `there`."""
+    for name in dict.fromkeys([*there, *here]):
+        if here.get(name) != there.get(name):
+            texts = [f"of shape {list(form[0])}" if (form := forms.get(name)) else "missing" for forms in (here, there)]
+            raise UsageError(
+                f"In validation the sum {name!r} is {texts[0]} on rank {rank}, but {texts[1]} on rank 0. The model's "
+                "outputs and what task.metrics() makes of them must have one form on all ranks: their code must not ask "
+                "which rank it runs on."
+            )
+
+
+def _forms(sums: dict[str, Tensor]) -> Forms:
+    """The shape of each, and whether it is floating."""
+    return {name: (tuple(value.shape), value.is_floating_point()) for name, value in sums.items()}
 
 
 def broadcast_buffers(*models: nn.Module | None) -> None:
