@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distloop.errors import UsageError
+from distloop.ranks.ddp_words import in_short
 from distloop.training.tasks import Task
-
-MOST_NAMES = 6
 
 
 def unused_parameters(model: nn.Module) -> list[str]:
@@ -70,9 +69,3 @@ def _trained_in(name: str, value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for place, inner in enumerate(value):
             yield from _trained_in(f"{name}[{place}]", inner)
-
-
-def in_short(names: list[str]) -> str:
-    """The first of the names, and how many more there are."""
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(names[:MOST_NAMES]) + more

@@ -152,8 +152,8 @@ def refuse_other_forms(here: Forms, there: Forms, rank: int) -> None:
             texts = [f"of shape {list(form[0])}" if (form := forms.get(name)) else "missing" for forms in (here, there)]
             raise UsageError(
                 f"In validation the sum {name!r} is {texts[0]} on rank {rank}, but {texts[1]} on rank 0. The model's "
-                "outputs and what task.metrics() makes of them must have one form on all ranks: their code must not ask "
-                "which rank it runs on."
+                "outputs and what task.metrics() makes of them must have one form on all ranks: their code must not "
+                "ask which rank it runs on."
             )
 
 

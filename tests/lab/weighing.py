@@ -91,4 +91,4 @@ class Views(Weighing):
 
 
 class Numbered(Weighing):
-    weight = 3
+    weight = 3  # type: ignore[assignment]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from distloop.errors import UsageError
-from distloop.training.untrained import in_short, refuse_parameters_of_task, unused_parameters
+from distloop.ranks.ddp_words import in_short
+from distloop.training.untrained import refuse_parameters_of_task, unused_parameters
 from tests.lab import unused
 from tests.multiprocess.test_weights import BASE as WEIGHTS
 from tests.multiprocess.test_weights import nothing_is_saved, refused
@@ -31,9 +32,9 @@ def run(folder: Path, kind: str, world_size: int, *words: str, **more: Any) -> O
     ("kind", "when"),
     [
         ("unused", "in a trial pass on rank"),
-        ("later", "in step 4 on rank"),
+        ("later", "in step"),
         ("on rank 1", "in a trial pass on rank 1"),
-        ("later on rank 1", "in step 4 on rank 1"),
+        ("later on rank 1", "in step"),
     ],
 )
 def test_several_ranks_refuse_parameters_without_a_gradient(tmp_path: Path, kind: str, when: str) -> None:
@@ -75,6 +76,17 @@ def test_a_frozen_body_stays_as_it_is_and_a_model_with_nothing_to_train_is_refus
 @pytest.mark.parametrize("kind", ["twice", "checkpoint", "checkpoint reentrant"])
 def test_layers_that_are_used_twice_or_computed_again_train(tmp_path: Path, kind: str, world_size: int) -> None:
     assert "got no gradient" not in run(tmp_path, kind, world_size).check().output
+
+
+def test_what_ddp_says_of_a_layer_that_is_computed_again_becomes_one_message(tmp_path: Path) -> None:
+    outcome = run(tmp_path, "checkpoint reentrant", 2, "--ddp.find-unused-parameters")
+    refused(outcome, "spare.", " got its gradient twice", "use_reentrant=False")
+
+
+def test_what_ddp_says_in_a_loop_that_does_not_look_becomes_one_message(tmp_path: Path) -> None:
+    settings = {**BASE, "model": {"name": f"{LAB}:Net", "args": {"kind": "later"}}}
+    outcome = train(tmp_path, ["--config", str(write_config(tmp_path, settings))], 2, loop="tests.lab.bare_loop")
+    refused(outcome, f"{SPARE} in the backward pass before", "on rank", "ddp.find_unused_parameters")
 
 
 def test_sums_of_another_shape_on_one_rank_are_named(tmp_path: Path) -> None:

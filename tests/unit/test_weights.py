@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 class OnGpu(Tensor):
     """A tensor of the CPU that says that it is on a GPU."""
 
-    device = property(lambda _: torch.device("cuda", 0))  # type: ignore[assignment]
+    device = property(lambda _: torch.device("cuda", 0))
 
 
 def on_gpu(number: float) -> Tensor:
