@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from distloop.config.settings import Data
 from distloop.data.datasets import DataSource, InMemory
+from distloop.data.lengths import WORDS, in_words, short
 from distloop.data.loader import SeedFirst, worker_count
 from distloop.data.look import look
 from distloop.data.seeding import generators_restored, seed_sample
@@ -60,6 +61,16 @@ def without_errors(found: dict[str, Any]) -> dict[str, Any]:
     return {**found, "contents": contents} if "contents" in found else found
 
 
+def refuse_short(source: DataSource, config: Data, device: torch.device) -> None:
+    """Raise UsageError if one of the samples that the fingerprints look at, the last one among them, is not there."""
+    for half, word in WORDS.items():
+        if not isinstance(getattr(source, half), InMemory):
+            found = fingerprint_of(source, half, config, device)
+            for index, digest in found.get("contents", {}).items():
+                if digest.startswith((f"{RAISES}IndexError", f"{RAISES}StopIteration")):
+                    raise short(f"The {word} data", found["samples"], int(index), digest.removeprefix(RAISES))
+
+
 def is_other(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """True if fingerprints are those of different data. One of an earlier version, without contents, fits any; samples
     that could not be loaded or read, or that draw from a generator of their own, do not count."""
@@ -90,6 +101,8 @@ class SampleDigests(Dataset):
         seed_sample(0, 0, index)  # a function of the data alone: the samples' augmentation is the same each time
         try:
             sample = self.dataset[index]
+        except (IndexError, StopIteration) as error:
+            return f"{RAISES}{in_words(error)}"[:LONGEST_ERROR]
         except Exception as error:  # training says more about it, when it meets the sample
             return f"{RAISES}{type(error).__name__}: {error}"[:LONGEST_ERROR]
         digest = hashlib.sha256()
@@ -102,7 +115,10 @@ class SampleDigests(Dataset):
 
 def _contents(digests: SampleDigests, config: Data, workers: int, device: torch.device | None) -> dict[str, str]:
     last = len(digests) - 1
-    indices = sorted({place * last // (SAMPLES - 1) for place in range(SAMPLES)})
+    # The last one first: a data set that is slow may end before its length, too.
+    indices = sorted(
+        {place * last // (SAMPLES - 1) for place in range(SAMPLES)}, key=lambda index: (index < last, index)
+    )
     found: dict[str, str] = {}
     begun = time.monotonic()
     with generators_restored():
@@ -110,7 +126,7 @@ def _contents(digests: SampleDigests, config: Data, workers: int, device: torch.
             found[str(index)] = digest
             if time.monotonic() - begun > SECONDS:
                 break
-    return found
+    return dict(sorted(found.items(), key=lambda item: int(item[0])))
 
 
 def add(digest: Any, value: Any) -> None:

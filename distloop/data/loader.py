@@ -15,6 +15,7 @@ from distloop.config.registry import import_callable
 from distloop.config.settings import Config, Data
 from distloop.data.batches import inputs_of, targets_of, to_model
 from distloop.data.datasets import DataSource, InMemory
+from distloop.data.lengths import in_words, refuse_other_length, short
 from distloop.data.order import Half, MicroBatch, MicroBatchSampler, Plan
 from distloop.data.seeding import Place, seed_building, seed_forward, seed_place, seed_sample, uniforms
 from distloop.data.workers import leave_signals_to_parent, signals_blocked, start_forkserver
@@ -29,6 +30,9 @@ class ChecksBatches(Protocol):
 
     @property
     def checks_targets_only(self) -> bool: ...
+
+    @property
+    def weight(self) -> str: ...
 
     def check(self, batch: Any, indices: Any) -> None: ...
 
@@ -63,17 +67,24 @@ class SeededDataset(Dataset):
 
     def _load(self, micro_batch: MicroBatch) -> Any:
         epoch, indices = micro_batch
+        index = int(indices[0])
         if hasattr(self.dataset, "batch"):
             if not self.draws_nothing:  # a batch() or a check of the user's
-                seed_sample(self.seed, epoch, int(indices[0]))
+                seed_sample(self.seed, epoch, index)
             batch = self.dataset.batch(indices, uniforms(self.seed, epoch, indices, self.dataset.draws))
         else:
             samples = []
-            for index in indices.tolist():
-                seed_sample(self.seed, epoch, index)
-                samples.append(self.dataset[index])
+            try:
+                for index in indices.tolist():
+                    seed_sample(self.seed, epoch, index)
+                    samples.append(self.dataset[index])
+            except (IndexError, StopIteration) as error:
+                what = f"The data ({type(self.dataset).__name__})"
+                raise short(what, len(self.dataset), index, in_words(error)) from None
             try:
                 batch = self.collate(samples)
+            except StopIteration as error:  # it would end the epoch without a word
+                raise RuntimeError(f"data.collate raised {in_words(error)}") from error
             except (RuntimeError, TypeError) as error:
                 if self.collate is not default_collate:
                     raise
@@ -203,6 +214,7 @@ class Micro(NamedTuple):
     is_last: bool  # of this rank's in the step
     is_empty: bool
     scale: float  # of the sum of its losses: DDP's mean over the ranks becomes the mean over the step; 0 if empty
+    samples: int | None = None  # which the weight of its loss must count; None: it counts something else
 
 
 class TrainBatches:
@@ -222,6 +234,8 @@ class TrainBatches:
         """`task`: checks the batches; None: nobody does. `waiting` wraps the iterator, to measure how long the loop
         waits for each batch."""
         self.plan, self.seed, self.device, self.position = plan, config.seed, device, position
+        self.dataset, self.length = source.train, len(source.train)
+        self.counts_samples = task is not None and task.weight == "samples"
         self.sampler = MicroBatchSampler(plan, first_step)
         dtype = getattr(torch, config.dtype)
         loader = make_loader(config.data, source, task, config.seed, device, dtype, source.train, self.sampler)
@@ -237,6 +251,8 @@ class TrainBatches:
         """This rank's micro-batches of `step`, counted from 0. Before each, and after the last one, the global random
         generators are seeded. Take all of them. Raises RuntimeError if the loader is at another step."""
         self.position.start_step(step + 1)
+        if step % self.plan.steps_per_epoch == 0:
+            refuse_other_length("train", self.dataset, self.length)
         scale = self.plan.world_size / self.plan.sample_count(step)
         is_last = False
         while not is_last:
@@ -251,6 +267,7 @@ class TrainBatches:
             seed_forward(self.seed, step, part.number, self.device)
             is_last, is_empty = part.is_last, part.start == part.stop
             self.position.enter("forward and backward pass")
-            yield Micro(batch, is_last, is_empty, 0.0 if is_empty else scale)
+            samples = max(1, part.stop - part.start) if self.counts_samples else None
+            yield Micro(batch, is_last, is_empty, 0.0 if is_empty else scale, samples)
         seed_place(Place.UPDATE, self.seed, self.device, step)  # alike on all ranks, which had other micro-batches
         self.position.enter("parameter update")

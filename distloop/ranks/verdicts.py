@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from distloop.config.secrets import clean_message
 from distloop.errors import RunFailed, StoppedEarly, UsageError
+from distloop.ranks.ddp_words import explained
 from distloop.ranks.places import Place
 from distloop.ranks.stopping import StopReason
 
@@ -102,6 +103,8 @@ def describe_error(error: BaseException) -> tuple[str, str, str]:
         return "known", clean_message(str(error)), ""
     if isinstance(error, StoppedEarly):
         return "stopped", clean_message(str(error)), ""
+    if (message := explained(error)) is not None:
+        return "mistake", clean_message(message), ""
     if isinstance(error, SystemExit):
         what = f"it left with sys.exit({error.code!r}) before the run was done"
     else:

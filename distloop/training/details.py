@@ -40,6 +40,7 @@ class Details:
 
     def __init__(self, task: Task, source: DataSource, config: Data, seed: int) -> None:
         """`seed`: the run's, so that the samples in the pictures are the ones that were validated."""
+        self.counts_samples = task.weight == "samples"
         names = source.classes or getattr(source.train, "classes", None) or ()
         self.classes = task.classes if isinstance(task.classes, int) and task.classes else len(names)
         self.names = [str(name) for name in names]
@@ -59,8 +60,9 @@ class Details:
         self.mistakes = torch.full((3, MISTAKES), -1, dtype=torch.int64, device=device)
 
     def add(self, guesses: Guesses | None, start: int, stop: int) -> None:
-        """Add the guesses for the samples start ≤ i < stop of the data set, without waiting for the device."""
-        if guesses is None:
+        """Add the guesses for the samples start ≤ i < stop of the data set, without waiting for the device. Where the
+        task counts something else than samples, a batch may hold more or fewer: it is left out."""
+        if guesses is None or (not self.counts_samples and len(guesses[0]) != stop - start):
             return
         check_guesses(guesses, stop - start)
         self.has_guesses = True
@@ -88,6 +90,8 @@ class Details:
             dist.all_gather(mistakes, self.mistakes)
         if sampler.rank == 0 and self.has_guesses:  # rank 0 always has a batch
             self.details = self._read(_largest(torch.cat(mistakes, 1)).T.tolist(), sampler.samples)
+            if self.classes and int(self.cells.sum()) != sampler.samples:  # a batch was left out
+                self.details = None
 
     def _read(self, mistakes: list[list[int]], samples: int) -> dict[str, Any]:
         table = self.cells[:-1].cpu().reshape(self.classes, self.width)

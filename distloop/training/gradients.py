@@ -13,15 +13,18 @@ from distloop.data.datasets import DataSource
 from distloop.data.look import example_batch
 from distloop.data.order import Plan
 from distloop.data.seeding import Place, seed_place
+from distloop.training.untrained import refuse_unused_parameters
 
 
 def divide_by_weight(model: nn.Module, weight: Tensor | int, samples: int) -> None:
     """Turn gradients of Σ loss / samples into those of Σ loss / Σ weight, over all ranks.
 
     `weight`: this rank's sum over the step. The sum over the ranks stays on the device. A step without any weight
-    (all tokens ignored) gets a gradient of zero.
+    (all tokens ignored) gets a gradient of zero. Raises UsageError if DDP's `model` lacks gradients on this rank.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    everything = list(model.parameters())
+    refuse_unused_parameters(model, everything, "in a step")  # before the ranks wait for each other below
+    parameters = [parameter for parameter in everything if parameter.grad is not None]
     # Added, a number or a tensor of the CPU is an argument of the kernel; to copy it there, the host would wait.
     total = torch.zeros((), dtype=torch.float32, device=parameters[0].device).add_(weight)
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -40,7 +43,8 @@ def trial_batches(
 
     DDP sorts its buckets, and with them the order of the sums, after the first backward pass. In the first step of
     each attempt, that would round an interrupted run otherwise than an uninterrupted one. Afterwards the models'
-    gradients are removed and their buffers restored; parameters do not change.
+    gradients are removed and their buffers restored; parameters do not change. Raises UsageError if DDP's models have
+    parameters without a gradient.
     """
     if plan.world_size == 1:
         return
@@ -53,6 +57,8 @@ def trial_batches(
     for number in range(2):
         seed_place(Place.TRIAL, config.seed, device, number)
         yield send_to_device(example, device)
+        for model in models:
+            refuse_unused_parameters(model, model.parameters(), "in a trial pass")
     for model in models:
         model.zero_grad()
     buffers = (buffer for model in models for buffer in model.buffers())  # now: a forward pass may assign others

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distloop.training.weights import Weights
+
 
 class LossSums:
     """Σ loss and Σ weight of the current step and of the epoch so far; of this rank alone until read()."""
@@ -14,6 +16,7 @@ class LossSums:
         """`epoch_sums`: those of earlier attempts, over all ranks."""
         self.device = device
         self.dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        self.weights = Weights()
         self.zero = torch.zeros((), dtype=self.dtype, device=device)
         self.begin_epoch(epoch_sums)
         self.begin_step()
@@ -29,8 +32,11 @@ class LossSums:
         self.epoch_loss = self.zero.clone()
         self.epoch_weight: Tensor | int = 0
 
-    def add(self, loss: Tensor, weight: Tensor | int, is_empty: bool = False) -> None:
-        """Count one micro-batch: the sums of its losses and weights. An empty one counts nothing."""
+    def add(self, loss: Tensor, weight: Any, is_empty: bool = False, samples: int | None = None) -> None:
+        """Count one micro-batch: the sums of its losses and weights. An empty one counts nothing. `samples`: what the
+        weight must be, as Micro.samples says; None: any number. Raises UsageError for a wrong weight: at once, or in
+        read() if it is on a GPU."""
+        weight = self.weights.check(weight, samples)
         loss = loss.detach()
         if is_empty:
             loss, weight = loss * 0, weight * 0
@@ -49,7 +55,9 @@ class LossSums:
 
     def read(self, memory_gib: float = 0.0) -> dict[str, Any]:
         """Over all ranks, for a row: loss, the mean of the step; running_loss, that of the epoch so far; memory_gib,
-        what each rank has given, which travels in the same exchange. Collective; waits for the device."""
+        what each rank has given, which travels in the same exchange. Collective; waits for the device. Raises
+        UsageError, before anything of the step is saved, if a weight was wrong."""
+        self.weights.read()
         step_loss = self.step_loss if self.step_loss is not None else 0.0
         sums = (step_loss, self.step_weight, self.epoch_loss, self.epoch_weight, memory_gib)
         values = torch.stack([torch.as_tensor(value, dtype=self.dtype, device=self.device) for value in sums])

@@ -19,12 +19,14 @@ from distloop.config.registry import call, import_callable
 from distloop.config.settings import Config, Model
 from distloop.data.datasets import DataSource
 from distloop.data.download import download_lock
+from distloop.data.fingerprint import refuse_short
 from distloop.data.loader import offers_to_model
 from distloop.data.look import example_batch
 from distloop.data.seeding import Place, seed_building
 from distloop.errors import UsageError, suggest
 from distloop.run.same import refuse_unlike_ranks
 from distloop.training.tasks import Task, try_out
+from distloop.training.untrained import refuse_parameters_of_task
 
 Builder = Callable[..., nn.Module]
 
@@ -102,6 +104,8 @@ def build_model(config: Config, source: DataSource, task: Task, device: torch.de
     torch.manual_seed(config.seed)  # the initial weights, as they always were
     model = make_model(config.model, offers_to_model(example, source)).to(device, dtype)
     refuse_unlike_ranks(config, source, device, task, model)
+    refuse_short(source, config.data, device)
+    refuse_parameters_of_task(task)
     try_out(task, model, example, source)
     if config.compile:
         model.compile()  # in place, before DDP wraps it: the names of its parameters stay

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from distloop.data.order import Plan
 from distloop.errors import RunFailed, UsageError
+from distloop.ranks.talking import say
+from distloop.training.untrained import refuse_unused_parameters, say_unused, unused_parameters
 
 MOST_UNREAD = 1000  # steps: a bound on what is kept where logging is rare
 
@@ -38,8 +40,8 @@ class FiniteCheck:
         plan: Plan,
         skipped_steps: int = 0,
     ) -> None:
-        """`model`: holds all that is trained. `optimizers`: all that update it. `skipped_steps`: those of earlier
-        attempts."""
+        """`model`: holds all that is trained; give DDP's, so that gradients that it lacks are named. `optimizers`: all
+        that update it. `skipped_steps`: those of earlier attempts."""
         self.policy, self.scaler, self.plan = policy, scaler, plan
         self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         if scaler is not None and len(self.optimizers) > 1:
@@ -48,7 +50,7 @@ class FiniteCheck:
             )
         self.skipped_steps = skipped_steps
         self.unread: list[Step] = []
-        self.model = model
+        self.model, self.parameters, self.is_first = model, list(model.parameters()), True
         self.skips = policy == "skip" and scaler is None  # a GradScaler skips by itself
         self.buffers_before: list[Tensor] = []
         for optimizer in self.optimizers:
@@ -70,8 +72,13 @@ class FiniteCheck:
     def before_update(self, step: int, norm: Tensor, losses: list[Tensor]) -> Tensor | None:
         """Before the update. `norm`: of the whole gradient. `losses`: of this rank's micro-batches.
 
-        Returns the flag (a bool on the device) that says whether the step is left out; None if no step ever is.
+        Returns the flag (a bool on the device) that says whether the step is left out; None if no step ever is. Raises
+        UsageError if DDP's model has parameters without a gradient.
         """
+        refuse_unused_parameters(self.model, self.parameters, f"in step {step + 1}")
+        if self.is_first and self.plan.world_size == 1 and (names := unused_parameters(self.model)):
+            say(f"distloop: {say_unused(names)}")
+        self.is_first = False
         self.unread.append(Step(step, norm, losses))
         if self.policy == "stop":
             return None

@@ -22,6 +22,7 @@ from distloop.run.checkpoint import LoopState
 from distloop.run.parts import Parts, existing
 from distloop.training.putting_back import put_back
 from distloop.training.tasks import Task
+from distloop.training.untrained import refuse_unused_parameters
 from distloop.training.validation import Validation
 
 METHODS = ("forward", "loss", "metrics", "guesses", "summary")  # of a task, as errors name them
@@ -159,6 +160,7 @@ def _train(
                 "optimizer would update them. Make them in __init__(), or with lazy modules such as nn.LazyLinear."
             )
         accelerator.backward(_checked(task, result)[0])
+        refuse_unused_parameters(model, bare_model.parameters(), "in the rehearsal")
 
 
 def _checked(task: Task, result: Any) -> tuple[Tensor, Any]:

@@ -25,9 +25,9 @@ Guesses = tuple[Tensor, Tensor, Tensor]
 class Task:
     """Base class. A task of your own overrides loss() and, if needed, other methods."""
 
-    weight: ClassVar[Literal["samples", "tokens", "pixels"]] = "samples"
-    """The unit of the weight that loss() returns. How many samples a step has is known beforehand; its tokens or
-    pixels are added over the ranks before the update."""
+    weight: ClassVar[str] = "samples"
+    """What the weight that loss() returns counts. How many samples a batch has is known beforehand: another weight is
+    refused. Any other word, such as "tokens" or "pixels": the weights are added over the ranks before the update."""
     best: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
     """The validation metric that decides which step is the best, and whether more or less of it is better."""
     classes: int = 0
@@ -91,7 +91,8 @@ class Classification(Task):
         return loss, len(targets)
 
     def metrics(self, outputs: Tensor, batch: Any) -> Sums:
-        return {"correct": (outputs.argmax(1) == targets_of(batch)).sum()}
+        targets = targets_of(batch)
+        return {"correct": (outputs.argmax(1) == targets).sum(), "labels": torch.tensor(len(targets))}
 
     def guesses(self, outputs: Any, batch: Any) -> Guesses | None:
         try:
@@ -107,7 +108,7 @@ class Classification(Task):
         return targets, predictions, confidences
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        return {**super().summary(sums), "accuracy": int(sums["correct"]) / int(sums["samples"])}
+        return {**super().summary(sums), "accuracy": int(sums["correct"]) / int(sums.get("labels", sums["samples"]))}
 
     def probe(self, outputs: Any) -> None:
         if not isinstance(outputs, Tensor) or outputs.ndim != 2:
@@ -171,6 +172,11 @@ def build_task(config: TaskConfig, seed: int | None = None) -> Task:
         task = call("task.args", resolve("task.name", config.name, TASKS), config.args, {})
     if not isinstance(task, Task):
         raise UsageError(f"task.name = {config.name!r} gave a {type(task).__name__}; make it a distloop.tasks.Task.")
+    if not (isinstance(task.weight, str) and task.weight.isidentifier()):
+        raise UsageError(
+            f"task.name = {config.name!r}: its weight = {task.weight!r} is not a word for what the weight that loss() "
+            'returns counts. Make it "samples", or another word such as "tokens".'
+        )
     return task
 
 
@@ -183,7 +189,8 @@ def try_out(task: Task, model: nn.Module, example: Any, source: Any) -> None:
     with torch.no_grad():
         outputs = task.forward(model, example)
         task.probe(outputs)
-        check_guesses(task.guesses(outputs, example), 1)
+        guesses = task.guesses(outputs, example)
+        check_guesses(guesses, 1 if task.weight == "samples" or guesses is None else len(guesses[0]))
     model.train()
     for name, half in (("training", source.train), ("validation", source.validation)):
         # Other data sets may change their targets as they load samples: the loader checks their batches.

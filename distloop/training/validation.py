@@ -9,16 +9,21 @@ from torch import Tensor, nn
 
 from distloop.config.settings import Config
 from distloop.data.datasets import DataSource
+from distloop.data.lengths import refuse_other_length
 from distloop.data.loader import make_loader
 from distloop.data.look import first_validation_batch
 from distloop.data.order import FixedBatchSampler
 from distloop.data.seeding import Place, generators_restored, seed_place
+from distloop.errors import RunFailed, UsageError
 from distloop.ranks.places import Position
 from distloop.ranks.ranks import Ranks
 from distloop.run.attempt import Attempt
 from distloop.run.metrics import plain_values
 from distloop.training.details import Details
 from distloop.training.tasks import Task
+from distloop.training.weights import Weights
+
+Forms = dict[str, tuple[tuple[int, ...], bool]]  # name -> shape, whether it is floating
 
 
 class Validation:
@@ -30,6 +35,7 @@ class Validation:
         self.model, self.task, self.run, self.position = model, task, run, ranks.position
         self.config, self.source, self.seed = config, source, config.seed
         device, dtype, data = run.clock.device, getattr(torch, config.dtype), source.validation
+        self.dataset = data
         self.sampler = FixedBatchSampler(len(data), config.validate.batch_size, ranks.rank, ranks.world_size)
         self.loader = make_loader(
             config.data, source, task, config.seed, device, dtype, data, self.sampler, persistent=True
@@ -38,6 +44,7 @@ class Validation:
 
     def __call__(self, step: int) -> dict[str, float]:
         """Validate after `step` steps; returns the task's summary, the same on all ranks. Collective."""
+        refuse_other_length("validation", self.dataset, self.sampler.samples)
         metrics = validate(self.model, self.task, self.loader, self.sampler, self.position, self.details, self.seed)
         self.details.write(self.run.path, step, self.run.start.attempt)
         return metrics
@@ -77,11 +84,13 @@ def validate(
         details.begin(device)
     rows: list[dict[str, Tensor]] = []
     counts: dict[str, Tensor] = {}
+    weights = Weights()
     with torch.no_grad():
         for position, batch in enumerate(loader):
             seed_place(Place.VALIDATION, seed, device, sampler.rank + position * sampler.world_size)
             outputs = task.forward(model, batch)
             loss, weight = task.loss(outputs, batch)
+            weights.check(weight, sampler.size(position) if task.weight == "samples" else None)
             sums_of_batch = {"loss": loss, "weight": weight, "samples": sampler.size(position)}
             sums_of_batch |= task.metrics(outputs, batch)
             rows.append({})
@@ -93,6 +102,8 @@ def validate(
                     counts[name] = counts.get(name, 0) + tensor.to(torch.int64)
             if details is not None:
                 details.add(task.guesses(outputs, batch), *sampler.span(position))
+    weights.read()
+    refuse_short_loader(len(rows), sampler)
     model.train(was_training)
     if here is not None:
         here.enter("adding up the validation")
@@ -101,6 +112,16 @@ def validate(
         details.gather(sampler)
     seed_place(Place.SUMMARY, seed, device)
     return {**plain_values("task.summary()", task.summary(sums)), "samples": int(sums["samples"])}
+
+
+def refuse_short_loader(batches: int, sampler: FixedBatchSampler) -> None:
+    """Raise RunFailed if this rank got fewer batches than the sampler has for it."""
+    due = len(range(sampler.rank, sampler.batches, sampler.world_size))
+    if batches != due:
+        raise RunFailed(
+            f"Validation on rank {sampler.rank} got {batches} batches in the place of {due}: something ended the "
+            "loader, such as a StopIteration that left the data set. The samples behind it would not be counted."
+        )
 
 
 def add_in_batch_order(
@@ -112,10 +133,12 @@ def add_in_batch_order(
     integer sums over this rank's batches, which are exact in any order (a table of confusion matrices would not fit).
     """
     own = {**rows[0], **counts} if rows else {}
-    forms = [{name: (tuple(value.shape), value.is_floating_point()) for name, value in own.items()}]
+    forms = [_forms(own)]
     distributed = sampler.world_size > 1
     if distributed:
         dist.broadcast_object_list(forms)  # a rank may have no batch at all; rank 0 has the first
+        if rows:
+            refuse_other_forms(_forms(own), forms[0], sampler.rank)
     sums: dict[str, Tensor] = {}
     for name, (shape, floating) in forms[0].items():
         if floating:
@@ -129,6 +152,23 @@ def add_in_batch_order(
             dist.all_reduce(table)
         sums[name] = table.cpu().sum(0)
     return sums
+
+
+def refuse_other_forms(here: Forms, there: Forms, rank: int) -> None:
+    """Raise UsageError if the sums of this rank have other names or shapes than those of rank 0, `there`."""
+    for name in dict.fromkeys([*there, *here]):
+        if here.get(name) != there.get(name):
+            texts = [f"of shape {list(form[0])}" if (form := forms.get(name)) else "missing" for forms in (here, there)]
+            raise UsageError(
+                f"In validation the sum {name!r} is {texts[0]} on rank {rank}, but {texts[1]} on rank 0. The model's "
+                "outputs and what task.metrics() makes of them must have one form on all ranks: their code must not "
+                "ask which rank it runs on."
+            )
+
+
+def _forms(sums: dict[str, Tensor]) -> Forms:
+    """The shape of each, and whether it is floating."""
+    return {name: (tuple(value.shape), value.is_floating_point()) for name, value in sums.items()}
 
 
 def broadcast_buffers(*models: nn.Module | None) -> None:

@@ -173,7 +173,7 @@ class Loop:
                 outputs = convert_to_fp32(self.task.forward(self.model, batch).to(dtype))  # as Accelerate does
             loss, weight = self.task.loss(outputs, batch)
             assert (loss * 0.125).device == CUDA
-            self.losses.add(loss, weight, is_empty=part == 1)
+            self.losses.add(loss, weight, part == 1, 4 if self.task.weight == "samples" else None)
         for parameter in self.parameters:  # autograd's engine asks for a device that exists
             parameter.grad = torch.zeros_like(parameter)
         if self.task.weight != "samples":

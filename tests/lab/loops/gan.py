@@ -121,7 +121,7 @@ def train(config: Config, ranks: Ranks) -> None:
         losses = LossSums(device, state.epoch_sums)
         discriminator_losses = LossSums(device)
         optimizers = [generator_optimizer, discriminator_optimizer]
-        finite = FiniteCheck(config.train.on_nonfinite, bare_model, optimizers, None, plan, state.skipped_steps)
+        finite = FiniteCheck(config.train.on_nonfinite, model, optimizers, None, plan, state.skipped_steps)
         trackers.begin(bare_model, device, "gan")
 
         # ==== THE LOOP ==========================================================================================

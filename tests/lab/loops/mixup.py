@@ -83,7 +83,7 @@ def train(config: Config, ranks: Ranks) -> None:
         step, stop_reason, metrics = state.step, run.stop_reason, {}
         parameters = [parameter for parameter in bare_model.parameters() if parameter.requires_grad]
         losses = LossSums(device, state.epoch_sums)
-        finite = FiniteCheck(config.train.on_nonfinite, bare_model, optimizer, scaler, plan, state.skipped_steps)
+        finite = FiniteCheck(config.train.on_nonfinite, model, optimizer, scaler, plan, state.skipped_steps)
         trackers.begin(bare_model, device)
 
         # ==== THE LOOP ==========================================================================================
@@ -103,12 +103,12 @@ def train(config: Config, ranks: Ranks) -> None:
                     loss, weight = task.loss(outputs, (mixed, labels))  # loss computation: sums over the micro-batch
                     loss = share * loss + (1 - share) * task.loss(outputs, (mixed, labels[order]))[0]
                     accelerator.backward(loss * micro.scale)  # backward pass; scale: processes / samples of the step
-                losses.add(loss, weight, micro.is_empty)
+                losses.add(loss, weight, micro.is_empty, micro.samples)
 
             if scaler is not None:
                 accelerator.unscale_gradients(optimizer)
             if task.weight != "samples":  # tokens, pixels: how many they were is known only now
-                divide_by_weight(bare_model, losses.step_weight, plan.sample_count(step))
+                divide_by_weight(model, losses.step_weight, plan.sample_count(step))
             gradient_norm = norm_and_clip(parameters, config.optim.clip_norm)  # the norm before clipping
             left_out = finite.before_update(step, gradient_norm, losses.step_losses)  # a flag, on the device
             losses.end_step(left_out)

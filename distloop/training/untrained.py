@@ -1,0 +1,71 @@
+"""Parameters that nothing would train: those that get no gradient, and those of a task."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distloop.errors import UsageError
+from distloop.ranks.ddp_words import in_short
+from distloop.training.tasks import Task
+
+
+def unused_parameters(model: nn.Module) -> list[str]:
+    """After a backward pass: the names of the parameters that require a gradient and got none."""
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    return [name for name, parameter in bare.named_parameters() if parameter.requires_grad and parameter.grad is None]
+
+
+def refuse_unused_parameters(model: nn.Module, parameters: Iterable[nn.Parameter], when: str) -> None:
+    """After a backward pass of `model`: raise UsageError if it is DDP's and its `parameters` lack gradients that DDP
+    waits for on this rank. It would hang, or complain in the next forward pass. `when`: such as "in step 3"."""
+    if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters or model.static_graph:
+        return
+    if any(parameter.grad is None and parameter.requires_grad for parameter in parameters):
+        raise UsageError(
+            f"{in_short(unused_parameters(model))} got no gradient {when} on rank {dist.get_rank()}: the forward pass "
+            "left them out. With several ranks each parameter needs one on each rank. Let the forward pass use them; "
+            "or freeze them if they are not to be trained (requires_grad_(False)); or allow it, at some cost for each "
+            "step: --ddp.find-unused-parameters (ddp.find_unused_parameters: true)."
+        )
+
+
+def say_unused(names: list[str]) -> str:
+    """A line on parameters without a gradient, for a single rank, which goes on."""
+    return (
+        f"WARNING: {in_short(names)} got no gradient in the first step: the forward pass left them out, and they "
+        "stay as they are. Freeze them if that is meant (requires_grad_(False)); several ranks would refuse them, "
+        "unless with --ddp.find-unused-parameters (ddp.find_unused_parameters: true)."
+    )
+
+
+def refuse_parameters_of_task(task: Task) -> None:
+    """Raise UsageError if the task holds parameters that require a gradient: in an attribute of its own or of its
+    class, also in a list, tuple or dict there."""
+    held = dict(task.named_parameters()) if isinstance(task, nn.Module) else {}
+    names = [name for name, parameter in held.items() if parameter.requires_grad]
+    attributes = {name: value for kind in reversed(type(task).__mro__) for name, value in vars(kind).items()}
+    for name, value in (attributes | vars(task)).items():
+        if not (isinstance(task, nn.Module) and name in ("_parameters", "_modules", "_buffers")):
+            names += _trained_in(name, value)
+    if names:
+        raise UsageError(
+            f"The task {type(task).__name__} has parameters of its own ({in_short(names)}), which nothing would train, "
+            "save or compare between ranks. Put them into the model, whose forward() can return what loss() needs; or, "
+            "if they are not to be trained, as a teacher's, freeze them: requires_grad_(False)."
+        )
+
+
+def _trained_in(name: str, value: Any) -> Iterator[str]:
+    if isinstance(value, nn.Module):
+        yield from (f"{name}.{inner}" for inner, parameter in value.named_parameters() if parameter.requires_grad)
+    elif isinstance(value, Tensor):
+        yield from [name] if value.requires_grad else []
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _trained_in(f"{name}[{key!r}]", inner)
+    elif isinstance(value, (list, tuple)):
+        for place, inner in enumerate(value):
+            yield from _trained_in(f"{name}[{place}]", inner)

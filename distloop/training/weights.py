@@ -1,0 +1,66 @@
+"""The weights that a task's loss() returns: numbers that count all the samples that were asked for, or are refused."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distloop.errors import UsageError
+from distloop.ranks.sums import describe, plain_number
+
+MOST_UNREAD = 1000  # micro-batches: a bound on what is kept where nobody reads
+
+
+class Weights:
+    """Checks weights. Those on a GPU are kept until read(), so that the host does not wait for them."""
+
+    def __init__(self) -> None:
+        self.unread: list[tuple[Tensor, int | None]] = []
+
+    def check(self, weight: Any, samples: int | None) -> Any:
+        """Check the weight of a micro-batch, and return it. `samples`: what it must be; None: any finite number that is
+        not negative. Raises UsageError."""
+        if type(weight) is int and weight == samples:  # as of most tasks
+            return weight
+        if isinstance(weight, Tensor):
+            if weight.ndim == 0 and weight.device.type != "cpu":
+                self.unread.append((weight.detach().clone(), samples))  # a view would keep the whole batch
+                if len(self.unread) >= MOST_UNREAD:
+                    self.read()
+            else:
+                _refuse_wrong(weight, samples)
+            return weight
+        return _refuse_wrong(weight, samples)
+
+    def read(self) -> None:
+        """Check the weights on a GPU since the last call; waits for the device. Raises UsageError."""
+        unread, self.unread = self.unread, []
+        if unread:
+            numbers = torch.stack([weight for weight, _ in unread]).tolist()
+            for number, (_, samples) in zip(numbers, unread, strict=True):
+                _refuse_wrong(number, samples)
+
+
+def _refuse_wrong(weight: Any, samples: int | None) -> bool | int | float:
+    """The weight as a number of Python's own."""
+    number = plain_number(weight)
+    if number is None:
+        raise UsageError(
+            f"task.loss() returned a {describe(weight)} as its weight. Let it return two sums over the batch, of the "
+            "losses and of the weights: the second one is a number, or a tensor of no dimension."
+        )
+    if samples is None and not 0 <= number < math.inf:
+        raise UsageError(
+            f"task.loss() returned the weight {number}. It divides the gradient: let it be the sum of what the losses "
+            "are counted for, such as the number of tokens, which is at least 0."
+        )
+    if samples is not None and number != samples:
+        asked_for = "1 sample" if samples == 1 else f"{samples} samples"
+        raise UsageError(
+            f"task.loss() returned the weight {number} for {asked_for}. Let it return sums over the batch: of the "
+            'losses (reduction="sum", not a mean), and the number of samples (len(targets)). If data.collate leaves '
+            "samples out or adds some, let it keep all; else say in the task what the weight counts: "
+            'weight = "views", or any word but "samples". The gradient is then divided by the sum of the weights.'
+        )
+    return number
