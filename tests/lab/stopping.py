@@ -17,22 +17,29 @@ from distloop.training.tasks import Regression
 from tests.lab import stage
 from tests.lab.points import line
 
-FIRST_HELD_STEP = 7  # further than the two forward passes with which DDP is warmed up
+FIRST_HELD_STEP = 7
+REHEARSED = 1 if int(os.environ.get("WORLD_SIZE", 1)) == 1 else 2  # forward passes of training before the first step
 
 
 class Waiting(Regression):
     """Regression that comes to "step" and "validation", and takes some seconds for each.
 
-    "step" is FIRST_HELD_STEP and each later one, "any-step" is each forward pass in training.
+    "step" is FIRST_HELD_STEP and each later one, "any-step" is each forward pass in training, of the rehearsal too.
     """
 
     def __init__(self, step_seconds: float = 0.01, validation_seconds: float = 0.0) -> None:
         self.step_seconds, self.validation_seconds = step_seconds, validation_seconds
-        self.steps = 0
+
+    passes = 0  # of the class, which the rehearsal does not put back
+
+    @property
+    def steps(self) -> int:
+        """How many forward passes of training were done or begun, without those of the rehearsal."""
+        return max(0, Waiting.passes - REHEARSED)
 
     def forward(self, model: nn.Module, batch: Any) -> Tensor:
         if model.training:
-            self.steps += 1
+            Waiting.passes += 1
             if self.steps >= FIRST_HELD_STEP:
                 stage.at("step")
             stage.at("any-step")

@@ -98,12 +98,11 @@ def check_stopped_twice(folder: Path, settings: dict[str, Any], world_size: int,
     train(folder, [*config, "--name", "whole", "--data.workers", "0"], world_size).check()
     batch = settings["batch"]
     accumulation = batch["global_size"] // world_size // batch.get("micro_size", batch["global_size"]) or 1
-    warm_up = 2 if world_size > 1 else 0
     attempts = [[*config, "--name", "stopped", "--data.workers", str(number)] for number in workers]
     # A signal comes in the last micro-batch but one of a step, where there are several.
-    first = stop(folder, attempts[0], world_size, warm_up + 6 * accumulation - 1, rank=world_size - 1)
+    first = stop(folder, attempts[0], world_size, 6 * accumulation - 1, rank=world_size - 1)
     assert 6 <= first < STEPS_PER_EPOCH - 1
-    second = stop(folder, attempts[1], world_size, warm_up + 18 * accumulation, rank=0)
+    second = stop(folder, attempts[1], world_size, 18 * accumulation, rank=0)
     assert STEPS_PER_EPOCH < second < 36
     go_on(folder, attempts[2], world_size, second)
     run = folder / "runs" / "stopped"
@@ -214,7 +213,7 @@ def recorded_steps(folder: Path, attempt: str, world_size: int, first_step: int)
     steps: dict[int, list[str]] = {}
     for rank in range(world_size):
         lines = (folder / f"{attempt}-{rank}").read_text().splitlines()
-        lines = lines[2:] if world_size > 1 else lines  # the warm-up of DDP
+        lines = lines[2 if world_size > 1 else 1 :]  # after the rehearsal
         accumulation = ACCUMULATION[world_size]
         assert len(lines) % accumulation == 0
         for number, line in enumerate(lines):

@@ -327,7 +327,7 @@ def test_one_ctrl_c_is_one_however_late_the_main_thread_hears_it(tmp_path: Path)
 
 
 def test_a_second_ctrl_c_before_the_first_step_is_recorded_too(tmp_path: Path) -> None:
-    stage.hold(tmp_path, "any-step")  # that of DDP's warm-up
+    stage.hold(tmp_path, "any-step")  # of the rehearsal
     ranks = Ranks(tmp_path, waiting_run(tmp_path), 2)
     stage.arrived(tmp_path, "any-step", range(2))
     send(ranks, signal.SIGINT)
