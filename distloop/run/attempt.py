@@ -69,9 +69,8 @@ class Attempt(AttemptBase):
         return StopReason.FINISHED if self.finished_because else None
 
     def load(self, parts: Parts) -> LoopState:
-        """Load the run's newest good checkpoint, else the weights of --init-from, else none; returns the loop's state.
-        `parts`: modules, optimizers, objects with state_dict() or None, by name; they are changed in place. Raises
-        UsageError for parts that do not fit the checkpoint, or could not be saved."""
+        """Load the newest good checkpoint, else the weights of --init-from, else none; returns the loop's state. `parts`:
+        modules, optimizers, objects with state_dict() or None, by name. Raises UsageError for what cannot be loaded."""
         self.start.messages.extend(check_parts(parts))
         state, self.finished_because = load_start(self.start, parts)
         self.best.row = self.status.best = state.best

@@ -24,6 +24,7 @@ from distloop.training.putting_back import put_back
 from distloop.training.tasks import Task
 from distloop.training.untrained import refuse_unused_parameters
 from distloop.training.validation import Validation
+from distloop.training.weights import Weights
 
 METHODS = ("forward", "loss", "metrics", "guesses", "summary")  # of a task, as errors name them
 NEARLY = 1e-3  # relative: losses that agree so far are the same up to rounding
@@ -56,7 +57,7 @@ def rehearse(
         with _rehearsing(task, position, "loading the first batch"):
             whole, *halves = batches.rehearsal()
         with _rehearsing(task, position, "a step of training"):
-            _train(accelerator, model, bare_model, task, whole, seed, 2 if run.plan.world_size > 1 else 1)
+            _train(accelerator, model, bare_model, task, whole, batches)
         with _rehearsing(task, position, "comparing the loss of a batch with those of its halves"):
             _refuse_mean(bare_model, task, [whole, *halves], seed, batches.device)
         with _rehearsing(task, position, "a save"):
@@ -139,13 +140,13 @@ def _refuse_bypass(task: Task, model: OnlyForward) -> None:
 
 
 def _train(
-    accelerator: Accelerator, model: nn.Module, bare_model: nn.Module, task: Task, batch: Any, seed: int, passes: int
+    accelerator: Accelerator, model: nn.Module, bare_model: nn.Module, task: Task, batch: Any, batches: TrainBatches
 ) -> None:
     device, known = accelerator.device, {id(parameter) for parameter in bare_model.parameters()}
-    for number in range(passes):
+    for number in range(2 if model is not bare_model else 1):
         offered = OnlyForward(model, bare_model)
         model.train()
-        seed_place(Place.TRIAL, seed, device, number)
+        seed_place(Place.TRIAL, batches.seed, device, number)
         try:
             outputs = task.forward(offered, batch)
             result = task.loss(outputs, batch)
@@ -159,7 +160,11 @@ def _train(
                 f"The model makes parameters in its first forward pass of training ({', '.join(late[:3])}): no "
                 "optimizer would update them. Make them in __init__(), or with lazy modules such as nn.LazyLinear."
             )
-        accelerator.backward(_checked(task, result)[0])
+        loss, weight = _checked(task, result)
+        weights = Weights()
+        weights.check(weight, len(batches.sampler.rehearsal()[0].indices) if batches.counts_samples else None)
+        weights.read()
+        accelerator.backward(loss)
         refuse_unused_parameters(model, bare_model.parameters(), "in the rehearsal")
 
 

@@ -47,9 +47,9 @@ class Net(nn.Module):
 KINDS: dict[str, Any] = {
     "": lambda net: True,
     "unused": lambda net: False,
-    "later": lambda net: net.passes < 6,
+    "later": lambda net: net.passes < 3,
     "on rank 1": lambda net: not RANK_1,
-    "later on rank 1": lambda net: not RANK_1 or net.passes < 6,
+    "later on rank 1": lambda net: not RANK_1 or net.passes < 3,
     "frozen": lambda net: True,
     "all frozen": lambda net: True,
     "twice": lambda net: True,

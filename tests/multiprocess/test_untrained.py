@@ -31,9 +31,9 @@ def run(folder: Path, kind: str, world_size: int, *words: str, **more: Any) -> O
 @pytest.mark.parametrize(
     ("kind", "when"),
     [
-        ("unused", "in a trial pass on rank"),
+        ("unused", "in the rehearsal on rank"),
         ("later", "in step"),
-        ("on rank 1", "in a trial pass on rank 1"),
+        ("on rank 1", "in the rehearsal on rank 1"),
         ("later on rank 1", "in step"),
     ],
 )

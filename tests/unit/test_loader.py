@@ -399,7 +399,7 @@ def test_samples_of_different_forms_lead_to_the_collate_setting() -> None:
 
 
 def test_for_a_gpu_batches_lie_in_pinned_memory_and_workers_are_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distloop.data.loader.start_forkserver", lambda: None)
+    monkeypatch.setattr("distloop.data.loader.start_forkserver", lambda *_: None)
     gpu, source = torch.device("cuda", 1), DataSource(Noisy(), Noisy())
     sampler = FixedBatchSampler(4, 2, 0, 1)
     for workers, context in ((0, None), (2, "forkserver")):
