@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from distloop.config.registry import import_callable
 from distloop.config.settings import Config, Data
 from distloop.data.batches import inputs_of, targets_of, to_model
-from distloop.data.datasets import DataSource, InMemory
+from distloop.data.datasets import DataSource, InMemory, class_names, gives_batches
 from distloop.data.order import MicroBatch, MicroBatchSampler, Plan
 from distloop.data.seeding import Place, seed_building, seed_forward, seed_place, seed_sample, uniforms
 from distloop.data.workers import leave_signals_to_parent, signals_blocked, start_forkserver
@@ -39,13 +39,14 @@ class SeededDataset(Dataset):
     """A data set whose items are whole micro-batches.
 
     A sample's random numbers depend on (seed, epoch, index), not on the process, worker or batch that loads it. Data
-    sets with a batch() of their own (InMemory) get the numbers as an argument. For others the global generators of
+    sets that give whole batches (WholeBatches) get the numbers as an argument. For others the global generators of
     torch, numpy and random are seeded before each sample; for a batch() of the user's, as for the batch's first one.
     """
 
     def __init__(self, dataset: Any, seed: int, collate: Callable[[list], Any], check: Callable[..., None]) -> None:
         self.dataset, self.seed, self.collate, self.check = dataset, seed, collate, check
-        self.draws_nothing = getattr(type(dataset), "batch", None) is InMemory.batch and check is no_check
+        self.gives_batches = gives_batches(dataset)
+        self.draws_nothing = _takes_rows(dataset) and check is no_check
 
     def __reduce__(self) -> Any:
         """For loader processes that are not forked: they import the user's module as they unpickle the data set. It
@@ -55,7 +56,7 @@ class SeededDataset(Dataset):
     def __getitems__(self, micro_batch: MicroBatch) -> Any:
         """The batch of these indices. A DataLoader calls this with an item of its batch sampler."""
         epoch, indices = micro_batch
-        if hasattr(self.dataset, "batch"):
+        if self.gives_batches:
             if not self.draws_nothing:  # a batch() or a check of the user's
                 seed_sample(self.seed, epoch, int(indices[0]))
             batch = self.dataset.batch(indices, uniforms(self.seed, epoch, indices, self.dataset.draws))
@@ -96,6 +97,11 @@ def _unpickled(seed: int, dataset: Any, collate: Callable[[list], Any], check: C
     return SeededDataset(dataset, seed, collate, check)
 
 
+def _takes_rows(dataset: Any) -> bool:
+    """Whether batches are rows of two tensors: without code of the user's, which could draw, or change targets."""
+    return gives_batches(dataset) and type(dataset).batch is InMemory.batch
+
+
 def identity(batch: Any) -> Any:
     return batch
 
@@ -131,8 +137,7 @@ def example_batch(source: DataSource, config: Data, seed: int, dtype: torch.dtyp
 def offers_to_model(example: Any, source: DataSource) -> dict[str, Any]:
     """The data's properties that a model may take as arguments: input_shape, num_classes, num_outputs, if known."""
     offers: dict[str, Any] = {}
-    classes = source.classes or getattr(source.train, "classes", None)  # as torchvision's data sets call them
-    if classes:
+    if classes := class_names(source):
         offers["num_classes"] = offers["num_outputs"] = len(classes)
     try:
         inputs, targets = inputs_of(example), targets_of(example)
@@ -159,9 +164,8 @@ def make_loader(
     """Batches of `dataset` in `sampler`'s order, on `device`, in the form that the model takes. The sampler yields this
     rank's indices only, so that Accelerate does not shard them. `persistent` keeps the workers between iterations."""
     workers = worker_count(config, dataset)
-    in_memory = hasattr(dataset, "batch") and getattr(dataset, "targets", None) is not None
     # try_out() has checked all targets that are in memory.
-    check = no_check if task is None or (in_memory and task.checks_targets_only) else task.check
+    check = no_check if task is None or (_takes_rows(dataset) and task.checks_targets_only) else task.check
     loader = DataLoader(
         SeededDataset(dataset, seed, collate_of(config), check),
         batch_sampler=cast_type(Any, sampler),  # its items go to __getitems__
@@ -180,14 +184,14 @@ def make_loader(
     prepared = prepare_data_loader(
         loader, device=device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
     )
-    return Loader(prepared, lambda batch: to_model(batch, source, dtype))
+    return Loader(prepared, lambda batch: to_model(batch, source, dtype, device))
 
 
 def worker_count(config: Data, dataset: Any) -> int:
     """Loader processes for this rank. "auto": none for data in memory, else the rank's share of the CPUs."""
     if config.workers != "auto":
         return int(config.workers)
-    if hasattr(dataset, "batch"):
+    if gives_batches(dataset):
         return 0  # indexing a tensor is faster than sending rows between processes
     return min(16, cpus_per_rank(os.environ))
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 
 from distloop.config.notes import way_out
 from distloop.config.registry import call, import_callable
 from distloop.config.settings import Config, Model
+from distloop.data.batches import send
 from distloop.data.datasets import DataSource
 from distloop.data.download import download_lock
 from distloop.data.loader import example_batch, offers_to_model
@@ -96,7 +96,7 @@ def build_model(config: Config, source: DataSource, task: Task, device: torch.de
     train. Collective.
     """
     dtype = getattr(torch, config.dtype)
-    example = send_to_device(example_batch(source, config.data, config.seed, dtype), device)
+    example = send(example_batch(source, config.data, config.seed, dtype), device)
     seed_building(Place.MODEL, config.seed)
     torch.manual_seed(config.seed)  # the initial weights, as they always were
     model = make_model(config.model, offers_to_model(example, source)).to(device, dtype)

@@ -8,6 +8,7 @@ and counts every sample once.
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,9 +16,11 @@ from torch.nn import functional
 from distloop.config.registry import call, resolve
 from distloop.config.settings import Task as TaskConfig
 from distloop.data.batches import inputs_of, targets_of
+from distloop.data.datasets import InMemory, gives_batches
 from distloop.data.seeding import Place, building
 from distloop.errors import UsageError
 
+SMALL = {torch.uint8: 256, torch.int8: 128, torch.bool: 2}  # how many classes a label of so few bits can name
 Sums = dict[str, Tensor]
 Guesses = tuple[Tensor, Tensor, Tensor]
 
@@ -91,7 +94,7 @@ class Classification(Task):
         return loss, len(targets)
 
     def metrics(self, outputs: Tensor, batch: Any) -> Sums:
-        return {"correct": (outputs.argmax(1) == targets_of(batch)).sum()}
+        return {"correct": (outputs.argmax(1) == targets_of(batch).long()).sum()}
 
     def guesses(self, outputs: Any, batch: Any) -> Guesses | None:
         try:
@@ -100,7 +103,7 @@ class Classification(Task):
             return None
         if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
             return None  # of a subclass whose outputs or batches have another form
-        if (outputs.ndim, targets.ndim) != (2, 1) or targets.is_floating_point():
+        if (outputs.ndim, targets.ndim) != (2, 1) or targets.is_floating_point() or targets.is_complex():
             return None
         predictions = outputs.argmax(1)
         confidences = outputs.float().softmax(1).gather(1, predictions[:, None])[:, 0]
@@ -120,11 +123,18 @@ class Classification(Task):
 
     def check_targets(self, targets: Any, indices: Sequence[int] | None = None) -> None:
         labels = torch.as_tensor(targets)
-        if labels.is_floating_point() or labels.ndim != 1:
+        if labels.is_floating_point() or labels.is_complex() or labels.ndim != 1:
             raise UsageError(
                 f"task classification needs one integer label per sample; the data gave {labels.dtype} of shape "
                 f"{list(labels.shape)}."
             )
+        if labels.dtype in (torch.uint8, torch.int8, torch.bool) and self.classes > (most := SMALL[labels.dtype]):
+            raise UsageError(
+                f"Labels of {str(labels.dtype).removeprefix('torch.')} can name {most} classes only, and the model has "
+                f"{self.classes}: larger labels came out as other numbers. Keep labels as int64 from the start, or set "
+                "model.args.num_classes to what the data has."
+            )
+        labels = labels.long()  # uint16 knows no comparison
         wrong = torch.nonzero((labels < 0) | (labels >= self.classes)).flatten()
         if len(wrong):
             place = int(wrong[0])
@@ -171,7 +181,43 @@ def build_task(config: TaskConfig, seed: int = 0) -> Task:
         task = call("task.args", resolve("task.name", config.name, TASKS), config.args, {})
     if not isinstance(task, Task):
         raise UsageError(f"task.name = {config.name!r} gave a {type(task).__name__}; make it a distloop.tasks.Task.")
+    check_attributes(task)
     return task
+
+
+METHODS = ("forward", "loss", "metrics", "guesses", "summary", "probe", "check", "check_targets")
+
+
+def check_attributes(task: Task) -> None:
+    """Raise UsageError if the task keeps a value of its own under a name that means something to distloop."""
+    kind, best = type(task).__name__, task.best
+    for name in METHODS:
+        if not callable(value := getattr(task, name)) or isinstance(value, nn.modules.loss._Loss):
+            raise UsageError(
+                f"{kind}.{name} is a {type(value).__name__}, and distloop calls {name}() of a task. Give the value "
+                f"another name, such as self.own_{name}, and use it in the method {name}()."
+            )
+    if not isinstance(task.weight, str) or task.weight not in ("samples", "tokens", "pixels"):
+        raise UsageError(
+            f"{kind}.weight = {_shown(task.weight)}: distloop reads there what the weight of loss() counts: "
+            '"samples", "tokens" or "pixels". Give a value of your own, such as weights of classes, another name.'
+        )
+    is_pair = isinstance(best, (tuple, list)) and len(best) == 2
+    if not is_pair or not isinstance(best[0], str) or best[1] not in ("min", "max"):
+        raise UsageError(
+            f"{kind}.best = {_shown(best)}: give the name of a metric, and whether less or more of it is better, such "
+            'as ("accuracy", "max").'
+        )
+    if isinstance(task.classes, bool) or not isinstance(task.classes, (int, np.integer)) or task.classes < 0:
+        raise UsageError(
+            f"{kind}.classes = {_shown(task.classes)}: distloop keeps the number of classes there. Give names of "
+            "classes another name, such as self.class_names; DataSource(…, classes=…) shows them in the report."
+        )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"a {type(value).__name__}"
 
 
 def try_out(task: Task, model: nn.Module, example: Any, source: Any) -> None:
@@ -187,7 +233,7 @@ def try_out(task: Task, model: nn.Module, example: Any, source: Any) -> None:
     model.train()
     for name, half in (("training", source.train), ("validation", source.validation)):
         # Other data sets may change their targets as they load samples: the loader checks their batches.
-        if hasattr(half, "batch") and getattr(half, "targets", None) is not None:
+        if isinstance(half, InMemory) and gives_batches(half):
             try:
                 task.check_targets(half.targets)
             except UsageError as error:
