@@ -22,7 +22,9 @@ from distloop.data.download import download_lock
 from distloop.data.loader import example_batch, offers_to_model
 from distloop.data.seeding import Place, seed_building
 from distloop.errors import UsageError, suggest
+from distloop.run.module_state import check_tensors
 from distloop.run.same import refuse_unlike_ranks
+from distloop.training.conversion import convert
 from distloop.training.tasks import Task, try_out
 
 Builder = Callable[..., nn.Module]
@@ -99,11 +101,13 @@ def build_model(config: Config, source: DataSource, task: Task, device: torch.de
     example = send(example_batch(source, config.data, config.seed, dtype), device)
     seed_building(Place.MODEL, config.seed)
     torch.manual_seed(config.seed)  # the initial weights, as they always were
-    model = make_model(config.model, offers_to_model(example, source)).to(device, dtype)
+    model = convert(make_model(config.model, offers_to_model(example, source)), device, dtype)
     refuse_unlike_ranks(config, source, device, task, model)
     try_out(task, model, example, source)
+    check_tensors("The model's ", model)
     if config.compile:
-        model.compile()  # in place, before DDP wraps it: the names of its parameters stay
+        # In place, before DDP wraps it: the names of its parameters stay. The model may have a compile() of its own.
+        nn.Module.compile(model)
     return model
 
 
