@@ -65,7 +65,7 @@ def _part(batch: Any, position: int, key: str) -> Any:
 
 def _names(batch: Any) -> tuple[str, ...]:
     """The names of a named tuple; else none."""
-    return type(batch)._fields if isinstance(batch, tuple) and hasattr(type(batch), "_fields") else ()
+    return getattr(type(batch), "_fields", ()) if isinstance(batch, tuple) else ()
 
 
 def _is_dataclass(value: Any) -> bool:
@@ -123,8 +123,8 @@ def cast(batch: Any, dtype: torch.dtype | None, device: torch.device | None = No
             return batch.to(device=device, dtype=COMPLEX.get(dtype) if dtype else None)
         return batch if device is None else batch.to(device)
     if isinstance(batch, PackedSequence):  # a named tuple, of which a part has to stay on the CPU
-        batch = batch if device is None else batch.to(device)
-        return batch.to(dtype) if dtype and batch.data.is_floating_point() else batch
+        packed: Any = batch
+        return packed.to(device=device, dtype=dtype if packed.data.is_floating_point() else None)
     if isinstance(batch, (tuple, list)):
         values = (cast(value, dtype, device) for value in batch)
         return type(batch)(*values) if _names(batch) else type(batch)(values)

@@ -22,6 +22,7 @@ from distloop.config.registry import call, resolve
 from distloop.config.settings import Data
 from distloop.data.augment import DRAWS, shift_and_flip
 from distloop.data.download import load_or_download
+from distloop.data.pictures import load_picture
 from distloop.data.seeding import Place, building
 from distloop.errors import UsageError
 
@@ -185,8 +186,8 @@ def image_folder(root: str, crop: int = 224, resize: int = 256) -> DataSource:
     augment = [v2.RandomResizedCrop(crop, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     only_crop = [v2.Resize(resize, antialias=True), v2.CenterCrop(crop), v2.PILToTensor()]
     try:
-        train = ImageFolder(str(folders[0]), v2.Compose(augment))
-        validation = ImageFolder(str(folders[1]), v2.Compose(only_crop))
+        train = ImageFolder(str(folders[0]), v2.Compose(augment), loader=load_picture)
+        validation = ImageFolder(str(folders[1]), v2.Compose(only_crop), loader=load_picture)
     except FileNotFoundError as error:
         raise UsageError(
             f"data.name = 'image_folder': {error} (looked in {folders[0].resolve()} and {folders[1].resolve()}). "
@@ -230,8 +231,8 @@ def load_data(config: Data, seed: int = 0) -> DataSource:
         )
     for half in ("train", "validation"):
         _check_half(f"data.name = {config.name!r}: its {half} half", getattr(source, half))
-    names = getattr(source.train, "classes", None)
-    if source.classes is None and not _is_of_torchvision(source.train) and _are_names(names):
+    has_names = _are_names(getattr(source.train, "classes", None))
+    if source.classes is None and has_names and not _is_of_torchvision(source.train):
         warnings.warn(
             f"the classes of {type(source.train).__name__} are not looked at. To name the data's classes, return "
             "distloop.data.DataSource(train, validation, classes=train.classes).",

@@ -67,9 +67,14 @@ class SeededDataset(Dataset):
                 samples.append(self.dataset[index])
             try:
                 batch = self.collate(samples)
-            except (RuntimeError, TypeError) as error:
+            except (RuntimeError, TypeError, ValueError) as error:
                 if self.collate is not default_collate:
                     raise
+                if "negative" in str(error):
+                    raise UsageError(
+                        f"Samples {indices.tolist()[:5]}: an array is seen backwards, as array[::-1] gives it, and no "
+                        "tensor can be. Give a copy from __getitem__: array[::-1].copy()."
+                    ) from None
                 raise UsageError(
                     f"Samples {indices.tolist()[:5]} and the rest of their batch do not go together: {error}\n"
                     "Give all samples one form, or name a function of your own with data.collate."

@@ -222,7 +222,8 @@ def load_weights(path: Path, model: nn.Module) -> None:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} cannot be read as safetensors: {error}") from None
-    tensors |= {name: torch.view_as_complex(tensors[name]) for name in json.loads(metadata.get("as_real", "[]"))}
+    for name in json.loads(metadata.get("as_real", "[]")):
+        tensors[name] = torch.view_as_complex(tensors[name].clone())  # a view of the file may crash: 8-byte addresses
     aliases = json.loads(metadata.get("aliases", "{}"))
     tensors.update({alias: tensors[name] for alias, name in aliases.items() if name in tensors})
     extra: dict[str, Any] = {name: tensors.pop(name) for name in list(tensors) if is_extra(name)}  # of an older version

@@ -11,8 +11,8 @@ from distloop.errors import UsageError
 from distloop.run.module_state import check_tensors
 
 # What is called of a module, here, in PyTorch and in Accelerate.
-METHODS = ("forward", "train", "eval", "to", "apply", "children", "modules", "named_modules", "parameters")
-METHODS += ("named_parameters", "buffers", "named_buffers", "state_dict", "load_state_dict", "zero_grad", "compile")
+METHODS = "forward train eval to apply children modules named_modules parameters named_parameters buffers named_buffers"
+METHODS += " state_dict load_state_dict zero_grad compile"
 
 
 def convert(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -20,7 +20,7 @@ def convert(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
     precision; buffers that are views of fewer numbers than they show become whole. Raises UsageError for what would
     become something else, or hides what a module does."""
     for name, module in model.named_modules():
-        if hidden := [method for method in METHODS if not callable(getattr(module, method))]:
+        if hidden := [method for method in METHODS.split() if not callable(getattr(module, method))]:
             kind = type(module).__name__
             raise UsageError(
                 f"The {_place(name, kind)} has an attribute {hidden[0]} of its own, in the place of the method of all "

@@ -23,7 +23,15 @@ from distloop.run.metrics import check_names, plain_values
 from distloop.training.details import Details
 from distloop.training.tasks import Task
 
-EXCHANGED = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
+EXCHANGED: tuple[torch.dtype, ...] = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+)
 EXCHANGED += (torch.int8, torch.bool, torch.complex64, torch.complex128)  # the dtypes that gloo and NCCL know
 
 
