@@ -43,12 +43,10 @@ class DamagedCheckpoint(Exception):
 
 
 class Weights(NamedTuple):
-    """Contiguous tensors on the host by name, and further names of some of them (tied weights). `as_real`: names of
-    complex tensors that safetensors has no dtype for, [...], which are real ones here, [..., 2]."""
+    """Contiguous tensors on the host by name, and further names of some of them (tied weights)."""
 
     tensors: dict[str, Tensor]
     aliases: dict[str, str]
-    as_real: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,27 +181,32 @@ def weights_of(model: nn.Module, copy: Callable[[str, Tensor], Tensor], prefix: 
     with its name behind `prefix`."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    as_real: list[str] = []
     owners: dict[tuple, str] = {}
     for name, tensor in tensors_and_extra(model)[0].items():
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         owner = owners.setdefault(place, name)
         if owner != name and tensor.numel():
             aliases[name] = owner
-            continue
-        if tensor.is_complex() and tensor.dtype != torch.complex64:
-            tensor = torch.view_as_real(tensor.resolve_conj())
-            as_real.append(name)
-        tensors[name] = copy(prefix + name, tensor)
-    return Weights(tensors, aliases, tuple(as_real))
+        else:
+            tensors[name] = copy(prefix + name, tensor)
+    return Weights(tensors, aliases)
+
+
+def as_stored(weights: Weights) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(the tensors, the metadata) of a safetensors file. It has no dtype for complex128: such a tensor, [...], is real
+    there, [..., 2], and named in the metadata."""
+    metadata = {"format": "pt", "aliases": json.dumps(weights.aliases)}
+    no_dtype = [name for name, tensor in weights.tensors.items() if tensor.dtype in (torch.complex128, torch.complex32)]
+    if not no_dtype:
+        return weights.tensors, metadata
+    real = {name: torch.view_as_real(weights.tensors[name]) for name in no_dtype}
+    return {**weights.tensors, **real}, {**metadata, "as_real": json.dumps(no_dtype)}
 
 
 def write_weights(weights: Weights, path: Path) -> None:
     """Write a safetensors file. Equal weights give equal files."""
-    metadata = {"format": "pt", "aliases": json.dumps(weights.aliases)}
-    if weights.as_real:
-        metadata["as_real"] = json.dumps(weights.as_real)
-    save_file(weights.tensors, path, metadata=metadata)
+    tensors, metadata = as_stored(weights)
+    save_file(tensors, path, metadata=metadata)
     # safetensors writes the metadata in another order each time: here in one, in place, since the length is the same.
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -234,6 +237,9 @@ def load_weights(path: Path, model: nn.Module) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:
         raise UsageError(f"{path} belongs to another model:\n{_differing_shapes(found, expected)}")
+    for name, tensor in own_tensors.items():
+        if tensors[name].is_complex() and not tensor.is_complex():
+            raise UsageError(f"{path} belongs to another model: {name} is complex there, and real here.")
     if unknown := [name for name in extra if name not in own_extra]:
         raise UsageError(
             f"{path} belongs to another model: {unknown[0]} is there only, and the model has no such state."

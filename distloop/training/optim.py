@@ -103,7 +103,7 @@ def update_average(averaged: AveragedModel, model: nn.Module, decay: float) -> N
     values: list[Tensor] = []
     averages = itertools.chain(averaged.module.parameters(), averaged.module.buffers())
     for average, value in zip(averages, itertools.chain(model.parameters(), model.buffers()), strict=True):
-        if keep and average.is_floating_point():
+        if keep and (average.is_floating_point() or average.is_complex()):
             targets.append(average)
             values.append(value)
         else:  # such as BatchNorm's counters

@@ -200,6 +200,7 @@ class Numbers(Classification):
             "backwards": np.arange(3)[::-1],
             "large": 2**53 + 1,
             "mixed": 0 if hits % 2 else 0.5,
+            "evens": int(hits % 2 == 0),
         }
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, Any]:
@@ -209,6 +210,8 @@ class Numbers(Classification):
             "numpy": sums["numpy"].numpy(),
             "backwards": sums["backwards"].tolist(),
             "large": sums["large"],
+            "mixed": sums["mixed"],
+            "evens": sums["evens"],
             "one": np.array([np.float32(0.5)]),
             "another": torch.ones(1, 1),
             "samples": sums["samples"],

@@ -142,6 +142,8 @@ def test_sums_and_metrics_are_the_numbers_that_they_are(tmp_path: Path, world_si
     assert row["python"] == row["numpy"] == pytest.approx(0.1 * batches, rel=1e-15)
     assert row["backwards"] == [2 * batches, batches, 0]
     assert row["large"] == (2**53 + 1) * batches
+    assert 0 < row["evens"] < batches
+    assert row["mixed"] == 0.5 * row["evens"]
     assert (row["one"], row["another"], row["samples"]) == (0.5, 1.0, VALIDATED)
 
 
