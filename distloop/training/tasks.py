@@ -5,6 +5,7 @@ micro-batch and divides by no batch size. Metrics are sums, too, so that validat
 and counts every sample once.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +21,8 @@ from distloop.data.datasets import InMemory, gives_batches
 from distloop.data.seeding import Place, building
 from distloop.errors import UsageError
 
+# In torch's errors about tensors of dtypes that do not go together.
+OF_DTYPES = re.compile(r"same dtype|scalar type|type \(.*\) should be the same|not implemented for '\w+'")
 SMALL = {torch.uint8: 256, torch.int8: 128, torch.bool: 2}  # how many classes a label of so few bits can name
 Sums = dict[str, Tensor]
 Guesses = tuple[Tensor, Tensor, Tensor]
@@ -227,7 +230,12 @@ def try_out(task: Task, model: nn.Module, example: Any, source: Any) -> None:
     """
     model.eval()
     with torch.no_grad():
-        outputs = task.forward(model, example)
+        try:
+            outputs = task.forward(model, example)
+        except RuntimeError as error:
+            if not OF_DTYPES.search(str(error)):
+                raise
+            raise UsageError(_of_dtypes(model, example, error)) from error
         task.probe(outputs)
         check_guesses(task.guesses(outputs, example), 1)
     model.train()
@@ -238,6 +246,27 @@ def try_out(task: Task, model: nn.Module, example: Any, source: Any) -> None:
                 task.check_targets(half.targets)
             except UsageError as error:
                 raise UsageError(f"In the {name} data: {error}") from None
+
+
+def _of_dtypes(model: nn.Module, example: Any, error: Exception) -> str:
+    """What to do about a forward pass that failed because of the dtypes in the batch."""
+    found = ((what, part(example)) for what, part in (("inputs", inputs_of), ("targets", targets_of)))
+    try:
+        forms = [f"{what} {_form(value)}" for what, value in found]
+    except UsageError:  # a batch of another form
+        forms = [f"a {type(example).__name__}"]
+    own = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return (
+        f"The model does not take what the data gives ({str(error).splitlines()[0]}). A batch of the first sample has "
+        f"{', '.join(forms)}, and the model's parameters are {own}. Integers and bools stay what they are: give "
+        "floats from __getitem__, such as image.float() / 255, or .long() where the model counts or looks up."
+    )
+
+
+def _form(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"of type {type(value).__name__}"
+    return f"of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
 def check_guesses(guesses: Guesses | None, samples: int) -> None:

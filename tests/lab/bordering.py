@@ -122,6 +122,13 @@ def make_data(habit: str = "Rows") -> Any:
     return kind(0, ROWS), kind(ROWS, VALIDATED)
 
 
+def typed(dtype: str) -> Any:
+    """Inputs of another dtype, which the model does not take."""
+    inputs, targets = points(0, ROWS)
+    rows = InMemory((10 * inputs).round().to(getattr(torch, dtype)), targets)
+    return rows, rows
+
+
 def many_classes() -> DataSource:
     inputs, _ = points(0, ROWS)
     labels = torch.arange(ROWS).to(torch.uint8)
@@ -324,6 +331,33 @@ BUFFERS: Mapping[str, Tensor] = {
 }
 
 
+class Alike(nn.Module):
+    """Its own names are those of methods and attributes of distloop, Accelerate or DistributedDataParallel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Linear(3, 2)
+        self.parts, self.classes, self.reducer, self.logger = [1], 3, None, "mine"
+
+    def mine(self, *arguments: Any) -> Any:
+        raise AssertionError("a method of the user's own")
+
+    no_sync = join = save = load = log = loss = step = prepare = compile = mine
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.module(inputs)
+
+
+class Compiles(nn.Sequential):
+    """Of digits; with a compile() of its own, as in Keras."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
+
+    def compile(self, optimizer: str) -> None:
+        raise AssertionError("a method of the user's own")
+
+
 class Words(nn.Module):
     """An embedding of the inputs' signs."""
 
@@ -356,11 +390,6 @@ class NotSaved(nn.Module):
         elif what == "hidden":
             self.buffers = [1, 2]  # type: ignore[assignment, method-assign]
 
-    def get_extra_state(self) -> Any:
-        return None
-
-    def set_extra_state(self, state: Any) -> None: ...
-
     def forward(self, inputs: Tensor) -> Tensor:
         return self.layer(inputs)
 
@@ -373,3 +402,5 @@ class Unsaveable(NotSaved):
 
     def get_extra_state(self) -> Any:
         return {"rate": np.float64(0.5)}
+
+    def set_extra_state(self, state: Any) -> None: ...

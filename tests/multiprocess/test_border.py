@@ -16,7 +16,8 @@ from tests.tools.ranks import Outcome, train, write_config
 from tests.tools.records import largest_difference, rows, weights
 
 LAB = "tests.lab.bordering"
-RANKS = pytest.mark.parametrize("world_size", [1, 2])
+BOTH = pytest.mark.parametrize("world_size", [1, 2])
+RANKS = pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.long)])
 SETTINGS: dict[str, Any] = {
     "data": {"name": f"{LAB}:make_data", "workers": 0},
     "model": {"name": "mlp", "args": {"hidden": 4, "num_outputs": 2}},
@@ -85,7 +86,7 @@ def test_data_that_can_be_taken_for_something_else_is_refused(
 
 @RANKS
 @pytest.mark.parametrize("collate", ["as_record", "as_named", "as_tokens"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "float64"])
 def test_a_batch_of_any_form_is_the_same_batch(tmp_path: Path, collate: str, dtype: str, world_size: int) -> None:
     runs = Runs(tmp_path, dtype=dtype)
     plain = runs.train("plain", world_size)
@@ -132,10 +133,19 @@ def test_a_tasks_own_value_under_a_name_of_ours_is_refused(tmp_path: Path, name:
     assert f"Attribute.{name} " in said
 
 
+@BOTH
+def test_a_model_may_use_the_names_of_others(tmp_path: Path, world_size: int) -> None:
+    runs = Runs(tmp_path, optim={**SETTINGS["optim"], "ema_decay": 0.9}, batch={"global_size": 16, "micro_size": 4})
+    plain = runs.train("plain", world_size, "--model", f"{LAB}:Net", "--model.args", "{}")
+    alike = runs.train("alike", world_size, "--model", f"{LAB}:Alike", "--model.args", "{}")
+    for one, other in zip(weights(plain).values(), weights(alike).values(), strict=True):
+        assert torch.equal(one, other)
+
+
 # ---- conversions -----------------------------------------------------------------------------------------------------
 
 
-@RANKS
+@BOTH
 def test_sums_and_metrics_are_the_numbers_that_they_are(tmp_path: Path, world_size: int) -> None:
     row = rows(Runs(tmp_path, task=f"{LAB}:Numbers").train("run", world_size), "validate")[-1]
     batches = -(-VALIDATED // 4)
@@ -152,6 +162,16 @@ def test_labels_of_one_byte_with_more_classes_than_it_counts_are_refused(tmp_pat
     runs = Runs(tmp_path, data={"name": f"{LAB}:many_classes"}, model={"name": "mlp", "args": {"hidden": 4}})
     said = runs.refused(world_size)
     assert all(words in said for words in ("uint8", "256", "300", "int64", "model.args.num_classes"))
+
+
+@RANKS
+@pytest.mark.parametrize("dtype", ["int64", "int16", "uint8", "uint16", "bool"])
+def test_inputs_that_the_model_does_not_take_are_refused_with_their_dtype(
+    tmp_path: Path, dtype: str, world_size: int
+) -> None:
+    data = {"name": f"{LAB}:typed", "args": {"dtype": dtype}}
+    said = Runs(tmp_path, data=data).refused(world_size)
+    assert all(words in said for words in (f"{dtype} [1, 3]", "int64 [1]", "float32", ".float()", ".long()"))
 
 
 @RANKS
@@ -196,7 +216,7 @@ def test_states_of_a_module_come_back(tmp_path: Path, habit: str, world_size: in
 
 
 @pytest.mark.long
-@RANKS
+@BOTH
 @pytest.mark.parametrize("more", [{}, AVERAGED], ids=["plain", "averaged"])
 @pytest.mark.parametrize("habit", HABITS)
 def test_all_states_of_a_module_come_back(tmp_path: Path, habit: str, world_size: int, more: dict[str, Any]) -> None:
@@ -223,7 +243,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-@RANKS
+@BOTH
 @pytest.mark.parametrize("bag", ["false", "true"])
 def test_sparse_gradients_train_as_whole_ones(tmp_path: Path, bag: str, world_size: int) -> None:
     model = {"name": f"{LAB}:Words", "args": {"bag": bag == "true"}}
