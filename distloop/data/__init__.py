@@ -7,6 +7,7 @@ from distloop import hand_on
 if TYPE_CHECKING:
     from distloop.data.datasets import DataSource as DataSource
     from distloop.data.datasets import InMemory as InMemory
+    from distloop.data.datasets import WholeBatches as WholeBatches
     from distloop.data.datasets import load_data as load_data
     from distloop.data.loader import TrainBatches as TrainBatches
     from distloop.data.order import Plan as Plan

@@ -1,21 +1,28 @@
 """A batch: its inputs and targets, and the form in which a model takes it."""
 
+import copy
+import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from distloop.data.datasets import DataSource
 from distloop.errors import UsageError
 
+COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}  # as precise as the real ones
+
 
 def inputs_of(batch: Any) -> Any:
-    """The inputs of a batch: its first element, or what a dict holds under "inputs"."""
+    """The inputs of a batch: its first element, or what it holds under the name "inputs"."""
     return _part(batch, 0, "inputs")
 
 
 def targets_of(batch: Any) -> Any:
-    """The targets of a batch: its second element, or what a dict holds under "targets"."""
+    """The targets of a batch: its second element, or what it holds under the name "targets"."""
     return _part(batch, 1, "targets")
 
 
@@ -23,49 +30,139 @@ def with_inputs(batch: Any, inputs: Any) -> Any:
     """The batch with other inputs."""
     if isinstance(batch, dict):
         return {**batch, "inputs": inputs}
-    rest = batch[1:]
-    return type(batch)(inputs, *rest) if hasattr(batch, "_fields") else type(batch)((inputs, *rest))
+    if isinstance(batch, Mapping):
+        other: Any = copy.copy(batch)
+        other["inputs"] = inputs
+        return other
+    if _is_dataclass(batch):
+        return _with_fields(batch, {"inputs": inputs})
+    if names := _names(batch):
+        return type(batch)(**{**batch._asdict(), "inputs" if "inputs" in names else names[0]: inputs})
+    return type(batch)((inputs, *batch[1:]))
 
 
 def _part(batch: Any, position: int, key: str) -> Any:
+    names = _names(batch)
     try:
-        return batch[key] if isinstance(batch, dict) else batch[position]
-    except (KeyError, IndexError, TypeError):
-        have = f"a dict of {list(batch)}" if isinstance(batch, dict) else f"a {type(batch).__name__}"
+        if _is_dataclass(batch) or key in names:
+            return getattr(batch, key)
+        if isinstance(batch, Mapping):
+            return batch[key]
+        if names and names[position] in ("inputs", "targets"):  # the other one stands here
+            raise KeyError(key)
+        return batch[position]
+    except (KeyError, IndexError, TypeError, AttributeError):
+        have = f"a {type(batch).__name__}"
+        if isinstance(batch, dict):
+            have = f"a dict of {list(batch)}"
+        elif fields := names or ([field.name for field in dataclasses.fields(batch)] if _is_dataclass(batch) else []):
+            have += f" of {', '.join(fields)}"
         raise UsageError(
             f"The batch has no {key}: it is {have}. Use tuples (inputs, targets) or dicts with 'inputs' and "
             "'targets', or a task of your own with its own forward() and loss()."
         ) from None
 
 
-def to_model(batch: Any, source: DataSource, dtype: torch.dtype) -> Any:
-    """The batch in the form that the model takes: uint8 images normalised, floating tensors in `dtype`. Images are
-    normalised on the device: bytes are a quarter of the traffic."""
+def _names(batch: Any) -> tuple[str, ...]:
+    """The names of a named tuple; else none."""
+    return getattr(type(batch), "_fields", ()) if isinstance(batch, tuple) else ()
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _with_fields(batch: Any, values: Mapping[str, Any]) -> Any:
+    """A copy of a dataclass with other fields, also if it is frozen. Its __init__ is not called once more."""
+    other = copy.copy(batch)
+    for name, value in values.items():
+        object.__setattr__(other, name, value)
+    return other
+
+
+def to_model(batch: Any, source: DataSource, dtype: torch.dtype, device: torch.device | None = None) -> Any:
+    """The batch in the form that the model takes: uint8 images normalised, floating tensors in `dtype`; on `device`, if
+    one is given. Images are normalised there: bytes are a quarter of the traffic. Raises UsageError."""
     if source.mean and source.std:
         images = inputs_of(batch)
-        if isinstance(images, torch.Tensor) and images.dtype == torch.uint8:
+        if isinstance(images, Tensor) and not (images.is_floating_point() or images.is_complex()):
+            if images.dtype != torch.uint8:
+                raise UsageError(
+                    f"The inputs are {_short(images.dtype)}, and mean and std of the DataSource are those of uint8 "
+                    "images, 0 to 255. Give floats from 0 to 1 in __getitem__, normalised there, and no mean and std: "
+                    "for 16 bits, (image / 65535 - mean) / std."
+                )
+            images = images.to(device)
             scale, shift = _normalisation(tuple(source.mean), tuple(source.std), dtype, images.device)
             batch = with_inputs(batch, images.to(dtype).mul_(scale).sub_(shift))
-    return cast(batch, dtype)
+    return cast(batch, dtype, device)
 
 
 @functools.cache
 def _normalisation(
     mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """(scale, shift), [channels, 1, 1], with which (x / 255 - mean) / std is x · scale - shift."""
     means, stds = (torch.tensor(value, dtype=torch.float64)[:, None, None] for value in (mean, std))
     return (1 / (255 * stds)).to(device, dtype), (means / stds).to(device, dtype)
 
 
-def cast(batch: Any, dtype: torch.dtype) -> Any:
-    """`batch` with its floating tensors in `dtype`."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(dtype) if batch.is_floating_point() else batch
-    if isinstance(batch, dict):
-        return {key: cast(value, dtype) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(cast(value, dtype) for value in batch))
+def send(batch: Any, device: torch.device) -> Any:
+    """`batch` on `device`. Raises UsageError for a class of its own whose tensors would stay where they are."""
+    return cast(batch, None, device)
+
+
+def cast(batch: Any, dtype: torch.dtype | None, device: torch.device | None = None) -> Any:
+    """`batch` with its floating tensors in `dtype`, and complex ones in the complex dtype of that precision; on
+    `device`, if one is given. Goes through tuples, lists, mappings and dataclasses; any other object has a method
+    to(device), holds no tensors, or is refused with UsageError."""
+    if isinstance(batch, Tensor):
+        if batch.is_floating_point():
+            return batch.to(device=device, dtype=dtype)
+        if batch.is_complex():
+            return batch.to(device=device, dtype=COMPLEX.get(dtype) if dtype else None)
+        return batch if device is None else batch.to(device)
+    if isinstance(batch, PackedSequence):  # a named tuple, of which a part has to stay on the CPU
+        packed: Any = batch
+        return packed.to(device=device, dtype=dtype if packed.data.is_floating_point() else None)
     if isinstance(batch, (tuple, list)):
-        return type(batch)(cast(value, dtype) for value in batch)
+        values = (cast(value, dtype, device) for value in batch)
+        return type(batch)(*values) if _names(batch) else type(batch)(values)
+    if isinstance(batch, dict):
+        return {key: cast(value, dtype, device) for key, value in batch.items()}
+    return _cast_object(batch, dtype, device)
+
+
+def _cast_object(batch: Any, dtype: torch.dtype | None, device: torch.device | None) -> Any:
+    if isinstance(batch, Mapping):  # such as the batches of a tokenizer
+        other: Any = copy.copy(batch)
+        for key, value in batch.items():
+            other[key] = cast(value, dtype, device)
+        return other
+    if _is_dataclass(batch):
+        values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+        return _with_fields(batch, {name: cast(value, dtype, device) for name, value in values.items()})
+    if callable(getattr(type(batch), "to", None)):  # as Accelerate moves what is no tensor
+        return batch if device is None else batch.to(device)
+    if (
+        held := [name for name, value in vars(batch).items() if _has_tensors(value)]
+        if hasattr(batch, "__dict__")
+        else []
+    ):
+        kind = type(batch).__name__
+        raise UsageError(
+            f"A batch holds a {kind}, whose tensors ({', '.join(held[:3])}) would stay on the CPU, and would not be "
+            f"cast to the config's dtype. Make {kind} a dataclass (@dataclasses.dataclass), give it a method "
+            "to(device) that returns it there, or let the data set or data.collate give tuples or dicts."
+        )
     return batch
+
+
+def _has_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(map(_has_tensors, value)))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

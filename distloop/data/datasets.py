@@ -5,8 +5,11 @@ PyTorch DataLoader. Its arguments are data.args, and `root` if its signature nam
 """
 
 import dataclasses
-from collections.abc import Callable, Sized
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from distloop.config.registry import call, resolve
 from distloop.config.settings import Data
 from distloop.data.augment import DRAWS, shift_and_flip
 from distloop.data.download import load_or_download
+from distloop.data.pictures import load_picture
 from distloop.data.seeding import Place, building
 from distloop.errors import UsageError
 
@@ -32,20 +36,55 @@ class DataSource:
 
     train: Any
     validation: Any
-    classes: tuple[str, ...] | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    classes: Sequence[str] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
     # Of the halves, by their names, once they are found (fingerprint.py): samples are loaded for them.
     fingerprints: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        """Keeps tuples, also of lists and arrays. Raises UsageError for values that mean something else."""
+        if isinstance(self.classes, (str, bytes, dict)) or not isinstance(self.classes, (Iterable, NoneType)):
+            raise UsageError(f'DataSource(classes={self.classes!r}): give the names in order, as ("cat", "dog").')
+        if (self.mean is None) != (self.std is None):
+            raise UsageError("DataSource: mean and std work together only. Give both, or none.")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, Iterable) or not all(0 <= x <= 1 for x in value)):
+                raise UsageError(
+                    f"DataSource({name}={value!r}): give one number for each channel, of pixels that are scaled to "
+                    "0 … 1, such as (0.485, 0.456, 0.406)."
+                )
+        kept = {"classes": str, "mean": float, "std": float}
+        for name, kind in kept.items():
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(map(kind, value)))
+        if self.std is not None and not all(self.std):
+            raise UsageError(f"DataSource(std={self.std}): no channel's deviation can be 0: it divides.")
 
-class InMemory:
+
+class WholeBatches:
+    """Base class of a data set from which whole batches are taken by one call of batch(), not sample by sample."""
+
+    draws: int = 0
+    """How many random numbers batch() gets for each sample."""
+
+    def batch(self, indices: NDArray[np.int64], random: NDArray[np.float64]) -> Any:
+        """The batch of the samples at `indices`. `random`: numbers in [0, 1) to augment with, [len(indices), draws]; a
+        sample's are the same in any batch, process and start."""
+        raise NotImplementedError(f"{type(self).__name__} must define batch(indices, random).")
+
+
+class InMemory(WholeBatches):
     """Inputs and targets as two tensors, [samples, …] each, from which whole batches are taken at once. Images
-    [samples, channels, height, width] are shifted by up to `pad` pixels and, if `flip`, mirrored."""
+    [samples, channels, height, width] are shifted by up to `pad` pixels and, if `flip`, mirrored. A subclass that
+    defines how one sample is made, in __getitem__, and not batch(), is asked for samples."""
 
     def __init__(self, inputs: Tensor, targets: Tensor, pad: int = 0, flip: bool = False) -> None:
         if pad < 0:
             raise ValueError(f"images cannot be shifted by {pad} pixels")
+        if len(inputs) != len(targets):
+            raise ValueError(f"there are {len(inputs)} inputs, but {len(targets)} targets")
         self.inputs, self.targets, self.pad, self.flip = inputs, targets, pad, flip
         self.draws = DRAWS if pad or flip else 0
 
@@ -60,6 +99,31 @@ class InMemory:
         chosen = torch.from_numpy(indices)
         inputs, targets = self.inputs[chosen], self.targets[chosen]
         return (shift_and_flip(inputs, random, self.pad, self.flip) if self.draws else inputs), targets
+
+
+def gives_batches(dataset: Any) -> bool:
+    """Whether a data set is asked for whole batches: by its type, not by an attribute that others have too."""
+    if not isinstance(dataset, WholeBatches):
+        return False
+    order = type(dataset).__mro__
+    of_batch, of_sample = (
+        next((place for place, kind in enumerate(order) if name in vars(kind)), len(order))
+        for name in ("batch", "__getitem__")
+    )
+    return of_batch <= of_sample  # else a subclass says how a sample is made, and inherits a batch() that knows not
+
+
+def class_names(source: DataSource) -> tuple[str, ...]:
+    """The names of the data's classes, if the DataSource has them, or a data set of torchvision; else ()."""
+    if source.classes is None and _is_of_torchvision(source.train):
+        classes = getattr(source.train, "classes", None)
+        return tuple(map(str, classes)) if isinstance(classes, (list, tuple)) else ()
+    return tuple(source.classes or ())
+
+
+def _is_of_torchvision(dataset: Any) -> bool:
+    loaded = sys.modules.get("torchvision.datasets")  # if nobody has imported it, there is none
+    return loaded is not None and isinstance(dataset, loaded.VisionDataset)
 
 
 def digits(shift: int = 1) -> DataSource:
@@ -122,8 +186,8 @@ def image_folder(root: str, crop: int = 224, resize: int = 256) -> DataSource:
     augment = [v2.RandomResizedCrop(crop, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     only_crop = [v2.Resize(resize, antialias=True), v2.CenterCrop(crop), v2.PILToTensor()]
     try:
-        train = ImageFolder(str(folders[0]), v2.Compose(augment))
-        validation = ImageFolder(str(folders[1]), v2.Compose(only_crop))
+        train = ImageFolder(str(folders[0]), v2.Compose(augment), loader=load_picture)
+        validation = ImageFolder(str(folders[1]), v2.Compose(only_crop), loader=load_picture)
     except FileNotFoundError as error:
         raise UsageError(
             f"data.name = 'image_folder': {error} (looked in {folders[0].resolve()} and {folders[1].resolve()}). "
@@ -153,6 +217,12 @@ def load_data(config: Data, seed: int | None = None) -> DataSource:
     with building(Place.DATA, seed):
         source = call("data.args", resolve("data.name", config.name, DATASETS), config.args, offered)
     if isinstance(source, tuple) and len(source) == 2:
+        names = [name.lower() for name in getattr(type(source), "_fields", ())]
+        if names and (names[1].startswith("train") or names[0].startswith(("val", "test", "dev", "eval"))):
+            raise UsageError(
+                f"data.name = {config.name!r} returned a {type(source).__name__}({', '.join(names)}): the first half "
+                "is trained on. Return (train, validation) in this order, or a distloop.data.DataSource."
+            )
         source = DataSource(*source)
     if not isinstance(source, DataSource):
         raise UsageError(
@@ -160,9 +230,38 @@ def load_data(config: Data, seed: int | None = None) -> DataSource:
             "distloop.data.datasets.DataSource."
         )
     for half in ("train", "validation"):
-        dataset = getattr(source, half)
-        if not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")):
-            raise UsageError(f"data.name = {config.name!r}: its {half} half needs __len__ and __getitem__.")
-        if len(dataset) == 0:
-            raise UsageError(f"data.name = {config.name!r}: its {half} half is empty.")
+        _check_half(f"data.name = {config.name!r}: its {half} half", getattr(source, half))
+    has_names = _are_names(getattr(source.train, "classes", None))
+    if source.classes is None and has_names and not _is_of_torchvision(source.train):
+        warnings.warn(
+            f"the classes of {type(source.train).__name__} are not looked at. To name the data's classes, return "
+            "distloop.data.DataSource(train, validation, classes=train.classes).",
+            stacklevel=2,
+        )
     return source
+
+
+def _check_half(what: str, dataset: Any) -> None:
+    if not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")):
+        raise UsageError(f"{what} needs __len__ and __getitem__.")
+    if len(dataset) == 0:
+        raise UsageError(f"{what} is empty.")
+    kind = type(dataset).__name__
+    looks_like_it = callable(getattr(type(dataset), "batch", None)) and isinstance(getattr(dataset, "draws", None), int)
+    if looks_like_it and not isinstance(dataset, WholeBatches):
+        raise UsageError(
+            f"{what}, a {kind}, has batch() and draws. If distloop is to take whole batches from batch(), derive "
+            f"the class from distloop.data.WholeBatches: class {kind}(distloop.data.WholeBatches). If not, give "
+            "one of the two another name."
+        )
+    if isinstance(dataset, InMemory) and not gives_batches(dataset) and dataset.draws:
+        raise UsageError(
+            f"{what}, a {kind}, has a __getitem__ of its own, which is what is trained on, and pad or flip, which "
+            "batch() alone applies. Define batch() instead of __getitem__, or augment in __getitem__."
+        )
+
+
+def _are_names(value: Any) -> bool:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(each, str) for each in value):
+        return False
+    return 1 < len(value) == len(set(value))

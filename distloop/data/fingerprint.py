@@ -6,18 +6,20 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from distloop.config.places import root_for_code
 from distloop.config.settings import Data
-from distloop.data.datasets import DataSource, InMemory
+from distloop.data.datasets import DataSource, InMemory, gives_batches
 from distloop.data.lengths import WORDS, in_words, short
 from distloop.data.loader import SeedFirst, worker_count
 from distloop.data.look import look
-from distloop.data.seeding import generators_restored, seed_sample
+from distloop.data.seeding import generators_restored, seed_sample, uniforms
 
 SAMPLES = 8  # of a data set, at equal distances from the first to the last
 SECONDS = 2.0  # after so long no further sample is loaded, of a data set that is slow
@@ -49,9 +51,7 @@ def fingerprint(
         for path, label in dataset.samples:
             digest.update(f"{os.path.relpath(path, dataset.root)} {label}\n".encode())
     else:
-        workers = worker_count(config, dataset) if config else 0
-        digests = SampleDigests(dataset, seed)
-        return {"samples": len(dataset), "contents": _contents(digests, config or Data(), workers, device)}
+        return {"samples": len(dataset), "contents": _contents(dataset, config, device, seed)}
     return {"samples": len(dataset), "sha256": digest.hexdigest()}
 
 
@@ -82,16 +82,27 @@ def is_other(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 
 class SampleDigests(Dataset):
-    """The digest of a sample, in hexadecimal, or what stands in its place; "" for one that cannot be read as bytes."""
+    """Digests of samples, in hexadecimal, or what stands in their place, by index. An item is a list of indices."""
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    def __init__(self, dataset: Any, seed: int, root: str = "") -> None:
+        """`seed`: the run's. `root`: the data's folder, which may be another one on each machine and in each start."""
         self.seed = SeedFirst(seed)  # unpickled before the data set
-        self.dataset = dataset
+        self.dataset, self.root = dataset, root
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+    def __getitem__(self, indices: list[int]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        threads, begun = torch.get_num_threads(), time.monotonic()
+        torch.set_num_threads(1)  # as in loader processes: another number rounds sums otherwise
+        try:
+            for index in indices:
+                found[str(index)] = self._look_twice(index)
+                if time.monotonic() - begun > SECONDS:
+                    break
+        finally:
+            torch.set_num_threads(threads)
+        return {str(index): found[str(index)] for index in sorted(map(int, found))}
 
-    def __getitem__(self, index: int) -> str:
+    def _look_twice(self, index: int) -> str:
         first, again = self._digest(index), self._digest(index)
         if again == first or first.startswith(RAISES):
             return first
@@ -100,40 +111,44 @@ class SampleDigests(Dataset):
     def _digest(self, index: int) -> str:
         seed_sample(0, 0, index)  # a function of the data alone: the samples' augmentation is the same each time
         try:
-            sample = self.dataset[index]
+            if gives_batches(self.dataset):
+                indices = np.array([index])
+                sample = self.dataset.batch(indices, uniforms(0, 0, indices, self.dataset.draws))
+            else:
+                sample = self.dataset[index]
         except (IndexError, StopIteration) as error:
             return f"{RAISES}{in_words(error)}"[:LONGEST_ERROR]
         except Exception as error:  # training says more about it, when it meets the sample
             return f"{RAISES}{type(error).__name__}: {error}"[:LONGEST_ERROR]
         digest = hashlib.sha256()
         try:
-            add(digest, sample)
+            add(digest, sample, self.root)
         except Exception:  # values of any kind: a pass over what has no bytes
             return ""
         return digest.hexdigest()[:16]
 
 
-def _contents(digests: SampleDigests, config: Data, workers: int, device: torch.device | None) -> dict[str, str]:
-    last = len(digests) - 1
+def _contents(dataset: Any, config: Data | None, device: torch.device | None, seed: int) -> dict[str, str]:
+    last = len(dataset) - 1
     # The last one first: a data set that is slow may end before its length, too.
     indices = sorted(
         {place * last // (SAMPLES - 1) for place in range(SAMPLES)}, key=lambda index: (index < last, index)
     )
-    found: dict[str, str] = {}
-    begun = time.monotonic()
+    digests = SampleDigests(dataset, seed, root_for_code(config.root) if config else "")
     with generators_restored():
-        for index, digest in zip(indices, look(digests, indices, workers, config, device), strict=True):
-            found[str(index)] = digest
-            if time.monotonic() - begun > SECONDS:
-                break
-    return dict(sorted(found.items(), key=lambda item: int(item[0])))
+        if config is None:
+            return digests[indices]
+        [found] = look(digests, [indices], worker_count(config, dataset), config, device)
+    return found
 
 
-def add(digest: Any, value: Any) -> None:
-    """Add a sample, or a part of one, to a digest of hashlib. Raises TypeError for a value of another kind."""
+def add(digest: Any, value: Any, root: str = "") -> None:
+    """Add a sample, or a part of one, to a digest of hashlib; of a value without bytes, its type. `root`: left out of
+    texts and paths."""
     if isinstance(value, torch.Tensor):
         if value.layout != torch.strided or value.is_quantized:
-            raise TypeError(f"no bytes: {value.layout}")
+            digest.update(f"{value.layout} {value.dtype} {tuple(value.shape)}".encode())
+            return
         plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
         digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
@@ -141,21 +156,24 @@ def add(digest: Any, value: Any) -> None:
         array = np.asarray(value)
         digest.update(f"{array.dtype} {array.shape}".encode())
         if array.dtype.hasobject:
-            add(digest, array.ravel().tolist())
+            add(digest, array.ravel().tolist(), root)
         else:
             digest.update(array.tobytes())
     elif isinstance(value, Mapping):
-        add(digest, [(key, inner) for key, inner in value.items()])
+        add(digest, [(key, inner) for key, inner in value.items()], root)
     elif isinstance(value, (list, tuple)):
         digest.update(f"{len(value)} values".encode())
         for inner in value:
-            add(digest, inner)
+            add(digest, inner, root)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        add(digest, [getattr(value, field.name) for field in dataclasses.fields(value)])
-    elif isinstance(value, (str, bytes, bool, int, float, complex, type(None))):
+        add(digest, [getattr(value, field.name) for field in dataclasses.fields(value)], root)
+    elif isinstance(value, (str, PurePath)):
+        text = str(value).replace(root, "") if root else str(value)
+        digest.update(f"{type(value).__name__} {text!r} ".encode(errors="surrogatepass"))
+    elif isinstance(value, (bytes, bool, int, float, complex, type(None))):
         digest.update(f"{type(value).__name__} {value!r} ".encode(errors="surrogatepass"))
     elif (pillow := sys.modules.get("PIL.Image")) and isinstance(value, pillow.Image):
         digest.update(f"{value.mode} {value.size}".encode())
         digest.update(value.tobytes())
     else:
-        raise TypeError(f"no bytes: {type(value).__name__}")
+        digest.update(f"a {type(value).__qualname__} ".encode())

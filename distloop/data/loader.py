@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from distloop.config.registry import import_callable
 from distloop.config.settings import Config, Data
 from distloop.data.batches import inputs_of, targets_of, to_model
-from distloop.data.datasets import DataSource, InMemory
+from distloop.data.datasets import DataSource, InMemory, class_names, gives_batches
 from distloop.data.lengths import in_words, refuse_other_length, short
 from distloop.data.order import Half, MicroBatch, MicroBatchSampler, Plan
 from distloop.data.seeding import Place, seed_building, seed_forward, seed_place, seed_sample, uniforms
@@ -41,13 +41,14 @@ class SeededDataset(Dataset):
     """A data set whose items are whole micro-batches.
 
     A sample's random numbers depend on (seed, epoch, index), not on the process, worker or batch that loads it. Data
-    sets with a batch() of their own (InMemory) get the numbers as an argument. For others the global generators of
+    sets that give whole batches (WholeBatches) get the numbers as an argument. For others the global generators of
     torch, numpy and random are seeded before each sample; for a batch() of the user's, as for the batch's first one.
     """
 
     def __init__(self, dataset: Any, seed: int, collate: Callable[[list], Any], check: Callable[..., None]) -> None:
         self.dataset, self.seed, self.collate, self.check = dataset, seed, collate, check
-        self.draws_nothing = getattr(type(dataset), "batch", None) is InMemory.batch and check is no_check
+        self.gives_batches = gives_batches(dataset)
+        self.draws_nothing = _takes_rows(dataset) and check is no_check
 
     def __reduce__(self) -> Any:
         """For loader processes that are not forked: they import the user's module as they unpickle the data set. It
@@ -68,7 +69,7 @@ class SeededDataset(Dataset):
     def _load(self, micro_batch: MicroBatch) -> Any:
         epoch, indices = micro_batch
         index = int(indices[0])
-        if hasattr(self.dataset, "batch"):
+        if self.gives_batches:
             if not self.draws_nothing:  # a batch() or a check of the user's
                 seed_sample(self.seed, epoch, index)
             batch = self.dataset.batch(indices, uniforms(self.seed, epoch, indices, self.dataset.draws))
@@ -85,9 +86,14 @@ class SeededDataset(Dataset):
                 batch = self.collate(samples)
             except StopIteration as error:  # it would end the epoch without a word
                 raise RuntimeError(f"data.collate raised {in_words(error)}") from error
-            except (RuntimeError, TypeError) as error:
+            except (RuntimeError, TypeError, ValueError) as error:
                 if self.collate is not default_collate:
                     raise
+                if "negative" in str(error):
+                    raise UsageError(
+                        f"Samples {indices.tolist()[:5]}: an array is seen backwards, as array[::-1] gives it, and no "
+                        "tensor can be. Give a copy from __getitem__: array[::-1].copy()."
+                    ) from None
                 raise UsageError(
                     f"Samples {indices.tolist()[:5]} and the rest of their batch do not go together: {error}\n"
                     "Give all samples one form, or name a function of your own with data.collate."
@@ -113,6 +119,11 @@ def _seed_before_import(seed: int) -> int:
 
 def _unpickled(seed: int, dataset: Any, collate: Callable[[list], Any], check: Callable[..., None]) -> SeededDataset:
     return SeededDataset(dataset, seed, collate, check)
+
+
+def _takes_rows(dataset: Any) -> bool:
+    """Whether batches are rows of two tensors: without code of the user's, which could draw, or change targets."""
+    return gives_batches(dataset) and type(dataset).batch is InMemory.batch
 
 
 def identity(batch: Any) -> Any:
@@ -144,8 +155,7 @@ def collate_of(config: Data) -> Callable[[list], Any]:
 def offers_to_model(example: Any, source: DataSource) -> dict[str, Any]:
     """The data's properties that a model may take as arguments: input_shape, num_classes, num_outputs, if known."""
     offers: dict[str, Any] = {}
-    classes = source.classes or getattr(source.train, "classes", None)  # as torchvision's data sets call them
-    if classes:
+    if classes := class_names(source):
         offers["num_classes"] = offers["num_outputs"] = len(classes)
     try:
         inputs, targets = inputs_of(example), targets_of(example)
@@ -189,20 +199,19 @@ def make_loader(
     prepared = prepare_data_loader(
         loader, device=device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
     )
-    return Loader(prepared, lambda batch: None if batch is None else to_model(batch, source, dtype))
+    return Loader(prepared, lambda batch: None if batch is None else to_model(batch, source, dtype, device))
 
 
 def check_of(task: ChecksBatches | None, dataset: Any) -> Callable[..., None]:
     """The check of the data set's batches; none of targets in memory, all of which try_out() has checked."""
-    in_memory = hasattr(dataset, "batch") and getattr(dataset, "targets", None) is not None
-    return no_check if task is None or (in_memory and task.checks_targets_only) else task.check
+    return no_check if task is None or (_takes_rows(dataset) and task.checks_targets_only) else task.check
 
 
 def worker_count(config: Data, dataset: Any) -> int:
     """Loader processes for this rank. "auto": none for data in memory, else the rank's share of the CPUs."""
     if config.workers != "auto":
         return int(config.workers)
-    if hasattr(dataset, "batch"):
+    if gives_batches(dataset):
         return 0  # indexing a tensor is faster than sending rows between processes
     return min(16, cpus_per_rank(os.environ))
 

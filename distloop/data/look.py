@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset
 
 from distloop.config.settings import Config, Data
-from distloop.data.batches import to_model
+from distloop.data.batches import send, to_model
 from distloop.data.datasets import DataSource
 from distloop.data.loader import ChecksBatches, SeededDataset, check_of, collate_of, identity, no_check, worker_count
 from distloop.data.order import FixedBatchSampler, MicroBatch
@@ -27,8 +26,12 @@ def look(
     threads) is not opened in a process of which loader workers become copies: they would share it. Without workers
     they are loaded here, as in training. Close the iterator if you do not take all.
     """
+    context = None
     if workers and device is not None and device.type == "cuda":
-        dataset, workers = pickle.loads(pickle.dumps(dataset)), 0
+        try:
+            dataset, workers = pickle.loads(pickle.dumps(dataset)), 0
+        except Exception:  # what a new process can inherit and nobody can copy, such as a lock
+            context = "forkserver"
     loader: DataLoader = DataLoader(
         dataset,
         batch_size=None,  # an item of the sampler is looked up as it is
@@ -36,10 +39,11 @@ def look(
         collate_fn=identity,
         num_workers=min(1, workers),
         worker_init_fn=leave_signals_to_parent,
+        multiprocessing_context=context,
         timeout=config.timeout_seconds if workers else 0,
     )
     if loader.num_workers:
-        start_forkserver()
+        start_forkserver(loader.multiprocessing_context)
     with signals_blocked():
         found = iter(loader)
     yield from found
@@ -53,7 +57,7 @@ def first_validation_batch(
     first = next(iter(sampler), None) or MicroBatch(0, np.arange(min(sampler.samples, sampler.batch_size)))
     dataset = SeededDataset(source.validation, config.seed, collate_of(config.data), check_of(task, source.validation))
     [batch] = look(dataset, [first], worker_count(config.data, source.validation), config.data, device)
-    batch = to_model(send_to_device(batch, device), source, getattr(torch, config.dtype))
+    batch = to_model(send(batch, device), source, getattr(torch, config.dtype), device)
     return batch, len(first.indices)
 
 

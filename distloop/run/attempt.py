@@ -69,8 +69,8 @@ class Attempt(AttemptBase):
         return StopReason.FINISHED if self.finished_because else None
 
     def load(self, parts: Parts) -> LoopState:
-        """Load the newest good checkpoint, else the weights of --init-from, else none; returns the loop's state. `parts`:
-        modules, optimizers, objects with state_dict() or None, by name. Raises UsageError for what cannot be loaded."""
+        """Load the newest good checkpoint, else the weights of --init-from, else none; returns the loop's state.
+        `parts`: modules, optimizers, objects with state_dict(), None. Raises UsageError for what does not fit."""
         self.start.messages.extend(check_parts(parts))
         state, self.finished_because = load_start(self.start, parts)
         self.best.row = self.status.best = state.best

@@ -5,7 +5,8 @@
         averaged.safetensors   their moving average, with optim.ema_decay
         optimizer.pt        the optimizer's state, loadable with weights_only
         state.json          the loop's own state: step, sums of the epoch so far, best metric, …
-        …                   NAME.safetensors or NAME.pt for each other part that a loop saves (parts.py)
+        …                   NAME.safetensors or NAME.pt for each other part that a loop saves (parts.py);
+                            NAME.extra.pt for what a module's get_extra_state() gives
         manifest.json       schema version, what is trained (hash of the config, fingerprint of the data), and
                             size and SHA-256 of each file above
 
@@ -15,6 +16,7 @@ All of it is read without running any code from the files.
 import dataclasses
 import hashlib
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,10 +30,12 @@ from torch import Tensor, nn
 from distloop.config.places import absolute
 from distloop.errors import UsageError
 from distloop.run.files import sync
+from distloop.run.module_state import is_extra, tensors_and_extra
 
 SCHEMA = 2
 MODEL, AVERAGED = "model.safetensors", "averaged.safetensors"
 OPTIMIZER, STATE, MANIFEST = "optimizer.pt", "state.json", "manifest.json"
+EXTRA = ".extra.pt"  # beside NAME.safetensors: NAME.extra.pt
 
 
 class DamagedCheckpoint(Exception):
@@ -178,7 +182,7 @@ def weights_of(model: nn.Module, copy: Callable[[str, Tensor], Tensor], prefix: 
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     owners: dict[tuple, str] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors_and_extra(model)[0].items():
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         owner = owners.setdefault(place, name)
         if owner != name and tensor.numel():
@@ -188,9 +192,21 @@ def weights_of(model: nn.Module, copy: Callable[[str, Tensor], Tensor], prefix: 
     return Weights(tensors, aliases)
 
 
+def as_stored(weights: Weights) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(the tensors, the metadata) of a safetensors file. It has no dtype for complex128: such a tensor, [...], is real
+    there, [..., 2], and named in the metadata."""
+    metadata = {"format": "pt", "aliases": json.dumps(weights.aliases)}
+    no_dtype = [name for name, tensor in weights.tensors.items() if tensor.dtype in (torch.complex128, torch.complex32)]
+    if not no_dtype:
+        return weights.tensors, metadata
+    real = {name: torch.view_as_real(weights.tensors[name]) for name in no_dtype}
+    return {**weights.tensors, **real}, {**metadata, "as_real": json.dumps(no_dtype)}
+
+
 def write_weights(weights: Weights, path: Path) -> None:
     """Write a safetensors file. Equal weights give equal files."""
-    save_file(weights.tensors, path, metadata={"format": "pt", "aliases": json.dumps(weights.aliases)})
+    tensors, metadata = as_stored(weights)
+    save_file(tensors, path, metadata=metadata)
     # safetensors writes the metadata in another order each time: here in one, in place, since the length is the same.
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -201,19 +217,43 @@ def write_weights(weights: Weights, path: Path) -> None:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Copy a safetensors file into the model's tensors. Raises UsageError with the shapes that differ, if any do."""
+    """Copy a safetensors file into the model's tensors, and the extra state that lies beside it. Raises UsageError with
+    the shapes that differ, if any do. A file of weights alone leaves the model's extra state as it is."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} cannot be read as safetensors: {error}") from None
+    for name in json.loads(metadata.get("as_real", "[]")):
+        tensors[name] = torch.view_as_complex(tensors[name].clone())  # a view of the file may crash: 8-byte addresses
+    aliases = json.loads(metadata.get("aliases", "{}"))
     tensors.update({alias: tensors[name] for alias, name in aliases.items() if name in tensors})
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    extra: dict[str, Any] = {name: tensors.pop(name) for name in list(tensors) if is_extra(name)}  # of an older version
+    if (beside := path.with_suffix(EXTRA)).exists():
+        extra |= read_plain(beside)
+    own_tensors, own_extra = tensors_and_extra(model)
+    expected = {name: tuple(tensor.shape) for name, tensor in own_tensors.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:
         raise UsageError(f"{path} belongs to another model:\n{_differing_shapes(found, expected)}")
-    model.load_state_dict(tensors)
+    for name, tensor in own_tensors.items():
+        if tensors[name].is_complex() and not tensor.is_complex():
+            raise UsageError(f"{path} belongs to another model: {name} is complex there, and real here.")
+    if unknown := [name for name in extra if name not in own_extra]:
+        raise UsageError(
+            f"{path} belongs to another model: {unknown[0]} is there only, and the model has no such state."
+        )
+    model.load_state_dict({**tensors, **extra}, strict=False)  # the names of tensors are those of the model
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """The contents of a file of torch.save(). Raises UsageError for one that holds more than data."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{path} cannot be read as plain data, and is not run: {reason}") from None
 
 
 def weights_file(source: str) -> Path:

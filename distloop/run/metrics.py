@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from distloop.errors import UsageError
 from distloop.ranks.sums import describe, plain_number
@@ -41,6 +41,9 @@ KEYS_OF_KIND = {
 }
 LOGGED = ("train", "epoch", "validate")  # kinds of rows to which a loop adds values of its own
 NO_METRICS = (*KEYS_OF_EVERY_ROW, *KEYS_OF_KIND["validate"])  # keys of a validate row beside the task's metrics
+# What a task may not name a value of its own: validation adds these sums up beside those of metrics(), and a row has
+# these keys beside what summary() gives.
+RESERVED = {"metrics": ("loss", "weight", "samples"), "summary": NO_METRICS}
 SET_ASIDE = "metrics.set_aside.jsonl"
 
 
@@ -53,6 +56,22 @@ def check_row(kind: str, names: Mapping[str, Any]) -> None:
             f"trackers.log({kind!r}, …): {taken[0]} is a key of its own in every row. Give your value another name, "
             "or your task's metric if it is one."
         )
+
+
+def check_names(method: Literal["metrics", "summary"], values: Any) -> None:
+    """Raise UsageError unless what this method of a task has returned is a mapping whose names are texts, and none of
+    RESERVED: another value would take the place of one of them."""
+    if not isinstance(values, Mapping):
+        raise UsageError(f"task.{method}() must return a dict of values by name; it gave a {describe(values)}.")
+    for name in values:
+        if not isinstance(name, str):
+            raise UsageError(f"task.{method}(): the name {name!r} is a {type(name).__name__}. Names are texts.")
+        if name in RESERVED[method]:
+            list_of_them = ", ".join(RESERVED[method])
+            raise UsageError(
+                f"task.{method}(): {name!r} is a name that distloop uses itself, as it does {list_of_them}. Give your "
+                f"value another one, such as 'own_{name}'."
+            )
 
 
 def plain_values(source: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The parts of a checkpoint: the modules, optimizers and other objects that a loop saves and loads, by name.
 
 A module's weights go to NAME.safetensors, also an average's, whose count of steps goes to state.json; the state of a
-GradScaler goes there, too. That of an optimizer, and of any other object with state_dict(), goes to NAME.pt.
+GradScaler goes there, too. What a module's get_extra_state() gives goes to NAME.extra.pt. That of an optimizer, and of
+any other object with state_dict(), goes to NAME.pt.
 """
 
 import dataclasses
@@ -20,10 +21,21 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from distloop.errors import UsageError
-from distloop.run.checkpoint import STATE, LoopState, Weights, load_weights, read_manifest, weights_of
+from distloop.run.checkpoint import (
+    EXTRA,
+    STATE,
+    LoopState,
+    Weights,
+    load_weights,
+    read_manifest,
+    read_plain,
+    weights_of,
+)
 from distloop.run.files import Start, read_json
+from distloop.run.module_state import check_tensors, tensors_and_extra
 
 Parts = Mapping[str, Any]
+EXTRA_STATE = "get_extra_state()"
 TAKEN = {*(field.name for field in dataclasses.fields(LoopState)), "time", "finished"}  # keys of state.json
 
 
@@ -51,20 +63,24 @@ def check_parts(parts: Parts) -> list[str]:
             raise UsageError(
                 f"parts: {name} is a {type(part).__name__}, which has no state_dict() and load_state_dict()."
             )
-        elif not isinstance(part, (nn.Module, torch.amp.GradScaler)):
+        elif isinstance(part, nn.Module):
+            module = without_average(part)
+            check_tensors(f"parts: {name}.", module)
+            check_plain(name, tensors_and_extra(module)[1], EXTRA_STATE)
+        elif not isinstance(part, torch.amp.GradScaler):
             check_plain(name, part.state_dict())
     return _left_out(parts, held)
 
 
-def check_plain(name: str, state: Any) -> None:
-    """Refuse an object's state that could be saved and not be read again. Raises UsageError."""
+def check_plain(name: str, state: Any, method: str = "state_dict()") -> None:
+    """Refuse an object's state, which `method` gave, that could be saved and not be read again. Raises UsageError."""
     file = io.BytesIO()
     try:
         torch.save(state, file)
         torch.load(io.BytesIO(file.getvalue()), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, pickle.PicklingError, AttributeError, TypeError) as error:
         raise UsageError(
-            f"parts: {name}.state_dict() is not plain data (numbers, text, lists, dicts, tensors), so that it "
+            f"parts: {name}.{method} is not plain data (numbers, text, lists, dicts, tensors), so that it "
             f"could not be read again{_what_is_not_plain(error)}."
         ) from None
 
@@ -129,6 +145,9 @@ def contents_of(parts: Parts, buffers: Any) -> tuple[dict[str, Weights], dict[st
     for name, part in existing(parts):
         if isinstance(part, nn.Module):
             weights[name] = weights_of(without_average(part), buffers.copy, f"{name}/")
+            if extra := tensors_and_extra(without_average(part))[1]:
+                check_plain(name, extra, EXTRA_STATE)  # at each save, as below
+                others[f"{name}{EXTRA.removesuffix('.pt')}"] = buffers.copy_tree((name, EXTRA), extra)
             if isinstance(part, AveragedModel):
                 state[f"{name}_steps"] = int(part.n_averaged)
         elif isinstance(part, torch.amp.GradScaler):
@@ -162,7 +181,7 @@ def load_start(start: Start, parts: Parts) -> tuple[LoopState, str | None]:
 def load_parts(path: Path, parts: Parts, state: Mapping[str, Any]) -> None:
     """Copy a verified checkpoint, the directory `path` with the contents `state` of state.json, into the parts, in
     place. Raises UsageError for parts that do not fit. An average that the checkpoint lacks begins anew."""
-    files = {Path(name).stem for name in read_manifest(path)["files"] if name != STATE}
+    files = {name.split(".")[0] for name in read_manifest(path)["files"] if name != STATE}
     if unknown := sorted(files - set(parts)):
         raise UsageError(
             f"{path} holds {', '.join(unknown)}, which this loop does not load: its parts are "
@@ -184,15 +203,6 @@ def load_parts(path: Path, parts: Parts, state: Mapping[str, Any]) -> None:
             load_optimizer(path / f"{name}.pt", part, names_of_parameters(parts))
         else:
             part.load_state_dict(read_plain(path / f"{name}.pt"))
-
-
-def read_plain(path: Path) -> dict[str, Any]:
-    """The contents of a file of torch.save(). Raises UsageError for one that holds more than data."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{path} cannot be read as plain data, and is not run: {reason}") from None
 
 
 def load_optimizer(path: Path, optimizer: Optimizer, names: Mapping[int, str]) -> None:

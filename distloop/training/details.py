@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distloop.config.settings import Data
 from distloop.data.batches import inputs_of
-from distloop.data.datasets import DataSource
+from distloop.data.datasets import DataSource, class_names
 from distloop.data.loader import SeededDataset, collate_of, no_check
 from distloop.data.order import FixedBatchSampler, MicroBatch
 from distloop.data.seeding import generators_restored
@@ -41,9 +41,9 @@ class Details:
     def __init__(self, task: Task, source: DataSource, config: Data, seed: int) -> None:
         """`seed`: the run's, so that the samples in the pictures are the ones that were validated."""
         self.counts_samples = task.weight == "samples"
-        names = source.classes or getattr(source.train, "classes", None) or ()
+        names = class_names(source)
         self.classes = task.classes if isinstance(task.classes, int) and task.classes else len(names)
-        self.names = [str(name) for name in names]
+        self.names = list(names)
         # Columns of the table: predictions, or wrong and right.
         self.width = self.classes if self.classes <= LARGEST_CONFUSION else 2
         self.dataset = SeededDataset(source.validation, seed, collate_of(config), no_check)

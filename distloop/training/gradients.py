@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from distloop.config.settings import Config
+from distloop.data.batches import send
 from distloop.data.datasets import DataSource
 from distloop.data.look import example_batch
 from distloop.data.order import Plan
@@ -56,7 +56,7 @@ def trial_batches(
         model.train()
     for number in range(2):
         seed_place(Place.TRIAL, config.seed, device, number)
-        yield send_to_device(example, device)
+        yield send(example, device)
         for model in models:
             refuse_unused_parameters(model, model.parameters(), "in a trial pass")
     for model in models:

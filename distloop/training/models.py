@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 
 from distloop.config.notes import way_out
 from distloop.config.registry import call, import_callable
 from distloop.config.settings import Config, Model
+from distloop.data.batches import send
 from distloop.data.datasets import DataSource
 from distloop.data.download import download_lock
 from distloop.data.fingerprint import refuse_short
@@ -24,7 +24,9 @@ from distloop.data.loader import offers_to_model
 from distloop.data.look import example_batch
 from distloop.data.seeding import Place, seed_building
 from distloop.errors import UsageError, suggest
+from distloop.run.module_state import check_tensors
 from distloop.run.same import refuse_unlike_ranks
+from distloop.training.conversion import convert
 from distloop.training.tasks import Task, try_out
 from distloop.training.untrained import refuse_parameters_of_task
 
@@ -99,16 +101,18 @@ def build_model(config: Config, source: DataSource, task: Task, device: torch.de
     train. Collective.
     """
     dtype = getattr(torch, config.dtype)
-    example = send_to_device(example_batch(source, config.data, config.seed, dtype, device=device), device)
+    example = send(example_batch(source, config.data, config.seed, dtype, device=device), device)
     seed_building(Place.MODEL, config.seed)
     torch.manual_seed(config.seed)  # the initial weights, as they always were
-    model = make_model(config.model, offers_to_model(example, source)).to(device, dtype)
+    model = convert(make_model(config.model, offers_to_model(example, source)), device, dtype)
     refuse_unlike_ranks(config, source, device, task, model)
     refuse_short(source, config.data, device)
     refuse_parameters_of_task(task)
     try_out(task, model, example, source)
+    check_tensors("The model's ", model)
     if config.compile:
-        model.compile()  # in place, before DDP wraps it: the names of its parameters stay
+        # In place, before DDP wraps it: the names of its parameters stay. The model may have a compile() of its own.
+        nn.Module.compile(model)
     return model
 
 

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -28,17 +29,46 @@ def build_optimizer(
     model: nn.Module | list[dict], config: Optim, device: torch.device, precision: str
 ) -> torch.optim.Optimizer:
     """The optimizer that the config names, for a model or for groups that parameter_groups() made. Raises UsageError if
-    there are no parameters to train."""
+    there are no parameters to train, or if their gradients are sparse and it cannot take these."""
     groups = parameter_groups(model, config.weight_decay) if isinstance(model, nn.Module) else model
     if not groups:
         raise UsageError("The model has no parameters that require a gradient: there is nothing to train.")
     # Fused: one pass over the parameters instead of one operation each. Not with fp16, where the fused optimizers
     # leave a step out by themselves, so that nobody could count it. None: PyTorch chooses; False is its slowest way.
-    fused = (device.type in ("cpu", "cuda") and precision != "fp16") or None
+    # Fused ones take no complex parameters and no sparse gradients.
+    is_plain = all(parameter.is_floating_point() for group in groups for parameter in group["params"])
+    if isinstance(model, nn.Module) and (sparse := sparse_gradients(model)):
+        check_sparse(sparse[0], config, device)
+        is_plain = False
+    fused = (is_plain and device.type in ("cpu", "cuda") and precision != "fp16") or None
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def sparse_gradients(model: nn.Module) -> list[str]:
+    """The names of the parameters whose gradients are sparse tensors: embeddings with sparse=True."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    names = [name for name, module in modules if module.sparse and module.weight.requires_grad]
+    return [f"{name}.weight" if name else "weight" for name in names]
+
+
+def check_sparse(name: str, config: Optim, device: torch.device) -> None:
+    """Raise UsageError unless the config's optimizer and the device can take the sparse gradient of `name`."""
+    if config.name == "sgd" and not config.momentum and not config.weight_decay:
+        if device.type == "cpu" or not (dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        problem, way_out = "GPUs do not exchange sparse gradients", "Train on one GPU"
+    else:
+        settings = f" with momentum {config.momentum:g} and weight decay {config.weight_decay:g}"
+        problem = f"optim.name = {config.name!r}{settings if config.name == 'sgd' else ''} cannot take it"
+        way_out = "Use --optim.name sgd --optim.momentum 0 --optim.weight-decay 0"
+    raise UsageError(
+        f"The gradient of the model's {name} is sparse (its embedding has sparse=True), and {problem}. {way_out}, or "
+        "leave out sparse=True: the updates are then those of whole tensors."
+    )
 
 
 class Average:
@@ -73,7 +103,7 @@ def update_average(averaged: AveragedModel, model: nn.Module, decay: float) -> N
     values: list[Tensor] = []
     averages = itertools.chain(averaged.module.parameters(), averaged.module.buffers())
     for average, value in zip(averages, itertools.chain(model.parameters(), model.buffers()), strict=True):
-        if keep and average.is_floating_point():
+        if keep and (average.is_floating_point() or average.is_complex()):
             targets.append(average)
             values.append(value)
         else:  # such as BatchNorm's counters

@@ -5,9 +5,11 @@ micro-batch and divides by no batch size. Metrics are sums, too, so that validat
 and counts every sample once.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,9 +17,13 @@ from torch.nn import functional
 from distloop.config.registry import call, resolve
 from distloop.config.settings import Task as TaskConfig
 from distloop.data.batches import inputs_of, targets_of
+from distloop.data.datasets import InMemory, gives_batches
 from distloop.data.seeding import Place, building
 from distloop.errors import UsageError
 
+# In torch's errors about tensors of dtypes that do not go together.
+OF_DTYPES = re.compile(r"same dtype|scalar type|type \(.*\) should be the same|not implemented for '\w+'")
+SMALL = {torch.uint8: 256, torch.int8: 128, torch.bool: 2}  # how many classes a label of so few bits can name
 Sums = dict[str, Tensor]
 Guesses = tuple[Tensor, Tensor, Tensor]
 
@@ -91,7 +97,7 @@ class Classification(Task):
         return loss, len(targets)
 
     def metrics(self, outputs: Tensor, batch: Any) -> Sums:
-        targets = targets_of(batch)
+        targets = targets_of(batch).long()
         return {"correct": (outputs.argmax(1) == targets).sum(), "labels": torch.tensor(len(targets))}
 
     def guesses(self, outputs: Any, batch: Any) -> Guesses | None:
@@ -101,7 +107,7 @@ class Classification(Task):
             return None
         if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
             return None  # of a subclass whose outputs or batches have another form
-        if (outputs.ndim, targets.ndim) != (2, 1) or targets.is_floating_point():
+        if (outputs.ndim, targets.ndim) != (2, 1) or targets.is_floating_point() or targets.is_complex():
             return None
         predictions = outputs.argmax(1)
         confidences = outputs.float().softmax(1).gather(1, predictions[:, None])[:, 0]
@@ -121,11 +127,18 @@ class Classification(Task):
 
     def check_targets(self, targets: Any, indices: Sequence[int] | None = None) -> None:
         labels = torch.as_tensor(targets)
-        if labels.is_floating_point() or labels.ndim != 1:
+        if labels.is_floating_point() or labels.is_complex() or labels.ndim != 1:
             raise UsageError(
                 f"task classification needs one integer label per sample; the data gave {labels.dtype} of shape "
                 f"{list(labels.shape)}."
             )
+        if labels.dtype in (torch.uint8, torch.int8, torch.bool) and self.classes > (most := SMALL[labels.dtype]):
+            raise UsageError(
+                f"Labels of {str(labels.dtype).removeprefix('torch.')} can name {most} classes only, and the model has "
+                f"{self.classes}: larger labels came out as other numbers. Keep labels as int64 from the start, or set "
+                "model.args.num_classes to what the data has."
+            )
+        labels = labels.long()  # uint16 knows no comparison
         wrong = torch.nonzero((labels < 0) | (labels >= self.classes)).flatten()
         if len(wrong):
             place = int(wrong[0])
@@ -177,7 +190,43 @@ def build_task(config: TaskConfig, seed: int | None = None) -> Task:
             f"task.name = {config.name!r}: its weight = {task.weight!r} is not a word for what the weight that loss() "
             'returns counts. Make it "samples", or another word such as "tokens".'
         )
+    check_attributes(task)
     return task
+
+
+METHODS = ("forward", "loss", "metrics", "guesses", "summary", "probe", "check", "check_targets")
+
+
+def check_attributes(task: Task) -> None:
+    """Raise UsageError if the task keeps a value of its own under a name that means something to distloop."""
+    kind, best = type(task).__name__, task.best
+    for name in METHODS:
+        if not callable(value := getattr(task, name)) or isinstance(value, nn.modules.loss._Loss):
+            raise UsageError(
+                f"{kind}.{name} is a {type(value).__name__}, and distloop calls {name}() of a task. Give the value "
+                f"another name, such as self.own_{name}, and use it in the method {name}()."
+            )
+    if not isinstance(task.weight, str) or task.weight not in ("samples", "tokens", "pixels"):
+        raise UsageError(
+            f"{kind}.weight = {_shown(task.weight)}: distloop reads there what the weight of loss() counts: "
+            '"samples", "tokens" or "pixels". Give a value of your own, such as weights of classes, another name.'
+        )
+    is_pair = isinstance(best, (tuple, list)) and len(best) == 2
+    if not is_pair or not isinstance(best[0], str) or best[1] not in ("min", "max"):
+        raise UsageError(
+            f"{kind}.best = {_shown(best)}: give the name of a metric, and whether less or more of it is better, such "
+            'as ("accuracy", "max").'
+        )
+    if isinstance(task.classes, bool) or not isinstance(task.classes, (int, np.integer)) or task.classes < 0:
+        raise UsageError(
+            f"{kind}.classes = {_shown(task.classes)}: distloop keeps the number of classes there. Give names of "
+            "classes another name, such as self.class_names; DataSource(…, classes=…) shows them in the report."
+        )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"a {type(value).__name__}"
 
 
 def try_out(task: Task, model: nn.Module, example: Any, source: Any) -> None:
@@ -187,18 +236,44 @@ def try_out(task: Task, model: nn.Module, example: Any, source: Any) -> None:
     """
     model.eval()
     with torch.no_grad():
-        outputs = task.forward(model, example)
+        try:
+            outputs = task.forward(model, example)
+        except RuntimeError as error:
+            if not OF_DTYPES.search(str(error)):
+                raise
+            raise UsageError(_of_dtypes(model, example, error)) from error
         task.probe(outputs)
         guesses = task.guesses(outputs, example)
         check_guesses(guesses, 1 if task.weight == "samples" or guesses is None else len(guesses[0]))
     model.train()
     for name, half in (("training", source.train), ("validation", source.validation)):
         # Other data sets may change their targets as they load samples: the loader checks their batches.
-        if hasattr(half, "batch") and getattr(half, "targets", None) is not None:
+        if isinstance(half, InMemory) and gives_batches(half):
             try:
                 task.check_targets(half.targets)
             except UsageError as error:
                 raise UsageError(f"In the {name} data: {error}") from None
+
+
+def _of_dtypes(model: nn.Module, example: Any, error: Exception) -> str:
+    """What to do about a forward pass that failed because of the dtypes in the batch."""
+    found = ((what, part(example)) for what, part in (("inputs", inputs_of), ("targets", targets_of)))
+    try:
+        forms = [f"{what} {_form(value)}" for what, value in found]
+    except UsageError:  # a batch of another form
+        forms = [f"a {type(example).__name__}"]
+    own = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return (
+        f"The model does not take what the data gives ({str(error).splitlines()[0]}). A batch of the first sample has "
+        f"{', '.join(forms)}, and the model's parameters are {own}. Integers and bools stay what they are: give "
+        "floats from __getitem__, such as image.float() / 255, or .long() where the model counts or looks up."
+    )
+
+
+def _form(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"of type {type(value).__name__}"
+    return f"of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
 def check_guesses(guesses: Guesses | None, samples: int) -> None:

@@ -1,8 +1,10 @@
 """Validation: every sample counted exactly once, the same sums on any number of ranks."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,13 +19,25 @@ from distloop.data.seeding import Place, generators_restored, seed_place
 from distloop.errors import RunFailed, UsageError
 from distloop.ranks.places import Position
 from distloop.ranks.ranks import Ranks
+from distloop.ranks.sums import describe, plain_number
 from distloop.run.attempt import Attempt
-from distloop.run.metrics import plain_values
+from distloop.run.metrics import check_names, plain_values
 from distloop.training.details import Details
 from distloop.training.tasks import Task
 from distloop.training.weights import Weights
 
 Forms = dict[str, tuple[tuple[int, ...], bool]]  # name -> shape, whether it is floating
+
+EXCHANGED: tuple[torch.dtype, ...] = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+)
+EXCHANGED += (torch.int8, torch.bool, torch.complex64, torch.complex128)  # the dtypes that gloo and NCCL know
 
 
 class Validation:
@@ -92,10 +106,12 @@ def validate(
             loss, weight = task.loss(outputs, batch)
             weights.check(weight, sampler.size(position) if task.weight == "samples" else None)
             sums_of_batch = {"loss": loss, "weight": weight, "samples": sampler.size(position)}
-            sums_of_batch |= task.metrics(outputs, batch)
+            metrics = task.metrics(outputs, batch)
+            check_names("metrics", metrics)
+            sums_of_batch |= metrics
             rows.append({})
             for name, value in sums_of_batch.items():
-                tensor = torch.as_tensor(value)
+                tensor = exact_tensor(name, value)
                 if tensor.is_floating_point():
                     rows[-1][name] = tensor
                 else:
@@ -111,7 +127,33 @@ def validate(
     if details is not None:
         details.gather(sampler)
     seed_place(Place.SUMMARY, seed, device)
-    return {**plain_values("task.summary()", task.summary(sums)), "samples": int(sums["samples"])}
+    return summary_of(task, sums)
+
+
+def summary_of(task: Task, sums: dict[str, Tensor]) -> dict[str, Any]:
+    """The task's summary of these sums, with `samples`. Raises UsageError for names that distloop uses itself, and for
+    values that are no numbers."""
+    samples, values = int(sums["samples"]), task.summary(sums)
+    if isinstance(values, Mapping) and plain_number(values.get("samples")) == samples:  # handed on as it came
+        values = {name: value for name, value in values.items() if name != "samples"}
+    check_names("summary", values)
+    arrays = (Tensor, np.ndarray)  # of one number, as a metric's compute() may give it
+    values = {n: v.reshape(()) if isinstance(v, arrays) and math.prod(v.shape) == 1 else v for n, v in values.items()}
+    return {**plain_values("task.summary()", values), "samples": samples}
+
+
+def exact_tensor(name: str, value: Any) -> Tensor:
+    """A sum that a task gives as a tensor: Python's floats in float64, not in float32. Raises UsageError for what is
+    not made of real numbers."""
+    try:
+        # An array may have negative strides, which a tensor has not.
+        tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    except (TypeError, ValueError):
+        tensor = None
+    if tensor is None or tensor.is_complex():
+        kind = f"complex {describe(value)}" if tensor is not None else describe(value)
+        raise UsageError(f"task.metrics(): {name} is a {kind}; give real numbers, as numbers, arrays or tensors.")
+    return tensor
 
 
 def refuse_short_loader(batches: int, sampler: FixedBatchSampler) -> None:
@@ -132,19 +174,24 @@ def add_in_batch_order(
     `rows`: the float sums of each of this rank's batches; a table [batches, …] of them is added up. `counts`: the
     integer sums over this rank's batches, which are exact in any order (a table of confusion matrices would not fit).
     """
-    own = {**rows[0], **counts} if rows else {}
-    forms = [_forms(own)]
+    own = [{name: (tuple(value.shape), True) for name, value in row.items()} for row in rows]
+    found = [merged([*own, {name: (tuple(value.shape), False) for name, value in counts.items()}])]
     distributed = sampler.world_size > 1
-    if distributed:
-        dist.broadcast_object_list(forms)  # a rank may have no batch at all; rank 0 has the first
-        if rows:
-            refuse_other_forms(_forms(own), forms[0], sampler.rank)
+    if distributed:  # a rank may have no batch at all, or none with a name that others have
+        found *= sampler.world_size
+        dist.all_gather_object(found, found[0])
+        for rank, there in enumerate(found):
+            refuse_other_shapes(there, found[0], rank)
+    forms = merged(found)
     sums: dict[str, Tensor] = {}
-    for name, (shape, floating) in forms[0].items():
+    for name, (shape, floating) in forms.items():
         if floating:
             table = torch.zeros((sampler.batches, *shape), dtype=torch.float64)
             for position, row in enumerate(rows):
-                table[sampler.rank + position * sampler.world_size] = row[name].cpu()
+                if name in row:
+                    table[sampler.rank + position * sampler.world_size] = row[name].cpu()
+            if name in counts:  # it was an integer in some batches, such as 0
+                table[sampler.rank] += counts[name].cpu()
         else:
             table = counts.get(name, torch.zeros(shape, dtype=torch.int64)).cpu()[None]
         if distributed:
@@ -154,21 +201,30 @@ def add_in_batch_order(
     return sums
 
 
-def refuse_other_forms(here: Forms, there: Forms, rank: int) -> None:
-    """Raise UsageError if the sums of this rank have other names or shapes than those of rank 0, `there`."""
-    for name in dict.fromkeys([*there, *here]):
-        if here.get(name) != there.get(name):
-            texts = [f"of shape {list(form[0])}" if (form := forms.get(name)) else "missing" for forms in (here, there)]
+def refuse_other_shapes(there: Forms, forms: Forms, rank: int) -> None:
+    """Raise UsageError if sums of this rank, `there`, have other shapes than those of rank 0."""
+    for name, (shape, _) in there.items():
+        if name in forms and forms[name][0] != shape:
             raise UsageError(
-                f"In validation the sum {name!r} is {texts[0]} on rank {rank}, but {texts[1]} on rank 0. The model's "
-                "outputs and what task.metrics() makes of them must have one form on all ranks: their code must not "
-                "ask which rank it runs on."
+                f"In validation the sum {name!r} is of shape {list(shape)} on rank {rank}, but of shape "
+                f"{list(forms[name][0])} on rank 0. The model's outputs and what task.metrics() makes of them must "
+                "have one form on all ranks: their code must not ask which rank it runs on."
             )
 
 
-def _forms(sums: dict[str, Tensor]) -> Forms:
-    """The shape of each, and whether it is floating."""
-    return {name: (tuple(value.shape), value.is_floating_point()) for name, value in sums.items()}
+def merged(found: Iterable[Forms]) -> Forms:
+    """The form of each sum over all batches, in the order in which they are found. Raises UsageError for shapes that
+    differ."""
+    forms: Forms = {}
+    for name, (shape, floating) in (item for each in found for item in each.items()):
+        known, was_floating = forms.get(name, (shape, False))
+        if known != shape:
+            raise UsageError(
+                f"task.metrics(): {name} has the shape {list(known)} in one batch and {list(shape)} in another. Give "
+                "sums over the batch, of one shape."
+            )
+        forms[name] = (shape, floating or was_floating)
+    return forms
 
 
 def broadcast_buffers(*models: nn.Module | None) -> None:
@@ -176,4 +232,9 @@ def broadcast_buffers(*models: nn.Module | None) -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
         for model in models:
             for buffer in model.buffers() if model is not None else ():
-                dist.broadcast(buffer, src=0)
+                if buffer.dtype in EXCHANGED:
+                    dist.broadcast(buffer, src=0)
+                else:  # no group sends int16 or float8: their bytes
+                    whole = buffer.contiguous()
+                    dist.broadcast(whole.reshape(-1).view(torch.uint8), src=0)
+                    buffer.copy_(whole)

@@ -117,6 +117,9 @@ def make_model(differs: str = "", number: float = 0.0) -> nn.Module:
 class Two(nn.Module):
     """Two equal layers, a and b, which are made in this order."""
 
+    a: nn.Linear
+    b: nn.Linear
+
     def __init__(self, order: str) -> None:
         super().__init__()
         for name in order:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import default_collate
 
-from distloop.data.datasets import InMemory
+from distloop.data.datasets import InMemory, WholeBatches
 from distloop.tasks import Task, targets_of
 
 ROWS, VALIDATED, CLASSES = 96, 21, 3
@@ -50,7 +50,7 @@ class Rows:
         return self.inputs[index], self.labels[index]
 
 
-class Batches(Rows):
+class Batches(Rows, WholeBatches):
     """Gives whole batches, of which each is scaled by a number that it draws."""
 
     draws = 0

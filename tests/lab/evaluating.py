@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
+
+from distloop.data import DataSource
 
 
 class Net(nn.Sequential):
@@ -14,9 +16,8 @@ class Net(nn.Sequential):
         )
 
 
-def noise() -> tuple[Dataset, Dataset]:
+def noise() -> DataSource:
     """100 pictures of noise, in ten classes."""
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(100, 1, 8, 8, generator=generator), torch.arange(100) % 10)
-    data.classes = [str(digit) for digit in range(10)]  # type: ignore[attr-defined]
-    return data, data
+    return DataSource(data, data, classes=[str(digit) for digit in range(10)])

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from distloop.config.settings import Data
 from distloop.data import fingerprint as module
-from distloop.data.datasets import DataSource
-from distloop.data.fingerprint import fingerprint, fingerprint_of, is_other
+from distloop.data.datasets import DataSource, WholeBatches
+from distloop.data.fingerprint import fingerprint, fingerprint_of, is_other, without_errors
 
 
 class Pair(NamedTuple):
@@ -129,11 +132,7 @@ def raising(index: int) -> int:
 
 @pytest.mark.parametrize(
     ("make", "said"),
-    [
-        (lambda index: np.random.default_rng().random(), "differs under the same seed"),
-        (lambda index: object(), ""),
-        (raising, "raises OSError"),
-    ],
+    [(lambda index: np.random.default_rng().random(), "differs under the same seed"), (raising, "raises OSError")],
 )
 def test_samples_that_say_nothing_of_the_data_do_not_keep_a_run_from_going_on(make: Any, said: str) -> None:
     known = fingerprint(Samples(make))
@@ -141,6 +140,87 @@ def test_samples_that_say_nothing_of_the_data_do_not_keep_a_run_from_going_on(ma
     assert not is_other(known, fingerprint(Samples(make)))
     assert not is_other(known, fingerprint(Samples(int)))
     assert not is_other(fingerprint(Samples(int)), known)
+
+
+class Unreadable:
+    """A value that has no bytes."""
+
+
+def test_a_part_without_bytes_does_not_hide_the_others() -> None:
+    known = fingerprint(Samples(lambda index: (torch.tensor(index), Unreadable(), {index})))
+    assert known == fingerprint(Samples(lambda index: (torch.tensor(index), Unreadable(), {index})))
+    assert is_other(known, fingerprint(Samples(lambda index: (torch.tensor(index + 1), Unreadable(), {index}))))
+
+
+class Reversed(WholeBatches):
+    """Gives whole batches, of which the order may be another one; samples alone cannot be had."""
+
+    def __init__(self, sign: int) -> None:
+        self.sign = sign
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> None:
+        raise NotImplementedError
+
+    def batch(self, indices: NDArray[np.int64], random: NDArray[np.float64]) -> Any:
+        return torch.tensor(self.sign * indices)
+
+
+def test_a_data_set_of_whole_batches_is_known_by_what_batch_gives() -> None:
+    known = fingerprint(Reversed(1))
+    assert known == fingerprint(Reversed(1))
+    assert is_other(known, fingerprint(Reversed(-1)))
+
+
+def test_where_the_data_lie_is_none_of_their_contents(tmp_path: Path) -> None:
+    def of(folder: str, name: str) -> dict[str, Any]:
+        root = tmp_path / folder
+
+        def make(index: int) -> Any:
+            return index, root / f"{index}.png", f"{root}/{name}"
+
+        return fingerprint(Samples(make), Data(root=str(root), workers=0))
+
+    assert of("here", "a") == of("there", "a")
+    assert is_other(of("here", "a"), of("here", "b"))
+
+
+def test_sums_in_samples_are_rounded_alike_on_any_number_of_threads() -> None:
+    numbers = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
+    known = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        known.append(fingerprint(Samples(lambda index: (numbers * index).sum())))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(1)
+    assert known[0] == known[1] == known[2]
+
+
+class WithLock:
+    """A data set that a new process can inherit, and that nobody can copy."""
+
+    def __init__(self) -> None:
+        self.lock = multiprocessing.get_context("forkserver").Lock()
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> int:
+        with self.lock:
+            return index
+
+
+def test_beside_a_gpu_a_data_set_that_cannot_be_copied_is_looked_at_in_a_loader_process() -> None:
+    found = fingerprint(WithLock(), Data(workers=1), torch.device("cuda"))
+    assert found["contents"] == fingerprint(Samples(int))["contents"]
+
+
+def test_no_file_keeps_the_words_of_an_error() -> None:
+    found = without_errors(fingerprint(Samples(raising)))
+    assert set(found["contents"].values()) == {"raises OSError"}
+    assert not is_other(found, fingerprint(Samples(int)))
 
 
 def test_a_checkpoint_without_contents_fits_samples_of_any_contents() -> None:

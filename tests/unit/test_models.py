@@ -43,6 +43,8 @@ def test_the_model_is_compiled_in_place_where_the_config_says_so(monkeypatch: py
     model = built(compile=True)
     assert compiled == [model]
     assert list(model.state_dict()) == list(plain.state_dict())
+    own = built(compile=True, model=Model("tests.lab.bordering:Compiles"))  # its compile() is another one's
+    assert compiled == [model, own]
 
 
 @pytest.mark.parametrize(("norm", "kind"), [("group", nn.GroupNorm), ("batch", nn.BatchNorm2d), ("none", nn.Identity)])

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
+from torchvision.datasets import VisionDataset
 
 from distloop.config.settings import Data
 from distloop.data.datasets import DataSource, InMemory
@@ -146,10 +147,14 @@ def test_classes_have_the_data_sets_names_and_those_without_a_name_their_number(
 
 
 def test_names_are_found_as_torchvisions_data_sets_have_them(tmp_path: Path) -> None:
+    class OfTorchvision(InMemory, VisionDataset):
+        classes = ("cat", "dog")
+
     outputs, labels = scores(classes=2)
-    dataset = InMemory(outputs, labels)
-    dataset.classes = ["cat", "dog"]  # type: ignore[attr-defined]
-    assert validated(outputs, labels, tmp_path, dataset=dataset)[1]["classes"] == ["cat", "dog"]
+    assert validated(outputs, labels, tmp_path, dataset=OfTorchvision(outputs, labels))[1]["classes"] == ["cat", "dog"]
+    other = InMemory(outputs, labels)
+    other.classes = ["cat", "dog"]  # type: ignore[attr-defined]
+    assert validated(outputs, labels, tmp_path, dataset=other)[1]["classes"] is None
 
 
 @pytest.mark.parametrize(("classes", "whole"), [(1000, True), (1001, False)])

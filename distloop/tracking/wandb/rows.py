@@ -70,7 +70,7 @@ def as_logged(row: dict[str, Any], run: Path, redone_until: int) -> dict[str, An
             logged[f"{kind}/{name}"] = _nan_for_none(value)
     if kind == "validate":
         with contextlib.suppress(Exception):  # without its pictures the row still has its numbers
-            logged |= media_of(run, step)
+            logged = media_of(run, step) | logged  # a metric of the task may be called mistakes
     return logged
 
 

@@ -1,0 +1,48 @@
+"""What a module keeps beside its tensors, and what of a module a checkpoint cannot hold."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distloop.errors import UsageError
+
+
+def tensors_and_extra(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(parameters and buffers, what else its state_dict() has: what get_extra_state() gives), by their names there. A
+    tensor of get_extra_state() belongs to the rest: its shape may change."""
+    state = model.state_dict()
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and not is_extra(name)}
+    return tensors, {name: value for name, value in state.items() if name not in tensors}
+
+
+def is_extra(name: str) -> bool:
+    """Whether a name of a state_dict() is that of a module's extra state."""
+    return name.rpartition(".")[2] == "_extra_state"  # as PyTorch calls it
+
+
+def check_tensors(what: str, model: nn.Module, is_built: bool = True) -> None:
+    """Raise UsageError for a tensor that a checkpoint cannot hold. `what`: begins the message, such as "model.".
+    `is_built`: a forward pass has initialised what torch's lazy modules leave open."""
+    for name, tensor in tensors_and_extra(model)[0].items():
+        if problem := next(_problems(tensor, is_built), None):
+            raise UsageError(f"{what}{name} {problem}")
+
+
+def _problems(tensor: Tensor, is_built: bool) -> Iterator[str]:
+    if nn.parameter.is_lazy(tensor):
+        if is_built:
+            yield "is not initialised: no forward pass used its lazy module. Take it out, or give it its size."
+    elif tensor.is_meta:
+        yield "has no values: it is on the meta device. Build the model on the CPU, or call to_empty() and fill it."
+    elif tensor.is_quantized:
+        yield "is quantised, and cannot be trained or saved. Train the float model, and quantise it afterwards."
+    elif tensor.layout != torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.")
+        yield (
+            f"is a tensor of layout {layout}, which a checkpoint cannot hold. Register what it is made of, such as "
+            "indices and values, as buffers; or register it with persistent=False, if __init__ makes it anew."
+        )
+    elif hasattr(type(tensor), "__tensor_flatten__"):
+        yield f"is a {type(tensor).__name__}, a tensor made of others, which a checkpoint cannot hold. Use plain ones."

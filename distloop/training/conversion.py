@@ -1,0 +1,81 @@
+"""A model as its user has built it, on the device and in the config's dtype: exact, or refused by name."""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from distloop.data.batches import COMPLEX
+from distloop.errors import UsageError
+from distloop.run.module_state import check_tensors
+
+# What is called of a module, here, in PyTorch and in Accelerate.
+METHODS = "forward train eval to apply children modules named_modules parameters named_parameters buffers named_buffers"
+METHODS += " state_dict load_state_dict zero_grad compile"
+
+
+def convert(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model on `device`, in place: its floating tensors in `dtype`, complex ones in the complex dtype of that
+    precision; buffers that are views of fewer numbers than they show become whole. Raises UsageError for what would
+    become something else, or hides what a module does."""
+    for name, module in model.named_modules():
+        if hidden := [method for method in METHODS.split() if not callable(getattr(module, method))]:
+            kind = type(module).__name__
+            raise UsageError(
+                f"The {_place(name, kind)} has an attribute {hidden[0]} of its own, in the place of the method of all "
+                "modules. Give it another name."
+            )
+    check_tensors("The model's ", model, is_built=False)
+    for name, tensor in _named_tensors(model):
+        _check_values(name, tensor, dtype)
+    _make_whole(model)
+    if any(tensor.is_complex() for _, tensor in _named_tensors(model)):
+
+        def converted(tensor: Tensor) -> Tensor:
+            if tensor.is_complex():
+                return tensor.to(device, COMPLEX[dtype])
+            return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+        return model._apply(converted)  # as Module.to() does it, which makes complex numbers real
+    return model.to(device, dtype)
+
+
+def _place(name: str, kind: str) -> str:
+    return f"model's {name} ({kind})" if name else f"model, a {kind},"
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    return ((name, tensor) for name, tensor in tensors if not nn.parameter.is_lazy(tensor))
+
+
+@torch.no_grad()
+def _check_values(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != torch.float64 or dtype == torch.float64 or tensor.layout != torch.strided:  # all others fit
+        return
+    narrow = tensor.to(dtype).double()
+    wrong = ((narrow != tensor) & (tensor == tensor.round())) | ((narrow == 0) & (tensor != 0))
+    wrong &= ~tensor.isnan()
+    if bool(wrong.any()):
+        value, other = (float(values[wrong][0]) for values in (tensor, narrow))
+        raise UsageError(
+            f"The model's {name} is float64 and holds {value:.17g}, which the config's dtype, float32, makes "
+            f"{other:.17g}. Keep whole numbers in an int64 buffer, or set dtype: float64."
+        )
+
+
+def _make_whole(model: nn.Module) -> None:
+    """Give buffers that expand() made, of which many elements are one number in memory, memory of their own: nothing
+    can be copied into the others, as loading a checkpoint does."""
+    whole: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if any(stride == 0 and size > 1 for stride, size in _strides(buffer)):
+                setattr(module, name, whole.setdefault(id(buffer), buffer.clone(memory_format=torch.contiguous_format)))
+
+
+def _strides(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    if tensor.layout != torch.strided or nn.parameter.is_lazy(tensor):
+        return iter(())
+    return zip(tensor.stride(), tensor.shape, strict=True)
