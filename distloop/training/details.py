@@ -90,8 +90,8 @@ class Details:
             dist.all_gather(mistakes, self.mistakes)
         if sampler.rank == 0 and self.has_guesses:  # rank 0 always has a batch
             self.details = self._read(_largest(torch.cat(mistakes, 1)).T.tolist(), sampler.samples)
-            if self.classes and int(self.cells.sum()) != sampler.samples:  # a batch was left out
-                self.details = None
+            if not self.counts_samples and self.classes and int(self.cells.sum()) != sampler.samples:
+                self.details = None  # a batch was left out
 
     def _read(self, mistakes: list[list[int]], samples: int) -> dict[str, Any]:
         table = self.cells[:-1].cpu().reshape(self.classes, self.width)
