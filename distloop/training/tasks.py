@@ -5,8 +5,9 @@ micro-batch and divides by no batch size. Metrics are sums, too, so that validat
 and counts every sample once.
 """
 
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ from distloop.errors import UsageError
 
 Sums = dict[str, Tensor]
 Guesses = tuple[Tensor, Tensor, Tensor]
+
+# What torchvision's models give in training: their module, class, and the weight of each auxiliary loss (Szegedy et al.
+# 2015, "Going deeper with convolutions"; torchvision's own recipe for Inception).
+AUXILIARY = (("googlenet", "GoogLeNetOutputs", 0.3), ("inception", "InceptionOutputs", 0.4))
 
 
 class Task:
@@ -85,10 +90,19 @@ class Classification(Task):
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = label_smoothing
 
-    def loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, int]:
+    def loss(self, outputs: Any, batch: Any) -> tuple[Tensor, int]:
+        """Those of torchvision's googlenet and inception_v3 in training have auxiliary outputs, with their weights."""
         targets = targets_of(batch).long()  # labels may be of any integer type
-        loss = functional.cross_entropy(outputs, targets, reduction="sum", label_smoothing=self.label_smoothing)
-        return loss, len(targets)
+        if isinstance(outputs, Tensor):
+            return self._cross_entropy(outputs, targets), len(targets)
+        if not (factor := auxiliary_weight(outputs)):
+            _refuse(outputs)
+        logits, *auxiliary = outputs
+        others = sum(self._cross_entropy(each, targets) for each in auxiliary if each is not None)
+        return self._cross_entropy(logits, targets) + factor * others, len(targets)
+
+    def _cross_entropy(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(outputs, targets, reduction="sum", label_smoothing=self.label_smoothing)
 
     def metrics(self, outputs: Tensor, batch: Any) -> Sums:
         return {"correct": (outputs.argmax(1) == targets_of(batch)).sum()}
@@ -111,8 +125,7 @@ class Classification(Task):
 
     def probe(self, outputs: Any) -> None:
         if not isinstance(outputs, Tensor) or outputs.ndim != 2:
-            shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise UsageError(f"task classification needs outputs of shape [batch, classes]; the model gave {shape}.")
+            _refuse(outputs)
         self.classes = outputs.shape[1]
 
     def check(self, batch: Any, indices: Sequence[int]) -> None:
@@ -133,6 +146,26 @@ class Classification(Task):
                 f"the model has {self.classes} classes (0 to {self.classes - 1}). Correct the data, or set "
                 "model.args.num_classes."
             )
+
+
+def auxiliary_weight(outputs: Any) -> float:
+    """The weight of each auxiliary loss beside that of the first of these outputs; 0 for outputs of another kind."""
+    for module, name, weight in AUXILIARY:
+        if isinstance(outputs, getattr(sys.modules.get(f"torchvision.models.{module}"), name, ())):
+            return weight
+    return 0.0
+
+
+def _refuse(outputs: Any) -> NoReturn:
+    """Raise UsageError for outputs that classification has no loss for."""
+    name = type(outputs).__name__
+    given, more = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}", ""
+    if isinstance(outputs, Tensor):
+        given = f"{list(outputs.shape)}"
+    elif isinstance(outputs, (dict, tuple, list)):
+        given += f" of {', '.join(map(str, outputs))}" if isinstance(outputs, dict) else f" of {len(outputs)}"
+        more = " Let it return the logits alone, or write a task with a loss() of your own (docs/own-code.md)."
+    raise UsageError(f"task classification needs outputs of shape [batch, classes]; the model gave {given}.{more}")
 
 
 class Regression(Task):
