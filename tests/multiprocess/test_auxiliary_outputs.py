@@ -87,6 +87,6 @@ def test_torchvisions_inception_trains(tmp_path: Path) -> None:
 
 
 def large_pictures() -> DataSource:
-    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, 299, 299, generator=torch.Generator().manual_seed(0))
     half = TensorDataset(images, torch.arange(2))
     return DataSource(half, half, classes=("cat", "dog"))
