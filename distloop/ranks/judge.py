@@ -82,7 +82,8 @@ class Judge:
         """Send the verdict to the other ranks, also to rank 0, which may have been suspended; then end this rank."""
         self.connections.send(verdict=verdict)
         if several and not self._is_leaving:
-            self.watch.leave_within(STUCK_SECONDS, verdict.code, verdict.reason if verdict.code else None)
+            seconds = STUCK_SECONDS + self.watch.grace_seconds
+            self.watch.leave_within(seconds, verdict.code, verdict.reason if verdict.code else None)
         self.has_decided.set()
 
     def _record(self, end: End, places: Sequence[Place], is_rank_0_lost: bool, reason: str) -> None:
@@ -101,7 +102,7 @@ class Judge:
             if several:
                 self._is_leaving = True
                 failure = self.verdict.reason if self.verdict.code else None
-                self.watch.leave_within(LEAVE_SECONDS, self.verdict.code, failure)
+                self.watch.leave_within(LEAVE_SECONDS + self.watch.grace_seconds, self.verdict.code, failure)
             return self.verdict
 
 

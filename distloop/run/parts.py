@@ -150,7 +150,13 @@ def load_start(start: Start, parts: Parts) -> tuple[LoopState, str | None]:
         load_parts(start.checkpoint, parts, stored)
         same_config = read_manifest(start.checkpoint)["config_sha256"] == start.identity["config_sha256"]
         finished_because = stored.get("finished") if same_config else None  # else --resume extend goes on
-        state = LoopState(stored["step"], tuple(stored["epoch_sums"]), stored["best"], stored["skipped_steps"])
+        state = LoopState(
+            stored["step"],
+            tuple(stored["epoch_sums"]),
+            stored["best"],
+            stored["skipped_steps"],
+            stored.get("unvalidated", False),  # not in a checkpoint of an earlier version
+        )
         return state, finished_because
     if start.weights:
         if (model := dict(existing(parts)).get("model")) is None:

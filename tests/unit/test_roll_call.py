@@ -31,6 +31,7 @@ class FakeWatch:
 
     def __init__(self) -> None:
         self.leaves: list[float | None] = []
+        self.grace_seconds = 0.0
         self.attempt: Any = AttemptBase()
         self.wish = None
 

@@ -81,11 +81,13 @@ def train(config: Config, ranks: Ranks) -> None:
         validated_model = bare_model
         if average.module is not None:
             validated_model = accelerator.prepare_model(average.module, evaluation_mode=True)
-        validate = Validation(config, validated_model, task, data, run, ranks)
+        validate = Validation(config, validated_model, task, data, run, ranks, trackers)
         parameters = [parameter for parameter in bare_model.parameters() if parameter.requires_grad]
         losses = LossSums(device, state.epoch_sums)
         finite = FiniteCheck(config.train.on_nonfinite, bare_model, optimizer, scaler, plan, state.skipped_steps)
         trackers.begin(bare_model, device)
+        if state.unvalidated:  # its validation has failed, in an attempt before
+            metrics = validate(step, parts, state)
 
         # ==== THE LOOP ==========================================================================================
         model.train()
@@ -133,11 +135,9 @@ def train(config: Config, ranks: Ranks) -> None:
             if due.end_of_epoch:
                 trackers.log("epoch", step, loss=means["running_loss"])
                 losses.begin_epoch()
-            if due.validation:
-                with run.phase("validation"):
-                    metrics = validate(step)  # all ranks share the work, with rank 0's buffers
-                trackers.log("validate", step, **metrics)
-                best.update(step, metrics)
+            if due.validation:  # all ranks share the work, with rank 0's buffers; logs the row, updates best
+                state = LoopState(step, losses.epoch_sums, best.row, finite.skipped_steps)
+                metrics = validate(step, parts, state)  # where it fails, rank 0 saves this step first
             if due.save or stop_reason or best.step == step:
                 with run.phase("checkpoint"):
                     finite.check_parameters(step, parameters)
