@@ -18,6 +18,7 @@ from distloop.config.places import root_for_code
 from distloop.config.registry import call, resolve
 from distloop.config.settings import Data
 from distloop.data.augment import DRAWS, shift_and_flip
+from distloop.data.bad_samples import BadSamples
 from distloop.data.download import load_or_download
 from distloop.data.seeding import Place, building
 from distloop.errors import UsageError
@@ -37,6 +38,8 @@ class DataSource:
     std: tuple[float, ...] | None = None
     # Of the halves, by their names, once they are found (fingerprint.py): samples are loaded for them.
     fingerprints: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    # Those of the training half that the run has left out so far.
+    bad_samples: BadSamples = dataclasses.field(default_factory=BadSamples, init=False, repr=False, compare=False)
 
 
 class InMemory:

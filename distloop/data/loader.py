@@ -11,16 +11,18 @@ from typing import cast as cast_type
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from distloop.config.registry import import_callable
 from distloop.config.settings import Config, Data
+from distloop.data.bad_samples import BadSample, listed, load_samples, without_bad
 from distloop.data.batches import inputs_of, targets_of, to_model
 from distloop.data.datasets import DataSource, InMemory
-from distloop.data.order import MicroBatch, MicroBatchSampler, Plan
+from distloop.data.order import MicroBatch, MicroBatchSampler, Part, Plan
 from distloop.data.seeding import Place, seed_building, seed_forward, seed_place, seed_sample, uniforms
 from distloop.data.workers import leave_signals_to_parent, signals_blocked, start_forkserver
-from distloop.errors import UsageError
+from distloop.errors import UsageError, add_note
 from distloop.ranks.environment import cpus_per_rank
 from distloop.ranks.leaving import kill_workers
 from distloop.ranks.places import Position
@@ -31,6 +33,9 @@ class ChecksBatches(Protocol):
 
     @property
     def checks_targets_only(self) -> bool: ...
+
+    @property
+    def weight(self) -> str: ...
 
     def check(self, batch: Any, indices: Any) -> None: ...
 
@@ -43,38 +48,60 @@ class SeededDataset(Dataset):
     torch, numpy and random are seeded before each sample; for a batch() of the user's, as for the batch's first one.
     """
 
-    def __init__(self, dataset: Any, seed: int, collate: Callable[[list], Any], check: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        seed: int,
+        collate: Callable[[list], Any],
+        check: Callable[..., None],
+        name: str = "the data",
+        skips: bool = False,
+    ) -> None:
+        """`name`: of the data set, in messages. `skips`: samples that cannot be loaded are missing in their batches; an
+        item is then (batch, list of them)."""
         self.dataset, self.seed, self.collate, self.check = dataset, seed, collate, check
+        self.name, self.skips = name, skips
         self.draws_nothing = getattr(type(dataset), "batch", None) is InMemory.batch and check is no_check
 
     def __reduce__(self) -> Any:
         """For loader processes that are not forked: they import the user's module as they unpickle the data set. It
         then draws what it drew in load_data(), since the seed is unpickled before the data set."""
-        return _unpickled, (_SeedFirst(self.seed), self.dataset, self.collate, self.check)
+        return _unpickled, (_SeedFirst(self.seed), self.dataset, self.collate, self.check, self.name, self.skips)
 
     def __getitems__(self, micro_batch: MicroBatch) -> Any:
         """The batch of these indices. A DataLoader calls this with an item of its batch sampler."""
         epoch, indices = micro_batch
-        if hasattr(self.dataset, "batch"):
-            if not self.draws_nothing:  # a batch() or a check of the user's
-                seed_sample(self.seed, epoch, int(indices[0]))
-            batch = self.dataset.batch(indices, uniforms(self.seed, epoch, indices, self.dataset.draws))
-        else:
-            samples = []
-            for index in indices.tolist():
-                seed_sample(self.seed, epoch, index)
-                samples.append(self.dataset[index])
-            try:
-                batch = self.collate(samples)
-            except (RuntimeError, TypeError) as error:
-                if self.collate is not default_collate:
-                    raise
-                raise UsageError(
-                    f"Samples {indices.tolist()[:5]} and the rest of their batch do not go together: {error}\n"
-                    "Give all samples one form, or name a function of your own with data.collate."
-                ) from None
-        self.check(batch, indices)
-        return batch
+        bad: list[BadSample] = []
+        place = "batch()"
+        try:
+            if hasattr(self.dataset, "batch"):
+                if not self.draws_nothing:  # a batch() or a check of the user's
+                    seed_sample(self.seed, epoch, int(indices[0]))
+                batch = self.dataset.batch(indices, uniforms(self.seed, epoch, indices, self.dataset.draws))
+            else:
+                place = ""  # load_samples() names the sample
+                samples, bad = load_samples(self.dataset, self.seed, epoch, indices.tolist(), self.name, self.skips)
+                indices = np.array([index for index, _ in samples]) if bad else indices
+                place = "data.collate"
+                batch = self._collated([sample for _, sample in samples], indices)
+            place = "task.check()"
+            self.check(batch, indices)
+        except Exception as error:
+            if place:
+                add_note(error, f"{place}, with samples {listed(indices)} of {self.name}")
+            raise
+        return (batch, bad) if self.skips else batch
+
+    def _collated(self, samples: list[Any], indices: NDArray[np.int64]) -> Any:
+        try:
+            return self.collate(samples)
+        except (RuntimeError, TypeError) as error:
+            if self.collate is not default_collate:
+                raise
+            raise UsageError(
+                f"Samples {indices.tolist()[:5]} and the rest of their batch do not go together: {error}\n"
+                "Give all samples one form, or name a function of your own with data.collate."
+            ) from None
 
 
 class _SeedFirst:
@@ -92,8 +119,8 @@ def _seed_before_import(seed: int) -> int:
     return seed
 
 
-def _unpickled(seed: int, dataset: Any, collate: Callable[[list], Any], check: Callable[..., None]) -> SeededDataset:
-    return SeededDataset(dataset, seed, collate, check)
+def _unpickled(seed: int, dataset: Any, *rest: Any) -> SeededDataset:
+    return SeededDataset(dataset, seed, *rest)
 
 
 def identity(batch: Any) -> Any:
@@ -124,8 +151,15 @@ def collate_of(config: Data) -> Callable[[list], Any]:
 
 def example_batch(source: DataSource, config: Data, seed: int, dtype: torch.dtype, samples: int = 1) -> Any:
     """A batch of the first training samples, in the form that the model takes."""
-    dataset = SeededDataset(source.train, seed, collate_of(config), no_check)
-    return to_model(dataset.__getitems__(MicroBatch(0, np.arange(samples))), source, dtype)
+    skips, name = config.on_bad_sample == "skip", name_of(source.train, source, config)
+    dataset = SeededDataset(source.train, seed, collate_of(config), no_check, name, skips)
+    item = dataset.__getitems__(MicroBatch(0, np.arange(samples)))
+    return to_model(item[0] if skips else item, source, dtype)
+
+
+def name_of(dataset: Any, source: DataSource, config: Data) -> str:
+    """Which half of the data this is, in words."""
+    return f"the {'training' if dataset is source.train else 'validation'} data (data.name = {config.name!r})"
 
 
 def offers_to_model(example: Any, source: DataSource) -> dict[str, Any]:
@@ -155,15 +189,17 @@ def make_loader(
     dataset: Any,
     sampler: Iterable[MicroBatch],
     persistent: bool = False,
+    skips: bool = False,
 ) -> Loader:
     """Batches of `dataset` in `sampler`'s order, on `device`, in the form that the model takes. The sampler yields this
-    rank's indices only, so that Accelerate does not shard them. `persistent` keeps the workers between iterations."""
+    rank's indices only, so that Accelerate does not shard them. `persistent` keeps the workers between iterations.
+    `skips`: samples that cannot be loaded are left out, and each item is (batch, list of them)."""
     workers = worker_count(config, dataset)
     in_memory = hasattr(dataset, "batch") and getattr(dataset, "targets", None) is not None
     # try_out() has checked all targets that are in memory.
     check = no_check if task is None or (in_memory and task.checks_targets_only) else task.check
     loader = DataLoader(
-        SeededDataset(dataset, seed, collate_of(config), check),
+        SeededDataset(dataset, seed, collate_of(config), check, name_of(dataset, source, config), skips),
         batch_sampler=cast_type(Any, sampler),  # its items go to __getitems__
         num_workers=workers,
         collate_fn=identity,
@@ -180,6 +216,8 @@ def make_loader(
     prepared = prepare_data_loader(
         loader, device=device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
     )
+    if skips:
+        return Loader(prepared, lambda item: (to_model(item[0], source, dtype), item[1]))
     return Loader(prepared, lambda batch: to_model(batch, source, dtype))
 
 
@@ -199,6 +237,7 @@ class Micro(NamedTuple):
     is_last: bool  # of this rank's in the step
     is_empty: bool
     scale: float  # of the sum of its losses: DDP's mean over the ranks becomes the mean over the step; 0 if empty
+    samples: int = 0  # how many it has; 0 if empty
 
 
 class TrainBatches:
@@ -220,14 +259,33 @@ class TrainBatches:
         self.plan, self.seed, self.device, self.position = plan, config.seed, device, position
         self.sampler = MicroBatchSampler(plan, first_step)
         dtype = getattr(torch, config.dtype)
-        loader = make_loader(config.data, source, task, config.seed, device, dtype, source.train, self.sampler)
+        self.skips, self.bad_samples = config.data.on_bad_sample == "skip", source.bad_samples
+        self.weight = "samples" if task is None else task.weight
+        self.name = name_of(source.train, source, config.data)
+        kind = (config.seed, device, dtype, source.train, self.sampler)
+        loader = make_loader(config.data, source, task, *kind, skips=self.skips)
         self.batches = waiting(loader)  # one iterator through all epochs: loader workers start once
 
     def of_step(self, step: int) -> Iterator[Micro]:
         """This rank's micro-batches of `step`, counted from 0. Before each, and after the last one, the global random
         generators are seeded. Take all of them. Raises RuntimeError if the loader is at another step."""
         self.position.start_step(step + 1)
-        scale = self.plan.world_size / self.plan.sample_count(step)
+        epoch = self.plan.span(step)[0]
+        self.position.samples = lambda: f"{listed(self.plan.order(epoch, part.start, part.stop))} of {self.name}"
+        count, loaded = self.plan.sample_count(step), self._loaded(step)
+        if self.skips:
+            loaded, present = without_bad(list(loaded), self.bad_samples, self.plan)
+            count = present if self.weight == "samples" else count  # other weights are added up after the last batch
+        scale = self.plan.world_size / max(1, count)
+        for batch, part, samples in loaded:
+            seed_forward(self.seed, step, part.number, self.device)
+            self.position.enter("forward and backward pass")
+            yield Micro(batch, part.is_last, not samples, scale if samples else 0.0, samples)
+        seed_place(Place.UPDATE, self.seed, self.device, step)  # alike on all ranks, which had other micro-batches
+        self.position.enter("parameter update")
+
+    def _loaded(self, step: int) -> Iterable[tuple[Any, Part, int]]:
+        """(batch, part, its number of samples) of this rank's micro-batches of `step`."""
         is_last = False
         while not is_last:
             self.position.enter("loading a batch")
@@ -238,9 +296,5 @@ class TrainBatches:
                     f"batches.of_step({step}): the next micro-batch belongs to step {part.step}. Ask for the steps one "
                     "after the other, and take all micro-batches of each."
                 )
-            seed_forward(self.seed, step, part.number, self.device)
-            is_last, is_empty = part.is_last, part.start == part.stop
-            self.position.enter("forward and backward pass")
-            yield Micro(batch, is_last, is_empty, 0.0 if is_empty else scale)
-        seed_place(Place.UPDATE, self.seed, self.device, step)  # alike on all ranks, which had other micro-batches
-        self.position.enter("parameter update")
+            is_last = part.is_last
+            yield batch, part, part.stop - part.start

@@ -117,6 +117,8 @@ def validate(
         details.begin(device)
     rows: list[dict[str, Tensor]] = []
     counts: dict[str, Tensor] = {}
+    if here is not None:
+        here.samples = lambda: "{} to {} of the validation data".format(*sampler.span(position))
     with torch.no_grad():
         for position, batch in enumerate(loader):
             seed_place(Place.VALIDATION, seed, device, sampler.rank + position * sampler.world_size)
