@@ -2,13 +2,14 @@
 
 import bisect
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, Subset, get_worker_info
 
 from distloop.config.secrets import clean_message
 from distloop.data.order import Part, Plan
@@ -28,7 +29,8 @@ MISTAKES = (
 OF_FILES = (OSError, EOFError, SyntaxError)  # what reading a damaged file raises, PIL's "broken PNG file" among them
 
 
-class BadSample(NamedTuple):
+@dataclasses.dataclass(frozen=True, order=True)
+class BadSample:
     """A sample that cannot be loaded."""
 
     index: int
@@ -68,7 +70,7 @@ def bad_sample(error: Exception, dataset: Any, index: int, data: str, skips: boo
     path = path_of(dataset, index)
     if not is_of_the_sample(error):
         add_note(error, f"loading sample {index} of {data}{f', {path}' if path else ''}")
-        raise error
+        raise _one_that_travels(error)
     bad = BadSample(index, path, clean_message(f"{type(error).__name__}: {error}")[:MOST_LETTERS])
     if skips:
         return bad
@@ -79,7 +81,21 @@ def bad_sample(error: Exception, dataset: Any, index: int, data: str, skips: boo
         ) from None
     more = "; --data.on-bad-sample skip trains without samples that cannot be loaded"
     add_note(error, f"loading sample {index} of {data}{f', {path}' if path else ''}{more}")
-    raise error
+    raise _one_that_travels(error)
+
+
+def _one_that_travels(error: Exception) -> Exception:
+    """The error; in a loader process one with its message and notes, if torch, which raises it again in the main
+    process from a text alone, could not do that with its class."""
+    if get_worker_info() is None or isinstance(error, KeyError):  # torch has a text of its own for a KeyError
+        return error
+    with contextlib.suppress(Exception):
+        if str(type(error)("a text")) == "a text":
+            return error
+    other = RuntimeError(f"{type(error).__name__}: {error}")
+    other.__cause__ = error
+    other.__notes__ = error.__notes__
+    return other
 
 
 def load_samples(
@@ -136,7 +152,7 @@ class BadSamples:
         """For state.json, without a key if no sample was left out."""
         if not self.indices:
             return {}
-        listed = [each._asdict() for each in self.listed]
+        listed = [dataclasses.asdict(each) for each in self.listed]
         return {"bad_samples": {"indices": sorted(self.indices), "listed": listed}}
 
     def load(self, stored: dict[str, Any]) -> None:
@@ -163,7 +179,7 @@ def without_bad(loaded: list[Any], left_out: BadSamples, plan: Plan) -> tuple[li
     all ranks to `left_out`, and says them. Collective."""
     found = [(batch, part, max(0, samples - len(bad))) for (batch, bad), part, samples in loaded]
     # The batch in the place of an empty part has another rank's sample.
-    bad = [BadSample(*each) for (_, bad), _, samples in loaded if samples for each in bad]
+    bad: list[BadSample] = [each for (_, bad), _, samples in loaded if samples for each in bad]
     present = sum(samples for _, _, samples in found)
     if plan.world_size > 1:
         counts = torch.tensor([present, len(bad)])  # on the CPU: no step waits for a GPU

@@ -269,9 +269,9 @@ class TrainBatches:
     def of_step(self, step: int) -> Iterator[Micro]:
         """This rank's micro-batches of `step`, counted from 0. Before each, and after the last one, the global random
         generators are seeded. Take all of them. Raises RuntimeError if the loader is at another step."""
+        part: Part
         self.position.start_step(step + 1)
-        epoch = self.plan.span(step)[0]
-        self.position.samples = lambda: f"{listed(self.plan.order(epoch, part.start, part.stop))} of {self.name}"
+        self.position.samples = lambda: f"{listed(self.plan.indices(part))} of {self.name}"
         count, loaded = self.plan.sample_count(step), self._loaded(step)
         if self.skips:
             loaded, present = without_bad(list(loaded), self.bad_samples, self.plan)

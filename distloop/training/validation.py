@@ -118,6 +118,7 @@ def validate(
     rows: list[dict[str, Tensor]] = []
     counts: dict[str, Tensor] = {}
     if here is not None:
+        position = 0
         here.samples = lambda: "{} to {} of the validation data".format(*sampler.span(position))
     with torch.no_grad():
         for position, batch in enumerate(loader):

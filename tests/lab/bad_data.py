@@ -76,7 +76,7 @@ class Mistaken(Regression):
         return super().loss(outputs, batch)
 
     def metrics(self, outputs: Tensor, batch: Any) -> dict[str, Tensor]:
-        return {} if self.method != "metrics" else {"share": 1 / torch.tensor([]).item()}
+        return {} if self.method != "metrics" else {"share": torch.tensor([]).max()}
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
         return {"loss": float(sums["loss"] / (sums["nothing"] if self.method == "summary" else sums["weight"]))}

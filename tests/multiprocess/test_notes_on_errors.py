@@ -72,7 +72,7 @@ def test_the_model_is_named_with_its_inner_module(tmp_path: Path, world_size: in
 def test_a_sample_is_named_also_from_a_worker(tmp_path: Path, error: str, workers: int, world_size: int) -> None:
     bad = list(range(1, SAMPLES, 2))  # not the first one, with which the model is tried out
     data = {"args": {"bad": bad, "error": error}, "workers": workers}
-    outcome, notes, record = failed(tmp_path, world_size, data=data)
+    _, notes, record = failed(tmp_path, world_size, data=data)
     [note] = [note for note in notes if note.startswith("loading sample ")]
     index = int(note.split()[2])
     assert index in bad
