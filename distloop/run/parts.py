@@ -164,7 +164,7 @@ def load_start(start: Start, parts: Parts, bad_samples: BadSamples | None = None
             tuple(stored["epoch_sums"]),
             stored["best"],
             stored["skipped_steps"],
-            stored.get("unvalidated", False),  # not in a checkpoint of an earlier version
+            stored.get("unvalidated", False),
         )
         return state, finished_because
     if start.weights:

@@ -129,7 +129,7 @@ def test_the_validation_after_the_last_step_is_made_up_for_and_nothing_trains_ag
     run = run_of(folder)
     assert [row["attempt"] for row in rows(run, "train")] == [1] * STEPS
     assert (status(run)["state"], status(run)["step"]) == ("finished", STEPS)
-    assert state_of(run, STEPS)["unvalidated"] is False
+    assert "unvalidated" not in state_of(run, STEPS)
     assert f"(step {STEPS})" in outcome.output
     check_same(run, expected)
 
@@ -213,7 +213,7 @@ def test_a_stop_during_the_later_validation_stops_in_order(tmp_path: Path, world
         stage.let_go(folder, "summary")
         ranks.join().check()
     assert status(run)["state"] == "stopped"
-    assert not state_of(run, steps_saved(run)[-1])["unvalidated"]
+    assert "unvalidated" not in state_of(run, steps_saved(run)[-1])
     train(folder, words, world_size).check()
     assert [row["step"] for row in rows(run, "validate")] == VALIDATED
     assert losses(run) == losses(expected)
