@@ -7,12 +7,16 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from distloop.errors import RunFailed
 from distloop.ranks.judge import STUCK_SECONDS
+from distloop.ranks.verdicts import Verdict
 from distloop.run.checkpoint import newest_good
+from distloop.training.validation import Validation
 from tests.tools import stage
 from tests.tools.ranks import Outcome, Ranks, train, wait_until, write_config
 from tests.tools.records import found, largest_difference, losses, rows, run_of, status, steps_saved, weights
@@ -219,3 +223,14 @@ def test_a_stop_during_the_later_validation_stops_in_order(tmp_path: Path, world
     assert losses(run) == losses(expected)
     assert status(run)["best"] == status(expected)["best"]
     assert largest_difference(weights(run), weights(expected)) == 0
+
+
+def test_no_batch_is_validated_once_another_rank_has_failed() -> None:
+    roll_call = SimpleNamespace(verdict=None)
+    validation = Validation.__new__(Validation)
+    validation.loader, validation.ranks = [1, 2, 3], SimpleNamespace(roll_call=roll_call)  # type: ignore[assignment]
+    batches = validation._until_verdict()
+    assert next(batches) == 1
+    roll_call.verdict = Verdict(1, "rank 1 failed first", "")
+    with pytest.raises(RunFailed, match="rank 1 failed first"):
+        next(batches)
