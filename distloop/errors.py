@@ -27,6 +27,16 @@ class StoppedEarly(Exception):
     """The run is asked to stop before it has begun: printed as one message, exit code 0. Nothing is lost."""
 
 
+NOTE = "distloop: "  # the first word of what distloop notes on an error
+
+
+def add_note(error: BaseException, text: str) -> None:
+    """Note on an error of the user's code what is known of it: the note follows the error's message in a traceback,
+    also in that which comes from a loader process. What is a message for the user is left alone."""
+    if not isinstance(error, (UsageError, RunFailed, StoppedEarly)):
+        error.add_note(f"{NOTE}{text}")
+
+
 def suggest(word: str, known: list[str]) -> str:
     """ " Did you mean 'x'?" with the word of `known` nearest to `word`, else the list of them if it is short."""
     import difflib

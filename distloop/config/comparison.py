@@ -27,6 +27,7 @@ FREE_KEYS: tuple[str, ...] = (
 )
 FREE_KEYS += ("data.root", "data.workers", "data.timeout_seconds", "train.detect_anomaly")
 FREE_KEYS += ("train.on_nonfinite",)  # the steps before the first non-finite one are the same with both values
+FREE_KEYS += ("data.on_bad_sample",)  # the same, for the first bad sample
 FREE_KEYS += ("validate", "checkpoint", "stop", "log", "tracking", "ddp")
 # --resume extend may not change these either: step 100 of a checkpoint means something else with another value.
 FIXED_KEYS = ("seed", "dtype", "data.name", "model", "optim.name", "batch.global_size", "batch.remainder", "init_from")

@@ -9,7 +9,7 @@ from typing import Any
 
 from distloop.config.notes import way_out
 from distloop.config.places import start_folder
-from distloop.errors import UsageError, suggest
+from distloop.errors import UsageError, add_note, suggest
 
 
 def resolve(key: str, name: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -66,7 +66,9 @@ def call(key: str, function: Callable[..., Any], arguments: dict[str, Any], offe
         raise UsageError(f"{key} = {arguments}: {error}; it takes ({takes}).{way_out(key, arguments)}") from None
     try:
         return function(**arguments, **extra)
-    except (TypeError, ValueError, RuntimeError) as error:
-        if not function.__module__.startswith("distloop."):
-            raise  # the user's own code: they need the traceback
-        raise UsageError(f"{key} = {arguments}: {error}.") from None
+    except Exception as error:
+        if function.__module__.startswith("distloop.") and isinstance(error, (TypeError, ValueError, RuntimeError)):
+            raise UsageError(f"{key} = {arguments}: {error}.") from None
+        name = f"{function.__module__}:{getattr(function, '__qualname__', function)}"
+        add_note(error, f"calling {name}, which {key.partition('.')[0]}.name names, with {key} = {arguments}")
+        raise  # the user's own code: they need the traceback

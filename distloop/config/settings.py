@@ -61,6 +61,9 @@ class Data:
     by the ranks of the machine."""
     timeout_seconds: PositiveInt = 600
     """How long loader processes may take for a batch before the run fails instead of waiting for them."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """When a training sample cannot be loaded: stop: the run ends and names it. skip: its place in the step stays
+    empty; the run fails if more than 1 % of the samples are bad."""
     collate: str | None = None
     """module:callable that makes a batch of a list of samples (default: PyTorch's)."""
     args: Arguments = no_arguments()

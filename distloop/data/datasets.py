@@ -21,6 +21,7 @@ from distloop.config.places import root_for_code
 from distloop.config.registry import call, resolve
 from distloop.config.settings import Data
 from distloop.data.augment import DRAWS, shift_and_flip
+from distloop.data.bad_samples import BadSamples
 from distloop.data.download import load_or_download
 from distloop.data.pictures import load_picture
 from distloop.data.seeding import Place, building
@@ -41,6 +42,8 @@ class DataSource:
     std: Sequence[float] | None = None
     # Of the halves, by their names, once they are found (fingerprint.py): samples are loaded for them.
     fingerprints: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    # Those of the training half that the run has left out so far.
+    bad_samples: BadSamples = dataclasses.field(default_factory=BadSamples, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Keeps tuples, also of lists and arrays. Raises UsageError for values that mean something else."""

@@ -17,8 +17,9 @@ from distloop.config.places import root_for_code
 from distloop.config.settings import Data
 from distloop.data.datasets import DataSource, InMemory, gives_batches
 from distloop.data.lengths import WORDS, in_words, short
-from distloop.data.loader import SeedFirst, worker_count
+from distloop.data.loader import worker_count
 from distloop.data.look import look
+from distloop.data.seeded import SeedFirst
 from distloop.data.seeding import generators_restored, seed_sample, uniforms
 
 SAMPLES = 8  # of a data set, at equal distances from the first to the last

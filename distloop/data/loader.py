@@ -4,134 +4,26 @@ import atexit
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from typing import cast as cast_type
 
 import torch
 from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader
 
-from distloop.config.registry import import_callable
 from distloop.config.settings import Config, Data
+from distloop.data.bad_samples import listed, without_bad
 from distloop.data.batches import inputs_of, targets_of, to_model
-from distloop.data.datasets import DataSource, InMemory, class_names, gives_batches
-from distloop.data.lengths import in_words, refuse_other_length, short
-from distloop.data.order import Half, MicroBatch, MicroBatchSampler, Plan
-from distloop.data.seeding import Place, seed_building, seed_forward, seed_place, seed_sample, uniforms
+from distloop.data.datasets import DataSource, class_names, gives_batches
+from distloop.data.lengths import refuse_other_length
+from distloop.data.order import MicroBatch, MicroBatchSampler, Part, Plan
+from distloop.data.seeded import ChecksBatches, SeededDataset, check_of, collate_of, identity, name_of
+from distloop.data.seeding import Place, seed_forward, seed_place
 from distloop.data.workers import leave_signals_to_parent, signals_blocked, start_forkserver
 from distloop.errors import UsageError
 from distloop.ranks.environment import cpus_per_rank
 from distloop.ranks.leaving import kill_workers
 from distloop.ranks.places import Position
-
-
-class ChecksBatches(Protocol):
-    """The part of a task that the loader uses: see distloop.tasks.Task."""
-
-    @property
-    def checks_targets_only(self) -> bool: ...
-
-    @property
-    def weight(self) -> str: ...
-
-    def check(self, batch: Any, indices: Any) -> None: ...
-
-
-class SeededDataset(Dataset):
-    """A data set whose items are whole micro-batches.
-
-    A sample's random numbers depend on (seed, epoch, index), not on the process, worker or batch that loads it. Data
-    sets that give whole batches (WholeBatches) get the numbers as an argument. For others the global generators of
-    torch, numpy and random are seeded before each sample; for a batch() of the user's, as for the batch's first one.
-    """
-
-    def __init__(self, dataset: Any, seed: int, collate: Callable[[list], Any], check: Callable[..., None]) -> None:
-        self.dataset, self.seed, self.collate, self.check = dataset, seed, collate, check
-        self.gives_batches = gives_batches(dataset)
-        self.draws_nothing = _takes_rows(dataset) and check is no_check
-
-    def __reduce__(self) -> Any:
-        """For loader processes that are not forked: they import the user's module as they unpickle the data set. It
-        then draws what it drew in load_data(), since the seed is unpickled before the data set."""
-        return _unpickled, (SeedFirst(self.seed), self.dataset, self.collate, self.check)
-
-    def __getitems__(self, micro_batch: MicroBatch) -> Any:
-        """The batch of these indices. A DataLoader calls this with an item of its batch sampler."""
-        if not isinstance(micro_batch, Half):
-            return self._load(micro_batch)
-        try:
-            return self._load(micro_batch)
-        except Exception:  # a collate function, or a check, of the user's may want whole batches
-            return None
-
-    __getitem__ = __getitems__  # for a loader without a batch sampler (look.py)
-
-    def _load(self, micro_batch: MicroBatch) -> Any:
-        epoch, indices = micro_batch
-        index = int(indices[0])
-        if self.gives_batches:
-            if not self.draws_nothing:  # a batch() or a check of the user's
-                seed_sample(self.seed, epoch, index)
-            batch = self.dataset.batch(indices, uniforms(self.seed, epoch, indices, self.dataset.draws))
-        else:
-            samples = []
-            try:
-                for index in indices.tolist():
-                    seed_sample(self.seed, epoch, index)
-                    samples.append(self.dataset[index])
-            except (IndexError, StopIteration) as error:
-                what = f"The data ({type(self.dataset).__name__})"
-                raise short(what, len(self.dataset), index, in_words(error)) from None
-            try:
-                batch = self.collate(samples)
-            except StopIteration as error:  # it would end the epoch without a word
-                raise RuntimeError(f"data.collate raised {in_words(error)}") from error
-            except (RuntimeError, TypeError, ValueError) as error:
-                if self.collate is not default_collate:
-                    raise
-                if "negative" in str(error):
-                    raise UsageError(
-                        f"Samples {indices.tolist()[:5]}: an array is seen backwards, as array[::-1] gives it, and no "
-                        "tensor can be. Give a copy from __getitem__: array[::-1].copy()."
-                    ) from None
-                raise UsageError(
-                    f"Samples {indices.tolist()[:5]} and the rest of their batch do not go together: {error}\n"
-                    "Give all samples one form, or name a function of your own with data.collate."
-                ) from None
-        self.check(batch, indices)
-        return batch
-
-
-class SeedFirst:
-    """A seed that seeds the global generators when it is unpickled, as load_data() does, and becomes a number."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def __reduce__(self) -> Any:
-        return _seed_before_import, (self.seed,)
-
-
-def _seed_before_import(seed: int) -> int:
-    seed_building(Place.DATA, seed)
-    return seed
-
-
-def _unpickled(seed: int, dataset: Any, collate: Callable[[list], Any], check: Callable[..., None]) -> SeededDataset:
-    return SeededDataset(dataset, seed, collate, check)
-
-
-def _takes_rows(dataset: Any) -> bool:
-    """Whether batches are rows of two tensors: without code of the user's, which could draw, or change targets."""
-    return gives_batches(dataset) and type(dataset).batch is InMemory.batch
-
-
-def identity(batch: Any) -> Any:
-    return batch
-
-
-def no_check(batch: Any, indices: Any) -> None:
-    """In place of Task.check, for batches that need no check."""
 
 
 class Loader:
@@ -145,11 +37,6 @@ class Loader:
         with signals_blocked():  # workers start with the first batch
             first = list(itertools.islice(batches, 1))
         yield from map(self.finish, itertools.chain(first, batches))
-
-
-def collate_of(config: Data) -> Callable[[list], Any]:
-    """The config's collate function, or PyTorch's."""
-    return import_callable("data.collate", config.collate) if config.collate else default_collate
 
 
 def offers_to_model(example: Any, source: DataSource) -> dict[str, Any]:
@@ -178,12 +65,16 @@ def make_loader(
     dataset: Any,
     sampler: Iterable[MicroBatch],
     persistent: bool = False,
+    skips: bool = False,
 ) -> Loader:
     """Batches of `dataset` in `sampler`'s order, on `device`, in the form that the model takes. The sampler yields this
-    rank's indices only, so that Accelerate does not shard them. `persistent` keeps the workers between iterations."""
+    rank's indices only, so that Accelerate does not shard them. `persistent` keeps the workers between iterations.
+    `skips`: samples that cannot be loaded are left out, and each item is (batch, list of them)."""
     workers = worker_count(config, dataset)
     loader = DataLoader(
-        SeededDataset(dataset, seed, collate_of(config), check_of(task, dataset)),
+        SeededDataset(
+            dataset, seed, collate_of(config), check_of(task, dataset), name_of(dataset, source, config), skips
+        ),
         batch_sampler=cast_type(Any, sampler),  # its items go to __getitems__
         num_workers=workers,
         collate_fn=identity,
@@ -199,12 +90,15 @@ def make_loader(
     prepared = prepare_data_loader(
         loader, device=device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
     )
-    return Loader(prepared, lambda batch: None if batch is None else to_model(batch, source, dtype, device))
 
+    def finish(item: Any) -> Any:
+        if item is None:
+            return None
+        batch, *bad = item if skips else (item,)
+        batch = to_model(batch, source, dtype, device)
+        return (batch, *bad) if skips else batch
 
-def check_of(task: ChecksBatches | None, dataset: Any) -> Callable[..., None]:
-    """The check of the data set's batches; none of targets in memory, all of which try_out() has checked."""
-    return no_check if task is None or (_takes_rows(dataset) and task.checks_targets_only) else task.check
+    return Loader(prepared, finish)
 
 
 def worker_count(config: Data, dataset: Any) -> int:
@@ -247,22 +141,49 @@ class TrainBatches:
         self.counts_samples = task is not None and task.weight == "samples"
         self.sampler = MicroBatchSampler(plan, first_step)
         dtype = getattr(torch, config.dtype)
-        loader = make_loader(config.data, source, task, config.seed, device, dtype, source.train, self.sampler)
+        self.skips, self.bad_samples = config.data.on_bad_sample == "skip", source.bad_samples
+        self.weight = "samples" if task is None else task.weight
+        self.name = name_of(source.train, source, config.data)
+        kind = (config.seed, device, dtype, source.train, self.sampler)
+        loader = make_loader(config.data, source, task, *kind, skips=self.skips)
         self.batches = waiting(loader)  # one iterator through all epochs: loader workers start once
 
-    def rehearsal(self) -> list[Any]:
+    def rehearsal(self) -> tuple[list[Any], int]:
         """The first micro-batch, and its two halves if all ranks' have two samples: loaded before those of the steps,
-        and in addition to them. None in the place of a half that cannot be loaded alone. Call it before of_step()."""
+        and in addition to them; and the first one's number of samples. None in the place of a half that cannot be
+        loaded alone. Call it before of_step()."""
         self.sampler.rehearses = True
-        return list(itertools.islice(self.batches, len(self.sampler.rehearsal())))
+        asked_for = self.sampler.rehearsal()
+        items = list(itertools.islice(self.batches, len(asked_for)))
+        samples = len(asked_for[0].indices)
+        if self.skips:
+            samples = max(1, samples - len(items[0][1]))
+            items = [item and item[0] for item in items]
+        return items, samples
 
     def of_step(self, step: int) -> Iterator[Micro]:
         """This rank's micro-batches of `step`, counted from 0. Before each, and after the last one, the global random
         generators are seeded. Take all of them. Raises RuntimeError if the loader is at another step."""
+        part: Part
         self.position.start_step(step + 1)
+        self.position.samples = lambda: f"{listed(self.plan.indices(part))} of {self.name}"
         if step % self.plan.steps_per_epoch == 0:
             refuse_other_length("train", self.dataset, self.length)
-        scale = self.plan.world_size / self.plan.sample_count(step)
+        count, loaded = self.plan.sample_count(step), self._loaded(step)
+        if self.skips:
+            loaded, present = without_bad(list(loaded), self.bad_samples, self.plan)
+            count = present if self.weight == "samples" else count  # other weights are added up after the last batch
+        scale = self.plan.world_size / max(1, count)
+        for batch, part, present in loaded:
+            seed_forward(self.seed, step, part.number, self.device)
+            self.position.enter("forward and backward pass")
+            samples = max(1, present) if self.counts_samples else None  # one stands in the place of none
+            yield Micro(batch, part.is_last, not present, scale if present else 0.0, samples)
+        seed_place(Place.UPDATE, self.seed, self.device, step)  # alike on all ranks, which had other micro-batches
+        self.position.enter("parameter update")
+
+    def _loaded(self, step: int) -> Iterable[tuple[Any, Part, int]]:
+        """(batch, part, its number of samples) of this rank's micro-batches of `step`."""
         is_last = False
         while not is_last:
             self.position.enter("loading a batch")
@@ -273,10 +194,5 @@ class TrainBatches:
                     f"batches.of_step({step}): the next micro-batch belongs to step {part.step}. Ask for the steps one "
                     "after the other, and take all micro-batches of each."
                 )
-            seed_forward(self.seed, step, part.number, self.device)
-            is_last, is_empty = part.is_last, part.start == part.stop
-            self.position.enter("forward and backward pass")
-            samples = max(1, part.stop - part.start) if self.counts_samples else None
-            yield Micro(batch, is_last, is_empty, 0.0 if is_empty else scale, samples)
-        seed_place(Place.UPDATE, self.seed, self.device, step)  # alike on all ranks, which had other micro-batches
-        self.position.enter("parameter update")
+            is_last = part.is_last
+            yield batch, part, part.stop - part.start

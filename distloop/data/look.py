@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 from distloop.config.settings import Config, Data
 from distloop.data.batches import send, to_model
 from distloop.data.datasets import DataSource
-from distloop.data.loader import ChecksBatches, SeededDataset, check_of, collate_of, identity, no_check, worker_count
+from distloop.data.loader import worker_count
 from distloop.data.order import FixedBatchSampler, MicroBatch
+from distloop.data.seeded import ChecksBatches, SeededDataset, check_of, collate_of, identity, name_of, no_check
 from distloop.data.workers import leave_signals_to_parent, signals_blocked, start_forkserver
 
 
@@ -55,8 +56,10 @@ def first_validation_batch(
     """The first batch that the sampler gives this rank, or rank 0's if it gives none, on `device` in the form that the
     model takes; and the number of samples that were asked for."""
     first = next(iter(sampler), None) or MicroBatch(0, np.arange(min(sampler.samples, sampler.batch_size)))
-    dataset = SeededDataset(source.validation, config.seed, collate_of(config.data), check_of(task, source.validation))
-    [batch] = look(dataset, [first], worker_count(config.data, source.validation), config.data, device)
+    data, settings = source.validation, config.data
+    name = name_of(data, source, settings)
+    dataset = SeededDataset(data, config.seed, collate_of(settings), check_of(task, data), name)
+    [batch] = look(dataset, [first], worker_count(settings, data), settings, device)
     batch = to_model(send(batch, device), source, getattr(torch, config.dtype), device)
     return batch, len(first.indices)
 
@@ -70,7 +73,8 @@ def example_batch(
     device: torch.device | None = None,
 ) -> Any:
     """A batch of the first training samples, on the CPU, in the form that the model takes. `device`: the model's."""
-    dataset = SeededDataset(source.train, seed, collate_of(config), no_check)
+    skips, name = config.on_bad_sample == "skip", name_of(source.train, source, config)
+    dataset = SeededDataset(source.train, seed, collate_of(config), no_check, name, skips)
     items = [MicroBatch(0, np.arange(samples))]
-    [batch] = look(dataset, items, worker_count(config, source.train), config, device)
-    return to_model(batch, source, dtype)
+    [item] = look(dataset, items, worker_count(config, source.train), config, device)
+    return to_model(item[0] if skips else item, source, dtype)

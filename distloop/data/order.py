@@ -181,6 +181,10 @@ class Plan:
             for part in range(rank, parts, self.world_size)
         ]
 
+    def indices(self, part: Part) -> NDArray[np.int64]:
+        """The indices of the samples of a micro-batch, int64 [part.stop - part.start]."""
+        return self.order(self.span(part.step)[0], part.start, part.stop)
+
 
 def accumulation_steps(rank_batch_size: int, micro_batch_size: int | None) -> int:
     """The least number of equal micro-batches, none larger than `micro_batch_size`, that make a rank's batch."""

@@ -11,6 +11,7 @@ from distloop.ranks.connection import Connections
 from distloop.ranks.places import Place
 from distloop.ranks.stopping import Watch
 from distloop.ranks.talking import say, speaks
+from distloop.ranks.user_code import notes_in
 from distloop.ranks.verdicts import BY_KEYBOARD, End, Verdict, first_failure, left_on_purpose, verdict_on
 
 STUCK_SECONDS = 5.0  # after the verdict, for a main thread that hangs in a collective
@@ -82,12 +83,13 @@ class Judge:
         """Send the verdict to the other ranks, also to rank 0, which may have been suspended; then end this rank."""
         self.connections.send(verdict=verdict)
         if several and not self._is_leaving:
-            self.watch.leave_within(STUCK_SECONDS, verdict.code, verdict.reason if verdict.code else None)
+            seconds = STUCK_SECONDS + self.watch.grace_seconds
+            self.watch.leave_within(seconds, verdict.code, verdict.reason if verdict.code else None)
         self.has_decided.set()
 
     def _record(self, end: End, places: Sequence[Place], is_rank_0_lost: bool, reason: str) -> None:
         place, kind, what, trace = end
-        record: dict[str, Any] = {"kind": kind, "what": what, "traceback": trace}
+        record: dict[str, Any] = {"kind": kind, "what": what, "notes": notes_in(trace), "traceback": trace}
         record |= {"rank": place.rank, "node": place.node, "step": place.step, "phase": place.phase, "line": place.line}
         heard = [{"rank": one.place.rank, "kind": one.kind, "what": one.what} for one in self.ends]
         self.watch.attempt.keep_failure({**record, "ranks": table_of(places), "said": heard})
@@ -101,7 +103,7 @@ class Judge:
             if several:
                 self._is_leaving = True
                 failure = self.verdict.reason if self.verdict.code else None
-                self.watch.leave_within(LEAVE_SECONDS, self.verdict.code, failure)
+                self.watch.leave_within(LEAVE_SECONDS + self.watch.grace_seconds, self.verdict.code, failure)
             return self.verdict
 
 

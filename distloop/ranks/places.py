@@ -7,6 +7,7 @@ import threading
 import time
 import traceback
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ class Position:
         self.step = 0  # the one that is being done, from 1; 0: none yet
         self.phase = "starting"
         self.marks = 0  # phases entered since the step began: the same number on all ranks
+        self.samples: Callable[[], str] | None = None  # those that this rank works on, in words, for notes on errors
         self.code: types.CodeType | None = None  # of the function that holds the loop
         self.compares = True  # its line with those of other ranks
         self._lines: LoopLines | None = None

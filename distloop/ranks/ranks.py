@@ -11,6 +11,7 @@ from distloop.ranks.attempt_base import AttemptBase
 from distloop.ranks.roll_call import RollCall
 from distloop.ranks.stopping import StopReason, Watch, end_launcher
 from distloop.ranks.talking import Result, from_main
+from distloop.ranks.user_code import note_user_code
 from distloop.ranks.verdicts import Verdict
 
 
@@ -38,6 +39,8 @@ class Ranks:
         self.messages: list[str] = []  # for the console, which does not exist yet
         self.note: str | None = None  # on errors that a loop of another version may meet
         self.stopped_by: StopReason | None = None
+        self.names: dict[str, str] = {}  # of data, model and task in the config, by their keys
+        self.noted: BaseException | None = None
 
     @property
     def rank(self) -> int:
@@ -65,6 +68,9 @@ class Ranks:
         if self.note and isinstance(error, (AttributeError, ImportError, TypeError)):
             error.add_note(self.note)
             self.note = None  # it is told again when outer contexts close
+        if error is not self.noted:
+            self.noted = error
+            note_user_code(error, self.position, self.names)
         return self.roll_call.report_failure(error)
 
     def __enter__(self) -> Ranks:

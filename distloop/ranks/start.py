@@ -70,6 +70,7 @@ def main(train: Train, arguments: list[str], own: Mapping[str, Any] | None = Non
         config = load_config(arguments, not speaks(os.environ), own or {}, notes=ranks.messages)
     except UsageError as error:
         return ranks.report_failure(error).code
+    ranks.names = {f"{key}.name": getattr(config, key).name for key in ("data", "model", "task")}
     if _copied_from not in (None, "", __version__):
         ranks.note = f"{train.__code__.co_filename} {_difference()}"
         ranks.messages.append(ranks.note)

@@ -106,6 +106,7 @@ class Watch:
         self._longest: dict[str, float] = {}
         self._first_interrupt: float | None = None
         self.failing = False  # leave_within() has set a time limit
+        self.grace_seconds = 0.0  # more than other ranks have to end after a failure: this one has something to save
         self._interrupted = False  # by a second Ctrl-C
         self._raised = False  # KeyboardInterrupt, in the main thread
         self._leave: tuple[float, int, str | None] | None = None  # when the process ends, exit code, why it failed

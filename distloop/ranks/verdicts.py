@@ -11,6 +11,7 @@ from distloop.errors import RunFailed, StoppedEarly, UsageError
 from distloop.ranks.ddp_words import explained
 from distloop.ranks.places import Place
 from distloop.ranks.stopping import StopReason
+from distloop.ranks.user_code import without_notes
 
 SEARCH_SECONDS = 4.0  # if rank 0 hears of consequences only, it waits so long for their cause
 STOP_SECONDS = 60.0  # once this rank is asked to stop: the longest that another one may be silent
@@ -108,9 +109,9 @@ def describe_error(error: BaseException) -> tuple[str, str, str]:
     if isinstance(error, SystemExit):
         what = f"it left with sys.exit({error.code!r}) before the run was done"
     else:
-        what = "".join(traceback.format_exception_only(error)).strip()
-        if str(error).startswith(FROM_WORKER):
-            name = f"{type(error).__name__}: "
+        what = without_notes("".join(traceback.format_exception_only(error))).strip()
+        if found := re.match(rf"{FROM_WORKER}(\w+) in", str(error)):
+            name = f"{found[1]}: "  # the type that the worker met: torch cannot build each one again
             what = f"{name}{what.rsplit(name, 1)[-1]} (in a loader worker)"
     trace = "".join(traceback.format_exception(error))
     return ("consequence" if is_consequence(error) else "failed"), clean_message(what), clean_message(trace)

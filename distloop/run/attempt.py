@@ -72,7 +72,7 @@ class Attempt(AttemptBase):
         """Load the newest good checkpoint, else the weights of --init-from, else none; returns the loop's state.
         `parts`: modules, optimizers, objects with state_dict(), None. Raises UsageError for what does not fit."""
         self.start.messages.extend(check_parts(parts))
-        state, self.finished_because = load_start(self.start, parts)
+        state, self.finished_because = load_start(self.start, parts, self.source.bad_samples)
         self.best.row = self.status.best = state.best
         if self.start.changes and self.ranks.is_main:
             record_start(self.start, self.config, self.ranks.world_size, self.loop)
@@ -82,8 +82,8 @@ class Attempt(AttemptBase):
 
     def save(self, parts: Parts, state: LoopState) -> None:
         """Copy `parts` and the loop's state; a thread writes them as the checkpoint of state.step."""
-        more = {"time": self.accounts.mark()} | ({"finished": why} if (why := self.finished_because) else {})
-        self.saver.save(parts, state, more)
+        more = {"time": self.accounts.mark(), **self.source.bad_samples.state()}
+        self.saver.save(parts, state, more | ({"finished": why} if (why := self.finished_because) else {}))
 
     def finish(self, reason: str) -> StopReason:
         """End the run after this step as finished: returns what to set stop_reason to, before the loop saves. All ranks

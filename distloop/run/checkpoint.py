@@ -57,6 +57,7 @@ class LoopState:
     epoch_sums: tuple[float, float] = (0.0, 0.0)  # Σ loss and Σ weight of the epoch so far, over all ranks
     best: dict[str, Any] | None = None  # the best validation row so far, with its step
     skipped_steps: int = 0  # steps that were left out, by a GradScaler or by train.on_nonfinite
+    unvalidated: bool = False  # the validation after this step has failed, and comes first in the next attempt
 
 
 class Snapshot(NamedTuple):
@@ -89,7 +90,7 @@ def publish(folder: Path, step: int, snapshot: Snapshot, check_ownership: Callab
     for path in (*writing.iterdir(), writing):
         sync(path)
     check_ownership()
-    if final.exists():  # damaged: this attempt did not start from it
+    if final.exists():  # damaged, so that this attempt did not start from it; or not validated, and now it is
         replaced = folder / f".replaced_{final.name}"
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
@@ -110,7 +111,15 @@ def prune(folder: Path, final: Path, keep_last: int, keep: Callable[[int], bool]
 
 
 def clean(folder: Path) -> None:
-    """Remove the leftovers of killed or failed saves."""
+    """Remove the leftovers of killed or failed saves. A whole checkpoint that was to be replaced comes back."""
+    for replaced in folder.glob(".replaced_*"):
+        final = folder / replaced.name.removeprefix(".replaced_")
+        if not final.exists():
+            replaced.rename(final)
+            try:
+                verify(final)
+            except DamagedCheckpoint:
+                final.rename(replaced)
     for leftover in (*folder.glob(".writing_*"), *folder.glob(".replaced_*")):
         shutil.rmtree(leftover, ignore_errors=True)
 

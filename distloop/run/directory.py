@@ -16,6 +16,7 @@ from distloop.errors import UsageError
 from distloop.run import files
 from distloop.run.checkpoint import (
     MANIFEST,
+    STATE,
     clean,
     digest,
     newest_good,
@@ -61,8 +62,11 @@ def open_directory(
             changes.update(_changes_of_data(path, manifest, identity, config))
             changes.update(_changes_of_code(manifest, identity, messages))
             changes.update(_changes_of_loop(path, loop, messages))
-        if redone := set_rows_aside(path / files.METRICS, step):
+        unvalidated = bool(checkpoint and read_json(checkpoint / STATE).get("unvalidated"))
+        if redone := set_rows_aside(path / files.METRICS, step, is_validated=not unvalidated):
             messages.append(f"metrics after step {step}, {redone} of them, were set aside: these steps are done again")
+        if unvalidated:
+            messages.append(f"step {step} is not validated yet: its validation comes first")
         attempt = int(before.get("attempt", 0)) + 1
         loaded = checkpoint / MANIFEST if checkpoint else weights
         sha256 = digest(loaded) if loaded and world_size > 1 else ""

@@ -158,15 +158,20 @@ def set_aside_until(path: Path) -> int:
     return last
 
 
-def set_rows_aside(path: Path, step: int) -> int:
-    """Move the rows of steps after `step`, and damaged lines, to metrics.set_aside.jsonl; returns how many."""
+def set_rows_aside(path: Path, step: int, is_validated: bool = True) -> int:
+    """Move the rows of steps after `step`, and damaged lines, to metrics.set_aside.jsonl; returns how many.
+    `is_validated`: else the row of that step's validation is moved as well."""
     if not path.exists():
         return 0
     kept: list[str] = []
     aside: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            (kept if json.loads(line)["step"] <= step else aside).append(line)
+            row = json.loads(line)
+            is_redone = row["step"] > step or (
+                row["step"] == step and row.get("kind") == "validate" and not is_validated
+            )
+            (aside if is_redone else kept).append(line)
         except (ValueError, KeyError, TypeError):
             aside.append(line)
     if aside:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
+from distloop.data.bad_samples import BadSamples
 from distloop.errors import UsageError
 from distloop.run.checkpoint import (
     EXTRA,
@@ -36,7 +37,7 @@ from distloop.run.module_state import check_tensors, tensors_and_extra
 
 Parts = Mapping[str, Any]
 EXTRA_STATE = "get_extra_state()"
-TAKEN = {*(field.name for field in dataclasses.fields(LoopState)), "time", "finished"}  # keys of state.json
+TAKEN = {*(field.name for field in dataclasses.fields(LoopState)), "time", "finished", "bad_samples"}  # of state.json
 
 
 def check_parts(parts: Parts) -> list[str]:
@@ -161,15 +162,24 @@ def contents_of(parts: Parts, buffers: Any) -> tuple[dict[str, Weights], dict[st
     return weights, others, state
 
 
-def load_start(start: Start, parts: Parts) -> tuple[LoopState, str | None]:
-    """Load the checkpoint or the weights from which an attempt starts. Returns the loop's state and, if the loop had
-    finished early and the process was killed before status.json said so, why it had."""
+def load_start(start: Start, parts: Parts, bad_samples: BadSamples | None = None) -> tuple[LoopState, str | None]:
+    """Load the checkpoint or the weights from which an attempt starts, and which samples were left out. Returns the
+    loop's state and, if the loop had finished early and the process was killed before status.json said so, why it
+    had."""
     if start.checkpoint:
         stored = read_json(start.checkpoint / STATE)
         load_parts(start.checkpoint, parts, stored)
+        if bad_samples is not None:
+            bad_samples.load(stored)
         same_config = read_manifest(start.checkpoint)["config_sha256"] == start.identity["config_sha256"]
         finished_because = stored.get("finished") if same_config else None  # else --resume extend goes on
-        state = LoopState(stored["step"], tuple(stored["epoch_sums"]), stored["best"], stored["skipped_steps"])
+        state = LoopState(
+            stored["step"],
+            tuple(stored["epoch_sums"]),
+            stored["best"],
+            stored["skipped_steps"],
+            stored.get("unvalidated", False),
+        )
         return state, finished_because
     if start.weights:
         if (model := dict(existing(parts)).get("model")) is None:

@@ -136,7 +136,8 @@ class Saver:
         self.wait()
         begun = time.monotonic()
         weights, others, of_parts = contents_of(parts, self.buffers)
-        snapshot = Snapshot(weights, others, {**asdict(state), **more, **of_parts}, self.identity)
+        own = {name: value for name, value in asdict(state).items() if name != "unvalidated" or value}
+        snapshot = Snapshot(weights, others, {**own, **more, **of_parts}, self.identity)
         self.buffers.record()
         self.thread = threading.Thread(
             target=self._write, args=(state.step, state.best, snapshot, begun), name="distloop-save", daemon=True
@@ -179,15 +180,17 @@ class Saver:
             )
             self.published(step, best)
             self.failure = None
+            if snapshot.state.get("unvalidated"):
+                self.watch.say(f"saved step {step}, which is not validated yet: the next start does that first")
         except Exception as error:  # each library has its own for a full disk
             shutil.rmtree(self.folder / f".writing_step_{step:08d}", ignore_errors=True)
             newest = newest_published(self.folder)
             reason = reason_of(error)
             last = f"The last one, {newest.name}, is whole." if newest else "There is none yet."
             self.failure = f"The checkpoint of step {step} could not be written to {self.folder}: {reason}. {last}"
-            stop = self.settings.on_failure == "stop"
-            then = "Stopping (checkpoint.on_failure)." if stop else "The next save tries again."
-            self.watch.say(f"WARNING: {clean_message(self.failure)} {then}")
+            stop = self.settings.on_failure == "stop" and not snapshot.state.get("unvalidated")
+            then = " Stopping (checkpoint.on_failure)." if stop else " The next save tries again."
+            self.watch.say(f"WARNING: {clean_message(self.failure)}{'' if snapshot.state.get('unvalidated') else then}")
             if stop:
                 self.watch.ask(StopReason.SAVE_FAILED)
         finally:

@@ -111,6 +111,7 @@ class Trackers:
         finished = step == self.run.plan.total_steps or stop is StopReason.FINISHED
         why = self.run.finished_because if stop is StopReason.FINISHED else stop.text if stop else None
         self.say(*ending(self.run.path, step, self.run.plan.total_steps, finished, why, self.run.best.row, metrics))
+        self.say(*self.run.source.bad_samples.lines())
         report = None
         if finished and self.config.tracking.report:
             command, environment = own_python("distloop.commands.report", str(self.run.path))

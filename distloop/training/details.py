@@ -19,12 +19,13 @@ from torch import Tensor
 from distloop.config.settings import Data
 from distloop.data.batches import inputs_of
 from distloop.data.datasets import DataSource, class_names
-from distloop.data.loader import SeededDataset, collate_of, no_check
 from distloop.data.order import FixedBatchSampler, MicroBatch
+from distloop.data.seeded import SeededDataset, collate_of, no_check
 from distloop.data.seeding import generators_restored
 from distloop.ranks.talking import say
 from distloop.run.files import VALIDATION, write_text
-from distloop.training.tasks import Guesses, Task, check_guesses
+from distloop.training.tasks import Guesses, Task
+from distloop.training.trying import check_guesses
 
 MISTAKES = 16  # in validation.json
 LARGEST_CONFUSION = 1000  # classes; with more of them only right and wrong predictions are counted for each class

@@ -27,7 +27,8 @@ from distloop.errors import UsageError, suggest
 from distloop.run.module_state import check_tensors
 from distloop.run.same import refuse_unlike_ranks
 from distloop.training.conversion import convert
-from distloop.training.tasks import Task, try_out
+from distloop.training.tasks import Task
+from distloop.training.trying import try_out
 from distloop.training.untrained import refuse_parameters_of_task
 
 Builder = Callable[..., nn.Module]

@@ -55,9 +55,9 @@ def rehearse(
     modules = [bare_model, validate.model, *(part for _, part in existing(parts) if isinstance(part, nn.Module))]
     with generators_restored(), put_back(*modules, task, keep_created=run.start.checkpoint is not None):
         with _rehearsing(task, position, "loading the first batch"):
-            whole, *halves = batches.rehearsal()
+            (whole, *halves), samples = batches.rehearsal()
         with _rehearsing(task, position, "a step of training"):
-            _train(accelerator, model, bare_model, task, whole, batches)
+            _train(accelerator, model, bare_model, task, whole, samples if batches.counts_samples else None, seed)
         with _rehearsing(task, position, "comparing the loss of a batch with those of its halves"):
             _refuse_mean(bare_model, task, [whole, *halves], seed, batches.device)
         with _rehearsing(task, position, "a save"):
@@ -140,13 +140,20 @@ def _refuse_bypass(task: Task, model: OnlyForward) -> None:
 
 
 def _train(
-    accelerator: Accelerator, model: nn.Module, bare_model: nn.Module, task: Task, batch: Any, batches: TrainBatches
+    accelerator: Accelerator,
+    model: nn.Module,
+    bare_model: nn.Module,
+    task: Task,
+    batch: Any,
+    samples: int | None,
+    seed: int,
 ) -> None:
+    """`samples`: which the weight of the loss must count; None: it counts something else."""
     device, known = accelerator.device, {id(parameter) for parameter in bare_model.parameters()}
     for number in range(2 if model is not bare_model else 1):
         offered = OnlyForward(model, bare_model)
         model.train()
-        seed_place(Place.TRIAL, batches.seed, device, number)
+        seed_place(Place.TRIAL, seed, device, number)
         try:
             outputs = task.forward(offered, batch)
             result = task.loss(outputs, batch)
@@ -162,7 +169,7 @@ def _train(
             )
         loss, weight = _checked(task, result)
         weights = Weights()
-        weights.check(weight, len(batches.sampler.rehearsal()[0].indices) if batches.counts_samples else None)
+        weights.check(weight, samples)
         weights.read()
         accelerator.backward(loss)
         refuse_unused_parameters(model, bare_model.parameters(), "in the rehearsal")

@@ -5,9 +5,9 @@ micro-batch and divides by no batch size. Metrics are sums, too, so that validat
 and counts every sample once.
 """
 
-import re
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -17,15 +17,17 @@ from torch.nn import functional
 from distloop.config.registry import call, resolve
 from distloop.config.settings import Task as TaskConfig
 from distloop.data.batches import inputs_of, targets_of
-from distloop.data.datasets import InMemory, gives_batches
 from distloop.data.seeding import Place, building
 from distloop.errors import UsageError
 
 # In torch's errors about tensors of dtypes that do not go together.
-OF_DTYPES = re.compile(r"same dtype|scalar type|type \(.*\) should be the same|not implemented for '\w+'")
 SMALL = {torch.uint8: 256, torch.int8: 128, torch.bool: 2}  # how many classes a label of so few bits can name
 Sums = dict[str, Tensor]
 Guesses = tuple[Tensor, Tensor, Tensor]
+
+# What torchvision's models give in training: their module, class, and the weight of each auxiliary loss (Szegedy et al.
+# 2015, "Going deeper with convolutions"; torchvision's own recipe for Inception).
+AUXILIARY = (("googlenet", "GoogLeNetOutputs", 0.3), ("inception", "InceptionOutputs", 0.4))
 
 
 class Task:
@@ -91,10 +93,19 @@ class Classification(Task):
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = label_smoothing
 
-    def loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, int]:
+    def loss(self, outputs: Any, batch: Any) -> tuple[Tensor, int]:
+        """Those of torchvision's googlenet and inception_v3 in training have auxiliary outputs, with their weights."""
         targets = targets_of(batch).long()  # labels may be of any integer type
-        loss = functional.cross_entropy(outputs, targets, reduction="sum", label_smoothing=self.label_smoothing)
-        return loss, len(targets)
+        if isinstance(outputs, Tensor):
+            return self._cross_entropy(outputs, targets), len(targets)
+        if not (factor := auxiliary_weight(outputs)):
+            _refuse(outputs)
+        logits, *auxiliary = outputs
+        others = sum(self._cross_entropy(each, targets) for each in auxiliary if each is not None)
+        return self._cross_entropy(logits, targets) + factor * others, len(targets)
+
+    def _cross_entropy(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(outputs, targets, reduction="sum", label_smoothing=self.label_smoothing)
 
     def metrics(self, outputs: Tensor, batch: Any) -> Sums:
         targets = targets_of(batch).long()
@@ -118,8 +129,7 @@ class Classification(Task):
 
     def probe(self, outputs: Any) -> None:
         if not isinstance(outputs, Tensor) or outputs.ndim != 2:
-            shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise UsageError(f"task classification needs outputs of shape [batch, classes]; the model gave {shape}.")
+            _refuse(outputs)
         self.classes = outputs.shape[1]
 
     def check(self, batch: Any, indices: Sequence[int]) -> None:
@@ -147,6 +157,26 @@ class Classification(Task):
                 f"the model has {self.classes} classes (0 to {self.classes - 1}). Correct the data, or set "
                 "model.args.num_classes."
             )
+
+
+def auxiliary_weight(outputs: Any) -> float:
+    """The weight of each auxiliary loss beside that of the first of these outputs; 0 for outputs of another kind."""
+    for module, name, weight in AUXILIARY:
+        if isinstance(outputs, getattr(sys.modules.get(f"torchvision.models.{module}"), name, ())):
+            return weight
+    return 0.0
+
+
+def _refuse(outputs: Any) -> NoReturn:
+    """Raise UsageError for outputs that classification has no loss for."""
+    name = type(outputs).__name__
+    given, more = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}", ""
+    if isinstance(outputs, Tensor):
+        given = f"{list(outputs.shape)}"
+    elif isinstance(outputs, (dict, tuple, list)):
+        given += f" of {', '.join(map(str, outputs))}" if isinstance(outputs, dict) else f" of {len(outputs)}"
+        more = " Let it return the logits alone, or write a task with a loss() of your own (docs/own-code.md)."
+    raise UsageError(f"task classification needs outputs of shape [batch, classes]; the model gave {given}.{more}")
 
 
 class Regression(Task):
@@ -185,11 +215,6 @@ def build_task(config: TaskConfig, seed: int | None = None) -> Task:
         task = call("task.args", resolve("task.name", config.name, TASKS), config.args, {})
     if not isinstance(task, Task):
         raise UsageError(f"task.name = {config.name!r} gave a {type(task).__name__}; make it a distloop.tasks.Task.")
-    if not (isinstance(task.weight, str) and task.weight.isidentifier()):
-        raise UsageError(
-            f"task.name = {config.name!r}: its weight = {task.weight!r} is not a word for what the weight that loss() "
-            'returns counts. Make it "samples", or another word such as "tokens".'
-        )
     check_attributes(task)
     return task
 
@@ -206,10 +231,11 @@ def check_attributes(task: Task) -> None:
                 f"{kind}.{name} is a {type(value).__name__}, and distloop calls {name}() of a task. Give the value "
                 f"another name, such as self.own_{name}, and use it in the method {name}()."
             )
-    if not isinstance(task.weight, str) or task.weight not in ("samples", "tokens", "pixels"):
+    if not (isinstance(task.weight, str) and task.weight.isidentifier()):
         raise UsageError(
-            f"{kind}.weight = {_shown(task.weight)}: distloop reads there what the weight of loss() counts: "
-            '"samples", "tokens" or "pixels". Give a value of your own, such as weights of classes, another name.'
+            f"{kind}.weight = {_shown(task.weight)}: distloop reads there what the weight of loss() counts, in a word: "
+            '"samples", or another one such as "tokens". Give a value of your own, such as weights of classes, another '
+            "name."
         )
     is_pair = isinstance(best, (tuple, list)) and len(best) == 2
     if not is_pair or not isinstance(best[0], str) or best[1] not in ("min", "max"):
@@ -227,59 +253,3 @@ def check_attributes(task: Task) -> None:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"a {type(value).__name__}"
-
-
-def try_out(task: Task, model: nn.Module, example: Any, source: Any) -> None:
-    """Run task and model on the one-sample batch `example`, and check all targets of data sets in memory.
-
-    Raises UsageError. So a mistake ends the run before training, and not on one rank in the middle of an epoch.
-    """
-    model.eval()
-    with torch.no_grad():
-        try:
-            outputs = task.forward(model, example)
-        except RuntimeError as error:
-            if not OF_DTYPES.search(str(error)):
-                raise
-            raise UsageError(_of_dtypes(model, example, error)) from error
-        task.probe(outputs)
-        guesses = task.guesses(outputs, example)
-        check_guesses(guesses, 1 if task.weight == "samples" or guesses is None else len(guesses[0]))
-    model.train()
-    for name, half in (("training", source.train), ("validation", source.validation)):
-        # Other data sets may change their targets as they load samples: the loader checks their batches.
-        if isinstance(half, InMemory) and gives_batches(half):
-            try:
-                task.check_targets(half.targets)
-            except UsageError as error:
-                raise UsageError(f"In the {name} data: {error}") from None
-
-
-def _of_dtypes(model: nn.Module, example: Any, error: Exception) -> str:
-    """What to do about a forward pass that failed because of the dtypes in the batch."""
-    found = ((what, part(example)) for what, part in (("inputs", inputs_of), ("targets", targets_of)))
-    try:
-        forms = [f"{what} {_form(value)}" for what, value in found]
-    except UsageError:  # a batch of another form
-        forms = [f"a {type(example).__name__}"]
-    own = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return (
-        f"The model does not take what the data gives ({str(error).splitlines()[0]}). A batch of the first sample has "
-        f"{', '.join(forms)}, and the model's parameters are {own}. Integers and bools stay what they are: give "
-        "floats from __getitem__, such as image.float() / 255, or .long() where the model counts or looks up."
-    )
-
-
-def _form(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return f"of type {type(value).__name__}"
-    return f"of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-
-
-def check_guesses(guesses: Guesses | None, samples: int) -> None:
-    """Raise UsageError unless the guesses have one value for each of the batch's `samples`."""
-    if guesses is not None and any(values.shape != (samples,) for values in guesses):
-        raise UsageError(
-            f"task.guesses() must give labels, predictions and confidences of shape [{samples}], one for each sample "
-            f"of the batch; it gave {', '.join(str(list(values.shape)) for values in guesses)}."
-        )

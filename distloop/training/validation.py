@@ -1,8 +1,10 @@
 """Validation: every sample counted exactly once, the same sums on any number of ranks."""
 
+import contextlib
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +23,10 @@ from distloop.ranks.places import Position
 from distloop.ranks.ranks import Ranks
 from distloop.ranks.sums import describe, plain_number
 from distloop.run.attempt import Attempt
+from distloop.run.checkpoint import LoopState
 from distloop.run.metrics import check_names, plain_values
+from distloop.run.parts import Parts
+from distloop.run.unvalidated import saved_if_it_fails
 from distloop.training.details import Details
 from distloop.training.tasks import Task
 from distloop.training.weights import Weights
@@ -40,14 +45,29 @@ EXCHANGED: tuple[torch.dtype, ...] = (
 EXCHANGED += (torch.int8, torch.bool, torch.complex64, torch.complex128)  # the dtypes that gloo and NCCL know
 
 
+class LogsRows(Protocol):
+    """The part of Trackers that a validation uses."""
+
+    def log(self, kind: str, step: int, /, **values: Any) -> None: ...
+
+
 class Validation:
     """Validates the model: returns the metrics, and writes the details to validation.json."""
 
     def __init__(
-        self, config: Config, model: nn.Module, task: Task, source: DataSource, run: Attempt, ranks: Ranks
+        self,
+        config: Config,
+        model: nn.Module,
+        task: Task,
+        source: DataSource,
+        run: Attempt,
+        ranks: Ranks,
+        trackers: LogsRows | None = None,
     ) -> None:
+        """`trackers`: log the row of each validation; None: the loop does that, and updates its Best itself."""
         self.model, self.task, self.run, self.position = model, task, run, ranks.position
         self.config, self.source, self.seed = config, source, config.seed
+        self.ranks, self.trackers = ranks, trackers
         device, dtype, data = run.clock.device, getattr(torch, config.dtype), source.validation
         self.dataset = data
         self.sampler = FixedBatchSampler(len(data), config.validate.batch_size, ranks.rank, ranks.world_size)
@@ -56,12 +76,40 @@ class Validation:
         )
         self.details = Details(task, source, config.data, config.seed)
 
-    def __call__(self, step: int) -> dict[str, float]:
-        """Validate after `step` steps; returns the task's summary, the same on all ranks. Collective."""
+    def __call__(self, step: int, parts: Parts | None = None, state: LoopState | None = None) -> dict[str, float]:
+        """Validate after `step` steps; returns the task's summary, the same on all ranks. Collective.
+
+        With `parts` and the loop's `state`, what a checkpoint of this step holds: log the row, update run's Best, and
+        where that fails, let rank 0 save them, for the next attempt to validate. Of a step that comes from such a
+        checkpoint, save them as validated.
+        """
+        if self.trackers is None or parts is None or state is None:
+            return self._validate(step)
+        self.position.step = step
+        is_saved = state.unvalidated
+        with contextlib.nullcontext() if is_saved else saved_if_it_fails(self.run, parts, state):
+            with self.run.phase("validation"):
+                metrics = self._validate(step)
+            self.run.best.update(step, metrics)
+            self.trackers.log("validate", step, **metrics)
+        if is_saved:
+            self.run.save(parts, dataclasses.replace(state, unvalidated=False, best=self.run.best.row))
+        return metrics
+
+    def _validate(self, step: int) -> dict[str, float]:
         refuse_other_length("validation", self.dataset, self.sampler.samples)
-        metrics = validate(self.model, self.task, self.loader, self.sampler, self.position, self.details, self.seed)
+        batches = self._until_verdict()
+        metrics = validate(self.model, self.task, batches, self.sampler, self.position, self.details, self.seed)
         self.details.write(self.run.path, step, self.run.start.attempt)
         return metrics
+
+    def _until_verdict(self) -> Iterator[Any]:
+        """The batches, as long as no rank has failed. Raises RunFailed: the run is over, and this rank may have many
+        batches left, without a collective that would tell it."""
+        for batch in self.loader:
+            if (verdict := self.ranks.roll_call.verdict) is not None:
+                raise RunFailed(verdict.reason)
+            yield batch
 
     def first_batch(self) -> dict[str, float]:
         """The metrics of one batch, this rank's first, for the rehearsal. Collective, although ranks differ in it."""
@@ -99,6 +147,9 @@ def validate(
     rows: list[dict[str, Tensor]] = []
     counts: dict[str, Tensor] = {}
     weights = Weights()
+    if here is not None:
+        position = 0
+        here.samples = lambda: "{} to {} of the validation data".format(*sampler.span(position))
     with torch.no_grad():
         for position, batch in enumerate(loader):
             seed_place(Place.VALIDATION, seed, device, sampler.rank + position * sampler.world_size)

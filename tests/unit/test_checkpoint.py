@@ -29,6 +29,7 @@ from distloop.run.checkpoint import (
     LoopState,
     Snapshot,
     Weights,
+    clean,
     load_weights,
     newest_good,
     prune,
@@ -616,3 +617,17 @@ def test_where_there_are_no_weights_is_told_with_what_was_passed_over(tmp_path: 
     (newest / STATE).unlink()
     with pytest.raises(UsageError, match=rf"step_00000010: {STATE} is missing"):
         weights_file(str(tmp_path))
+
+
+def test_a_whole_checkpoint_that_was_to_be_replaced_comes_back_after_a_kill(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    final = save(tmp_path, 3, model, build_optimizer(model, Optim(), torch.device("cpu"), "no"), keep_last=2)
+    aside = final.with_name(f".replaced_{final.name}")
+    final.rename(aside)
+    clean(tmp_path)
+    verify(final)
+    assert not aside.exists()
+    (final / MODEL).write_bytes(b"damaged")
+    final.rename(aside)
+    clean(tmp_path)
+    assert list(tmp_path.iterdir()) == []

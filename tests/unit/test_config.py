@@ -429,6 +429,7 @@ FREE = {
     "stop.reserve_seconds",
     "stop.max_requeues",
     "train.on_nonfinite",
+    "data.on_bad_sample",
     "train.detect_anomaly",
     "data.timeout_seconds",
     "log.every_steps",

@@ -15,6 +15,7 @@ import pytest
 from distloop import __version__
 from distloop.config import Config
 from distloop.run.attempt import Attempt
+from distloop.run.best import Best
 from distloop.tracking import Trackers
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -110,7 +111,7 @@ def test_each_name_stands_below_the_module_that_it_is_imported_from() -> None:
 
 
 def test_the_names_that_the_loop_does_not_use_are_there() -> None:
-    owners = {"config": Config(), "run": Attempt, "trackers": Trackers}
+    owners = {"config": Config(), "run": Attempt, "trackers": Trackers, "best": Best}
     names = listed("## More names")
     assert len(names) == 7
     for name, module in names:

@@ -31,6 +31,7 @@ class FakeWatch:
 
     def __init__(self) -> None:
         self.leaves: list[float | None] = []
+        self.grace_seconds = 0.0
         self.attempt: Any = AttemptBase()
         self.wish = None
 
@@ -368,7 +369,8 @@ def test_a_failure_is_recorded_with_where_all_ranks_were(calls: Calls, tmp_path:
     calls[1].report_failure(ValueError("no"))
     calls.verdicts()
     record = json.loads((tmp_path / "attempt_0003.json").read_text())
-    keys = ["attempt", "written", "kind", "what", "traceback", "rank", "node", "step", "phase", "line", "ranks", "said"]
+    keys = ["attempt", "written", "kind", "what", "notes", "traceback", "rank", "node", "step", "phase", "line"]
+    keys += ["ranks", "said"]
     assert list(record) == keys
     assert (record["rank"], record["step"], record["phase"], record["line"]) == (1, 4, "forward pass", "")
     assert [list(there) for there in record["ranks"]] == [["rank", "node", "pid", "step", "phase", "line"]] * 2

@@ -15,7 +15,8 @@ from distloop.config.settings import Task as TaskConfig
 from distloop.data.batches import inputs_of, targets_of
 from distloop.data.datasets import InMemory
 from distloop.errors import UsageError
-from distloop.training.tasks import Classification, Regression, Task, build_task, try_out
+from distloop.training.tasks import Classification, Regression, Task, build_task
+from distloop.training.trying import try_out
 
 
 def sums_over(task: Task, outputs: Tensor, targets: Tensor, parts: list[int]) -> dict[str, Tensor]:

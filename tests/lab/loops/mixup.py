@@ -71,7 +71,7 @@ def train(config: Config, ranks: Ranks) -> None:
         validated_model = bare_model
         if average.module is not None:
             validated_model = accelerator.prepare_model(average.module, evaluation_mode=True)
-        validate = Validation(config, validated_model, task, data, run, ranks)
+        validate = Validation(config, validated_model, task, data, run, ranks, trackers)
         batches = TrainBatches(config, data, task, plan, device, run.start.step, ranks.position, run.clock.waiting)
 
         # ---- what a checkpoint holds; after this, nothing knows whether the run was interrupted ----------------
@@ -85,6 +85,8 @@ def train(config: Config, ranks: Ranks) -> None:
         losses = LossSums(device, state.epoch_sums)
         finite = FiniteCheck(config.train.on_nonfinite, model, optimizer, scaler, plan, state.skipped_steps)
         trackers.begin(bare_model, device)
+        if state.unvalidated:  # its validation has failed, in an attempt before
+            metrics = validate(step, parts, state)
 
         # ==== THE LOOP ==========================================================================================
         model.train()
@@ -132,11 +134,9 @@ def train(config: Config, ranks: Ranks) -> None:
             if due.end_of_epoch:
                 trackers.log("epoch", step, loss=means["running_loss"])
                 losses.begin_epoch()
-            if due.validation:
-                with run.phase("validation"):
-                    metrics = validate(step)  # all ranks share the work, with rank 0's buffers
-                trackers.log("validate", step, **metrics)
-                best.update(step, metrics)
+            if due.validation:  # all ranks share the work, with rank 0's buffers; logs the row, updates best
+                state = LoopState(step, losses.epoch_sums, best.row, finite.skipped_steps)
+                metrics = validate(step, parts, state)  # where it fails, rank 0 saves this step first
             if due.save or stop_reason or best.step == step:
                 with run.phase("checkpoint"):
                     finite.check_parameters(step, parameters)
