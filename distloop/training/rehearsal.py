@@ -4,6 +4,7 @@ A step without its update, a validation and a save. So a mistake that would end 
 """
 
 import contextlib
+import time
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -70,6 +71,7 @@ def rehearse(
                 f"WARNING: task.summary() raises {type(error).__name__} ({error}) for the sums of one batch: "
                 "look at it, unless it needs more samples"
             )
+    run.clock.loop_began = time.perf_counter()  # the first row's samples per second are those of the loop
 
 
 @contextlib.contextmanager
