@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,7 +75,6 @@ class Attempt(AttemptBase):
         self.best.row = self.status.best = state.best
         if self.start.changes and self.ranks.is_main:
             record_start(self.start, self.config, self.ranks.world_size, self.loop)
-        self.clock.loop_began = time.perf_counter()  # what was rehearsed before is none of it
         self.ranks.watch.begin_loop()
         return state
 

@@ -4,6 +4,7 @@ A step without its update, a validation and a save. So a mistake that would end 
 """
 
 import contextlib
+import time
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -72,6 +73,7 @@ def rehearse(
                 f"WARNING: task.summary() raises {type(error).__name__} ({error}) for the sums of one batch: "
                 "look at it, unless it needs more samples"
             )
+    run.clock.loop_began = time.perf_counter()  # the first row's samples per second are those of the loop
 
 
 @contextlib.contextmanager
@@ -84,7 +86,7 @@ def _rehearsing(task: Task, position: Position, what: str) -> Iterator[None]:
         if not isinstance(error, UsageError):
             method = _method(error, task)
             position.phase += f", task.{method}()" if method else ""
-            error.add_note(f"This is before the first step, {position.phase}: nothing was trained yet.")
+            error.add_note(f"This is before the first step, {position.phase}: this start has trained nothing yet.")
         raise
 
 
@@ -104,7 +106,7 @@ class OnlyForward(nn.Module):
 
     def __init__(self, model: nn.Module, bare_model: nn.Module) -> None:
         super().__init__()
-        self.module = bare_model  # for parameters(), buffers(), train(): nn.Module's own methods
+        self._bare_model = bare_model  # for parameters(), buffers(), train(): nn.Module's own methods
         self.__dict__["_call"] = model  # not registered: it holds the same parameters
         self._is_called = False
         self._missed: list[str] = []  # attributes that were asked for, and that the bare model has
@@ -114,9 +116,11 @@ class OnlyForward(nn.Module):
         return self._call(*arguments, **named)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "module" or hasattr(self._modules["module"], name):
-            self._missed.append(name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name == "_bare_model":
+            return self._modules[name]
+        if name == "module" or hasattr(self._bare_model, name):
+            self._missed.append(f"model.{name}")
+        raise AttributeError(f"{type(self._bare_model).__name__!r} object has no attribute {name!r}")
 
 
 def _refuse_bypass(task: Task, model: OnlyForward) -> None:
@@ -128,7 +132,7 @@ def _refuse_bypass(task: Task, model: OnlyForward) -> None:
     )
     if model._missed:
         raise UsageError(
-            f"{kind} uses `model.{model._missed[0]}`: with several processes the model is inside "
+            f"{kind} uses `{model._missed[0]}`: with several processes the model is inside "
             "DistributedDataParallel, where the call `model(…)` and the methods of torch.nn.Module alone work. "
             + advice
         )
@@ -157,7 +161,9 @@ def _train(
         try:
             outputs = task.forward(offered, batch)
             result = task.loss(outputs, batch)
-        except Exception:
+        except Exception as error:
+            if "'OnlyForward' object" in str(error):  # is not subscriptable, not iterable, has no len()
+                offered._missed.append("model[…]")
             if offered._missed:  # it comes of that
                 _refuse_bypass(task, offered)
             raise

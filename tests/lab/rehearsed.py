@@ -216,6 +216,14 @@ class Unwraps(distloop.tasks.Classification):
         return getattr(model, "module", model)(batch[0])
 
 
+class TakesLayers(distloop.tasks.Classification):
+    def forward(self, model: Any, batch: Any) -> Any:
+        features = batch[0]
+        for layer in model:
+            features = layer(features)
+        return features
+
+
 class PassesBy(distloop.tasks.Classification):
     """Calls a part of the model."""
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from distloop.training.rehearsal import is_mean
+from distloop.training.rehearsal import OnlyForward, is_mean
+from tests.lab.rehearsed import Encoder
 from tests.tools.ranks import Outcome, train, write_config
 
 SETTINGS: dict[str, Any] = {
@@ -132,14 +134,27 @@ def test_a_state_that_cannot_be_saved_is_refused(tmp_path: Path, ranks: int) -> 
         ("ReadsNumber", "model.num_classes"),
         ("AsksFirst", "model.encode"),
         ("Unwraps", "model.module"),
+        ("TakesLayers", "model[…]"),
         ("PassesBy", "does not call `model(…)`"),
     ],
 )
 def test_what_only_one_process_offers_is_refused_on_one_as_on_two(
     tmp_path: Path, task: str, word: str, ranks: int
 ) -> None:
-    outcome = start(tmp_path, task, ranks, model="tests.lab.rehearsed:Encoder")
+    model = "linear" if task == "TakesLayers" else "tests.lab.rehearsed:Encoder"
+    outcome = start(tmp_path, task, ranks, model=model)
     is_refused(outcome, tmp_path, task, word, 'model(inputs, mode="encode")')
+
+
+def test_what_torch_does_with_a_module_works_with_the_one_of_the_rehearsal() -> None:
+    model = Encoder(10)
+    offered, images = OnlyForward(model, model), torch.ones(2, 1, 8, 8)
+    halved = {name: parameter / 2 for name, parameter in offered.named_parameters()}
+    assert not torch.func.functional_call(offered, halved, (images,)).equal(offered(images))
+    offered.eval()
+    assert not model.training
+    assert {id(p) for p in offered.parameters()} == {id(p) for p in model.parameters()}
+    assert offered._missed == []
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
