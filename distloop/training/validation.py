@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distloop.config.settings import Config
+from distloop.data.bad_samples import listed
 from distloop.data.datasets import DataSource
 from distloop.data.lengths import refuse_other_length
 from distloop.data.loader import make_loader
@@ -149,7 +150,7 @@ def validate(
     weights = Weights()
     if here is not None:
         position = 0
-        here.samples = lambda: "{} to {} of the validation data".format(*sampler.span(position))
+        here.samples = lambda: f"{listed(range(*sampler.span(position)))} of the validation data"
     with torch.no_grad():
         for position, batch in enumerate(loader):
             seed_place(Place.VALIDATION, seed, device, sampler.rank + position * sampler.world_size)

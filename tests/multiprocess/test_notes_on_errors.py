@@ -57,7 +57,7 @@ def test_a_loss_names_the_samples_of_its_batch(tmp_path: Path) -> None:
 def test_a_metric_names_the_batch_of_validation(tmp_path: Path) -> None:
     _, notes, _ = failed(tmp_path, task={"name": f"{LAB}:Mistaken", "args": {"method": "metrics"}})
     assert "task.metrics() of Mistaken" in notes[0]
-    assert "the batch has samples 0 to 4 of the validation data" in notes
+    assert "the batch has samples 0, 1, 2, 3 of the validation data" in notes
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
