@@ -20,7 +20,7 @@ from distloop.config.secrets import clean_message
 from distloop.config.settings import Checkpoint
 from distloop.errors import RunFailed, UsageError
 from distloop.ranks.stopping import StopReason, Watch
-from distloop.run.checkpoint import STATE, LoopState, Snapshot, Weights, newest_published, prune, publish
+from distloop.run.checkpoint import STATE, LoopState, Snapshot, Weights, as_stored, newest_published, prune, publish
 from distloop.run.parts import Parts, contents_of
 
 
@@ -80,8 +80,9 @@ def reason_of(error: BaseException) -> str:
 def read_back(weights: Mapping[str, Weights], others: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Make each file of a checkpoint in memory, and read it as a later start would. Raises UsageError if that fails, or
     gives something else."""
-    for name, (tensors, _) in weights.items():
+    for name, held in weights.items():
         with _naming(f"{name}.safetensors"):
+            tensors, _ = as_stored(held)
             found = load(save(tensors))
             for key, tensor in tensors.items():
                 if found[key].dtype != tensor.dtype or found[key].shape != tensor.shape:

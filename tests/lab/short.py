@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from distloop.data.datasets import WholeBatches
+
 SAMPLES = 64
 
 
@@ -27,7 +29,7 @@ class Rows(Dataset):
         return self.rows[index], index % 3
 
 
-class Memory(Rows):
+class Memory(WholeBatches, Rows):
     """Whole batches, with fewer rows than were asked for where the data are at their end."""
 
     draws = 0

@@ -220,6 +220,7 @@ def contents(source: DataSource) -> dict[str, Any]:
     for half in ("train", "validation"):
         dataset = getattr(source, half)
         found |= {f"{half} {name}": value for name, value in vars(dataset).items()}
+    del found["bad_samples"]  # an object that no sample has entered
     return found
 
 

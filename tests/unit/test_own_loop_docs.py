@@ -113,7 +113,7 @@ def test_each_name_stands_below_the_module_that_it_is_imported_from() -> None:
 def test_the_names_that_the_loop_does_not_use_are_there() -> None:
     owners = {"config": Config(), "run": Attempt, "trackers": Trackers, "best": Best}
     names = listed("## More names")
-    assert len(names) == 7
+    assert len(names) == 8
     for name, module in names:
         owner, _, attribute = name.rpartition(".")
         assert hasattr(owners[owner] if owner else importlib.import_module(module), attribute), name
