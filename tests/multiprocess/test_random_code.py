@@ -51,7 +51,7 @@ def hold(folder: Path, case: Case, outcomes: list[Outcome]) -> None:
     run = folder / "runs" / "run"
 
     def start(stop: str | None = None) -> Outcome:
-        signalled = {"STOP": f"{stop} {case.stop_at} {case.number % case.world_size}"} if stop else {}
+        signalled = {"STOP": f"{stop} {case.stop_at} {case.number // 16 % case.world_size}"} if stop else {}
         outcomes.append(train(folder, arguments, case.world_size, signalled, "tests.lab.interrupted"))
         return outcomes[-1]
 

@@ -7,33 +7,22 @@ import textwrap
 from tests.tools.habits.draft import OWN_DRAWS, Draft
 from tests.tools.habits.texts import DATA_SETS, MADE, TAKEN
 
+# The kinds of data sets; those that stand there several times are drawn as often.
+OF_ROWS = [
+    "list",
+    "class",
+    "class",
+    "transform",
+    "subset",
+    "concat",
+    "attributes",
+    "tensors",
+    "memory",
+    *(["file"] * 4),
+]
 KINDS = {
-    "value": [
-        "list",
-        "class",
-        "class",
-        "transform",
-        "file",
-        "file",
-        "subset",
-        "concat",
-        "attributes",
-        "tensors",
-        "memory",
-    ],
-    "class": [
-        "list",
-        "class",
-        "class",
-        "transform",
-        "file",
-        "file",
-        "subset",
-        "concat",
-        "attributes",
-        "tensors",
-        "memory",
-    ],
+    "value": OF_ROWS,
+    "class": OF_ROWS,
     "tokens": ["list", "class", "subset", "attributes"],
     "image": ["class", "memory", "transform", "subset"],
 }
@@ -136,7 +125,7 @@ class DataHabits(Draft):
         if self.kind == "list" or self.in_tensors:
             return ""
         if self.kind == "file":
-            how = self.one_of("seek", "zip", "sqlite", "mmap")
+            how = self.one_of("seek", "seek", "zip", "sqlite", "mmap")
             self.has(f"opened at the first sample: {how}")
             return DATA_SETS[how]
         if self.kind == "attributes":  # names that others use, too

@@ -6,6 +6,7 @@ IMPORTS = """\
 import os
 import random
 import sqlite3
+import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,12 +112,15 @@ def transform(row):
     return np.roll(row, 1, -1)
 """,
     "seek": _file(
-        'open(HERE / "rows.bin", "rb")', "self.read(i)", '    (HERE / "rows.bin").write_bytes(INPUTS.tobytes())\n'
+        'open(HERE / "rows.bin", "rb", buffering=0)',
+        "self.read(i)",
+        '    (HERE / "rows.bin").write_bytes(INPUTS.tobytes())\n',
     ).replace(
         "\n\ndef prepare",
         """
     def read(self, i):
         self.file.seek(i * 32)
+        time.sleep(0.002)  # the disk is slow
         return np.frombuffer(self.file.read(32))
 
 
