@@ -76,7 +76,7 @@ class Draft:
         self.random = random.Random(number)
         self.case = Case(number, *COMBINATIONS[number % len(COMBINATIONS)], stop_at=1 + number % 3)
         if self.case.stop and self.case.world_size == 1 and self.maybe(0.3):
-            self.case.stop = "SIGKILL"
+            self.case.stop, self.case.stop_at = "SIGKILL", 4
         self.wrong_habit = WRONG[number // 3 % len(WRONG)] if number % 3 == 2 else ""
         self.dtype = "float32" if self.maybe(0.25) else "float64"
         self.problem = self.one_of("value", "class", "class", "tokens", "image")

@@ -135,15 +135,17 @@ class TrainingHabits(DataHabits):
         loss, weight = self._loss()
         methods.append("def loss(self, outputs, batch):\n" + textwrap.indent(loss, "    "))
         methods += self._metrics()
-        head = "class Mine(Task):\n"
+        parts = self._task_parts()
+        head = "class Mine(Task, nn.Module):\n" if "super" in "".join(parts) else "class Mine(Task):\n"
         if weight != "samples" or self.maybe(0.3):
             head += f'    weight = "{weight}"\n\n'
-        return head + textwrap.indent("\n\n".join([*self._task_parts(), *methods]), "    ")
+        return head + textwrap.indent("\n\n".join([*parts, *methods]), "    ")
 
     def _task_parts(self) -> list[str]:
         if self.wrong_habit == "task parameters":
             self.expect("refused", "a task with parameters of its own", "parameter|task")
-            return ["def __init__(self):\n    self.factor = nn.Parameter(torch.ones(()))"]
+            init = self.one_of("", "    super().__init__()\n")
+            return [f"def __init__(self):\n{init}    self.factor = nn.Parameter(torch.ones(()))"]
         return []
 
     def _loss(self) -> tuple[str, str]:
@@ -160,6 +162,8 @@ class TrainingHabits(DataHabits):
             lines.append('losses = functional.cross_entropy(scores, y.long(), reduction="none")')
         if self.maybe(0.2):
             lines.append(f"losses = losses * (0.5 + {self.drawn('loss')})")
+        if self.wrong_habit == "task parameters":
+            lines.append("losses = losses * self.factor")
         if line := self._wrong_loss(n):
             return "\n".join([*lines, line]), weight
         if self.problem == "class" and self.maybe(0.15):
@@ -278,6 +282,7 @@ class TrainingHabits(DataHabits):
             },
             "train": {"epochs": self.one_of(2, 3)},
             "validate": {"batch_size": self.one_of(3, 4), "every_epochs": self.one_of(1, 2)},
+            "checkpoint": {"every_steps": 1 if case.stop == "SIGKILL" else None},
             "log": {"every_steps": 1},
             "ddp": {"timeout_seconds": 60},
         }
