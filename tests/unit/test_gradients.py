@@ -73,4 +73,5 @@ def test_a_gradient_in_float64_is_divided_by_the_weight_in_float64(weight: float
     model = nn.Linear(3, 1, dtype=torch.float64)
     model(torch.ones(3, dtype=torch.float64)).backward()
     divide_by_weight(model, weight, samples=8)  # type: ignore[arg-type]
+    assert model.weight.grad is not None
     assert torch.allclose(model.weight.grad, torch.tensor(8 / float(weight), dtype=torch.float64), rtol=1e-14, atol=0)
