@@ -26,7 +26,8 @@ def divide_by_weight(model: nn.Module, weight: Tensor | int, samples: int) -> No
     refuse_unused_parameters(model, everything, "in a step")  # before the ranks wait for each other below
     parameters = [parameter for parameter in everything if parameter.grad is not None]
     # Added, a number or a tensor of the CPU is an argument of the kernel; to copy it there, the host would wait.
-    total = torch.zeros((), dtype=torch.float32, device=parameters[0].device).add_(weight)
+    device = parameters[0].device
+    total = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device).add_(weight)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -1,17 +1,18 @@
-"""The warm-up of DDP leaves nothing behind but the order of its sums."""
+"""The warm-up of DDP leaves nothing behind but the order of its sums; gradients are divided by the exact weight."""
 
 from __future__ import annotations
 
 import random
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 from distloop.config.settings import Config
 from distloop.data.datasets import DataSource, InMemory
 from distloop.data.order import Plan
-from distloop.training.gradients import trial_batches
+from distloop.training.gradients import divide_by_weight, trial_batches
 
 
 class Network(nn.Module):
@@ -65,3 +66,12 @@ def test_what_a_trial_pass_draws_does_not_depend_on_what_was_drawn_before() -> N
 def test_one_process_needs_no_trial_pass() -> None:
     half = InMemory(torch.randn(20, 3), torch.randn(20, 1))
     assert list(trial_batches(Config(), DataSource(half, half), Plan(20, 16, 1), torch.device("cpu"), Network())) == []
+
+
+@pytest.mark.parametrize("weight", [2.1, torch.tensor(2.1, dtype=torch.float64), 2**24 + 1])
+def test_a_gradient_in_float64_is_divided_by_the_weight_in_float64(weight: float | Tensor) -> None:
+    model = nn.Linear(3, 1, dtype=torch.float64)
+    model(torch.ones(3, dtype=torch.float64)).backward()
+    divide_by_weight(model, weight, samples=8)  # type: ignore[arg-type]
+    assert model.weight.grad is not None
+    assert torch.allclose(model.weight.grad, torch.tensor(8 / float(weight), dtype=torch.float64), rtol=1e-14, atol=0)
