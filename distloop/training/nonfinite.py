@@ -75,7 +75,7 @@ class FiniteCheck:
         Returns the flag (a bool on the device) that says whether the step is left out; None if no step ever is. Raises
         UsageError if DDP's model has parameters without a gradient.
         """
-        refuse_unused_parameters(self.model, self.parameters, f"in step {step + 1}")
+        refuse_unused_parameters(self.model, self.parameters, "in step", step + 1)
         if self.is_first and self.plan.world_size == 1 and (names := unused_parameters(self.model)):
             say(f"distloop: {say_unused(names)}")
         self.is_first = False

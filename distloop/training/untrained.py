@@ -18,12 +18,16 @@ def unused_parameters(model: nn.Module) -> list[str]:
     return [name for name, parameter in bare.named_parameters() if parameter.requires_grad and parameter.grad is None]
 
 
-def refuse_unused_parameters(model: nn.Module, parameters: Iterable[nn.Parameter], when: str) -> None:
+def refuse_unused_parameters(
+    model: nn.Module, parameters: Iterable[nn.Parameter], when: str, step: int | None = None
+) -> None:
     """After a backward pass of `model`: raise UsageError if it is DDP's and its `parameters` lack gradients that DDP
-    waits for on this rank. It would hang, or complain in the next forward pass. `when`: such as "in step 3"."""
+    waits for on this rank. It would hang, or complain in the next forward pass. `when`: such as "in step", before the
+    number of the step."""
     if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters or model.static_graph:
         return
     if any(parameter.grad is None and parameter.requires_grad for parameter in parameters):
+        when = when if step is None else f"{when} {step}"  # only now: each step comes by here
         raise UsageError(
             f"{in_short(unused_parameters(model))} got no gradient {when} on rank {dist.get_rank()}: the forward pass "
             "left them out. With several ranks each parameter needs one on each rank. Let the forward pass use them; "
