@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from distloop.data.batches import inputs_of, targets_of
 from distloop.data.datasets import InMemory, gives_batches
 from distloop.errors import UsageError
+from distloop.training.putting_back import put_back
 from distloop.training.tasks import Guesses, Task
 
 OF_DTYPES = re.compile(r"same dtype|scalar type|type \(.*\) should be the same|not implemented for '\w+'")
@@ -22,13 +23,15 @@ def try_out(task: Task, model: nn.Module, example: Any, source: Any) -> None:
     model.eval()
     with torch.no_grad():
         try:
-            outputs = task.forward(model, example)
+            with put_back(model, task):  # neither has seen a sample before training
+                outputs = task.forward(model, example)
         except RuntimeError as error:
             if not OF_DTYPES.search(str(error)):
                 raise
             raise UsageError(_of_dtypes(model, example, error)) from error
         task.probe(outputs)
-        guesses = task.guesses(outputs, example)
+        with put_back(task):
+            guesses = task.guesses(outputs, example)
         check_guesses(guesses, 1 if task.weight == "samples" or guesses is None else len(guesses[0]))
     model.train()
     for name, half in (("training", source.train), ("validation", source.validation)):
