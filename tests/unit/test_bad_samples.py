@@ -70,7 +70,7 @@ def test_the_path_of_a_picture_also_in_a_subset_and_a_concatenation(tmp_path: Pa
     write_pictures(tmp_path, 8, [])
     pictures = ImageFolder(str(tmp_path / "train"))
     plain = TensorDataset(torch.zeros(3))
-    both = ConcatDataset([plain, Subset(pictures, [6, 2])])
+    both: Any = ConcatDataset([plain, Subset(pictures, [6, 2])])
     assert path_of(pictures, 5) == str(tmp_path / "train" / "dogs" / "001.jpg")
     assert [path_of(both, index) for index in range(5)] == [
         *[""] * 3,
