@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from pathlib import Path
 from typing import Any
 
@@ -64,27 +65,37 @@ def write_pictures(root: Path, count: int, damaged: list[int]) -> list[Path]:
     return cut
 
 
+CALLS: collections.Counter[str] = collections.Counter()  # global: what an object counts is put back by the rehearsal
+
+
+def comes_late(what: str, passes: int = 1) -> bool:
+    """Whether the rehearsal, which calls it so often, is over."""
+    CALLS[what] += 1
+    return CALLS[what] > passes
+
+
 class Mistaken(Regression):
-    """Has a mistake in one of its methods; in that of the model if that is "model"."""
+    """Has a mistake in one of its methods, which it makes after the rehearsal."""
 
     def __init__(self, method: str) -> None:
         self.method = method
 
     def loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, int]:
-        if self.method == "loss" and torch.is_grad_enabled():
+        if self.method == "loss" and torch.is_grad_enabled() and comes_late("loss"):
             raise ZeroDivisionError("a loss of nothing")
         return super().loss(outputs, batch)
 
     def metrics(self, outputs: Tensor, batch: Any) -> dict[str, Tensor]:
-        return {} if self.method != "metrics" else {"share": torch.tensor([]).max()}
+        return {"share": torch.tensor([]).max()} if self.method == "metrics" and comes_late("metrics") else {}
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        return {"loss": float(sums["loss"] / (sums["nothing"] if self.method == "summary" else sums["weight"]))}
+        fails = self.method == "summary" and comes_late("summary")
+        return {"loss": float(sums["loss"] / sums["nothing" if fails else "weight"])}
 
 
 class Inner(nn.Linear):
     def forward(self, inputs: Tensor) -> Tensor:
-        if self.training:
+        if self.training and comes_late("forward", 2):
             raise RuntimeError("a shape that nobody likes")
         return super().forward(inputs)
 
