@@ -13,6 +13,8 @@ from tests.lab import stage
 from tests.lab.points import line
 from tests.lab.stopping import stage_saves
 
+SUMMARIES: list[int] = []  # global: what a task counts is put back after the rehearsal, which has the first one
+
 
 class Fragile(Regression):
     """Comes to "forward", "metrics" and "summary" in validation, with the number of this attempt's updates so far."""
@@ -34,7 +36,9 @@ class Fragile(Regression):
         return super().metrics(outputs, batch)
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        stage.at("summary", self.updates)
+        if SUMMARIES:
+            stage.at("summary", self.updates)
+        SUMMARIES.append(self.updates)
         return super().summary(sums)
 
 

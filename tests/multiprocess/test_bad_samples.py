@@ -135,7 +135,7 @@ def test_a_mistake_in_the_code_of_the_data_stops_the_run(tmp_path: Path) -> None
 
 
 def test_a_validation_stops_at_a_bad_sample_and_its_step_is_saved(tmp_path: Path) -> None:
-    words = arguments(tmp_path, [], (5,), validate={"every_steps": 7})
+    words = arguments(tmp_path, [], (5,), validate={"every_steps": 7, "batch_size": 2})  # the rehearsal has the first
     outcome = train(tmp_path, words)
     assert outcome.codes == [1]
     assert "distloop: loading sample 5 of the validation data" in outcome.output

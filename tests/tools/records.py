@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from distloop.run.checkpoint import published_in, step_of
@@ -46,7 +47,10 @@ def steps_saved(run: Path) -> list[int]:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     newest = max((run / "checkpoints").glob("step_*")) / "model.safetensors"
-    return {name: tensor.clone() for name, tensor in load_file(newest).items()}  # not a map of the file
+    found = {name: tensor.clone() for name, tensor in load_file(newest).items()}  # not a map of the file
+    with safe_open(newest, "pt") as file:
+        as_real = json.loads((file.metadata() or {}).get("as_real", "[]"))  # which have no dtype in the file
+    return found | {name: torch.view_as_complex(found[name]) for name in as_real}
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
