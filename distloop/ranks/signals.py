@@ -90,8 +90,9 @@ def _name_of(handler: Callable[..., Any]) -> str:
 
 
 def _leave_to_parent_after_fork() -> None:
-    """Give children by fork (a Pool of the user's) the usual signals: this process's wakeup pipe would hear of theirs,
-    and they would not end when they are told to."""
+    """Let children by fork (a Pool of the user's) be: this process's wakeup pipe would hear of their signals. Slurm and
+    a terminal signal all processes, and the run needs its helpers to get to its save, so that they ignore what asks for
+    a stop, but for SIGTERM: Pool.terminate() and Process.terminate() send it."""
     global _process
     if _process is None:
         os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_reset_in_child)
@@ -111,5 +112,5 @@ def _reset_in_child() -> None:
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     _unblock()

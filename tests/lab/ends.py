@@ -182,8 +182,7 @@ class Forked:
 
 
 def forked(how: str) -> tuple[Forked, Forked]:
-    """Points that processes by fork load, in a process group as one that Slurm and a terminal signal."""
-    os.setpgid(0, 0)
+    """Points that processes by fork load."""
     return Forked(how, 64), Forked(how, 8)
 
 

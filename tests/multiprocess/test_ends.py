@@ -108,12 +108,18 @@ def test_a_signal_to_all_processes_of_a_run_leaves_those_that_user_code_forks_at
     # One sample at a time, so that the step that is held needs further ones.
     arguments = waiting_run(tmp_path, data=data, batch={"global_size": 16, "micro_size": 1})
     stage.hold(tmp_path, "step")
-    ranks = Ranks(tmp_path, arguments)
+    output = tmp_path / ".output"
+    with open(output, "w") as file:
+        words = [sys.executable, "-m", "distloop.train", *arguments, "--tracking.no-report"]
+        run = subprocess.Popen(
+            words, cwd=tmp_path, env=clean_environment(), stdout=file, stderr=file, start_new_session=True
+        )
     stage.arrived(tmp_path, "step")
-    os.killpg(ranks.processes[0].pid or 0, signal.Signals[name])
-    wait_until(lambda: NOTICE in ranks.outputs[0].read_text(), "the notice")
+    os.killpg(run.pid, signal.Signals[name])  # as Slurm and a terminal do
+    wait_until(lambda: NOTICE in output.read_text(), "the notice")
     stage.let_go(tmp_path, "step")
-    check_stopped(tmp_path, ranks.join().check().output, name)
+    assert run.wait(60) == 0, output.read_text()
+    check_stopped(tmp_path, output.read_text(), name)
 
 
 # ---- before there is anything to save --------------------------------------------------------------------------
