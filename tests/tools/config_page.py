@@ -61,9 +61,10 @@ them away. A setting that is text takes `env:NAME`, too: its value is then read 
 
 `--config`, `runs_dir`, `init_from` and `data.root` are paths. `~` is your home folder in them, and `$NAME` and
 `${NAME}` are variables of the environment, also where no shell fills them in, as in a file or in `--data.root=~/data`.
-A relative path begins in the folder in which you start; it stays there if your code changes the folder. The run records
-a path as you gave it. Arguments in `args` go to your code as they are, and so does a `data.root` that is an address, as
-`s3://…`, or `env:NAME`.
+A variable that is not set, or empty, is refused, and so are defaults as a shell has them (`${NAME:-/tmp}`). A relative
+path begins in the folder in which you start; it stays there if your code changes the folder or a variable. The run
+records a path as you gave it. Arguments in `args` go to your code as they are, and so does a `data.root` that is an
+address, as `s3://…`, or `env:NAME`.
 
 ## What a value means
 
