@@ -71,12 +71,13 @@ address, as `s3://…`, or `env:NAME`.
 - A file is YAML 1.2 in UTF-8: `no`, `off`, `yes` and `on` are words, as in `precision: no`; `true` and `false` are
   truth values. In `args`, where your code gets the word, the run says so at its start. `1e-3` and `0777` are numbers,
   dates are words, and `null` or nothing is no value.
-- A key that is there twice in one section is refused, and so are tabs that indent, tags such as `!!python/object`, and
-  `true` in place of a number.
+- A key that is there twice in one section is refused, and so are tabs that indent, merges (`<<`), tags such as
+  `!!python/object`, and `true` in place of a number.
 - On the command line, `--compile`, `--compile=true` and `--compile True` are the same, and so are `--optim.betas 0.9
   0.95`, `--optim.betas '[0.9, 0.95]'` and `--optim.betas '(0.9, 0.95)'`. `1e1` is 10 for a setting that takes an
   integer, `None` is `null`. An empty word, as from a variable of the shell that is not set, is refused, and so is one
-  from a script with the line ends of Windows.
+  from a script with the line ends of Windows. In `args`, `"''"` is the empty text. `--tracking.tags` takes `a b` and
+  `'[a, b]'`.
 - A setting that has no effect beside the others, such as `optim.momentum` with `adamw`, is no mistake. The run names it
   at its start: `without effect: …`.
 """
