@@ -41,7 +41,7 @@ def leave(code: int) -> NoReturn:
     if code != 130 and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         atexit._run_exitfuncs()  # libraries and user code end their work here, then multiprocessing, as at sys.exit
     elif code == 0:
-        multiprocessing.util._exit_function()  # ends pools and managers, and joins processes
+        multiprocessing.util._exit_function()  # type: ignore[attr-defined] # ends pools and managers, and joins processes
     kill_workers(pools=True)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()

@@ -5,11 +5,13 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from distloop.ranks.leaving import SIGNALS
+from distloop.ranks.talking import say
 
 IGNORABLE = (signal.SIGINT, signal.SIGHUP)
 """What a shell script ignores for `command &`, and nohup for all that it starts: those stay ignored."""
@@ -75,8 +77,15 @@ class Signals:
         if number in self._users and not self._calls_user:  # a handler may call the one before it: this one
             self._calls_user = True
             try:
-                with contextlib.suppress(SystemExit, KeyboardInterrupt):  # the run saves before it ends
-                    self._users[number](number, frame)
+                self._users[number](number, frame)
+            except (SystemExit, KeyboardInterrupt):
+                pass  # the run saves before it ends
+            except Exception as error:
+                what = f"{_name_of(self._users[number])}, a handler of {signal.Signals(number).name}, raised"
+                say(
+                    f"distloop: {what} {type(error).__name__}: {error}; the run saves and stops all the same",
+                    sys.stderr,
+                )
             finally:
                 self._calls_user = False
 

@@ -35,6 +35,11 @@ def leave(*_: object) -> None:
     sys.exit(3)
 
 
+def fail(*_: object) -> None:
+    note()
+    raise ValueError("as in a handler of a user's")
+
+
 def call_the_one_before() -> None:
     before: Any = signal.getsignal(signal.SIGTERM)
 
@@ -56,6 +61,7 @@ def run_asyncio() -> None:
 TAKES: dict[str, Callable[[], object]] = {
     "a handler": lambda: signal.signal(signal.SIGTERM, note),
     "sys.exit": lambda: signal.signal(signal.SIGTERM, leave),
+    "an error": lambda: signal.signal(signal.SIGTERM, fail),
     "KeyboardInterrupt": lambda: signal.signal(signal.SIGTERM, signal.default_int_handler),
     "the default": lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL),
     "ignored": lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
@@ -168,7 +174,8 @@ class Forked:
     """A data set of samples that processes by fork load; they are started for the first sample, and kept."""
 
     def __init__(self, how: str, samples: int) -> None:
-        self.how, self.points, self.processes = how, line(samples), None
+        self.how, self.points = how, line(samples)
+        self.processes: Any = None
 
     def __len__(self) -> int:
         return len(self.points)

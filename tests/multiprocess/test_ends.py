@@ -80,10 +80,14 @@ def check_saves(folder: Path, ranks: Ranks, how: str) -> None:
     assert (status(run)["state"], status(run)["reason"]) == ("stopped", "SIGTERM"), outcome.output
     assert (run / "checkpoints" / f"step_{status(run)['step']:08}").exists()
     assert outcome.output.count(NOTICE) == 1
-    is_told = how in ("a handler", "sys.exit", "calls the one before")
+    is_told = how in ("a handler", "sys.exit", "an error", "calls the one before")
     assert (folder / "noted").exists() == is_told, "a handler of the user's own is called as well"
     said = "asks for a stop, and calls tests.lab.ends." if is_told else "which other code ignored, asks for a stop"
     assert len(re.findall(f"distloop: SIGTERM,? {said}", outcome.output)) == (is_told or how == "ignored")
+    failed = (
+        "distloop: tests.lab.ends.fail, a handler of SIGTERM, raised ValueError: as in a handler of a user's; the run"
+    )
+    assert outcome.output.count(failed) == (how == "an error")
 
 
 @pytest.mark.parametrize("how", ["a pool", "a process"])
