@@ -18,3 +18,4 @@ for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # with them a make that a tes
 def no_start_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative places begin in the current folder, and not where an earlier test of this process read a config."""
     monkeypatch.setattr(places, "_start_folder", None)
+    monkeypatch.setattr(places, "_filled_in", {})

@@ -1,5 +1,6 @@
 """Read the words of a command line: --optim.lr 0.1 --model mlp --model.args.width 64 --tracking.tags a b --compile."""
 
+import contextlib
 import os
 import re
 import typing
@@ -47,10 +48,9 @@ def read_command_line(words: list[str]) -> list[Given]:
             texts.append(queue.popleft())
         if not texts and kind not in (None, bool) and not takes_many:
             raise UsageError(f"command line: {flag} needs a value.")
-        if texts == [""] and kind not in (None, Any) and not _is_mapping(kind) and not key.startswith("tracking."):
-            raise UsageError(
-                f"command line: {flag} has an empty value; null stands for none. Was a variable of the shell not set?"
-            )
+        if texts == [""] and kind is not None and not _is_mapping(kind) and not key.startswith("tracking."):
+            none = "null stands for none" + (", and \"''\" for the empty text" if kind is Any else "")
+            raise UsageError(f"command line: {flag} has an empty value; {none}. Was a variable of the shell not set?")
         value = _value(key, kind, texts)
         if key in SECTIONS and isinstance(value, dict):  # it would replace the whole section of the file
             raise UsageError(f"command line: {flag} is a section: give its settings one by one, as {flag}.NAME VALUE.")
@@ -79,7 +79,7 @@ def _is_mapping(kind: Any) -> bool:
 def _value(key: str, kind: Any, texts: list[str]) -> Any:
     """The value that these words give a setting of type `kind`; None: there is no such setting."""
     if typing.get_origin(kind) is tuple:
-        return texts if Text in typing.get_args(kind) else _numbers(key, texts)
+        return _texts(texts) if Text in typing.get_args(kind) else _numbers(key, texts)
     if kind is None and len(texts) > 1:
         return texts
     if not texts:
@@ -100,6 +100,17 @@ def _numbers(key: str, texts: list[str]) -> list[Any]:
         if isinstance(found, list):
             return found
     return [_from_yaml(key, text) for text in texts]
+
+
+def _texts(words: list[str]) -> list[str]:
+    """The values of `a b`, as they are, or of `[a, b]` as YAML and JSON have lists."""
+    whole = " ".join(words).strip()
+    if whole[:1] + whole[-1:] == "[]":
+        with contextlib.suppress(yaml.YAMLError):
+            found = yaml.load(whole, yaml.BaseLoader)  # which makes texts of all words
+            if isinstance(found, list) and all(isinstance(one, str) for one in found):
+                return found
+    return words
 
 
 def _from_yaml(key: str, text: str, is_checked: bool = False) -> Any:

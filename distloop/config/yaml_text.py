@@ -1,7 +1,7 @@
 """Read and write YAML with PyYAML's safe loader and the booleans and numbers of YAML 1.2.
 
 PyYAML follows YAML 1.1, where `precision: no` is False, `lr: 1e-3` a string, `010` is 8 and `1:30` is 90. Of a key that
-is there twice it takes the last one without a word.
+is there twice it takes the last one without a word. Merges (`<<`), which YAML 1.2 does not have, are refused.
 """
 
 import re
@@ -21,8 +21,8 @@ PLAIN = "tag:yaml.org,2002:"
 KINDS = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
-class TwiceError(yaml.YAMLError):
-    """A key that is there twice in one mapping. The message is one line."""
+class WrongKeyError(yaml.YAMLError):
+    """A key that is there twice in one mapping, or that merges another one. The message is one line."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -67,7 +67,7 @@ def parse_yaml(text: str | bytes) -> Any:
 
 def in_words(error: yaml.YAMLError) -> str:
     """What is wrong, in one line, as the end of a sentence that begins with the name of the file or setting."""
-    if isinstance(error, TwiceError):
+    if isinstance(error, WrongKeyError):
         return f": {error}"
     if isinstance(error, yaml.reader.ReaderError) and error.encoding != "unicode":
         return f": cannot be read: it is no text in UTF-8 (at byte {error.position}). Save it as UTF-8."
@@ -88,8 +88,8 @@ def dump_yaml(value: Any, in_one_line: bool = False) -> str:
 
 
 def _check_keys(loader: _Loader, node: yaml.Node, place: str, seen: set[int]) -> None:
-    """Raise TwiceError for a key that is there twice. `place`: the dotted name of `node`; `seen`: ids of nodes, since
-    an anchor may be anywhere, even inside itself."""
+    """Raise WrongKeyError for a key that is there twice, or a merge. `place`: the dotted name of `node`; `seen`: ids of
+    nodes, since an anchor may be anywhere, even inside itself."""
     if id(node) in seen:
         return
     seen.add(id(node))
@@ -104,9 +104,11 @@ def _check_keys(loader: _Loader, node: yaml.Node, place: str, seen: set[int]) ->
             continue  # refused as a key when it is constructed
         key, line = loader.construct_object(key_node), key_node.start_mark.line + 1
         name = f"{place}.{key}".lstrip(".")
+        if key == "<<" and key_node.style is None:  # in quotes it is a key
+            raise WrongKeyError(f"line {line}: << (merge) is not taken: write the keys out.")
         if key in lines:
             where = f"line {line}" if line == lines[key] else f"lines {lines[key]} and {line}"
             place_of_both = f"{name} is there twice, in {where}"
-            raise TwiceError(f"{place_of_both}: all but the last would be dropped. Write it once.")
+            raise WrongKeyError(f"{place_of_both}: all but the last would be dropped. Write it once.")
         lines[key] = line
         _check_keys(loader, value_node, name, seen)

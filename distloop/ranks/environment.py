@@ -51,9 +51,12 @@ def adopt_slurm(environ: MutableMapping[str, str]) -> bool:
 
 
 def _in_shell_of_step(environ: Mapping[str, str]) -> bool:
-    """True for what is typed in the shell of `srun --pty bash`. A rank of `srun --pty python` leads the session of its
-    terminal, or has none; a shell starts each command in a process group of its own."""
-    return "SLURM_PTY_PORT" in environ and environ["SLURM_PROCID"] == "0" and os.getpgrp() != os.getsid(0)
+    """True for what is typed in the shell of `srun --pty bash`: the shell is Slurm's task, leads the session of its
+    terminal, and starts each command in a process group of its own. A rank of `srun --pty python` leads the session
+    itself, or has no terminal; a rank of `srun` in that shell has its variables, but is a task itself."""
+    session = os.getsid(0)
+    is_of_shell = environ.get("SLURM_TASK_PID") == str(session) != str(os.getpgrp())
+    return "SLURM_PTY_PORT" in environ and environ["SLURM_PROCID"] == "0" and is_of_shell
 
 
 def first_host(nodelist: str) -> str:

@@ -17,12 +17,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 """The signals that ask for a stop."""
 
 
-def kill_workers() -> None:
-    """Kill the loader workers: they ignore SIGTERM (data/workers.py), which multiprocessing would send."""
+def kill_workers(pools: bool = False) -> None:
+    """Kill the loader workers: they ignore SIGTERM (data/workers.py), which multiprocessing would send. `pools`: those
+    of a Pool, too, which starts others in their place, or hangs, as long as it has not ended by itself."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error when a worker ends
     for child in multiprocessing.active_children():
-        if child.daemon:
+        if child.daemon and (pools or "PoolWorker" not in child.name):  # as multiprocessing names them
             child.kill()
 
 
@@ -37,10 +38,11 @@ def leave(code: int) -> NoReturn:
     timer.start()
     if code == 0:
         threading._shutdown()  # type: ignore[attr-defined] # lets executors finish, and joins threads
-        for child in multiprocessing.active_children():
-            child.join()
     if code != 130 and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        atexit._run_exitfuncs()  # libraries end their work here, as at sys.exit
+        atexit._run_exitfuncs()  # libraries and user code end their work here, then multiprocessing, as at sys.exit
+    elif code == 0:
+        multiprocessing.util._exit_function()  # type: ignore[attr-defined] # ends pools and managers, and joins processes
+    kill_workers(pools=True)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -48,13 +50,15 @@ def leave(code: int) -> NoReturn:
 
 
 def _end_without_others(code: int) -> NoReturn:
-    """End the process, and say what it leaves behind."""
+    """End the process, and say what it leaves behind. Daemons go with it."""
     try:
         others = [one for one in threading.enumerate() if not (one.daemon or one is threading.main_thread())]
         left = [f"the thread {one.name}" for one in others]
-        left += [f"the process {one.name} ({one.pid}), which goes on" for one in multiprocessing.active_children()]
-        what = ", ".join(left) or "an exit function of a library"
+        processes = [one for one in multiprocessing.active_children() if not one.daemon]
+        left += [f"the process {one.name} ({one.pid}), which goes on" for one in processes]
+        what = ", ".join(left) or "an exit function (atexit) of a library or of your code"
         say(f"distloop: did not wait longer than {OTHERS_SECONDS:.0f} s for {what}", sys.stderr)
+        kill_workers(pools=True)
     finally:
         end_at_once(code)
 

@@ -5,11 +5,13 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from distloop.ranks.leaving import SIGNALS
+from distloop.ranks.talking import say
 
 IGNORABLE = (signal.SIGINT, signal.SIGHUP)
 """What a shell script ignores for `command &`, and nohup for all that it starts: those stay ignored."""
@@ -75,8 +77,15 @@ class Signals:
         if number in self._users and not self._calls_user:  # a handler may call the one before it: this one
             self._calls_user = True
             try:
-                with contextlib.suppress(SystemExit, KeyboardInterrupt):  # the run saves before it ends
-                    self._users[number](number, frame)
+                self._users[number](number, frame)
+            except (SystemExit, KeyboardInterrupt):
+                pass  # the run saves before it ends
+            except Exception as error:
+                what = f"{_name_of(self._users[number])}, a handler of {signal.Signals(number).name}, raised"
+                say(
+                    f"distloop: {what} {type(error).__name__}: {error}; the run saves and stops all the same",
+                    sys.stderr,
+                )
             finally:
                 self._calls_user = False
 
@@ -90,8 +99,9 @@ def _name_of(handler: Callable[..., Any]) -> str:
 
 
 def _leave_to_parent_after_fork() -> None:
-    """Give children by fork (a Pool of the user's) the usual signals: this process's wakeup pipe would hear of theirs,
-    and they would not end when they are told to."""
+    """Let children by fork (a Pool of the user's) be: this process's wakeup pipe would hear of their signals. Slurm and
+    a terminal signal all processes, and the run needs its helpers to get to its save, so that they ignore what asks for
+    a stop, but for SIGTERM: Pool.terminate() and Process.terminate() send it."""
     global _process
     if _process is None:
         os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_reset_in_child)
@@ -111,5 +121,5 @@ def _reset_in_child() -> None:
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     _unblock()

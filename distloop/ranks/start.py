@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from distloop import __version__
+from distloop.config.places import remember_start
 from distloop.errors import UsageError
 from distloop.ranks import stopping
 from distloop.ranks.environment import prepare_environment
@@ -42,6 +44,8 @@ def prepare_process(copied_from: str = "") -> None:
     if copied_from not in ("", __version__):
         sys.excepthook = _explain_missing_name
     stopping.listen()
+    with contextlib.suppress(UsageError):  # load_config() says it
+        remember_start()
     prepare_environment()
     gc.disable()  # until start(): what is imported stays, and to look for garbage in it takes a fifth of the start
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import concurrent.futures
 import multiprocessing
 import os
@@ -34,6 +35,11 @@ def leave(*_: object) -> None:
     sys.exit(3)
 
 
+def fail(*_: object) -> None:
+    note()
+    raise ValueError("as in a handler of a user's")
+
+
 def call_the_one_before() -> None:
     before: Any = signal.getsignal(signal.SIGTERM)
 
@@ -55,6 +61,7 @@ def run_asyncio() -> None:
 TAKES: dict[str, Callable[[], object]] = {
     "a handler": lambda: signal.signal(signal.SIGTERM, note),
     "sys.exit": lambda: signal.signal(signal.SIGTERM, leave),
+    "an error": lambda: signal.signal(signal.SIGTERM, fail),
     "KeyboardInterrupt": lambda: signal.signal(signal.SIGTERM, signal.default_int_handler),
     "the default": lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL),
     "ignored": lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
@@ -109,12 +116,33 @@ def process(target: Callable[[], None]) -> multiprocessing.process.BaseProcess:
     return multiprocessing.get_context("fork").Process(target=target, name="server")
 
 
+def end_at_exit() -> None:
+    child = process(sleep)
+    child.start()
+    atexit.register(child.terminate)
+
+
+def keep_manager() -> None:
+    KEPT.append(multiprocessing.get_context("fork").Manager())
+
+
+def keep_pool() -> None:
+    pool = multiprocessing.get_context("fork").Pool(2)
+    assert pool.map(abs, [-1, -2]) == [1, 2]
+    KEPT.append(pool)
+
+
+KEPT: list[Any] = []  # what a user's module keeps as long as the process lives
+
 STARTS: dict[str, Callable[[], object]] = {
     "a thread that does not end": lambda: threading.Thread(target=sleep, name="uploader").start(),
     "a process that does not end": lambda: process(sleep).start(),
     "a thread with last words": lambda: threading.Thread(target=last_words).start(),
     "a process with last words": lambda: process(last_words).start(),
     "an executor": lambda: concurrent.futures.ThreadPoolExecutor(2).submit(last_words),
+    "a process that an exit function ends": end_at_exit,
+    "a manager": keep_manager,
+    "a pool": keep_pool,
 }
 
 
@@ -140,6 +168,29 @@ def with_processes(how: str) -> tuple[TensorDataset, TensorDataset]:
         child.join()
         assert child.exitcode == -signal.SIGTERM
     return line(64), line(8)
+
+
+class Forked:
+    """A data set of samples that processes by fork load; they are started for the first sample, and kept."""
+
+    def __init__(self, how: str, samples: int) -> None:
+        self.how, self.points = how, line(samples)
+        self.processes: Any = None
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, index: int) -> Any:
+        context = multiprocessing.get_context("fork")
+        if self.processes is None:
+            executor = concurrent.futures.ProcessPoolExecutor
+            self.processes = context.Pool(2) if self.how == "a pool" else executor(2, context)
+        return next(iter(self.processes.map(self.points.__getitem__, [int(index)])))
+
+
+def forked(how: str) -> tuple[Forked, Forked]:
+    """Points that processes by fork load."""
+    return Forked(how, 64), Forked(how, 8)
 
 
 LEAVES: dict[str, Callable[[], object]] = {

@@ -20,7 +20,7 @@ from tests.lab.ends import LEAVES, STARTS, TAKES
 from tests.tools import stage
 from tests.tools.ranks import Ranks, clean_environment, free_port, rank_environment, train, wait_until
 from tests.tools.records import run_of, status
-from tests.tools.stopping import NOTICE, check_finished, processes_of, reached, waiting_run
+from tests.tools.stopping import NOTICE, check_finished, check_stopped, processes_of, reached, waiting_run
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
 SOON = 15.0  # seconds, on a busy machine too
@@ -80,10 +80,14 @@ def check_saves(folder: Path, ranks: Ranks, how: str) -> None:
     assert (status(run)["state"], status(run)["reason"]) == ("stopped", "SIGTERM"), outcome.output
     assert (run / "checkpoints" / f"step_{status(run)['step']:08}").exists()
     assert outcome.output.count(NOTICE) == 1
-    is_told = how in ("a handler", "sys.exit", "calls the one before")
+    is_told = how in ("a handler", "sys.exit", "an error", "calls the one before")
     assert (folder / "noted").exists() == is_told, "a handler of the user's own is called as well"
     said = "asks for a stop, and calls tests.lab.ends." if is_told else "which other code ignored, asks for a stop"
     assert len(re.findall(f"distloop: SIGTERM,? {said}", outcome.output)) == (is_told or how == "ignored")
+    failed = (
+        "distloop: tests.lab.ends.fail, a handler of SIGTERM, raised ValueError: as in a handler of a user's; the run"
+    )
+    assert outcome.output.count(failed) == (how == "an error")
 
 
 @pytest.mark.parametrize("how", ["a pool", "a process"])
@@ -91,6 +95,35 @@ def test_processes_that_user_code_forks_can_be_ended_and_do_not_stop_the_run(tmp
     outcome = train(tmp_path, run_with(tmp_path, "tests.lab.ends:with_processes", {"how": how})).check()
     assert NOTICE not in outcome.output
     assert status(run_of(tmp_path))["state"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        ("an executor", "SIGUSR1"),
+        *(pytest.param("an executor", name, marks=pytest.mark.long) for name in ("SIGUSR2", "SIGINT", "SIGHUP")),
+        pytest.param("a pool", "SIGUSR1", marks=pytest.mark.long),
+    ],
+)
+def test_a_signal_to_all_processes_of_a_run_leaves_those_that_user_code_forks_at_work(
+    tmp_path: Path, how: str, name: str
+) -> None:
+    data = {"name": "tests.lab.ends:forked", "args": {"how": how}, "workers": 0}
+    # One sample at a time, so that the step that is held needs further ones.
+    arguments = waiting_run(tmp_path, data=data, batch={"global_size": 16, "micro_size": 1})
+    stage.hold(tmp_path, "step")
+    output = tmp_path / ".output"
+    with open(output, "w") as file:
+        words = [sys.executable, "-m", "distloop.train", *arguments, "--tracking.no-report"]
+        run = subprocess.Popen(
+            words, cwd=tmp_path, env=clean_environment(), stdout=file, stderr=file, start_new_session=True
+        )
+    stage.arrived(tmp_path, "step")
+    os.killpg(run.pid, signal.Signals[name])  # as Slurm and a terminal do
+    wait_until(lambda: NOTICE in output.read_text(), "the notice")
+    stage.let_go(tmp_path, "step")
+    assert run.wait(60) == 0, output.read_text()
+    check_stopped(tmp_path, output.read_text(), name)
 
 
 # ---- before there is anything to save --------------------------------------------------------------------------
@@ -190,23 +223,26 @@ def test_a_stop_while_a_rank_is_suspended_ends_soon_and_names_it(tmp_path: Path,
 
 # ---- what outlives the run --------------------------------------------------------------------------------------
 
+ON_TWO_RANKS = ("a thread that does not end", "a process with last words", "a manager", "a pool")
+ENDED_WITH_THE_RUN = ("a process that an exit function ends", "a manager", "a pool")
+
 
 @pytest.mark.parametrize(
-    ("what", "world_size"),
-    [*((what, 1) for what in STARTS), ("a thread that does not end", 2), ("a process with last words", 2)],
+    ("what", "world_size"), [*((what, 1) for what in STARTS), *((what, 2) for what in ON_TWO_RANKS)]
 )
 def test_the_end_waits_a_while_for_what_user_code_has_started(tmp_path: Path, what: str, world_size: int) -> None:
-    ends = "last words" in what or what == "an executor"
-    args = {"what": what, "seconds": 60.0 if ends else 1.0}
+    has_words = "last words" in what or what == "an executor"
+    ends = has_words or what in ENDED_WITH_THE_RUN
+    args = {"what": what, "seconds": 60.0 if has_words else 1.0 if not ends else 8.0}
     codes, output = fresh(tmp_path, run_with(tmp_path, "tests.lab.ends:outlived", args, train={"steps": 3}), world_size)
     left = processes_of(tmp_path)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert codes == [0] * world_size, output
     assert status(run_of(tmp_path))["state"] == "finished"
-    assert [(tmp_path / f"last-words-{rank}").exists() for rank in range(world_size)] == [ends] * world_size
+    assert [(tmp_path / f"last-words-{rank}").exists() for rank in range(world_size)] == [has_words] * world_size
     name = {"a thread that does not end": "the thread uploader", "a process that does not end": "the process server ("}
-    assert output.count("distloop: did not wait longer than 1 s for ") == (0 if ends else world_size)
+    assert output.count("distloop: did not wait longer than ") == (0 if ends else world_size)
     assert name.get(what, "") in output
     assert len(left) == (what == "a process that does not end"), left
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools.launching import own_loop
 from tests.tools.ranks import command, train, write_config
 from tests.tools.records import run_of, status
 
@@ -42,3 +43,15 @@ def test_a_run_stays_where_it_was_started_whatever_folder_its_code_goes_to(
     assert (again.returncode, again.stdout.split(" · ")[:2]) == (0, ["runs/run", "step 12"]), again.stdout
     assert (run_of(tmp_path) / "report.html").exists()
     assert [path for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()] == []
+
+
+def test_a_loop_that_goes_elsewhere_before_it_starts_does_not_take_the_run_along(tmp_path: Path) -> None:
+    file = own_loop(tmp_path / "loop.py")
+    text = file.read_text()
+    assert text.count("    start(train") == 1
+    file.write_text(text.replace("    start(train", '    import os\n\n    os.chdir("/")\n    start(train'))
+    settings = {"data": "digits", "model": "linear", "train": {"steps": 2}, "device": "cpu"}
+    write_config(tmp_path, settings)
+    done = command([sys.executable, "loop.py", "--config", "run.yaml", "--tracking.no-report"], tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert status(run_of(tmp_path))["state"] == "finished"

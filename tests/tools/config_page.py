@@ -61,21 +61,23 @@ them away. A setting that is text takes `env:NAME`, too: its value is then read 
 
 `--config`, `runs_dir`, `init_from` and `data.root` are paths. `~` is your home folder in them, and `$NAME` and
 `${NAME}` are variables of the environment, also where no shell fills them in, as in a file or in `--data.root=~/data`.
-A relative path begins in the folder in which you start; it stays there if your code changes the folder. The run records
-a path as you gave it. Arguments in `args` go to your code as they are, and so does a `data.root` that is an address, as
-`s3://…`, or `env:NAME`.
+A variable that is not set, or empty, is refused, and so are defaults as a shell has them (`${NAME:-/tmp}`). A relative
+path begins in the folder in which you start; it stays there if your code changes the folder or a variable. The run
+records a path as you gave it. Arguments in `args` go to your code as they are, and so does a `data.root` that is an
+address, as `s3://…`, or `env:NAME`.
 
 ## What a value means
 
 - A file is YAML 1.2 in UTF-8: `no`, `off`, `yes` and `on` are words, as in `precision: no`; `true` and `false` are
   truth values. In `args`, where your code gets the word, the run says so at its start. `1e-3` and `0777` are numbers,
   dates are words, and `null` or nothing is no value.
-- A key that is there twice in one section is refused, and so are tabs that indent, tags such as `!!python/object`, and
-  `true` in place of a number.
+- A key that is there twice in one section is refused, and so are tabs that indent, merges (`<<`), tags such as
+  `!!python/object`, and `true` in place of a number.
 - On the command line, `--compile`, `--compile=true` and `--compile True` are the same, and so are `--optim.betas 0.9
   0.95`, `--optim.betas '[0.9, 0.95]'` and `--optim.betas '(0.9, 0.95)'`. `1e1` is 10 for a setting that takes an
   integer, `None` is `null`. An empty word, as from a variable of the shell that is not set, is refused, and so is one
-  from a script with the line ends of Windows.
+  from a script with the line ends of Windows. In `args`, `"''"` is the empty text. `--tracking.tags` takes `a b` and
+  `'[a, b]'`.
 - A setting that has no effect beside the others, such as `optim.momentum` with `adamw`, is no mistake. The run names it
   at its start: `without effect: …`.
 """

@@ -69,7 +69,7 @@ def test_anything_but_a_step_of_several_tasks_changes_nothing(environ: dict[str,
     assert environ == before
 
 
-SHELL = {**STEP, "SLURM_PROCID": "0", "SLURM_PTY_PORT": "40000"}
+SHELL = {**STEP, "SLURM_PROCID": "0", "SLURM_PTY_PORT": "40000", "SLURM_TASK_PID": "10"}
 
 
 def leads(monkeypatch: pytest.MonkeyPatch, group: int, session: int) -> None:
@@ -95,6 +95,7 @@ def test_what_is_typed_in_the_shell_of_a_step_is_no_rank(monkeypatch: pytest.Mon
     [
         ({}, 10, 10),  # srun --pty python: it leads the session itself
         ({"SLURM_PROCID": "1"}, 20, 10),  # another task of it, without a terminal
+        ({"SLURM_TASK_PID": "20"}, 20, 16),  # srun in that shell: a step without a terminal, with its variable
     ],
 )
 def test_the_ranks_of_a_step_with_a_terminal_are_ranks(

@@ -78,7 +78,7 @@ MEANINGS: list[tuple[str, dict[str, Any]]] = [
     ("--tracking.tags a b", {"tracking.tags": ("a", "b")}),
     ("--tracking.tags a --compile", {"tracking.tags": ("a",), "compile": True}),
     ("--tracking.tags 1 true -1", {"tracking.tags": ("1", "true", "-1")}),
-    ("--tracking.tags '[a, b]'", {"tracking.tags": ("[a, b]",)}),
+    ("--tracking.tags '[a, b]'", {"tracking.tags": ("a", "b")}),
     ("--tracking.tags ''", {"tracking.tags": ("",)}),
     # as W&B sweeps, Hydra, Optuna, Ray Tune and shell loops write values
     ("--optim.nesterov=True", {"optim.nesterov": True}),
@@ -136,8 +136,6 @@ MEANINGS: list[tuple[str, dict[str, Any]]] = [
     ("--model.args.a.b 3", {"model.args": {"a": {"b": 3}}}),
     ("--model.args.x -5", {"model.args": {"x": -5}}),
     ("--model.args.x --seed", {"model.args": {"x": "--seed"}}),
-    ("--model.args.x ''", {"model.args": {"x": None}}),
-    ("--model.args.x=", {"model.args": {"x": None}}),
     ("--model.args.x null", {"model.args": {"x": None}}),
     ("--model.args.x None", {"model.args": {"x": "None"}}),
     ("--model.args.x no", {"model.args": {"x": "no"}}),
@@ -239,6 +237,11 @@ def test_the_words_of_a_command_line_change_what_the_file_says(
         ("--data.root ''", "--data.root has an empty value"),
         ("--data.collate ''", "--data.collate has an empty value"),
         ("--checkpoint.best=", "--checkpoint.best has an empty value"),
+        (
+            "--model.args.x ''",
+            "--model.args.x has an empty value; null stands for none, and \"''\" for the empty text.",
+        ),
+        ("--own.alpha=", "--own.alpha has an empty value"),
         ("--model.args '{a: 1, a: 2}'", "model.args = '{a: 1, a: 2}': a is there twice, in line 1"),
         ("--model.args '{a: !!set {1}}'", "model.args = '{a: !!set {1}}': line 1: the tag !!set is not taken"),
         ("-seed 1", "'-seed': expected a setting"),
@@ -250,6 +253,25 @@ def test_a_mistake_on_the_command_line_is_told_like_one_in_a_file(words: str, sa
         load_config(shlex.split(words))
     assert str(refusal.value).startswith(f"command line: {said}")
     assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_the_empty_text_and_none_have_words_of_their_own() -> None:
+    assert load_config(["--model.args.x", "''", "--model.args.y", "null"]).model.args == {"x": "", "y": None}
+
+
+@pytest.mark.parametrize(
+    ("words", "tags"),
+    [
+        (["[a, b]"], ("a", "b")),
+        (["[a,", "1e3]"], ("a", "1e3")),
+        (["['a, b', null]"], ("a, b", "null")),
+        (["[a]", "b"], ("[a]", "b")),
+        (["[a: ]b]"], ("[a: ]b]",)),
+        (["a,b"], ("a,b",)),
+    ],
+)
+def test_a_list_of_texts_is_read_as_yaml_has_it(words: list[str], tags: tuple[str, ...]) -> None:
+    assert load_config(["--tracking.tags", *words]).tracking.tags == tags
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,12 @@ def test_a_section_or_key_twice_is_refused_with_both_lines(tmp_path: Path, text:
     assert refusal(tmp_path, text) == f"{said}: all but the last would be dropped. Write it once."
 
 
+def test_a_merge_is_refused_and_a_key_of_that_name_is_none(tmp_path: Path) -> None:
+    text = "x: &x {a: 1}\nmodel:\n  args:\n    <<: *x\n"
+    assert refusal(tmp_path, text) == "line 4: << (merge) is not taken: write the keys out."
+    assert parse_yaml("{'<<': 1}") == {"<<": 1}
+
+
 def test_the_same_key_in_two_sections_and_an_anchor_used_twice_are_no_key_twice() -> None:
     text = "a: &x {lr: 1}\nb: *x\nc: {lr: 2}\nd: [{k: 1}, {k: 2}]\n"
     assert parse_yaml(text) == {"a": {"lr": 1}, "b": {"lr": 1}, "c": {"lr": 2}, "d": [{"k": 1}, {"k": 2}]}

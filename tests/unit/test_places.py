@@ -90,7 +90,7 @@ def test_a_config_file_is_found_at_home(home: Path) -> None:
         load_config(["--config=~/other.yaml"])
 
 
-@pytest.mark.parametrize("given", ["~/runs", "env:PLACE"])
+@pytest.mark.parametrize("given", ["~/runs", "env:PLACE", "$PLACE", "${PLACE}"])
 def test_a_place_may_come_from_a_variable(given: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLACE", "~/runs")
     config = load_config(["--runs-dir", given, "--name", "x"])
@@ -105,6 +105,11 @@ def test_a_place_may_come_from_a_variable(given: str, home: Path, monkeypatch: p
         ("", "is empty: give a path"),
         ("$NOT_SET/x", "'$NOT_SET/x': there is no environment variable 'NOT_SET'. Set it, and export it."),
         ("${NOT_SET}", "'${NOT_SET}': there is no environment variable 'NOT_SET'"),
+        ("$SET_BUT_EMPTY", "the environment variable 'SET_BUT_EMPTY' is empty"),
+        ("${SET_BUT_EMPTY}/x", "the environment variable 'SET_BUT_EMPTY' is empty"),
+        ("${SCRATCH:-/tmp}", "${NAME} takes the name of a variable, and no default as in a shell"),
+        ("$OF_WINDOWS/x", "has a carriage return in it"),
+        ("$OF_NOBODY/x", "there is no user 'nobody_of_this_name'"),
         ("~nobody_of_this_name/x", "there is no user 'nobody_of_this_name'. Write ./~nobody_of_this_name for"),
         ("~/made_before", "there is something here that has just this name, too"),
         ("$HOME/made_before", "there is something here that has just this name, too"),
@@ -113,6 +118,8 @@ def test_a_place_may_come_from_a_variable(given: str, home: Path, monkeypatch: p
 def test_a_place_that_is_none_is_refused(
     key: str, text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, value in (("SET_BUT_EMPTY", ""), ("OF_WINDOWS", "/a\r"), ("OF_NOBODY", "~nobody_of_this_name")):
+        monkeypatch.setenv(name, value)
     for literal in ("~", "$HOME"):
         Path(literal, "made_before").mkdir(parents=True)
     section, _, name = key.rpartition(".")
@@ -126,6 +133,28 @@ def test_a_place_that_is_none_is_refused(
         load_config(arguments)
     assert str(refusal.value).startswith(key)
     assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["price$5", "price$five", "$5"])
+def test_a_dollar_in_the_name_of_what_is_there_is_no_variable(name: str, home: Path) -> None:
+    for folder in (Path(), home):
+        (folder / name).mkdir()
+    for given, expected in ((name, f"{os.getcwd()}/{name}"), (f"~/{name}", f"{home}/{name}")):
+        config = load_config(["--init-from", given, "--runs-dir", given])
+        assert str(absolute(str(config.init_from))) == expected
+        assert str(path_of(config)) == f"{expected}/{config.name}"
+
+
+def test_a_place_stays_where_it_was_when_the_config_was_read(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = {"$SCRATCH/runs": "/scratch/me/runs", "~/runs": f"{home}/runs", "runs": f"{os.getcwd()}/runs"}
+    for given, expected in places.items():
+        config = load_config(["--runs-dir", given, "--data.root", given, "--data", "tests.unit.test_places:data_of"])
+        with monkeypatch.context() as changed:  # as a user's code may
+            changed.delenv("SCRATCH")
+            changed.setenv("HOME", "/elsewhere")
+            changed.chdir("/")
+            assert str(path_of(config)) == f"{expected}/{config.name}"
+            assert load_data(config.data).train == [expected]
 
 
 def test_a_path_is_shown_as_it_was_given_and_used_as_an_absolute_one(monkeypatch: pytest.MonkeyPatch) -> None:
