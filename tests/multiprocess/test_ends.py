@@ -50,7 +50,13 @@ def fresh(folder: Path, arguments: list[str], world_size: int = 1) -> tuple[list
 
 
 @pytest.mark.parametrize(
-    ("how", "world_size"), [*((how, 1) for how in TAKES), ("asyncio", 2), ("sys.exit", 2), ("ignored", 2)]
+    ("how", "world_size"),
+    [
+        *(pytest.param(how, 1, marks=[] if how in ("an error", "ignored") else pytest.mark.long) for how in TAKES),
+        ("asyncio", 2),
+        ("sys.exit", 2),
+        pytest.param("ignored", 2, marks=pytest.mark.long),
+    ],
 )
 def test_a_signal_that_user_code_takes_still_saves(tmp_path: Path, how: str, world_size: int) -> None:
     arguments = run_with(tmp_path, "tests.lab.ends:taking", {"how": how})
@@ -62,7 +68,9 @@ def test_a_signal_that_user_code_takes_still_saves(tmp_path: Path, how: str, wor
     check_finished(tmp_path, status(run_of(tmp_path))["first_step"])
 
 
-@pytest.mark.parametrize("how", ["sys.exit", "the default", "ignored", "asyncio"])
+@pytest.mark.parametrize(
+    "how", ["sys.exit", "asyncio", *(pytest.param(how, marks=pytest.mark.long) for how in ("the default", "ignored"))]
+)
 def test_a_signal_that_user_code_takes_in_the_middle_of_training_still_saves(tmp_path: Path, how: str) -> None:
     arguments = waiting_run(tmp_path, task={"name": "tests.lab.ends:TakingLater", "args": {"how": how}})
     ranks = Ranks(tmp_path, [*arguments, "--train.steps", "100000"])
@@ -129,7 +137,9 @@ def test_a_signal_to_all_processes_of_a_run_leaves_those_that_user_code_forks_at
 # ---- before there is anything to save --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.long) for name in ("SIGINT", "SIGHUP"))]
+)
 @pytest.mark.parametrize(("world_size", "whom"), [(1, 0), (2, 0), (2, 1)])
 def test_a_stop_while_data_load_for_minutes_ends_soon(tmp_path: Path, name: str, world_size: int, whom: int) -> None:
     arguments = run_with(tmp_path, "tests.lab.ends:slow")
@@ -168,6 +178,7 @@ def listens(port: int) -> bool:
     return False
 
 
+OFTEN = ("a thread that does not end", "a process with last words", "a manager")
 OTHERS = [pytest.param(name, marks=pytest.mark.long) for name in ("SIGINT", "SIGHUP", "SIGUSR2")]
 
 
@@ -228,7 +239,11 @@ ENDED_WITH_THE_RUN = ("a process that an exit function ends", "a manager", "a po
 
 
 @pytest.mark.parametrize(
-    ("what", "world_size"), [*((what, 1) for what in STARTS), *((what, 2) for what in ON_TWO_RANKS)]
+    ("what", "world_size"),
+    [
+        *(pytest.param(what, 1, marks=[] if what in OFTEN else pytest.mark.long) for what in STARTS),
+        *(pytest.param(what, 2, marks=[] if what in OFTEN else pytest.mark.long) for what in ON_TWO_RANKS),
+    ],
 )
 def test_the_end_waits_a_while_for_what_user_code_has_started(tmp_path: Path, what: str, world_size: int) -> None:
     has_words = "last words" in what or what == "an executor"
@@ -256,7 +271,9 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize(("how", "world_size"), [(how, world) for how in SAID for world in (1, 2)])
+@pytest.mark.parametrize(
+    ("how", "world_size"), [(how, 2) for how in SAID] + [pytest.param(how, 1, marks=pytest.mark.long) for how in SAID]
+)
 def test_user_code_that_leaves_is_no_run_that_is_done(tmp_path: Path, how: str, world_size: int) -> None:
     task = {"name": "tests.lab.ends:Leaving", "args": {"how": how}}
     outcome = train(tmp_path, waiting_run(tmp_path, task=task), world_size)

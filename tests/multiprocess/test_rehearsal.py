@@ -131,9 +131,9 @@ def test_a_state_that_cannot_be_saved_is_refused(tmp_path: Path, ranks: int) -> 
     [
         ("CallsMethod", "model.head"),
         ("ReadsNumber", "model.num_classes"),
-        ("AsksFirst", "model.encode"),
-        ("Unwraps", "model.module"),
-        ("TakesLayers", "model[…]"),
+        pytest.param("AsksFirst", "model.encode", marks=pytest.mark.long),
+        pytest.param("Unwraps", "model.module", marks=pytest.mark.long),
+        pytest.param("TakesLayers", "model[…]", marks=pytest.mark.long),
         ("PassesBy", "does not call `model(…)`"),
     ],
 )

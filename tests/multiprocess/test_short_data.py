@@ -15,7 +15,10 @@ from tests.tools.ranks import Outcome, train, write_config
 LAB = "tests.lab.short"
 BASE: dict[str, Any] = {**WEIGHTS, "task": "classification", "train": {"epochs": 2}, "validate": {"batch_size": 20}}
 RANKS = pytest.mark.parametrize("world_size", [1, 2])
-WORKERS = pytest.mark.parametrize("workers", [0, 2])
+BOTH = pytest.mark.parametrize(
+    ("workers", "world_size"),
+    [(0, 2), (2, 1), *(pytest.param(*case, marks=pytest.mark.long) for case in ((0, 1), (2, 2)))],
+)
 HALVES = pytest.mark.parametrize("half", ["train", "validation"])
 
 
@@ -23,8 +26,7 @@ def run(folder: Path, data: dict[str, Any], world_size: int = 1, **settings: Any
     return train(folder, ["--config", str(write_config(folder, {**BASE, "data": data, **settings}))], world_size)
 
 
-@RANKS
-@WORKERS
+@BOTH
 @HALVES
 @pytest.mark.parametrize(("how", "error"), [("index", "IndexError: index 63 is out of"), ("stop", "StopIteration")])
 def test_data_without_their_last_sample_are_refused_before_the_first_step(
@@ -39,8 +41,7 @@ def test_data_without_their_last_sample_are_refused_before_the_first_step(
     assert not (tmp_path / "runs").exists()
 
 
-@RANKS
-@WORKERS
+@BOTH
 @HALVES
 def test_a_sample_that_is_missing_in_the_middle_is_named_when_it_is_met(
     tmp_path: Path, half: str, workers: int, world_size: int
@@ -55,8 +56,7 @@ def test_a_sample_that_is_missing_in_the_middle_is_named_when_it_is_met(
         nothing_is_saved(tmp_path)
 
 
-@RANKS
-@WORKERS
+@BOTH
 @HALVES
 def test_a_batch_with_fewer_rows_is_refused(tmp_path: Path, half: str, workers: int, world_size: int) -> None:
     data = {"name": f"{LAB}:make_data", "args": {"half": half, "how": "batch", "there": 62}, "workers": workers}
@@ -72,8 +72,7 @@ def test_a_length_that_changes_is_named_with_both_numbers(tmp_path: Path, half: 
     refused(outcome, f"The {word} data had {SAMPLES} samples", f"and have {SAMPLES // 2} now")
 
 
-@RANKS
-@WORKERS
+@BOTH
 def test_an_iteration_that_a_collate_ends_is_no_short_validation(tmp_path: Path, workers: int, world_size: int) -> None:
     data = {"name": f"{LAB}:make_data", "args": {"half": "train", "there": SAMPLES}, "workers": workers}
     outcome = run(tmp_path, {**data, "collate": f"{LAB}:ends_in_validation"}, world_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,14 @@ BASE: dict[str, Any] = {
 }
 RANKS = pytest.mark.parametrize("world_size", [1, 2])
 RIGHT = ["int", "float", "tensor", "float tensor", "numpy", "numpy float"]
+OFTEN = {
+    "tensor",
+    "numpy",
+    ("Weighing", "none"),
+    ("Weighing", "for each"),
+    ("Views", "nan tensor"),
+    ("Views", "negative"),
+}
 WRONG = {
     "none": "NoneType",
     "nan": "nan",
@@ -80,7 +89,7 @@ def test_with_another_word_the_real_weight_divides(tmp_path: Path, collate: str,
 
 
 @RANKS
-@pytest.mark.parametrize("form", RIGHT)
+@pytest.mark.parametrize("form", [pytest.param(f, marks=[] if f in OFTEN else pytest.mark.long) for f in RIGHT])
 def test_a_right_weight_may_have_any_form_of_a_number(tmp_path: Path, form: str, world_size: int) -> None:
     for task in ("Weighing", "Views"):
         settings = {"task": {"name": f"{LAB}:{task}", "args": {"form": form}}}
@@ -92,8 +101,13 @@ def test_a_right_weight_may_have_any_form_of_a_number(tmp_path: Path, form: str,
 
 
 @RANKS
-@pytest.mark.parametrize("form", WRONG)
-@pytest.mark.parametrize("task", ["Weighing", "Views"])
+@pytest.mark.parametrize(
+    ("task", "form"),
+    [
+        pytest.param(*case, marks=[] if case in OFTEN else pytest.mark.long)
+        for case in itertools.product(["Weighing", "Views"], WRONG)
+    ],
+)
 def test_a_weight_that_counts_nothing_is_refused(tmp_path: Path, task: str, form: str, world_size: int) -> None:
     outcome = run(tmp_path, {"task": {"name": f"{LAB}:{task}", "args": {"form": form}}}, world_size=world_size)
     refused(outcome, "task.loss()", WRONG[form])
