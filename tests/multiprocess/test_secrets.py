@@ -41,6 +41,8 @@ SECRETS = [*ARGV, *ENVIRONMENT.values(), *IN_FILE, *IN_CODE, *IN_ERROR]
 CODE = """
 import os
 
+import torch
+
 import distloop.tasks
 from tests.lab.points import points
 
@@ -51,14 +53,14 @@ def make(token, login, more, api_key=""):
 
 
 class Mine(distloop.tasks.Regression):
-    secrets = []
+    secrets, steps = [], 0
 
     def __init__(self, password="", scale=1):
-        self.password, self.scale, self.steps = password, scale, 0
+        self.password, self.scale = password, scale
 
     def loss(self, outputs, batch):
-        self.steps += 1
-        if os.environ.get("BREAK") == f"{os.environ.get('RANK', 0)} {self.steps}":
+        Mine.steps += torch.is_grad_enabled()  # of the class, which the rehearsal does not put back
+        if os.environ.get("BREAK") == f"{os.environ.get('RANK', 0)} {Mine.steps}":
             key = os.environ["AWS_SECRET_ACCESS_KEY"]
             raise PermissionError(f"no access: {self.secrets} {self.password} {key} password=planted-error-c0de")
         loss, weight = super().loss(outputs, batch)

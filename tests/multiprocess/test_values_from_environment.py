@@ -23,6 +23,8 @@ PLANTED = [*VALUES.values(), *ROTATED.values()]
 CODE = """
 import os
 
+import torch
+
 import distloop.tasks
 from tests.lab.points import points
 
@@ -33,13 +35,15 @@ def make(root, place, login):
 
 
 class Mine(distloop.tasks.Regression):
+    steps = 0
+
     def __init__(self, what, more=None):
-        self.what, self.steps = what, 0
+        self.what = what
         assert what == os.environ["WHAT"], "another value"
 
     def loss(self, outputs, batch):
-        self.steps += 1
-        if os.environ.get("BREAK") == f"{os.environ.get('RANK', 0)} {self.steps}":
+        Mine.steps += torch.is_grad_enabled()  # of the class, which the rehearsal does not put back
+        if os.environ.get("BREAK") == f"{os.environ.get('RANK', 0)} {Mine.steps}":
             raise PermissionError(f"no access: {self.what} {[self.what]} with {os.environ['LOGIN']}")
         return super().loss(outputs, batch)
 """
