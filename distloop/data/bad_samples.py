@@ -80,7 +80,8 @@ def bad_sample(error: Exception, dataset: Any, index: int, data: str, skips: boo
             f"{path} cannot be loaded: {bad.error}. It is sample {index} of {data}. Replace the file. "
             "--data.on-bad-sample skip trains without such samples; a validation needs all of its own."
         ) from None
-    more = "; --data.on-bad-sample skip trains without samples that cannot be loaded"
+    # A validation counts all of its samples.
+    more = "; --data.on-bad-sample skip trains without samples that cannot be loaded" if "training" in data else ""
     add_note(error, f"loading sample {index} of {data}{f', {path}' if path else ''}{more}")
     raise _one_that_travels(error)
 

@@ -122,6 +122,8 @@ def cast(batch: Any, dtype: torch.dtype | None, device: torch.device | None = No
         if batch.is_complex():
             return batch.to(device=device, dtype=COMPLEX.get(dtype) if dtype else None)
         return batch if device is None else batch.to(device)
+    if isinstance(batch, (str, bytes, int, float, complex, type(None))):  # of most lists
+        return batch
     if isinstance(batch, PackedSequence):  # a named tuple, of which a part has to stay on the CPU
         packed: Any = batch
         return packed.to(device=device, dtype=dtype if packed.data.is_floating_point() else None)

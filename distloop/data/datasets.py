@@ -5,6 +5,7 @@ PyTorch DataLoader. Its arguments are data.args, and `root` if its signature nam
 """
 
 import dataclasses
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence, Sized
@@ -221,7 +222,7 @@ def load_data(config: Data, seed: int | None = None) -> DataSource:
         source = call("data.args", resolve("data.name", config.name, DATASETS), config.args, offered)
     if isinstance(source, tuple) and len(source) == 2:
         names = [name.lower() for name in getattr(type(source), "_fields", ())]
-        if names and (names[1].startswith("train") or names[0].startswith(("val", "test", "dev", "eval"))):
+        if names and (names[1].startswith("train") or re.match("(val|valid|validation|test|dev|eval)(_|$)", names[0])):
             raise UsageError(
                 f"data.name = {config.name!r} returned a {type(source).__name__}({', '.join(names)}): the first half "
                 "is trained on. Return (train, validation) in this order, or a distloop.data.DataSource."

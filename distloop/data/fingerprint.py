@@ -48,12 +48,23 @@ def fingerprint(
     if isinstance(dataset, InMemory):
         for tensor in (dataset.inputs, dataset.targets):
             add(digest, tensor)
-    elif (datasets := sys.modules.get("torchvision.datasets")) and isinstance(dataset, datasets.DatasetFolder):
-        for path, label in dataset.samples:
+    elif (samples := _names_in_folder(dataset)) is not None:
+        for path, label in samples:
             digest.update(f"{os.path.relpath(path, dataset.root)} {label}\n".encode())
     else:
         return {"samples": len(dataset), "contents": _contents(dataset, config, device, seed)}
     return {"samples": len(dataset), "sha256": digest.hexdigest()}
+
+
+def _names_in_folder(dataset: Any) -> list[tuple[str, int]] | None:
+    """The (path, label) of each sample of a folder of torchvision; None for other data, also of a class derived from it
+    that keeps something else there."""
+    datasets = sys.modules.get("torchvision.datasets")
+    if not (datasets and isinstance(dataset, datasets.DatasetFolder)):
+        return None
+    samples = getattr(dataset, "samples", None)
+    has_pairs = isinstance(samples, list) and all(isinstance(each, tuple) and len(each) == 2 for each in samples)
+    return samples if has_pairs else None
 
 
 def without_errors(found: dict[str, Any]) -> dict[str, Any]:

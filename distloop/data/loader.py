@@ -149,7 +149,7 @@ class TrainBatches:
         self.batches = waiting(loader)  # one iterator through all epochs: loader workers start once
 
     def rehearsal(self) -> tuple[list[Any], int]:
-        """The first micro-batch, and its two halves if all ranks' have two samples: loaded before those of the steps,
+        """The first micro-batch, its first half, and that half twice in one batch: loaded before those of the steps,
         and in addition to them; and the first one's number of samples. None in the place of a half that cannot be
         loaded alone. Call it before of_step()."""
         self.sampler.rehearses = True

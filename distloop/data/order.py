@@ -214,13 +214,10 @@ class MicroBatchSampler:
                 yield self._item(part)
 
     def rehearsal(self) -> list[MicroBatch]:
-        """This rank's first micro-batch and, if that of each rank has two samples at least, its two halves."""
-        window = self.plan.window(self.start, self.plan.rank)
-        whole = self._item(window[0])
-        if self.plan.sample_count(self.start) < 2 * len(window) * self.plan.world_size:
-            return [whole]
-        middle = len(whole.indices) // 2
-        return [whole, Half(whole.epoch, whole.indices[:middle]), Half(whole.epoch, whole.indices[middle:])]
+        """This rank's first micro-batch, its first half, and that half twice in one batch."""
+        whole = self._item(self.plan.window(self.start, self.plan.rank)[0])
+        half = whole.indices[: max(1, len(whole.indices) // 2)]
+        return [whole, Half(whole.epoch, half), Half(whole.epoch, np.concatenate([half, half]))]
 
     def _item(self, part: Part) -> MicroBatch:
         epoch, first, _ = self.plan.span(part.step)

@@ -103,8 +103,8 @@ class SeededDataset(Dataset):
                 raise
             if "negative" in str(error):
                 raise UsageError(
-                    f"Samples {indices.tolist()[:5]}: an array is seen backwards, as array[::-1] gives it, and no "
-                    "tensor can be. Give a copy from __getitem__: array[::-1].copy()."
+                    f"Samples {indices.tolist()[:5]}: an array in reversed order, such as array[::-1], cannot become a "
+                    "tensor. Give a copy from __getitem__: array[::-1].copy()."
                 ) from None
             raise UsageError(
                 f"Samples {indices.tolist()[:5]} and the rest of their batch do not go together: {error}\n"

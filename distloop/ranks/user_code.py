@@ -10,7 +10,7 @@ from distloop.errors import NOTE, add_note
 from distloop.ranks.places import Position
 
 METHODS = ("forward", "loss", "metrics", "guesses", "summary")  # of a task; the loader notes what it calls
-NOT_OF_THE_MODEL = ("torch.nn.parallel.", "torch.optim.")  # modules around it
+NOT_OF_THE_MODEL = ("torch.nn.parallel.", "torch.optim.", "distloop.")  # modules around it
 
 
 def note_user_code(error: BaseException, position: Position, names: Mapping[str, str]) -> None:

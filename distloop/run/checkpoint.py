@@ -192,7 +192,8 @@ def weights_of(model: nn.Module, copy: Callable[[str, Tensor], Tensor], prefix: 
     aliases: dict[str, str] = {}
     owners: dict[tuple, str] = {}
     for name, tensor in tensors_and_extra(model)[0].items():
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg())
+        place = (tensor.device, *view)
         owner = owners.setdefault(place, name)
         if owner != name and tensor.numel():
             aliases[name] = owner
@@ -253,7 +254,8 @@ def load_weights(path: Path, model: nn.Module) -> None:
         raise UsageError(
             f"{path} belongs to another model: {unknown[0]} is there only, and the model has no such state."
         )
-    model.load_state_dict({**tensors, **extra}, strict=False)  # the names of tensors are those of the model
+    missing = {name: value for name, value in own_extra.items() if name not in extra}
+    model.load_state_dict({**tensors, **missing, **extra})
 
 
 def read_plain(path: Path) -> dict[str, Any]:

@@ -82,11 +82,10 @@ def read_back(weights: Mapping[str, Weights], others: Mapping[str, Any], state: 
     gives something else."""
     for name, held in weights.items():
         with _naming(f"{name}.safetensors"):
-            tensors, _ = as_stored(held)
-            found = load(save(tensors))
-            for key, tensor in tensors.items():
-                if found[key].dtype != tensor.dtype or found[key].shape != tensor.shape:
-                    raise ValueError(f"{key} comes back as {found[key].dtype} {list(found[key].shape)}")
+            for key, tensor in as_stored(held)[0].items():  # one by one: a copy of all might not fit into memory
+                found = load(save({key: tensor}))[key]
+                if found.dtype != tensor.dtype or found.shape != tensor.shape:
+                    raise ValueError(f"{key} comes back as {found.dtype} {list(found.shape)}")
     for name, content in others.items():
         with _naming(f"{name}.pt"):
             file = io.BytesIO()

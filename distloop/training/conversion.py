@@ -55,13 +55,14 @@ def _check_values(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     if tensor.dtype != torch.float64 or dtype == torch.float64 or tensor.layout != torch.strided:  # all others fit
         return
     narrow = tensor.to(dtype).double()
-    wrong = ((narrow != tensor) & (tensor == tensor.round())) | ((narrow == 0) & (tensor != 0))
-    wrong &= ~tensor.isnan()
+    # Whole numbers below 2^53 are counts, more likely than not; others are rounded, as asked for.
+    wrong = (narrow != tensor) & (tensor == tensor.round()) & (tensor.abs() <= 2**53)
     if bool(wrong.any()):
         value, other = (float(values[wrong][0]) for values in (tensor, narrow))
         raise UsageError(
             f"The model's {name} is float64 and holds {value:.17g}, which the config's dtype, float32, makes "
-            f"{other:.17g}. Keep whole numbers in an int64 buffer, or set dtype: float64."
+            f"{other:.17g}. Keep whole numbers in an int64 buffer, make it float32 yourself (.float()), or set dtype: "
+            "float64."
         )
 
 

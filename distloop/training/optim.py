@@ -76,6 +76,8 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float | None) -> None:
         self.decay = decay
+        if decay is not None:
+            _detach_made_weights(model)
         self.averaged = None if decay is None else AveragedModel(model, use_buffers=True)
 
     @property
@@ -87,6 +89,22 @@ class Average:
         """Add the model's weights after a step."""
         if self.averaged is not None and self.decay is not None:
             update_average(self.averaged, model, self.decay)
+
+
+def _detach_made_weights(model: nn.Module) -> None:
+    """Attributes with a history of gradients cannot be copied: weight_norm() keeps one, which each pass makes anew."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                vars(module)[name] = value.detach()
+
+
+def _adopt_buffers(averaged: nn.Module, model: nn.Module) -> None:
+    """Give the average the buffers that the model has made in a forward pass, such as a cached mask."""
+    for other, module in zip(averaged.modules(), model.modules(), strict=True):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and other._buffers.get(name) is None:
+                other.register_buffer(name, buffer.clone(), name not in module._non_persistent_buffers_set)
 
 
 @torch.no_grad()
@@ -101,8 +119,11 @@ def update_average(averaged: AveragedModel, model: nn.Module, decay: float) -> N
     keep = min(decay, (1 + steps) / (10 + steps)) if steps else 0.0
     targets: list[Tensor] = []
     values: list[Tensor] = []
+    buffers = list(model.buffers())
+    if len(buffers) != len(list(averaged.module.buffers())):
+        _adopt_buffers(averaged.module, model)
     averages = itertools.chain(averaged.module.parameters(), averaged.module.buffers())
-    for average, value in zip(averages, itertools.chain(model.parameters(), model.buffers()), strict=True):
+    for average, value in zip(averages, itertools.chain(model.parameters(), buffers), strict=True):
         if keep and (average.is_floating_point() or average.is_complex()):
             targets.append(average)
             values.append(value)

@@ -33,6 +33,7 @@ class _Before:
     def __init__(self, holders: tuple[Any, ...]) -> None:
         self.seen: dict[int, Any] = {}  # by id; with the objects themselves, so that no other one gets their ids
         self.tensors: list[tuple[Tensor, Tensor, Tensor | None]] = []  # with their values and gradients
+        self.trained: list[tuple[Tensor, bool]] = []  # leaves, and whether they require a gradient
         self.arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self.containers: dict[int, tuple[Any, list]] = {}  # by id
         self.modules: list[nn.Module] = []
@@ -46,6 +47,8 @@ class _Before:
         if isinstance(value, Tensor):
             if value.layout == torch.strided and not (nn.parameter.is_lazy(value) or value.is_meta):
                 self.tensors.append((value, value.detach().clone(), value.grad if value.is_leaf else None))
+                if value.is_leaf:
+                    self.trained.append((value, value.requires_grad))
         elif isinstance(value, np.ndarray):
             if value.flags.writeable and not isinstance(value, np.memmap):
                 self.arrays.append((value, value.copy()))
@@ -54,6 +57,8 @@ class _Before:
                 return
             self.modules.append(value)
             self._take(vars(value))
+            for tensor in (*value.children(), *value.parameters(recurse=False), *value.buffers(recurse=False)):
+                self._take(tensor)  # of a ScriptModule, whose attributes do not hold them
         elif type(value) in CONTAINERS:
             self.containers[id(value)] = (value, _contents_of(value))
             for inner in value.values() if isinstance(value, dict) else value:
@@ -71,6 +76,8 @@ class _Before:
         for module in left.values():
             module.training = dict(self._contents(vars(module)))["training"]
         for tensor, value, gradient in self.tensors:
+            if keep_created and tensor.shape != value.shape:
+                continue  # a checkpoint with this shape is loaded next
             if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
                 tensor.data = value
             else:
@@ -78,6 +85,8 @@ class _Before:
                     tensor.detach().copy_(value)
             if tensor.is_leaf:
                 tensor.grad = gradient
+        for tensor, requires_grad in self.trained:
+            tensor.requires_grad_(requires_grad)
         for array, values in self.arrays:
             array[...] = values
 
@@ -85,9 +94,13 @@ class _Before:
         """The dicts of modules that have created buffers for their state_dict(), by the ids of these dicts."""
         left: dict[int, nn.Module] = {}
         for module in self.modules:
+            if id(module._buffers) not in self.containers:  # a ScriptModule's, which creates none
+                continue
             before = {name for name, buffer in self._contents(module._buffers) if buffer is not None}
             now = {name for name, buffer in module._buffers.items() if buffer is not None}
-            if now - before - module._non_persistent_buffers_set:
+            resized = {id(tensor) for tensor, value, _ in self.tensors if tensor.shape != value.shape}
+            grown = {name for name in now if id(module._buffers[name]) in resized}
+            if ((now - before) | grown) - module._non_persistent_buffers_set:
                 for each in (vars(module), module._buffers, module._non_persistent_buffers_set):
                     left[id(each)] = module
         return left

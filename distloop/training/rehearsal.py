@@ -6,7 +6,7 @@ A step without its update, a validation and a save. So a mistake that would end 
 import contextlib
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -54,24 +54,24 @@ def rehearse(
         return  # nothing is left to train
     bare_model = model.module if isinstance(model, DistributedDataParallel) else model
     modules = [bare_model, validate.model, *(part for _, part in existing(parts) if isinstance(part, nn.Module))]
-    with generators_restored(), put_back(*modules, task, keep_created=run.start.checkpoint is not None):
+    with generators_restored(), put_back(*modules, task, keep_created=bool(run.start.checkpoint or run.start.weights)):
         with _rehearsing(task, position, "loading the first batch"):
-            (whole, *halves), samples = batches.rehearsal()
+            (whole, half, twice), samples = batches.rehearsal()
         with _rehearsing(task, position, "a step of training"):
             _train(accelerator, model, bare_model, task, whole, samples if batches.counts_samples else None, seed)
-        with _rehearsing(task, position, "comparing the loss of a batch with those of its halves"):
-            _refuse_mean(bare_model, task, [whole, *halves], seed, batches.device)
+        with _rehearsing(task, position, "comparing the loss of some samples with that of the same ones twice"):
+            _refuse_mean(bare_model, task, half, twice, seed, batches.device)
         with _rehearsing(task, position, "a save"):
             run.ranks.from_main(lambda: run.saver.rehearse(parts, LoopState(first)))
         try:
             with _rehearsing(task, position, "the first batch of validation"):
                 run.best.check(validate.first_batch())
-        except (ArithmeticError, ValueError) as error:
+        except (ArithmeticError, ValueError, RuntimeError, AssertionError) as error:
             if _method(error, task) != "summary":
                 raise
             run.ranks.messages.append(
                 f"WARNING: task.summary() raises {type(error).__name__} ({error}) for the sums of one batch: "
-                "look at it, unless it needs more samples"
+                "if it does so for the whole validation, the run ends there"
             )
     run.clock.loop_began = time.perf_counter()  # the first row's samples per second are those of the loop
 
@@ -196,45 +196,38 @@ def _checked(task: Task, result: Any) -> tuple[Tensor, Any]:
     return pair[0], pair[1]
 
 
-def _refuse_mean(model: nn.Module, task: Task, batches: Sequence[Any], seed: int, device: torch.device) -> None:
-    """Raise UsageError if the loss of a batch is the mean of those of its halves, and not their sum: the gradient would
-    be divided twice. In eval mode and with the same random numbers, so that dropout and BatchNorm change nothing."""
-    if any(batch is None for batch in batches) or len(batches) != 3:
+def _refuse_mean(model: nn.Module, task: Task, half: Any, twice: Any, seed: int, device: torch.device) -> None:
+    """Raise UsageError if the loss of some samples is also that of the same samples `twice`, in one batch, while its
+    weight is not: a mean, by which the gradient would be divided twice. In eval mode and with the same random numbers,
+    so that dropout and BatchNorm change nothing. (Halves of a batch would not show means that are weighted by class, or
+    that leave positions out.)"""
+    if half is None or twice is None:
         return
     found = []
     model.eval()
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # not compiled for two more shapes
-            for batch in batches:
+            for batch in (half, twice):
                 seed_place(Place.TRIAL, seed, device, 2)
                 loss, weight = _checked(task, task.loss(task.forward(model, batch), batch))
                 found.append((float(loss), float(weight)))
     except Exception:  # of a task that takes no training batch in eval mode, or no half: it says nothing of the loss
         return
     if is_mean(*found):
-        (whole, weight), (first, _), (second, _) = found
+        (once, weight), (of_both, weight_of_both) = found
         raise UsageError(
-            f"{type(task).__name__}.loss() returns a mean: {whole:.6g} for a batch (weight {weight:g}), {first:.6g} "
-            f"and {second:.6g} for its halves, where a sum would be {first + second:.6g}. distloop divides by the "
-            "weights of the whole step, so that the gradient would be too small. Return sums: "
-            '`cross_entropy(outputs, targets, reduction="sum"), len(targets)`, or the like.'
+            f"{type(task).__name__}.loss() returns a mean: {once:.6g} for some samples (weight {weight:g}), and "
+            f"{of_both:.6g} for a batch that has each of them twice (weight {weight_of_both:g}), where a sum would be "
+            f"{2 * once:.6g}. distloop divides by the weights of the whole step, so that the gradient would be too "
+            'small. Return sums: `cross_entropy(outputs, targets, reduction="sum"), len(targets)`, or the like.'
         )
 
 
-def is_mean(whole: tuple[float, float], first: tuple[float, float], second: tuple[float, float]) -> bool:
-    """True if the (loss, weight) of a batch and of its halves are those of a mean over the batch.
-
-    A loss that is the same for all three, with weights that do not add up, is none: it does not come of the batch.
-    """
-    (loss, weight), (a, weight_a), (b, weight_b) = whole, first, second
+def is_mean(once: tuple[float, float], twice: tuple[float, float]) -> bool:
+    """True if the (loss, weight) of some samples, and of the same samples twice, are those of a mean over the batch."""
+    (loss, weight), (of_both, weight_of_both) = once, twice
 
     def near(value: float, other: float) -> bool:
         return abs(value - other) <= NEARLY * abs(other)
 
-    if abs(loss) < 1e-8 or near(a + b, loss):
-        return False
-    means = [(a + b) / 2]
-    if weight_a + weight_b > 0:
-        means.append((weight_a * a + weight_b * b) / (weight_a + weight_b))  # of halves of different sizes
-    adds_up = near(weight_a + weight_b, weight)
-    return any(near(mean, loss) for mean in means) and (adds_up or not (near(a, loss) and near(b, loss)))
+    return abs(loss) > 1e-8 and near(of_both, loss) and weight > 0 and near(weight_of_both, 2 * weight)

@@ -27,6 +27,7 @@ Guesses = tuple[Tensor, Tensor, Tensor]
 
 # What torchvision's models give in training: their module, class, and the weight of each auxiliary loss (Szegedy et al.
 # 2015, "Going deeper with convolutions"; torchvision's own recipe for Inception).
+LABELLED = "samples with a label"  # a sum of Classification, under a name that no task of a user's has
 AUXILIARY = (("googlenet", "GoogLeNetOutputs", 0.3), ("inception", "InceptionOutputs", 0.4))
 
 
@@ -109,7 +110,7 @@ class Classification(Task):
 
     def metrics(self, outputs: Tensor, batch: Any) -> Sums:
         targets = targets_of(batch).long()
-        return {"correct": (outputs.argmax(1) == targets).sum(), "labels": torch.tensor(len(targets))}
+        return {"correct": (outputs.argmax(1) == targets).sum(), LABELLED: torch.tensor(len(targets))}
 
     def guesses(self, outputs: Any, batch: Any) -> Guesses | None:
         try:
@@ -125,7 +126,7 @@ class Classification(Task):
         return targets, predictions, confidences
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        return {**super().summary(sums), "accuracy": int(sums["correct"]) / int(sums.get("labels", sums["samples"]))}
+        return {**super().summary(sums), "accuracy": int(sums["correct"]) / int(sums.get(LABELLED, sums["samples"]))}
 
     def probe(self, outputs: Any) -> None:
         if not isinstance(outputs, Tensor) or outputs.ndim != 2:
@@ -145,8 +146,8 @@ class Classification(Task):
         if labels.dtype in (torch.uint8, torch.int8, torch.bool) and self.classes > (most := SMALL[labels.dtype]):
             raise UsageError(
                 f"Labels of {str(labels.dtype).removeprefix('torch.')} can name {most} classes only, and the model has "
-                f"{self.classes}: larger labels came out as other numbers. Keep labels as int64 from the start, or set "
-                "model.args.num_classes to what the data has."
+                f"{self.classes}: larger labels have become other numbers. Make them int64 before they get their "
+                "values: torch.tensor(labels, dtype=torch.int64)."
             )
         labels = labels.long()  # uint16 knows no comparison
         wrong = torch.nonzero((labels < 0) | (labels >= self.classes)).flatten()

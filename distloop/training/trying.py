@@ -23,7 +23,7 @@ def try_out(task: Task, model: nn.Module, example: Any, source: Any) -> None:
     model.eval()
     with torch.no_grad():
         try:
-            with put_back(model, task):  # neither has seen a sample before training
+            with put_back(model, task, keep_created=True):  # neither has seen a sample before training
                 outputs = task.forward(model, example)
         except RuntimeError as error:
             if not OF_DTYPES.search(str(error)):

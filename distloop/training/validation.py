@@ -93,6 +93,8 @@ class Validation:
                 metrics = self._validate(step)
             self.run.best.update(step, metrics)
             self.trackers.log("validate", step, **metrics)
+            if self.ranks.world_size > 1:
+                dist.all_reduce(torch.zeros(()))  # rank 0 waits here for all, to save if one of them fails
         if is_saved:
             self.run.save(parts, dataclasses.replace(state, unvalidated=False, best=self.run.best.row))
         return metrics
@@ -167,6 +169,8 @@ def validate(
                 if tensor.is_floating_point():
                     rows[-1][name] = tensor
                 else:
+                    if name in counts:  # to add shapes that differ may broadcast
+                        merged([{name: (tuple(each.shape), False)} for each in (counts[name], tensor)])
                     counts[name] = counts.get(name, 0) + tensor.to(torch.int64)
             if details is not None:
                 details.add(task.guesses(outputs, batch), *sampler.span(position))
@@ -284,6 +288,8 @@ def broadcast_buffers(*models: nn.Module | None) -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
         for model in models:
             for buffer in model.buffers() if model is not None else ():
+                if buffer.layout != torch.strided:
+                    continue  # not in a checkpoint either
                 if buffer.dtype in EXCHANGED:
                     dist.broadcast(buffer, src=0)
                 else:  # no group sends int16 or float8: their bytes

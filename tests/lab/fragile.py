@@ -32,6 +32,7 @@ class Fragile(Regression):
         return super().forward(model, batch)
 
     def metrics(self, outputs: Tensor, batch: Any) -> dict[str, Tensor]:
+        stage.at("before metrics", self.updates)
         stage.at("metrics", self.updates)
         return super().metrics(outputs, batch)
 

@@ -92,6 +92,22 @@ class Mean(distloop.tasks.Classification):
         return cross_entropy(outputs, targets_of(batch)), len(targets_of(batch))
 
 
+class OfClasses(Mean):
+    """Weighted by class: halves of a batch have other sums of weights, and no mean of theirs is that of the whole."""
+
+    def loss(self, outputs: Any, batch: Any) -> tuple[Tensor, int]:
+        weights = torch.linspace(0.1, 3, 10)
+        return cross_entropy(outputs, targets_of(batch), weight=weights), len(targets_of(batch))
+
+
+class WithoutSome(Mean):
+    """Over the samples that count, with the number of all."""
+
+    def loss(self, outputs: Any, batch: Any) -> tuple[Tensor, int]:
+        targets = torch.where(targets_of(batch) < 3, -100, targets_of(batch))
+        return cross_entropy(outputs, targets, ignore_index=-100), len(targets)
+
+
 class MeanOfTokens(Mean):
     """Of positions, not all of which count."""
 

@@ -191,8 +191,11 @@ def test_rank_0_saves_also_if_it_has_long_to_validate_when_another_one_fails(tmp
     words = arguments(tmp_path)
     stage.fail(tmp_path, "metrics", "raise", rank=1, count=FAILS)
     stage.hold(tmp_path, "forward", rank=0, count=FAILS)
+    stage.hold(tmp_path, "before metrics", rank=1, count=FAILS)
     with Ranks(tmp_path, words, 2) as ranks:
         stage.arrived(tmp_path, "forward", [0])
+        stage.arrived(tmp_path, "before metrics", [1])
+        stage.let_go(tmp_path, "before metrics")
         wait_until(lambda: "distloop: rank 1" in ranks.outputs[0].read_text(), "the verdict")
         time.sleep(STUCK_SECONDS + 2)  # that it takes so long is the subject
         stage.let_go(tmp_path, "forward")

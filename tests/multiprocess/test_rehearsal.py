@@ -46,10 +46,13 @@ def is_refused(outcome: Outcome, folder: Path, *words: str, code: int = 2) -> No
 # ---- a loss that is a mean -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("task", "ranks"), [("Mean", 1), ("Mean", 2), ("MeanOfTokens", 1), ("MeanOfSquares", 2)])
+@pytest.mark.parametrize(
+    ("task", "ranks"),
+    [("Mean", 1), ("Mean", 2), ("MeanOfTokens", 1), ("MeanOfSquares", 2), ("OfClasses", 1), ("WithoutSome", 2)],
+)
 def test_a_loss_that_is_a_mean_is_refused_with_the_numbers_and_the_line(tmp_path: Path, task: str, ranks: int) -> None:
     outcome = start(tmp_path, task, ranks, data={"name": "digits", "args": {"shift": 0}})
-    is_refused(outcome, tmp_path, f"{task}.loss() returns a mean", 'reduction="sum"', "for its halves")
+    is_refused(outcome, tmp_path, f"{task}.loss() returns a mean", 'reduction="sum"', "has each of them twice")
 
 
 @pytest.mark.parametrize("task", ["Contrastive", "Zero", "OfPairs"])
@@ -58,27 +61,29 @@ def test_a_loss_that_is_no_mean_of_halves_trains(tmp_path: Path, task: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("whole", "first", "second", "expected"),
+    ("once", "twice", "expected"),
     [
-        ((2.30, 64), (2.20, 32), (2.40, 32), True),
-        ((147.0, 64), (70.0, 32), (77.0, 32), False),
-        ((2.30, 1), (2.20, 1), (2.40, 1), True),  # with a weight that is wrong, too
-        ((7.0, 512), (7.0, 512), (7.0, 512), False),  # nothing of the batch: a penalty, points drawn in the model
-        ((2.3333, 3), (2.0, 1), (2.5, 2), True),  # halves of different sizes
-        ((2.35, 64), (2.20, 32), (2.40, 32), False),  # neither
-        ((0.0, 64), (0.0, 32), (0.0, 32), False),
-        ((1e-12, 64), (1e-12, 32), (1e-12, 32), False),
-        ((-2.30, 64), (-2.20, 32), (-2.40, 32), True),
-        ((float("nan"), 64), (2.0, 32), (2.0, 32), False),
-        ((0.1, 64), (-3.9, 32), (4.0, 32), False),
+        ((2.3, 32), (2.3, 64), True),
+        ((2.3, 32), (2.3004, 64), True),  # up to rounding
+        ((2.3, 32.0), (4.6, 64.0), False),  # a sum
+        ((2.3, 1), (2.3, 1), False),  # of one batch, whatever it holds: its weight says so
+        ((0.0, 32), (0.0, 64), False),  # says nothing
+        ((-0.5, 7), (-0.5, 14), True),
+        ((3.1, 32), (3.3, 64), False),  # contrastive
+        ((2.3, 0), (2.3, 0), False),
     ],
 )
-def test_what_counts_as_a_mean(whole: Any, first: Any, second: Any, expected: bool) -> None:
-    assert is_mean(whole, first, second) is expected
+def test_what_counts_as_a_mean(once: Any, twice: Any, expected: bool) -> None:
+    assert is_mean(once, twice) is expected
 
 
-def test_one_sample_has_no_halves(tmp_path: Path) -> None:
-    start(tmp_path, "Contrastive", batch={"global_size": 8, "micro_size": 1}, train={"steps": 1}).check()
+def test_one_sample_is_enough(tmp_path: Path) -> None:
+    batch = {"global_size": 8, "micro_size": 1}
+    start(tmp_path, "Contrastive", batch=batch, train={"steps": 1}).check()
+    (tmp_path / "mean").mkdir()
+    outcome = start(tmp_path / "mean", "Mean", batch=batch, train={"steps": 1})
+    assert outcome.codes == [2]
+    assert "Mean.loss() returns a mean" in outcome.output
 
 
 # ---- what only validation meets --------------------------------------------------------------------------------------
