@@ -117,6 +117,7 @@ def test_validations_a_report_and_wandb_shift_no_training(tmp_path: Path) -> Non
     assert largest_difference(weights(runs.train("often", 1, 0, *often)), weights(runs.train("once", 1, 0))) == 0
 
 
+@pytest.mark.long
 def test_evaluate_draws_what_the_runs_validation_drew(tmp_path: Path) -> None:
     run = Runs(tmp_path, "data", "task", "model", "forward", "metrics", "summary").train("run", 2, 0)
     row = found(rows(run, "validate")[-1])
@@ -129,6 +130,7 @@ def test_evaluate_draws_what_the_runs_validation_drew(tmp_path: Path) -> None:
         assert numbers == pytest.approx({name: row[name] for name in numbers}, rel=1e-12)
 
 
+@pytest.mark.long
 def test_a_set_of_texts_has_one_order_where_a_script_starts_the_run_and_else_is_refused(tmp_path: Path) -> None:
     """Python gives it another one in each process, unless PYTHONHASHSEED is set before it starts."""
     Runs(tmp_path)

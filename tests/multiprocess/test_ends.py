@@ -190,7 +190,8 @@ def test_rank_0_that_waits_for_others_ends_soon_when_it_is_told_to(tmp_path: Pat
     check_ends_soon(ranks, name, "while waiting for rank 1 of 2. Nothing was trained")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", *OTHERS])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_another_rank_that_waits_for_rank_0_ends_soon_when_it_is_told_to(tmp_path: Path, name: str) -> None:
     listener = Listener()
     environment = {**rank_environment(1, 2, listener.port), "LOCAL_RANK": "0"}  # of another machine
@@ -211,7 +212,7 @@ def check_ends_soon(ranks: Ranks, name: str, said: str) -> None:
 # ---- a rank that does not answer -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suspended", [0, 1])
+@pytest.mark.parametrize("suspended", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_stop_while_a_rank_is_suspended_ends_soon_and_names_it(tmp_path: Path, suspended: int) -> None:
     arguments = run_with(tmp_path, "tests.lab.ends:short_silence")
     stage.hold(tmp_path, "step")

@@ -187,6 +187,7 @@ def test_a_save_that_fails_as_well_is_said_and_the_checkpoints_before_are_whole(
     check_same(run, expected)
 
 
+@pytest.mark.long
 def test_rank_0_saves_also_if_it_has_long_to_validate_when_another_one_fails(tmp_path: Path) -> None:
     words = arguments(tmp_path)
     stage.fail(tmp_path, "metrics", "raise", rank=1, count=FAILS)

@@ -181,7 +181,7 @@ def test_a_signal_to_one_script_saves_the_run_and_ends_it_on_all_machines(
     ("words", "launched"),
     [
         (TRAIN, "python"),
-        (script("single_node.sh", PROCESSES=2), "single_node.sh"),
+        pytest.param(script("single_node.sh", PROCESSES=2), "single_node.sh", marks=pytest.mark.long),
         pytest.param(script("single_node.sh", PROCESSES=1), "single_node.sh, one rank", marks=pytest.mark.long),
         pytest.param(accelerate_launch(1), "accelerate launch", marks=pytest.mark.long),
     ],

@@ -246,7 +246,9 @@ class ByHand:
                     loss, weight = self.task.loss(outputs, batch)
                 found = {"loss": loss, "weight": weight, "samples": len(indices), **self.task.metrics(outputs, batch)}
                 for name, value in found.items():
-                    value = torch.as_tensor(value)
+                    value = (
+                        value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
+                    )  # a float as float64
                     sums[name] = sums.get(name, 0) + value.to(
                         torch.float64 if value.is_floating_point() else torch.int64
                     )
