@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from distloop.errors import UsageError
@@ -13,7 +12,7 @@ MOST_UNREAD = 1000  # micro-batches: a bound on what is kept where nobody reads
 
 
 class Weights:
-    """Checks weights. Those on a GPU are kept until read(), so that the host does not wait for them."""
+    """Checks weights. Tensors are kept until read(), so that the host does not wait for a device."""
 
     def __init__(self) -> None:
         self.unread: list[tuple[Tensor, int | None]] = []
@@ -24,7 +23,7 @@ class Weights:
         if type(weight) is int and weight == samples:  # as of most tasks
             return weight
         if isinstance(weight, Tensor):
-            if weight.ndim == 0 and weight.device.type != "cpu":
+            if weight.ndim == 0:
                 self.unread.append((weight.detach().clone(), samples))  # a view would keep the whole batch
                 if len(self.unread) >= MOST_UNREAD:
                     self.read()
@@ -34,12 +33,10 @@ class Weights:
         return _refuse_wrong(weight, samples)
 
     def read(self) -> None:
-        """Check the weights on a GPU since the last call; waits for the device. Raises UsageError."""
+        """Check the weights that are tensors since the last call; waits for the device. Raises UsageError."""
         unread, self.unread = self.unread, []
-        if unread:
-            numbers = torch.stack([weight for weight, _ in unread]).tolist()
-            for number, (_, samples) in zip(numbers, unread, strict=True):
-                _refuse_wrong(number, samples)
+        for weight, samples in unread:
+            _refuse_wrong(weight, samples)
 
 
 def _refuse_wrong(weight: Any, samples: int | None) -> bool | int | float:

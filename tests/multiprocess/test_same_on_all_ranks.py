@@ -299,7 +299,7 @@ def test_a_run_is_not_continued_with_other_contents_of_as_many_samples(tmp_path:
 
 def test_where_the_code_has_changed_with_the_contents_of_samples_that_is_said(tmp_path: Path) -> None:
     config = write_config(tmp_path, {**BASE, "data": {"name": "mine:make_data", "workers": 0}})
-    for shift in (0, 1):
+    for shift in (0, 10):  # of another length, by which Python knows that the file has changed within a second
         (tmp_path / "mine.py").write_text(
             "import torch\nfrom torch.utils.data import TensorDataset\n"
             f"rows, labels = torch.ones(96, 4) + {shift}, torch.arange(96) % 3\n"

@@ -20,7 +20,8 @@ main()
 def say_where(project: Path) -> None:
     """Each process that imports the project's mine.py prints which distloop it has."""
     with open(project / "mine.py", "a") as file:
-        file.write("\nimport distloop\n\nprint('distloop is', distloop.__file__, flush=True)\n")
+        # In one write: ranks print at the same time.
+        file.write("\nimport distloop\n\nprint(f'distloop is {distloop.__file__}\\n', end='', flush=True)\n")
 
 
 def build(folder: Path, source: Path = REPOSITORY) -> Path:
