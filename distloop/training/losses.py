@@ -35,7 +35,7 @@ class LossSums:
     def add(self, loss: Tensor, weight: Any, is_empty: bool = False, samples: int | None = None) -> None:
         """Count one micro-batch: the sums of its losses and weights. An empty one counts nothing. `samples`: what the
         weight must be, as Micro.samples says; None: any number. Raises UsageError for a wrong weight: at once, or in
-        read() if it is on a GPU."""
+        read() if it is a tensor."""
         weight = self.weights.check(weight, samples)
         loss = loss.detach()
         if is_empty:

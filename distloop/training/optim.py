@@ -99,7 +99,7 @@ def _detach_made_weights(model: nn.Module) -> None:
                 vars(module)[name] = value.detach()
 
 
-def _adopt_buffers(averaged: nn.Module, model: nn.Module) -> None:
+def adopt_buffers(averaged: nn.Module, model: nn.Module) -> None:
     """Give the average the buffers that the model has made in a forward pass, such as a cached mask."""
     for other, module in zip(averaged.modules(), model.modules(), strict=True):
         for name, buffer in module._buffers.items():
@@ -121,7 +121,7 @@ def update_average(averaged: AveragedModel, model: nn.Module, decay: float) -> N
     values: list[Tensor] = []
     buffers = list(model.buffers())
     if len(buffers) != len(list(averaged.module.buffers())):
-        _adopt_buffers(averaged.module, model)
+        adopt_buffers(averaged.module, model)
     averages = itertools.chain(averaged.module.parameters(), averaged.module.buffers())
     for average, value in zip(averages, itertools.chain(model.parameters(), buffers), strict=True):
         if keep and (average.is_floating_point() or average.is_complex()):

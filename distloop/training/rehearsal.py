@@ -21,6 +21,7 @@ from distloop.ranks.places import Position
 from distloop.run.attempt import Attempt
 from distloop.run.checkpoint import LoopState
 from distloop.run.parts import Parts, existing
+from distloop.training.optim import adopt_buffers
 from distloop.training.putting_back import put_back
 from distloop.training.tasks import Task
 from distloop.training.untrained import refuse_unused_parameters
@@ -73,6 +74,8 @@ def rehearse(
                 f"WARNING: task.summary() raises {type(error).__name__} ({error}) for the sums of one batch: "
                 "if it does so for the whole validation, the run ends there"
             )
+    if (averaged := parts.get("averaged")) is not None:
+        adopt_buffers(averaged.module, bare_model)  # those that are kept, for the checkpoint that is loaded next
     run.clock.loop_began = time.perf_counter()  # the first row's samples per second are those of the loop
 
 

@@ -91,10 +91,10 @@ class Validation:
         with contextlib.nullcontext() if is_saved else saved_if_it_fails(self.run, parts, state):
             with self.run.phase("validation"):
                 metrics = self._validate(step)
-            self.run.best.update(step, metrics)
-            self.trackers.log("validate", step, **metrics)
             if self.ranks.world_size > 1:
                 dist.all_reduce(torch.zeros(()))  # rank 0 waits here for all, to save if one of them fails
+            self.run.best.update(step, metrics)
+            self.trackers.log("validate", step, **metrics)
         if is_saved:
             self.run.save(parts, dataclasses.replace(state, unvalidated=False, best=self.run.best.row))
         return metrics

@@ -34,6 +34,13 @@ class Cached(nn.Module):
         return self.layer(inputs * self.mask)
 
 
+class CachedInTraining(Cached):
+    """A buffer that the first forward pass of training makes: an average of the weights has none before."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs) if self.training else self.layer(inputs)
+
+
 class Resized(nn.Module):
     """A buffer that takes its shape in the first forward pass, as those of quantisation-aware training do."""
 

@@ -107,3 +107,12 @@ def test_expanded_and_shared_tensors_stay_what_they_are() -> None:
         view.add_(1)
     assert plain(model) == before
     assert view.data_ptr() == model.weight.data_ptr()
+
+
+def test_parameters_that_the_block_freezes_are_trained_as_before() -> None:
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    with put_back(model):
+        model.weight.requires_grad_(False)
+        model.bias.requires_grad_(True)
+    assert (model.weight.requires_grad, model.bias.requires_grad) == (True, False)
