@@ -94,25 +94,24 @@ def is_other(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 
 class SampleDigests(Dataset):
-    """Digests of samples, in hexadecimal, or what stands in their place, by index. An item is a list of indices."""
+    """Digests of samples, in hexadecimal, or what stands in their place; None for those that come after SECONDS."""
 
     def __init__(self, dataset: Any, seed: int, root: str = "") -> None:
         """`seed`: the run's. `root`: the data's folder, which may be another one on each machine and in each start."""
         self.seed = SeedFirst(seed)  # unpickled before the data set
         self.dataset, self.root = dataset, root
+        self.seconds = 0.0  # of all items so far
 
-    def __getitem__(self, indices: list[int]) -> dict[str, str]:
-        found: dict[str, str] = {}
+    def __getitem__(self, index: int) -> str | None:
+        if self.seconds > SECONDS:
+            return None
         threads, begun = torch.get_num_threads(), time.monotonic()
         torch.set_num_threads(1)  # as in loader processes: another number rounds sums otherwise
         try:
-            for index in indices:
-                found[str(index)] = self._look_twice(index)
-                if time.monotonic() - begun > SECONDS:
-                    break
+            return self._look_twice(index)
         finally:
             torch.set_num_threads(threads)
-        return {str(index): found[str(index)] for index in sorted(map(int, found))}
+            self.seconds += time.monotonic() - begun
 
     def _look_twice(self, index: int) -> str:
         first, again = self._digest(index), self._digest(index)
@@ -149,9 +148,10 @@ def _contents(dataset: Any, config: Data | None, device: torch.device | None, se
     digests = SampleDigests(dataset, seed, root_for_code(config.root) if config else "")
     with generators_restored():
         if config is None:
-            return digests[indices]
-        [found] = look(digests, [indices], worker_count(config, dataset), config, device)
-    return found
+            found = [digests[index] for index in indices]
+        else:
+            found = list(look(digests, indices, worker_count(config, dataset), config, device))
+    return {str(index): digest for index, digest in sorted(zip(indices, found, strict=True)) if digest is not None}
 
 
 def add(digest: Any, value: Any, root: str = "") -> None:

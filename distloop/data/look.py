@@ -1,5 +1,6 @@
 """A look at some samples before training: the example for the model, the first batch of validation, fingerprints."""
 
+import multiprocessing
 import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from distloop.config.settings import Config, Data
 from distloop.data.batches import send, to_model
 from distloop.data.datasets import DataSource
+from distloop.data.handles import Watched
 from distloop.data.loader import worker_count
 from distloop.data.order import FixedBatchSampler, MicroBatch
 from distloop.data.seeded import ChecksBatches, SeededDataset, check_of, collate_of, identity, name_of, no_check
@@ -24,8 +26,9 @@ def look(
 
     With workers they are loaded in one loader process, or on CUDA, whose workers are no copies of this process, from a
     pickled copy of the data set, at less cost. So what a data set opens at its first sample (files, connections,
-    threads) is not opened in a process of which loader workers become copies: they would share it. Without workers
-    they are loaded here, as in training. Close the iterator if you do not take all.
+    threads) is not opened in a process of which loader workers become copies: they would share it. What is open before
+    that, and is read for an item, is refused with UsageError. Without workers they are loaded here, as in training.
+    Close the iterator if you do not take all.
     """
     context = None
     if workers and device is not None and device.type == "cuda":
@@ -33,6 +36,8 @@ def look(
             dataset, workers = pickle.loads(pickle.dumps(dataset)), 0
         except Exception:  # what a new process can inherit and nobody can copy, such as a lock
             context = "forkserver"
+    if workers and (context or multiprocessing.get_start_method()) == "fork":
+        dataset = Watched(dataset)
     loader: DataLoader = DataLoader(
         dataset,
         batch_size=None,  # an item of the sampler is looked up as it is

@@ -14,6 +14,7 @@ from distloop.config.settings import Config, Data
 from distloop.data.datasets import DataSource
 from distloop.data.order import Plan
 from distloop.training.gradients import trial_batches
+from tests.lab import open_early
 from tests.lab.handles import make_data, write_files
 from tests.tools.ranks import Ranks, command, train, write_config
 
@@ -57,3 +58,31 @@ def test_the_batches_of_trial_passes_are_loaded_by_a_loader_process(tmp_path: Pa
     batches = trial_batches(config, DataSource(*make_data(str(tmp_path))), plan, torch.device("cpu"), torch.nn.Module())
     assert [len(inputs) for inputs, _ in batches] == [8, 8]
     assert str(os.getpid()) not in (tmp_path / "opened").read_text().split()
+
+
+# ---- what is open before ---------------------------------------------------------------------------------------------
+
+EARLY = SETTINGS | {"data": {"name": "tests.lab.open_early:make_data", "root": ".", "workers": 2}}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("kind", ["a_file", "an_npz_file"])
+def test_a_file_that_loader_processes_would_share_is_refused_and_the_way_out_trains(
+    tmp_path: Path, kind: str, world_size: int
+) -> None:
+    open_early.write_all(tmp_path)
+    words = ["--config", str(write_config(tmp_path, EARLY)), "--data.args.kind", kind]
+    done = train(tmp_path, words, world_size, environment={"MIXED_UP": str(tmp_path)})
+    assert done.codes == [2] * world_size, done.output
+    assert done.output.count("share one position in the file") == 1, done.output
+    assert "Traceback" not in done.output
+    train(tmp_path, [*words, "--data.workers", "0"], world_size, environment={"MIXED_UP": str(tmp_path)}).check()
+    assert not (tmp_path / "mixed-up").exists()
+
+
+@pytest.mark.parametrize("kind", ["a_database", "a_map_of_a_file"])
+def test_what_is_open_and_has_no_common_position_gives_the_rows_that_were_asked_for(tmp_path: Path, kind: str) -> None:
+    open_early.write_all(tmp_path)
+    words = ["--config", str(write_config(tmp_path, EARLY)), "--data.args.kind", kind]
+    train(tmp_path, words, environment={"MIXED_UP": str(tmp_path)}).check()
+    assert not (tmp_path / "mixed-up").exists()

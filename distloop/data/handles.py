@@ -1,0 +1,72 @@
+"""Files that were open when loader processes were forked: all of them read on from one position, and mix up rows."""
+
+import contextlib
+import os
+import stat
+from typing import Any, NamedTuple
+
+from torch.utils.data import Dataset
+
+from distloop.errors import UsageError
+
+
+class Place(NamedTuple):
+    """Where a process reads next in a file that it has open."""
+
+    path: str
+    position: int
+
+
+def places(process: int) -> dict[str, Place]:
+    """Those of the regular files that a process reads, by descriptor; none where there is no /proc. Left out are files
+    that are written only or appended to, such as logs, and those of the standard streams."""
+    found: dict[str, Place] = {}
+    streams = {identity for number in ("0", "1", "2") if (identity := _regular(process, number))}
+    numbers: list[str] = []
+    with contextlib.suppress(OSError):
+        numbers = os.listdir(f"/proc/{process}/fd")
+    for number in numbers:
+        identity = _regular(process, number)
+        if identity is None or identity in streams:
+            continue
+        with contextlib.suppress(OSError), open(f"/proc/{process}/fdinfo/{number}") as file:
+            facts = dict(line.split(":", 1) for line in file if ":" in line)
+            flags = int(facts["flags"], 8)
+            if flags & os.O_ACCMODE != os.O_WRONLY and not flags & os.O_APPEND:
+                found[number] = Place(os.readlink(f"/proc/{process}/fd/{number}"), int(facts["pos"]))
+    return found
+
+
+def _regular(process: int, number: str) -> tuple[int, int] | None:
+    """What tells a file from all others; None for what is none (a pipe, a socket), or closed meanwhile."""
+    with contextlib.suppress(OSError):
+        facts = os.stat(f"/proc/{process}/fd/{number}")
+        if stat.S_ISREG(facts.st_mode):
+            return facts.st_dev, facts.st_ino
+    return None
+
+
+class Watched(Dataset):
+    """A data set in a loader process that is a copy of this one: loading an item may not move a position in a file that
+    this process has open, since all its copies would share it. Raises UsageError.
+
+    The position shows it whatever holds the file (an archive, a library), and a file that is mapped into memory, or
+    opened anew in each process, is let be."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset, self.process = dataset, os.getpid()
+        self.shared = places(self.process).keys()
+
+    def __getitem__(self, item: Any) -> Any:
+        before = places(self.process)
+        loaded = self.dataset[item]
+        after = places(self.process)
+        moved = [number for number in self.shared & before.keys() & after.keys() if before[number] != after[number]]
+        if moved:
+            raise UsageError(
+                f"{before[moved[0]].path} was opened before loader processes started, and loading a sample reads from "
+                "it: they share one position in the file, and would get each other's rows. Open it when a process "
+                "loads its first sample (in __getitem__: if self.file is None: self.file = open(…)), or train with "
+                "--data.workers 0."
+            )
+        return loaded
