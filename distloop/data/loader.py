@@ -1,6 +1,7 @@
 """From a data set to checked batches on the device, in the sampler's order."""
 
 import atexit
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +10,7 @@ from typing import cast as cast_type
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
 from distloop.config.settings import Config, Data
@@ -69,7 +71,8 @@ def make_loader(
 ) -> Loader:
     """Batches of `dataset` in `sampler`'s order, on `device`, in the form that the model takes. The sampler yields this
     rank's indices only, so that Accelerate does not shard them. `persistent` keeps the workers between iterations.
-    `skips`: samples that cannot be loaded are left out, and each item is (batch, list of them)."""
+    `skips`: samples that cannot be loaded are left out, and each item is (batch, list of them), where they were loaded:
+    a step's batches are all there before the first is used, which may be more than the device holds."""
     workers = worker_count(config, dataset)
     loader = DataLoader(
         SeededDataset(
@@ -88,17 +91,13 @@ def make_loader(
         atexit.register(kill_workers)
         start_forkserver(loader.multiprocessing_context)
     prepared = prepare_data_loader(
-        loader, device=device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
+        loader, device=device, num_processes=1, process_index=0, put_on_device=not skips, non_blocking=True
     )
 
-    def finish(item: Any) -> Any:
-        if item is None:
-            return None
-        batch, *bad = item if skips else (item,)
-        batch = to_model(batch, source, dtype, device)
-        return (batch, *bad) if skips else batch
+    def finish(batch: Any) -> Any:
+        return None if batch is None else to_model(batch, source, dtype, device)
 
-    return Loader(prepared, finish)
+    return Loader(prepared, identity if skips else finish)
 
 
 def worker_count(config: Data, dataset: Any) -> int:
@@ -118,6 +117,10 @@ class Micro(NamedTuple):
     is_empty: bool
     scale: float  # of the sum of its losses: DDP's mean over the ranks becomes the mean over the step; 0 if empty
     samples: int | None = None  # which the weight of its loss must count; None: it counts something else
+
+
+def _to_device(batch: Any, source: DataSource, dtype: torch.dtype, device: torch.device) -> Any:
+    return to_model(send_to_device(batch, device, non_blocking=True), source, dtype, device)
 
 
 class TrainBatches:
@@ -144,6 +147,9 @@ class TrainBatches:
         self.skips, self.bad_samples = config.data.on_bad_sample == "skip", source.bad_samples
         self.weight = "samples" if task is None else task.weight
         self.name = name_of(source.train, source, config.data)
+        self._finish = (
+            functools.partial(_to_device, source=source, dtype=dtype, device=device) if self.skips else identity
+        )
         kind = (config.seed, device, dtype, source.train, self.sampler)
         loader = make_loader(config.data, source, task, *kind, skips=self.skips)
         self.batches = waiting(loader)  # one iterator through all epochs: loader workers start once
@@ -158,7 +164,7 @@ class TrainBatches:
         samples = len(asked_for[0].indices)
         if self.skips:
             samples = max(1, samples - len(items[0][1]))
-            items = [item and item[0] for item in items]
+            items = [item and self._finish(item[0]) for item in items]
         return items, samples
 
     def of_step(self, step: int) -> Iterator[Micro]:
@@ -174,7 +180,8 @@ class TrainBatches:
             loaded, present = without_bad(list(loaded), self.bad_samples, self.plan)
             count = present if self.weight == "samples" else count  # other weights are added up after the last batch
         scale = self.plan.world_size / max(1, count)
-        for batch, part, present in loaded:
+        for held, part, present in loaded:
+            batch = self._finish(held)
             seed_forward(self.seed, step, part.number, self.device)
             self.position.enter("forward and backward pass")
             samples = max(1, present) if self.counts_samples else None  # one stands in the place of none

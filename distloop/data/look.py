@@ -17,6 +17,7 @@ from distloop.data.loader import worker_count
 from distloop.data.order import FixedBatchSampler, MicroBatch
 from distloop.data.seeded import ChecksBatches, SeededDataset, check_of, collate_of, identity, name_of, no_check
 from distloop.data.workers import leave_signals_to_parent, signals_blocked, start_forkserver
+from distloop.errors import UsageError
 
 
 def look(
@@ -52,7 +53,11 @@ def look(
         start_forkserver(loader.multiprocessing_context)
     with signals_blocked():
         found = iter(loader)
-    yield from found
+    try:
+        yield from found
+    except UsageError as error:
+        # torch's frames hold error and loader in a circle; one that the collector finds waits 10 s for its process.
+        raise error.with_traceback(None) from None
 
 
 def first_validation_batch(

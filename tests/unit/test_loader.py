@@ -6,7 +6,7 @@ import os
 import random
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -206,6 +206,31 @@ def test_the_wait_for_each_batch_can_be_measured() -> None:
         for micro in batches.of_step(step):
             assert micro.batch is waited_for[-1]
     assert len(waited_for) == sum(len(SHORT.window(step, 0)) for step in range(2))
+
+
+class Moves:
+    """A batch that says when it is brought to the device."""
+
+    moved: ClassVar[set[Any]] = set()
+
+    def __init__(self, samples: list[Any]) -> None:
+        self.samples = samples
+
+    def to(self, device: torch.device) -> Moves:
+        self.moved.add(self)
+        return self
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_step_that_may_lack_samples_waits_for_all_of_its_batches_with_one_of_them_on_the_device(workers: int) -> None:
+    Moves.moved.clear()
+    config = Config(data=Data(workers=workers, on_bad_sample="skip", collate=f"{__name__}:Moves"))
+    plan = Plan(16, 8, 1, 2, total_steps=2)  # four micro-batches a step
+    batches = TrainBatches(config, DataSource(Noisy(), Noisy()), None, plan, CPU, 0, Position())
+    for done, micro in enumerate(batches.of_step(0), 1):
+        assert len(Moves.moved) == done
+        assert micro.batch in Moves.moved
+    assert done == 4
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------
