@@ -31,9 +31,7 @@ def with_inputs(batch: Any, inputs: Any) -> Any:
     if isinstance(batch, dict):
         return {**batch, "inputs": inputs}
     if isinstance(batch, Mapping):
-        other: Any = copy.copy(batch)
-        other["inputs"] = inputs
-        return other
+        return _with_items(batch, {"inputs": inputs})
     if _is_dataclass(batch):
         return _with_fields(batch, {"inputs": inputs})
     if names := _names(batch):
@@ -77,6 +75,17 @@ def _with_fields(batch: Any, values: Mapping[str, Any]) -> Any:
     other = copy.copy(batch)
     for name, value in values.items():
         object.__setattr__(other, name, value)
+    return other
+
+
+def _with_items(batch: Mapping[Any, Any], values: Mapping[Any, Any]) -> Any:
+    """A copy of a mapping with other values. One that does not change is made anew."""
+    if not hasattr(type(batch), "__setitem__"):
+        make: Any = type(batch)
+        return make({**batch, **values})
+    other: Any = copy.copy(batch)
+    for key, value in values.items():
+        other[key] = value
     return other
 
 
@@ -137,15 +146,17 @@ def cast(batch: Any, dtype: torch.dtype | None, device: torch.device | None = No
 
 def _cast_object(batch: Any, dtype: torch.dtype | None, device: torch.device | None) -> Any:
     if isinstance(batch, Mapping):  # such as the batches of a tokenizer
-        other: Any = copy.copy(batch)
-        for key, value in batch.items():
-            other[key] = cast(value, dtype, device)
-        return other
+        return _with_items(batch, {key: cast(value, dtype, device) for key, value in batch.items()})
     if _is_dataclass(batch):
-        values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-        return _with_fields(batch, {name: cast(value, dtype, device) for name, value in values.items()})
+        names = [field.name for field in dataclasses.fields(batch) if hasattr(batch, field.name)]  # init=False: unset
+        return _with_fields(batch, {name: cast(getattr(batch, name), dtype, device) for name in names})
     if callable(getattr(type(batch), "to", None)):  # as Accelerate moves what is no tensor
-        return batch if device is None else batch.to(device)
+        moved = batch if device is None else batch.to(device)
+        if moved is None:
+            raise UsageError(
+                f"{type(batch).__name__}.to(device) returns None. A batch is what it returns: end it with return self."
+            )
+        return moved
     if (
         held := [name for name, value in vars(batch).items() if _has_tensors(value)]
         if hasattr(batch, "__dict__")

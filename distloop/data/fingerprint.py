@@ -178,7 +178,7 @@ def add(digest: Any, value: Any, root: str = "") -> None:
         for inner in value:
             add(digest, inner, root)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        add(digest, [getattr(value, field.name) for field in dataclasses.fields(value)], root)
+        add(digest, [getattr(value, field.name, None) for field in dataclasses.fields(value)], root)
     elif isinstance(value, (str, PurePath)):
         text = str(value).replace(root, "") if root else str(value)
         digest.update(f"{type(value).__name__} {text!r} ".encode(errors="surrogatepass"))

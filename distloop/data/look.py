@@ -87,4 +87,4 @@ def example_batch(
     dataset = SeededDataset(source.train, seed, collate_of(config), no_check, name, skips)
     items = [MicroBatch(0, np.arange(samples))]
     [item] = look(dataset, items, worker_count(config, source.train), config, device)
-    return to_model(item[0] if skips else item, source, dtype)
+    return to_model(item[0] if skips else item, source, dtype, torch.device("cpu"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import UserDict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +54,39 @@ class Tokens(UserDict):
     pass
 
 
+class Frozen(Mapping):
+    """As frozendict and immutabledict are: no copy of it changes."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slots:
+    inputs: Any
+    targets: Any
+
+
+@dataclasses.dataclass
+class Later:
+    inputs: Any
+    targets: Any
+    mask: Any = dataclasses.field(init=False)
+    features: Any = dataclasses.field(init=False, repr=False)  # for the model to set
+
+    def __post_init__(self) -> None:
+        self.mask = self.inputs > 0
+
+
 INPUTS, TARGETS = torch.ones(2, 3, dtype=torch.float64), torch.arange(2)
 FORMS = [
     (INPUTS, TARGETS),
@@ -60,6 +95,10 @@ FORMS = [
     Tokens(targets=TARGETS, inputs=INPUTS),
     Record(INPUTS, TARGETS),
     Swapped(TARGETS, INPUTS),
+    MappingProxyType({"inputs": INPUTS, "targets": TARGETS}),
+    Frozen({"inputs": INPUTS, "targets": TARGETS}),
+    Slots(INPUTS, TARGETS),
+    Later(INPUTS, TARGETS),
 ]
 
 
@@ -75,14 +114,18 @@ def test_inputs_and_targets_are_found_and_cast_in_each_form_which_stays(batch: A
 def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
-    values: Any = vars(value) if dataclasses.is_dataclass(value) else value
+    values: Any = value
+    if dataclasses.is_dataclass(value):
+        values = {field.name: getattr(value, field.name, "") for field in dataclasses.fields(value)}
     values = values.values() if hasattr(values, "keys") else values
     return [tensor for each in values if not isinstance(each, str) for tensor in tensors_in(each)]
 
 
 @pytest.mark.parametrize("batch", [*FORMS, [Record({"deep": INPUTS}, TARGETS)]], ids=lambda batch: type(batch).__name__)
 def test_a_batch_of_any_form_goes_to_the_device(batch: Any) -> None:
-    assert [tensor.is_meta for tensor in tensors_in(send(batch, torch.device("meta")))] == [True, True]
+    tensors = tensors_in(send(batch, torch.device("meta")))
+    assert len(tensors) == len(tensors_in(batch))
+    assert all(tensor.is_meta for tensor in tensors)
     assert not any(tensor.is_meta for tensor in tensors_in(batch))
 
 
@@ -98,6 +141,13 @@ def test_a_batch_of_another_class_is_moved_by_itself_or_refused() -> None:
             return Moves(self.inputs.to(device), self.targets.to(device))
 
     assert send(Moves(INPUTS, TARGETS), torch.device("meta")).inputs.is_meta
+
+    class MovesItself(Plain):
+        def to(self, device: torch.device) -> None:
+            self.inputs, self.targets = self.inputs.to(device), self.targets.to(device)
+
+    with pytest.raises(UsageError, match=r"MovesItself\.to\(device\) returns None\..* return self"):
+        send([MovesItself(INPUTS, TARGETS)], CPU)
     with pytest.raises(UsageError, match=r"holds a Plain, whose tensors \(inputs, targets\).*@dataclasses.dataclass"):
         cast((INPUTS, Plain(INPUTS, TARGETS)), torch.float32, CPU)
     paths = [Path("a"), object(), "text", None, np.ones(2)]
