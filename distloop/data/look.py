@@ -3,6 +3,7 @@
 import multiprocessing
 import pickle
 from collections.abc import Iterator, Sequence
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ def look(
     Close the iterator if you do not take all.
     """
     context = None
+    if workers:
+        dataset = _Sent(dataset)
     if workers and device is not None and device.type == "cuda":
         try:
             dataset, workers = pickle.loads(pickle.dumps(dataset)), 0
@@ -58,6 +61,31 @@ def look(
     except UsageError as error:
         # torch's frames hold error and loader in a circle; one that the collector finds waits 10 s for its process.
         raise error.with_traceback(None) from None
+
+
+class _Sent(Dataset):
+    """A data set whose items have to leave a loader process. One that cannot would be waited for until the timeout."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, item: Any) -> Any:
+        loaded = self.dataset[item]
+        try:
+            pickle.dumps(loaded)
+        except Exception:
+            _refuse_what_cannot_be_sent(loaded)
+        return loaded
+
+
+def _refuse_what_cannot_be_sent(loaded: Any) -> None:
+    try:
+        ForkingPickler.dumps(loaded)  # it can more, and leaves shared memory behind
+    except Exception as error:
+        raise UsageError(
+            f"A batch cannot be sent from a loader process ({type(error).__name__}: {error}). Let the data set and "
+            "data.collate give tensors in tuples, lists, dicts or dataclasses, or train with --data.workers 0."
+        ) from None
 
 
 def first_validation_batch(

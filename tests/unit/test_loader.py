@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -231,6 +234,27 @@ def test_a_step_that_may_lack_samples_waits_for_all_of_its_batches_with_one_of_t
         assert len(Moves.moved) == done
         assert micro.batch in Moves.moved
     assert done == 4
+
+
+def fixed(samples: list[Any]) -> Any:
+    return MappingProxyType({"inputs": torch.stack([values for values, _ in samples])})
+
+
+def with_a_function(samples: list[Any]) -> Any:
+    return samples[0][0], lambda: samples
+
+
+def with_a_lock(samples: list[Any]) -> Any:
+    return {"inputs": samples[0][0], "lock": threading.Lock()}
+
+
+@pytest.mark.parametrize("collate", [fixed, with_a_function, with_a_lock], ids=lambda collate: collate.__name__)
+def test_a_batch_that_no_loader_process_can_send_is_refused_and_not_waited_for(collate: Any) -> None:
+    source = DataSource(Noisy(), Noisy())
+    data = Data(workers=1, timeout_seconds=30, collate=f"{__name__}:{collate.__name__}")
+    with pytest.raises(UsageError, match=r"batch cannot be sent .*pickle.* --data.workers 0"):
+        example_batch(source, data, 0, torch.float32)
+    assert example_batch(source, dataclasses.replace(data, workers=0), 0, torch.float32)
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------
