@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
+import zlib
 from collections import UserDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +25,7 @@ from distloop.data import DataSource, InMemory, WholeBatches, load_data
 from distloop.data.batches import cast, inputs_of, send, targets_of, to_model, with_inputs
 from distloop.data.datasets import class_names, gives_batches, image_folder
 from distloop.data.order import MicroBatch
+from distloop.data.pictures import load_picture
 from distloop.data.seeded import SeededDataset, no_check
 from distloop.errors import UsageError
 from distloop.run.checkpoint import load_weights, weights_of, write_weights
@@ -298,6 +301,45 @@ def test_pictures_of_eight_bits_are_what_they_are_in_any_mode(tmp_path: Path, mo
     tensor, _ = picture_folder(tmp_path, picture, "a.tiff").validation[0]
     assert tensor.dtype == torch.uint8
     assert all(torch.equal(channel, torch.from_numpy(grey)) for channel in tensor)
+
+
+def png_of_16_bits(channels: int) -> bytes:
+    def chunk(kind: bytes, contents: bytes) -> bytes:
+        return struct.pack(">I", len(contents)) + kind + contents + struct.pack(">I", zlib.crc32(kind + contents))
+
+    color = {2: 4, 3: 2, 4: 6}[channels]  # grey and alpha; RGB; RGBA
+    head = struct.pack(">IIBBBBB", 4, 4, 16, color, 0, 0, 0)
+    lines = (b"\0" + b"\x12\x34" * 4 * channels) * 4
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def tiff_of_16_bits() -> bytes:
+    pixels = b"\x34\x12" * 48
+    tags = [(256, 4, 1, 4), (257, 4, 1, 4), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 14)]
+    tags += [(277, 3, 1, 3), (278, 4, 1, 4), (279, 4, 1, len(pixels))]
+    table = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return b"II*\0" + struct.pack("<I3H", 14 + len(pixels), 16, 16, 16) + pixels + table
+
+
+COLOURS_OF_16_BITS = {
+    **{f"{channels}.png": png_of_16_bits(channels) for channels in (2, 3, 4)},
+    "a.tiff": tiff_of_16_bits(),
+    "a.ppm": b"P6 4 4 65535\n" + b"\x12\x34" * 48,
+}
+
+
+@pytest.mark.parametrize("name", COLOURS_OF_16_BITS)
+def test_colours_of_more_bits_are_refused_with_their_path(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(COLOURS_OF_16_BITS[name])
+    with pytest.raises(UsageError, match=rf"{name} has more than 8 bits a channel.*Convert the files"):
+        load_picture(str(tmp_path / name))
+
+
+def test_a_picture_of_16_bits_for_all_three_channels_loses_nothing(tmp_path: Path) -> None:
+    masks = struct.pack("<3I", 0xF800, 0x07E0, 0x001F)
+    head = struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0)
+    (tmp_path / "a.bmp").write_bytes(b"BM" + struct.pack("<IHHI", 74, 0, 0, 66) + head + masks + b"\xff" * 8)
+    assert load_picture(str(tmp_path / "a.bmp")).getpixel((0, 0)) == (255, 255, 255)
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
