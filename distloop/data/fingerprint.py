@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -91,6 +91,23 @@ def is_other(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     before, now = old.get("contents", {}), new.get("contents", {})
     pairs = [(before[index], now[index]) for index in before if index in now]
     return any(old_digest != digest for old_digest, digest in pairs if old_digest.isalnum() and digest.isalnum())
+
+
+class Likeness(NamedTuple):
+    """What the digests of some samples have in common with others."""
+
+    compared: int
+    same: int
+    in_other_order: bool  # none stands at its place, and one at another's
+
+
+def likeness(before: Mapping[str, str], now: Mapping[str, str]) -> Likeness:
+    """Why samples differ, by their digests: some are changed where others are the same; or their order is another. Left
+    out are those without a digest."""
+    pairs = [(before[key], now[key]) for key in before if key in now and before[key].isalnum() and now[key].isalnum()]
+    same = sum(one == other for one, other in pairs)
+    moved = {one for one, _ in pairs} & {other for _, other in pairs}
+    return Likeness(len(pairs), same, not same and bool(moved))
 
 
 class SampleDigests(Dataset):

@@ -11,7 +11,7 @@ from distloop.config.load import config_from_mapping, dump_without_secrets, read
 from distloop.config.references import recorded
 from distloop.config.secrets import clean_mapping, unmask
 from distloop.config.settings import Config, path_of
-from distloop.data.fingerprint import is_other
+from distloop.data.fingerprint import is_other, likeness
 from distloop.errors import UsageError
 from distloop.run import files
 from distloop.run.checkpoint import (
@@ -171,7 +171,7 @@ def _changes_of_data(path: Path, manifest: dict[str, Any], identity: dict[str, A
     what = (
         f"was trained on {old['samples']} samples, the data has {new['samples']} now: its order would be another."
         if old["samples"] != new["samples"]
-        else f"was trained on other data: these {new['samples']} samples have other contents."
+        else f"was trained on other data: these {new['samples']} samples have other contents{_which(old, new)}."
     )
     if config.resume == "extend" and old["samples"] == new["samples"]:
         return {"dataset": (old, new)}
@@ -180,6 +180,14 @@ def _changes_of_data(path: Path, manifest: dict[str, Any], identity: dict[str, A
     _changes_of_code(manifest, identity, code)
     why = f" ({'; '.join(code)}: that may be why.)" if code and extend else ""
     raise UsageError(f"{path} {what}{why} Give it the data it had, use --name OTHER or --resume never{extend}.")
+
+
+def _which(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What the samples that were looked at show of the reason, if anything."""
+    found = likeness(old.get("contents", {}), new.get("contents", {}))
+    if found.in_other_order:
+        return ", since they come in another order (sort what os.listdir() or a set gave)"
+    return f" in {found.compared - found.same} of {found.compared} that were compared" if found.same else ""
 
 
 def _changes_of_code(manifest: dict[str, Any], identity: dict[str, Any], messages: list[str]) -> dict[str, Any]:

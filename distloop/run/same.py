@@ -12,7 +12,7 @@ from torch import nn
 
 from distloop.config.settings import Config
 from distloop.data.datasets import DataSource
-from distloop.data.fingerprint import OWN_DRAWS, RAISES
+from distloop.data.fingerprint import OWN_DRAWS, RAISES, likeness
 from distloop.errors import UsageError
 from distloop.ranks.environment import node_name
 from distloop.ranks.ranks import Ranks
@@ -26,6 +26,18 @@ SAME_DATA = (
     "All ranks must see the same data in the same order: have the files copied to all machines, sort what "
     "os.listdir(), glob() or a set gave (sorted(…)), and seed a split of your own "
     "(generator=torch.Generator().manual_seed(0))."
+)
+SAME_LENGTH = (
+    "Have the same files copied to all machines, and split them, or leave some out, by what is the same on all ranks: "
+    "not by rank, machine or unseeded draws."
+)
+SAME_ORDER = (
+    "The same samples come there in another order: sort what os.listdir(), glob() or a set gave (sorted(…)), and "
+    "shuffle or split with a seed (generator=torch.Generator().manual_seed(0))."
+)
+OTHER_CPUS = (
+    "If the files are equal, CPUs of different kinds round a sample otherwise (a resize, a normalisation): take "
+    "machines of one kind, or store the samples as they are after that."
 )
 OWN_GENERATOR = (
     "It is another one each time, also under the same seed: draw from generators that are seeded for each sample, such "
@@ -97,12 +109,13 @@ def first_difference(facts: Sequence[Facts], nodes: Sequence[str], ranks: Sequen
                 more = "" if len(others) == 1 else f" (as on {len(others) - 1} more)"
                 there = f"rank {numbers[others[0]]} (on {nodes[others[0]]}){more}"
                 here = f"rank {numbers[0]} (on {nodes[0]})"
-                text = _words(kind, name, values[others[0]], values[0], there, here)
+                advice = _advice(name, facts[others[0]][kind], facts[0][kind]) if kind == "data" else ""
+                text = _words(kind, name, values[others[0]], values[0], there, here, advice)
                 return f"{NOT_THE_SAME} {text}"
     return None
 
 
-def _words(kind: str, name: str, theirs: Any, ours: Any, there: str, here: str) -> str:
+def _words(kind: str, name: str, theirs: Any, ours: Any, there: str, here: str, data_advice: str) -> str:
     """What differs, where, and what to do. `theirs`: the value on the rank `there`; `ours`: on rank 0, `here`."""
     if kind == "versions":
         advice = "Install the same version everywhere, or start all ranks from one environment."
@@ -116,7 +129,7 @@ def _words(kind: str, name: str, theirs: Any, ours: Any, there: str, here: str) 
         file = name if name.endswith(".py") else f"{name.rpartition('.')[2]}.py"
         return f"{file} on {there} has another source than that on {here}. Copy the same files to all machines."
     if kind == "data":
-        return _words_on_data(name, theirs, ours, there, here)
+        return _words_on_data(name, theirs, ours, there, here, data_advice)
     if kind == "task":
         return f"the task's {name} is {theirs!r} on {there}, but {ours!r} on {here}. {SAME_CODE}"
     if kind == "values":
@@ -152,9 +165,9 @@ def _words_on_environment(name: str, theirs: Any, ours: Any, there: str, here: s
     return f"{there} has {theirs}, but {here} {ours}. Set it alike for all ranks, before they start (export {name}=…)."
 
 
-def _words_on_data(name: str, theirs: Any, ours: Any, there: str, here: str) -> str:
+def _words_on_data(name: str, theirs: Any, ours: Any, there: str, here: str, advice: str) -> str:
     if name.endswith(" samples"):
-        return f"the data has {theirs} {name} on {there}, but {ours} on {here}. {SAME_DATA}"
+        return f"the data has {theirs} {name} on {there}, but {ours} on {here}. {SAME_LENGTH}"
     if " sample " not in name:
         if name.endswith(" data"):
             return f"the {name} has other contents on {there} than on {here}. {SAME_DATA}"
@@ -163,8 +176,21 @@ def _words_on_data(name: str, theirs: Any, ours: Any, there: str, here: str) -> 
         if value.startswith(RAISES):
             error = value.removeprefix(RAISES)
             return f"{name} can be loaded on {other}, but on {one} it raises {error}. {SAME_DATA}"
-    advice = OWN_GENERATOR if theirs.startswith(OWN_DRAWS) else SAME_DATA
+    advice = OWN_GENERATOR if theirs.startswith(OWN_DRAWS) else advice
     return f"{name} is another one on {there} than on {here}. {advice}"
+
+
+def _advice(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """What to do about a sample that differs, from what the others of its half that were looked at show."""
+    half = f"{name.partition(' sample ')[0]} sample "
+    before, now = ({key: facts[key] for key in facts if key.startswith(half)} for facts in (theirs, ours))
+    found = likeness(before, now)
+    if found.in_other_order:
+        return SAME_ORDER
+    if found.same:
+        same = f"{found.same} of the {found.compared} samples that were compared are the same, so their order is."
+        return f"{same} Copy the files to all machines. {OTHER_CPUS}"
+    return f"{SAME_DATA} {OTHER_CPUS}"
 
 
 def _setting(value: Any) -> str:

@@ -53,6 +53,8 @@ def make_data(differs: str = "", on_all: bool = False) -> DataSource:
         rows, labels = rows.flip(0), labels.flip(0)
     if here("one column"):
         rows = rows[:, :3]
+    if here("one sample"):
+        rows[40] += 1
     if here("contents"):
         rows = rows + 1
     if here("validation"):

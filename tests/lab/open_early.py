@@ -18,7 +18,6 @@ from PIL import Image
 from tests.lab.handles import NUMBERS, ROWS, WIDTH, write_files
 
 Read = Callable[[int], bytes]
-ARRAY = {"dtype": np.float64, "mode": "r", "shape": (ROWS, WIDTH)}
 
 
 def write_all(folder: Path) -> None:
@@ -83,7 +82,7 @@ def a_map_of_a_file(folder: Path) -> Read:
 
 
 def a_map_of_numpy(folder: Path) -> Read:
-    mapped = np.memmap(folder / "rows.bin", **ARRAY)
+    mapped = np.memmap(folder / "rows.bin", np.float64, "r", shape=(ROWS, WIDTH))
     return lambda row: mapped[row].tobytes()
 
 

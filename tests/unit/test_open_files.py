@@ -12,7 +12,8 @@ from distloop.config.settings import Data
 from distloop.data.fingerprint import fingerprint
 from distloop.errors import UsageError
 from tests.lab import open_early
-from tests.lab.open_early import FINE, ROWS, SHARED, Rows
+from tests.lab.handles import ROWS
+from tests.lab.open_early import FINE, SHARED, Rows
 
 
 @pytest.fixture(scope="module")
