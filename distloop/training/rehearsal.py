@@ -23,6 +23,7 @@ from distloop.run.checkpoint import LoopState
 from distloop.run.parts import Parts, existing
 from distloop.training.optim import adopt_buffers
 from distloop.training.putting_back import put_back
+from distloop.training.task_model import TaskModel, refuse_bypass
 from distloop.training.tasks import Task
 from distloop.training.untrained import refuse_unused_parameters
 from distloop.training.validation import Validation
@@ -104,48 +105,6 @@ def _method(error: BaseException, task: Task) -> str | None:
     return None
 
 
-class OnlyForward(nn.Module):
-    """The model as several processes have it: it offers what DistributedDataParallel does, on one process, too."""
-
-    def __init__(self, model: nn.Module, bare_model: nn.Module) -> None:
-        super().__init__()
-        self._bare_model = bare_model  # for parameters(), buffers(), train(): nn.Module's own methods
-        self.__dict__["_call"] = model  # not registered: it holds the same parameters
-        self._is_called = False
-        self._missed: list[str] = []  # attributes that were asked for, and that the bare model has
-
-    def forward(self, *arguments: Any, **named: Any) -> Any:
-        self._is_called = True
-        return self._call(*arguments, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_bare_model":
-            return self._modules[name]
-        if name == "module" or hasattr(self._bare_model, name):
-            self._missed.append(f"model.{name}")
-        raise AttributeError(f"{type(self._bare_model).__name__!r} object has no attribute {name!r}")
-
-
-def _refuse_bypass(task: Task, model: OnlyForward) -> None:
-    """Raise UsageError if the task has used more of the model than the call."""
-    kind = type(task).__name__
-    advice = (
-        'Put what it does into the model\'s forward(), for example with an argument (`model(inputs, mode="encode")`), '
-        f"and let {kind}.forward() call `model(…)`; give a number such as `model.num_classes` to the task in task.args."
-    )
-    if model._missed:
-        raise UsageError(
-            f"{kind} uses `{model._missed[0]}`: with several processes the model is inside "
-            "DistributedDataParallel, where the call `model(…)` and the methods of torch.nn.Module alone work. "
-            + advice
-        )
-    if not model._is_called:
-        raise UsageError(
-            f"{kind}.forward() does not call `model(…)`: several processes exchange the gradients of what went through "
-            "that call, and would drift apart. " + advice
-        )
-
-
 def _train(
     accelerator: Accelerator,
     model: nn.Module,
@@ -158,19 +117,19 @@ def _train(
     """`samples`: which the weight of the loss must count; None: it counts something else."""
     device, known = accelerator.device, {id(parameter) for parameter in bare_model.parameters()}
     for number in range(2 if model is not bare_model else 1):
-        offered = OnlyForward(model, bare_model)
+        offered: Any = TaskModel(model, bare_model)
         model.train()
         seed_place(Place.TRIAL, seed, device, number)
         try:
             outputs = task.forward(offered, batch)
             result = task.loss(outputs, batch)
         except Exception as error:
-            if "'OnlyForward' object" in str(error):  # is not subscriptable, not iterable, has no len()
+            if "'TaskModel' object" in str(error):  # is not subscriptable, not iterable, has no len()
                 offered._missed.append("model[…]")
             if offered._missed:  # it comes of that
-                _refuse_bypass(task, offered)
+                refuse_bypass(type(task).__name__, offered)
             raise
-        _refuse_bypass(task, offered)
+        refuse_bypass(type(task).__name__, offered)
         if late := [name for name, parameter in bare_model.named_parameters() if id(parameter) not in known]:
             raise UsageError(
                 f"The model makes parameters in its first forward pass of training ({', '.join(late[:3])}): no "

@@ -215,6 +215,29 @@ class CallsMethod(distloop.tasks.Classification):
         return model.head(model.encode(batch[0]))
 
 
+class Scaled(Encoder):
+    """Its forward pass reads an attribute that the task sets."""
+
+    scale = 1.0
+
+    def forward(self, images: Tensor, mode: str = "classify") -> Tensor:
+        return super().forward(images, mode) * self.scale
+
+
+class ByName(distloop.tasks.Classification):
+    """Has a penalty on the weights of one layer, by its name, and sets an attribute of the model."""
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        assert isinstance(model, Scaled)
+        model.scale = 0.5
+        outputs = model(batch[0])
+        layers: Any = dict(model.named_children())
+        for name, parameter in model.named_parameters():
+            if name.startswith("head."):
+                outputs = outputs * (1 + parameter.abs().mean() * layers["body"][1].weight.abs().mean())
+        return outputs
+
+
 class ReadsNumber(distloop.tasks.Classification):
     def forward(self, model: Any, batch: Any) -> Any:
         return model(batch[0]) / model.num_classes

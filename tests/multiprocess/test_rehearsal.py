@@ -3,6 +3,7 @@ message for all ranks, and nothing of the rehearsal stays."""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distloop.training.rehearsal import OnlyForward, is_mean
+from distloop.training.rehearsal import is_mean
+from distloop.training.task_model import TaskModel
 from tests.lab.rehearsed import Encoder
 from tests.tools.ranks import Outcome, train, write_config
 
@@ -150,15 +152,36 @@ def test_what_only_one_process_offers_is_refused_on_one_as_on_two(
     is_refused(outcome, tmp_path, task, word, 'model(inputs, mode="encode")')
 
 
-def test_what_torch_does_with_a_module_works_with_the_one_of_the_rehearsal() -> None:
+def test_what_torch_does_with_a_module_works_with_the_one_of_tasks() -> None:
     model = Encoder(10)
-    offered, images = OnlyForward(model, model), torch.ones(2, 1, 8, 8)
+    offered: Any = TaskModel(model, model)
+    images = torch.ones(2, 1, 8, 8)
     halved = {name: parameter / 2 for name, parameter in offered.named_parameters()}
+    assert list(halved) == [name for name, _ in model.named_parameters()]
     assert not torch.func.functional_call(offered, halved, (images,)).equal(offered(images))
     offered.eval()
     assert not model.training
-    assert {id(p) for p in offered.parameters()} == {id(p) for p in model.parameters()}
+    assert isinstance(offered, Encoder)
+    assert type(copy.deepcopy(offered)) is Encoder
+    offered.scale = torch.tensor(3)  # as the bare model has it in validation, and in its own forward()
+    assert model.scale == 3
+    del offered.scale
+    assert not hasattr(model, "scale")
     assert offered._missed == []
+
+
+def test_a_task_sees_the_models_names_and_sets_its_attributes_on_any_number_of_ranks(tmp_path: Path) -> None:
+    weights = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        batch = {"global_size": 64, "micro_size": 32}
+        settings = {"model": "tests.lab.rehearsed:Scaled", "train": {"steps": 5}, "batch": batch, "dtype": "float64"}
+        start(folder, "ByName", ranks, **settings).check()
+        [file] = folder.glob("runs/*/checkpoints/step_00000005/model.safetensors")
+        weights.append(load_file(file))
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
