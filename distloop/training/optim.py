@@ -119,19 +119,30 @@ def update_average(averaged: AveragedModel, model: nn.Module, decay: float) -> N
     keep = min(decay, (1 + steps) / (10 + steps)) if steps else 0.0
     targets: list[Tensor] = []
     values: list[Tensor] = []
+    memory: set[int] = set()  # where targets lie
+    aside: list[tuple[Tensor, Tensor]] = []  # a view of memory that is a target already, and its own copy to compute in
     buffers = list(model.buffers())
     if len(buffers) != len(list(averaged.module.buffers())):
         adopt_buffers(averaged.module, model)
     averages = itertools.chain(averaged.module.parameters(), averaged.module.buffers())
     for average, value in zip(averages, itertools.chain(model.parameters(), buffers), strict=True):
         if keep and (average.is_floating_point() or average.is_complex()):
-            targets.append(average)
+            target = average
+            if average.layout == torch.strided:
+                place = average.untyped_storage().data_ptr()
+                if place in memory:  # in place, what they share would be updated twice
+                    target = average.clone()
+                    aside.append((average, target))
+                memory.add(place)
+            targets.append(target)
             values.append(value)
         else:  # such as BatchNorm's counters
             average.copy_(value)
     if targets:
         torch._foreach_mul_(targets, keep)  # not lerp: an attention mask's -inf stays what it is
         torch._foreach_add_(targets, values, alpha=1 - keep)
+    for average, updated in aside:
+        average.copy_(updated)
     averaged.n_averaged += 1
 
 
