@@ -57,7 +57,7 @@ def _problems(tensor: Tensor, is_built: bool) -> Iterator[str]:
         yield f"is a {type(tensor).__name__}, a tensor made of others, which a checkpoint cannot hold. Use plain ones."
     elif repeats_itself(tensor):
         yield (
-            f"shows fewer numbers as {tensor.numel()} elements, as expand() makes it: no optimizer can update it, and no "
+            f"shows fewer numbers as {tensor.numel()} elements, as expand() does: no optimizer can update it, and no "
             "checkpoint can be loaded into it. Keep the smaller one, and expand it in forward(); or make the elements "
             "numbers of their own: .clone() before nn.Parameter() or register_buffer()."
         )

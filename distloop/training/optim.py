@@ -71,6 +71,20 @@ def check_sparse(name: str, config: Optim, device: torch.device) -> None:
     )
 
 
+def refuse_unforeseen_sparse(model: nn.Module) -> None:
+    """After a backward pass, also one that DDP has not ended: raise UsageError for sparse gradients of other parameters
+    than those of sparse_gradients()."""
+    known = {id(model.get_parameter(name)) for name in sparse_gradients(model)}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and parameter.grad.is_sparse and id(parameter) not in known:
+            raise UsageError(
+                f"The gradient of the model's {name} is sparse, and it is no weight of a torch.nn.Embedding with "
+                "sparse=True, by which the optimizer is chosen: neither that nor DistributedDataParallel can take it. "
+                "Leave out sparse=True (or sparse_grad=True) where forward() looks it up: the updates are then those "
+                "of whole tensors."
+            )
+
+
 class Average:
     """An exponential moving average of a model's parameters and buffers; without a decay there is none."""
 

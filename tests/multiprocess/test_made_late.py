@@ -47,8 +47,15 @@ def test_what_a_forward_pass_makes_comes_back(tmp_path: Path, model: str, decay:
 
 @pytest.mark.parametrize(
     ("habit", "dtype", "world_size"),
-    [("one", "float32", 1), ("one", "float32", 2), ("gaps", "float64", 1), ("windows", "float32", 1)]
-    + [("rows", "float32", 1), ("late buffer", "float32", 1), ("late buffer", "float32", 2)],
+    [
+        ("one", "float32", 1),
+        ("one", "float32", 2),
+        ("gaps", "float64", 1),
+        ("windows", "float32", 1),
+        ("rows", "float32", 1),
+        ("late buffer", "float32", 1),
+        ("late buffer", "float32", 2),
+    ],
 )
 def test_fewer_numbers_than_elements_are_refused_by_name(
     tmp_path: Path, habit: str, dtype: str, world_size: int
