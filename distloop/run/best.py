@@ -50,7 +50,7 @@ class Best:
             message = f"{where}: validation gives no {metric!r}, but {', '.join(known)}."
             if (some := metrics.get("samples", samples)) < samples:
                 message += (
-                    f" These are the metrics of {some} of {samples} samples, tried before training: if summary() leaves "
+                    f" These are the metrics of {some} of {samples} samples, before training: if summary() leaves "
                     f'{metric} out for so few, let it give float("nan") there, which is never the best.'
                 )
             raise UsageError(message)
