@@ -42,7 +42,7 @@ class _Before:
         self.trained: list[tuple[Tensor, bool]] = []  # leaves, and whether they require a gradient
         self.arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self.containers: dict[int, tuple[Any, Any]] = {}  # by id, with their contents in a dict or a list
-        self.generators: list[Callable[[], None]] = []  # each call puts one back
+        self.generators: list[Callable[[], Any]] = []  # each call puts one back
         self.modules: list[nn.Module] = []
         is_collected = gc.isenabled()
         gc.disable()  # it would look at all objects again and again, as the number of copied lists grows
@@ -130,16 +130,18 @@ class _Before:
         return self.containers[id(container)][1] if id(container) in self.containers else {}
 
 
-def _restore_of(value: Any) -> Callable[[], None] | None:
-    """A function that gives a random generator its present state again; None for other values."""
-    if isinstance(value, torch.Generator):
-        return functools.partial(value.set_state, value.get_state())
-    if isinstance(value, np.random.Generator):
-        return functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state)
-    if isinstance(value, np.random.RandomState):
-        return functools.partial(value.set_state, value.get_state())
-    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):  # which has no state
-        return functools.partial(value.setstate, value.getstate())
+def _restore_of(value: Any) -> Callable[[], Any] | None:
+    """A function that gives a random generator its present state again; None for other values, and for generators that
+    have no state, such as random.SystemRandom."""
+    with contextlib.suppress(NotImplementedError):
+        if isinstance(value, torch.Generator):
+            return functools.partial(value.set_state, value.get_state())
+        if isinstance(value, np.random.Generator):
+            return functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+        if isinstance(value, np.random.RandomState):
+            return functools.partial(value.set_state, value.get_state())
+        if isinstance(value, random.Random):
+            return functools.partial(value.setstate, value.getstate())
     return None
 
 

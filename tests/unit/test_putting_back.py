@@ -141,23 +141,25 @@ def drawn(generator: Any) -> float:
 @pytest.mark.parametrize("place", ["model", "submodule", "task", "a list of the task"])
 def test_generators_of_a_model_and_a_task_draw_as_if_nothing_was_tried(kind: str, place: str) -> None:
     generator, model, task = GENERATORS[kind](), nn.Sequential(nn.Linear(2, 2)), Restful()
-    holders = {"model": model, "submodule": model[0], "task": task}
+    holders: dict[str, Any] = {"model": model, "submodule": model[0], "task": task}
     if place == "a list of the task":
         task.scores = [generator]
     else:
-        holders[place].noise = generator  # type: ignore[union-attr]
+        holders[place].noise = generator
     drawn(generator)
     with put_back(model, task):
         drawn(generator)
     expected = GENERATORS[kind]()
     drawn(expected)
     assert drawn(generator) == drawn(expected)
-    with put_back(model, random.SystemRandom()):  # which has no state, and is no reason to fail
+    holders[place if place in holders else "task"].noise = random.SystemRandom()  # has no state: no reason to fail
+    with put_back(model, task):
         pass
 
 
 def deep(depth: int) -> list[Any]:
-    outer = inner = [torch.zeros(1)]
+    inner: list[Any] = [torch.zeros(1)]
+    outer = inner
     for _ in range(depth):
         outer = [outer]
     return [outer, inner]
