@@ -18,7 +18,6 @@ from distloop.run.checkpoint import (
     MANIFEST,
     STATE,
     clean,
-    digest,
     newest_good,
     published_in,
     read_manifest,
@@ -29,6 +28,7 @@ from distloop.run.files import Start, read_json, write_json, write_text
 from distloop.run.lock import RunLock
 from distloop.run.metrics import set_rows_aside
 from distloop.run.provenance import LoopSource, environment, git_facts
+from distloop.run.same import digest_of_start
 from distloop.run.status import RunStatus
 
 
@@ -69,7 +69,7 @@ def open_directory(
             messages.append(f"step {step} is not validated yet: its validation comes first")
         attempt = int(before.get("attempt", 0)) + 1
         loaded = checkpoint / MANIFEST if checkpoint else weights
-        sha256 = digest(loaded) if loaded and world_size > 1 else ""
+        sha256 = digest_of_start(loaded) if loaded and world_size > 1 else ""
         start = Start(path, attempt, checkpoint, weights, step, False, messages, identity, changes, sha256)
         status.begin(start, before.get("best"))  # first: an extended run is not finished any more
         if not changes:  # else once the checkpoint is loaded, which may not fit the changed config

@@ -21,7 +21,7 @@ from distloop.ranks.places import Position
 from distloop.run.attempt import Attempt
 from distloop.run.checkpoint import LoopState
 from distloop.run.parts import Parts, existing
-from distloop.training.optim import adopt_buffers
+from distloop.training.optim import adopt_buffers, refuse_unforeseen_sparse
 from distloop.training.putting_back import put_back
 from distloop.training.task_model import TaskModel, refuse_bypass
 from distloop.training.tasks import Task
@@ -67,7 +67,7 @@ def rehearse(
             run.ranks.from_main(lambda: run.saver.rehearse(parts, LoopState(first)))
         try:
             with _rehearsing(task, position, "the first batch of validation"):
-                run.best.check(validate.first_batch())
+                run.best.check(validate.first_batch(), validate.sampler.samples)
         except (ArithmeticError, ValueError, RuntimeError, AssertionError) as error:
             if _method(error, task) != "summary":
                 raise
@@ -139,7 +139,10 @@ def _train(
         weights = Weights()
         weights.check(weight, samples)
         weights.read()
-        accelerator.backward(loss)
+        try:
+            accelerator.backward(loss)
+        finally:  # DDP fails in the backward pass
+            refuse_unforeseen_sparse(bare_model)
         refuse_unused_parameters(model, bare_model.parameters(), "in the rehearsal")
 
 

@@ -182,6 +182,20 @@ class ManyNeeded(distloop.tasks.Classification):
         return super().summary(sums)
 
 
+class Sometimes(distloop.tasks.Classification):
+    """A metric that a batch of some samples has not."""
+
+    best = ("recall", "max")
+
+    def __init__(self, otherwise: float | None = None) -> None:
+        super().__init__()
+        self.otherwise = {} if otherwise is None else {"recall": otherwise}
+
+    def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        values = super().summary(sums)
+        return values | ({"recall": values["accuracy"]} if int(sums["samples"]) >= 360 else self.otherwise)
+
+
 class Guesses(distloop.tasks.Classification):
     """Right for one sample, as the model is tried out with; wrong for more."""
 

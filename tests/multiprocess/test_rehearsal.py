@@ -16,6 +16,7 @@ from distloop.training.rehearsal import is_mean
 from distloop.training.task_model import TaskModel
 from tests.lab.rehearsed import Encoder
 from tests.tools.ranks import Outcome, train, write_config
+from tests.tools.records import rows
 
 SETTINGS: dict[str, Any] = {
     "device": "cpu",
@@ -113,6 +114,23 @@ def test_a_mistake_of_a_task_is_found_before_the_first_step(
 def test_a_metric_that_checkpoint_best_names_and_validation_lacks_is_refused(tmp_path: Path) -> None:
     outcome = start(tmp_path, "Contrastive", checkpoint={"best": "max acuracy"})
     is_refused(outcome, tmp_path, "checkpoint.best: validation gives no 'acuracy', but loss, accuracy.")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_metric_that_a_batch_has_not_is_refused_with_a_way_out_that_trains(tmp_path: Path, ranks: int) -> None:
+    outcome = start(tmp_path, "Sometimes", ranks, validate={"batch_size": 64})
+    is_refused(
+        outcome,
+        tmp_path,
+        "the task's best = ('recall', 'max'): validation gives no 'recall', but loss, accuracy.",
+        "metrics of 64 of 360 samples",
+        'let it give float("nan") there',
+    )
+    task = {"name": "tests.lab.rehearsed:Sometimes", "args": {"otherwise": float("nan")}}
+    start(tmp_path, "", ranks, task=task, validate={"batch_size": 64}, train={"steps": 2}).check()
+    [row] = rows(tmp_path / "runs" / "run", "validate")
+    assert row["recall"] == row["accuracy"]
+    start(tmp_path, "Sometimes", ranks, validate={"batch_size": 500}, train={"steps": 4}, resume="extend").check()
 
 
 def test_a_summary_that_needs_more_samples_than_a_batch_has_is_one_line(tmp_path: Path) -> None:

@@ -80,6 +80,12 @@ def test_a_metric_that_validation_does_not_give_is_refused_with_those_that_it_gi
         Best("max accuracy", ("loss", "min")).update(1, {"loss": 1.0, "r2": 0.5, "samples": 9})
 
 
+@pytest.mark.parametrize(("samples", "says"), [(9, ""), (10, r" These are the metrics of 9 of 10 samples, .*\.")])
+def test_where_some_samples_have_no_such_metric_the_way_out_is_said(samples: int, says: str) -> None:
+    with pytest.raises(UsageError, match=rf"validation gives no 'accuracy', but loss\.{says}$"):
+        Best("max accuracy", ("loss", "min")).check({"loss": 1.0, "samples": 9}, samples)
+
+
 def test_the_best_checkpoint_is_the_configs_or_else_the_tasks() -> None:
     assert Best(None, Classification().best).rule == ("accuracy", "max")
     assert Best(None, Regression().best).rule == ("loss", "min")
