@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distloop.data.loader import TrainBatches
 from distloop.data.seeding import Place, generators_restored, seed_place
-from distloop.errors import UsageError
+from distloop.errors import UsageError, add_note
 from distloop.ranks.places import Position
 from distloop.run.attempt import Attempt
 from distloop.run.checkpoint import LoopState
@@ -71,7 +71,7 @@ def rehearse(
             if _method(error, task) != "summary":
                 raise
             run.ranks.messages.append(
-                f"WARNING: task.summary() raises {type(error).__name__} ({error}) for the sums of one batch: "
+                f"distloop: WARNING: task.summary() raises {type(error).__name__} ({error}) for the sums of one batch: "
                 "if it does so for the whole validation, the run ends there"
             )
     if (averaged := parts.get("averaged")) is not None:
@@ -89,7 +89,7 @@ def _rehearsing(task: Task, position: Position, what: str) -> Iterator[None]:
         if not isinstance(error, UsageError):
             method = _method(error, task)
             position.phase += f", task.{method}()" if method else ""
-            error.add_note(f"This is before the first step, {position.phase}: this start has trained nothing yet.")
+            add_note(error, f"this is before the first step, {position.phase}: this start has trained nothing yet")
         raise
 
 

@@ -24,6 +24,8 @@ SETTINGS: dict[str, Any] = {
     "log": {"every_steps": 1},
 }
 
+NOTHING_TRAINED = "this start has trained nothing yet"
+
 
 def start(folder: Path, task: str, ranks: int = 1, /, **settings: Any) -> Outcome:
     config = {**SETTINGS, "task": f"tests.lab.rehearsed:{task}", **settings}
@@ -36,7 +38,8 @@ def is_refused(outcome: Outcome, folder: Path, *words: str, code: int = 2) -> No
     for word in words:
         assert word in outcome.output, outcome.output
     said = [line for line in outcome.output.splitlines() if line.startswith("distloop: ")]
-    lines = [line for line in said if "all 2 ranks" not in line and "(task.name = " not in line]  # which is a note
+    notes = ("all 2 ranks", "(task.name = ", NOTHING_TRAINED)
+    lines = [line for line in said if not any(note in line for note in notes)]
     assert len(lines) == 1, outcome.output
     assert code == 1 or "Traceback" not in outcome.output
     assert not (folder / "runs/run/metrics.jsonl").exists()
@@ -105,7 +108,9 @@ def test_one_sample_is_enough(tmp_path: Path) -> None:
 def test_a_mistake_of_a_task_is_found_before_the_first_step(
     tmp_path: Path, task: str, ranks: int, words: list[str], code: int
 ) -> None:
-    is_refused(start(tmp_path, task, ranks, validate={"batch_size": 64}), tmp_path, *words, code=code)
+    outcome = start(tmp_path, task, ranks, validate={"batch_size": 64})
+    is_refused(outcome, tmp_path, *words, code=code)
+    assert outcome.output.count(NOTHING_TRAINED) == (code == 1), "a note of the traceback, and nowhere else"
 
 
 def test_a_metric_that_checkpoint_best_names_and_validation_lacks_is_refused(tmp_path: Path) -> None:
@@ -115,7 +120,10 @@ def test_a_metric_that_checkpoint_best_names_and_validation_lacks_is_refused(tmp
 
 def test_a_summary_that_needs_more_samples_than_a_batch_has_is_one_line(tmp_path: Path) -> None:
     outcome = start(tmp_path, "ManyNeeded", validate={"batch_size": 64}).check()
-    assert outcome.output.count("WARNING: task.summary() raises ValueError (too few samples for a quantile)") == 1
+    assert (
+        outcome.output.count("distloop: WARNING: task.summary() raises ValueError (too few samples for a quantile)")
+        == 1
+    )
 
 
 # ---- a save ----------------------------------------------------------------------------------------------------------
