@@ -230,9 +230,10 @@ def load_data(config: Data, seed: int | None = None) -> DataSource:
             )
         source = DataSource(*source)
     if not isinstance(source, DataSource):
+        of = f" of {len(source)}" if isinstance(source, tuple) else ""
         raise UsageError(
-            f"data.name = {config.name!r} returned a {type(source).__name__}; return (train, validation) or a "
-            "distloop.data.datasets.DataSource."
+            f"data.name = {config.name!r} returned a {type(source).__name__}{of}; return (train, validation) or a "
+            "distloop.data.DataSource. torch.utils.data.random_split(data, [0.9, 0.1]) makes two of one."
         )
     for half in ("train", "validation"):
         _check_half(f"data.name = {config.name!r}: its {half} half", getattr(source, half))
@@ -248,7 +249,10 @@ def load_data(config: Data, seed: int | None = None) -> DataSource:
 
 def _check_half(what: str, dataset: Any) -> None:
     if not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")):
-        raise UsageError(f"{what} needs __len__ and __getitem__.")
+        raise UsageError(
+            f"{what} needs __len__ and __getitem__, which a {type(dataset).__name__} lacks: return data sets. distloop "
+            "makes the loaders itself (data.workers, batch.global_size)."
+        )
     if len(dataset) == 0:
         raise UsageError(f"{what} is empty.")
     kind = type(dataset).__name__

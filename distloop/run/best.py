@@ -46,7 +46,10 @@ class Best:
         if metric not in metrics:
             known = [name for name in metrics if name != "samples"]
             where = "checkpoint.best" if self.is_named else f"the task's best = {self.rule!r}"
-            raise UsageError(f"{where}: validation gives no {metric!r}, but {', '.join(known)}.")
+            raise UsageError(
+                f"{where}: validation gives no {metric!r}, but {', '.join(known)}. Let summary() return it (what "
+                "metrics() gives is handed to summary(), and not shown by itself), or name one of these."
+            )
 
     def update(self, step: int, metrics: dict[str, Any]) -> None:
         """Take up the validation after `step`. Raises UsageError when it has no such metric."""

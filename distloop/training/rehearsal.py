@@ -177,6 +177,11 @@ def _train(
                 "optimizer would update them. Make them in __init__(), or with lazy modules such as nn.LazyLinear."
             )
         loss, weight = _checked(task, result)
+        if not loss.requires_grad:
+            raise UsageError(
+                f"{type(task).__name__}.loss() returned a loss without a gradient, from which nothing can be learned. "
+                "Compute it of the model's outputs, without detach(), .item(), .numpy(), argmax() or torch.no_grad()."
+            )
         weights = Weights()
         weights.check(weight, samples)
         weights.read()
@@ -193,8 +198,9 @@ def _checked(task: Task, result: Any) -> tuple[Tensor, Any]:
             for each in pair
         )
         raise UsageError(
-            f"{type(task).__name__}.loss() returned {found}. Return two numbers, the sum of the losses and the sum of "
-            'the weights over the batch, such as `cross_entropy(outputs, targets, reduction="sum"), len(targets)`.'
+            f"{type(task).__name__}.loss() returned {found}. Return two: a tensor, the sum of the losses over the "
+            "batch (without .item()), and a number, of how many samples (or tokens) it is the sum: "
+            '`cross_entropy(outputs, targets, reduction="sum"), len(targets)`.'
         )
     return pair[0], pair[1]
 

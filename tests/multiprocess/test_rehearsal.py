@@ -102,7 +102,9 @@ def test_one_sample_is_enough(tmp_path: Path) -> None:
         ("Text", 1, ["task.summary()", "model is a str"], 2),
         ("NoSuchBest", 2, ["('f1', 'max')", "but loss, accuracy"], 2),
         ("Guesses", 1, ["task.guesses()", "[64]"], 2),
-        ("OnlyLoss", 2, ["OnlyLoss.loss() returned a tensor of shape []", "sum of the weights"], 2),
+        ("OnlyLoss", 2, ["OnlyLoss.loss() returned a tensor of shape []", "of how many samples"], 2),
+        ("AsNumber", 1, ["AsNumber.loss() returned a float and", "a tensor, the sum of the losses", ".item()"], 2),
+        ("Detached", 2, ["Detached.loss() returned a loss without a gradient", "detach()"], 2),
     ],
 )
 def test_a_mistake_of_a_task_is_found_before_the_first_step(
