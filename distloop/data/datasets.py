@@ -233,7 +233,7 @@ def load_data(config: Data, seed: int | None = None) -> DataSource:
         of = f" of {len(source)}" if isinstance(source, tuple) else ""
         raise UsageError(
             f"data.name = {config.name!r} returned a {type(source).__name__}{of}; return (train, validation) or a "
-            "distloop.data.DataSource. torch.utils.data.random_split(data, [0.9, 0.1]) makes two of one."
+            "distloop.data.DataSource. tuple(torch.utils.data.random_split(data, [0.9, 0.1])) makes two of one."
         )
     for half in ("train", "validation"):
         _check_half(f"data.name = {config.name!r}: its {half} half", getattr(source, half))

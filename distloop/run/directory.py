@@ -181,7 +181,10 @@ def _changes_of_data(
             f"made them, its validation would have {TRAINED_ON}: let a split keep each sample on its side."
         )
     if config.resume == "extend":
-        messages.append(f"the training data have other contents than when step {manifest['step']} was trained")
+        messages.append(
+            f"distloop: WARNING: the training data have other contents than when step {manifest['step']} was trained. "
+            f"--resume extend goes on; after a random split that is another one, validation has {TRAINED_ON}"
+        )
         return {"dataset": (old, new)}
     code: list[str] = []
     _changes_of_code(manifest, identity, code)
