@@ -47,7 +47,10 @@ class Best:
         if metric not in metrics:
             known = [name for name in metrics if name != "samples"]
             where = "checkpoint.best" if self.is_named else f"the task's best = {self.rule!r}"
-            message = f"{where}: validation gives no {metric!r}, but {', '.join(known)}."
+            message = (
+                f"{where}: validation gives no {metric!r}, but {', '.join(known)}. Let summary() return it (what "
+                "metrics() gives is handed to summary(), and not shown by itself), or name one of these."
+            )
             if (some := metrics.get("samples", samples)) < samples:
                 message += (
                     f" These are the metrics of {some} of {samples} samples, before training: if summary() leaves "

@@ -26,7 +26,7 @@ ABSENT = "ABSENT"  # in the place of a value that a rank lacks
 SAME_DATA = (
     "All ranks must see the same data in the same order: have the files copied to all machines, sort what "
     "os.listdir(), glob() or a set gave (sorted(…)), and seed a split of your own "
-    "(generator=torch.Generator().manual_seed(0))."
+    "(torch.Generator().manual_seed(0), numpy.random.default_rng(0))."
 )
 OWN_GENERATOR = (
     "It is another one each time, also under the same seed: draw from generators that are seeded for each sample, such "

@@ -32,7 +32,10 @@ def build_optimizer(
     there are no parameters to train, or if their gradients are sparse and it cannot take these."""
     groups = parameter_groups(model, config.weight_decay) if isinstance(model, nn.Module) else model
     if not groups:
-        raise UsageError("The model has no parameters that require a gradient: there is nothing to train.")
+        raise UsageError(
+            "The model has no parameters that require a gradient: there is nothing to train. If its layers are in a "
+            "list or dict, make that an nn.ModuleList or nn.ModuleDict: PyTorch does not see them otherwise."
+        )
     # Fused: one pass over the parameters instead of one operation each. Not with fp16, where the fused optimizers
     # leave a step out by themselves, so that nobody could count it. None: PyTorch chooses; False is its slowest way.
     # Fused ones take no complex parameters and no sparse gradients.

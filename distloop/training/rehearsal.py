@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distloop.data.loader import TrainBatches
 from distloop.data.seeding import Place, generators_restored, seed_place
-from distloop.errors import UsageError
+from distloop.errors import UsageError, add_note
 from distloop.ranks.places import Position
 from distloop.run.attempt import Attempt
 from distloop.run.checkpoint import LoopState
@@ -72,7 +72,7 @@ def rehearse(
             if _method(error, task) != "summary":
                 raise
             run.ranks.messages.append(
-                f"WARNING: task.summary() raises {type(error).__name__} ({error}) for the sums of one batch: "
+                f"distloop: WARNING: task.summary() raises {type(error).__name__} ({error}) for the sums of one batch: "
                 "if it does so for the whole validation, the run ends there"
             )
     if (averaged := parts.get("averaged")) is not None:
@@ -90,7 +90,7 @@ def _rehearsing(task: Task, position: Position, what: str) -> Iterator[None]:
         if not isinstance(error, UsageError):
             method = _method(error, task)
             position.phase += f", task.{method}()" if method else ""
-            error.add_note(f"This is before the first step, {position.phase}: this start has trained nothing yet.")
+            add_note(error, f"this is before the first step, {position.phase}: this start has trained nothing yet")
         raise
 
 
@@ -136,6 +136,11 @@ def _train(
                 "optimizer would update them. Make them in __init__(), or with lazy modules such as nn.LazyLinear."
             )
         loss, weight = _checked(task, result)
+        if not loss.requires_grad:
+            raise UsageError(
+                f"{type(task).__name__}.loss() returned a loss without a gradient, from which nothing can be learned. "
+                "Compute it of the model's outputs, without detach(), .item(), .numpy(), argmax() or torch.no_grad()."
+            )
         weights = Weights()
         weights.check(weight, samples)
         weights.read()
@@ -155,8 +160,9 @@ def _checked(task: Task, result: Any) -> tuple[Tensor, Any]:
             for each in pair
         )
         raise UsageError(
-            f"{type(task).__name__}.loss() returned {found}. Return two numbers, the sum of the losses and the sum of "
-            'the weights over the batch, such as `cross_entropy(outputs, targets, reduction="sum"), len(targets)`.'
+            f"{type(task).__name__}.loss() returned {found}. Return two: a tensor, the sum of the losses over the "
+            "batch (without .item()), and a number, of how many samples (or tokens) it is the sum: "
+            '`cross_entropy(outputs, targets, reduction="sum"), len(targets)`.'
         )
     return pair[0], pair[1]
 

@@ -154,6 +154,18 @@ class OnlyLoss(distloop.tasks.Classification):
         return super().loss(outputs, batch)[0]
 
 
+class AsNumber(distloop.tasks.Classification):
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        loss, weight = super().loss(outputs, batch)
+        return loss.item(), weight
+
+
+class Detached(distloop.tasks.Classification):
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        loss, weight = super().loss(outputs, batch)
+        return loss.detach(), weight
+
+
 class NoKey(distloop.tasks.Classification):
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
         return {**super().summary(sums), "top5": float(sums["correct_top5"])}

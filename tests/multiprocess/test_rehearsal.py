@@ -27,6 +27,8 @@ SETTINGS: dict[str, Any] = {
     "log": {"every_steps": 1},
 }
 
+NOTHING_TRAINED = "this start has trained nothing yet"
+
 
 def start(folder: Path, task: str, ranks: int = 1, /, **settings: Any) -> Outcome:
     config = {**SETTINGS, "task": f"tests.lab.rehearsed:{task}", **settings}
@@ -39,7 +41,8 @@ def is_refused(outcome: Outcome, folder: Path, *words: str, code: int = 2) -> No
     for word in words:
         assert word in outcome.output, outcome.output
     said = [line for line in outcome.output.splitlines() if line.startswith("distloop: ")]
-    lines = [line for line in said if "all 2 ranks" not in line and "(task.name = " not in line]  # which is a note
+    notes = ("all 2 ranks", "(task.name = ", NOTHING_TRAINED)
+    lines = [line for line in said if not any(note in line for note in notes)]
     assert len(lines) == 1, outcome.output
     assert code == 1 or "Traceback" not in outcome.output
     assert not (folder / "runs/run/metrics.jsonl").exists()
@@ -102,13 +105,17 @@ def test_one_sample_is_enough(tmp_path: Path) -> None:
         ("Text", 1, ["task.summary()", "model is a str"], 2),
         ("NoSuchBest", 2, ["('f1', 'max')", "but loss, accuracy"], 2),
         ("Guesses", 1, ["task.guesses()", "[64]"], 2),
-        ("OnlyLoss", 2, ["OnlyLoss.loss() returned a tensor of shape []", "sum of the weights"], 2),
+        ("OnlyLoss", 2, ["OnlyLoss.loss() returned a tensor of shape []", "of how many samples"], 2),
+        ("AsNumber", 1, ["AsNumber.loss() returned a float and", "a tensor, the sum of the losses", ".item()"], 2),
+        ("Detached", 2, ["Detached.loss() returned a loss without a gradient", "detach()"], 2),
     ],
 )
 def test_a_mistake_of_a_task_is_found_before_the_first_step(
     tmp_path: Path, task: str, ranks: int, words: list[str], code: int
 ) -> None:
-    is_refused(start(tmp_path, task, ranks, validate={"batch_size": 64}), tmp_path, *words, code=code)
+    outcome = start(tmp_path, task, ranks, validate={"batch_size": 64})
+    is_refused(outcome, tmp_path, *words, code=code)
+    assert outcome.output.count(NOTHING_TRAINED) == (code == 1), "a note of the traceback, and nowhere else"
 
 
 def test_a_metric_that_checkpoint_best_names_and_validation_lacks_is_refused(tmp_path: Path) -> None:
@@ -135,7 +142,10 @@ def test_a_metric_that_a_batch_has_not_is_refused_with_a_way_out_that_trains(tmp
 
 def test_a_summary_that_needs_more_samples_than_a_batch_has_is_one_line(tmp_path: Path) -> None:
     outcome = start(tmp_path, "ManyNeeded", validate={"batch_size": 64}).check()
-    assert outcome.output.count("WARNING: task.summary() raises ValueError (too few samples for a quantile)") == 1
+    assert (
+        outcome.output.count("distloop: WARNING: task.summary() raises ValueError (too few samples for a quantile)")
+        == 1
+    )
 
 
 # ---- a save ----------------------------------------------------------------------------------------------------------

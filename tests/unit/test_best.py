@@ -76,7 +76,7 @@ def test_the_best_of_earlier_attempts_counts() -> None:
 
 
 def test_a_metric_that_validation_does_not_give_is_refused_with_those_that_it_gives() -> None:
-    with pytest.raises(UsageError, match=r"validation gives no 'accuracy', but loss, r2\.$"):
+    with pytest.raises(UsageError, match=r"validation gives no 'accuracy', but loss, r2\. Let summary\(\) return it"):
         Best("max accuracy", ("loss", "min")).update(1, {"loss": 1.0, "r2": 0.5, "samples": 9})
 
 
