@@ -169,19 +169,21 @@ def _checked(task: Task, result: Any) -> tuple[Tensor, Any]:
 
 def _refuse_mean(model: nn.Module, task: Task, half: Any, twice: Any, seed: int, device: torch.device) -> None:
     """Raise UsageError if the loss of some samples is also that of the same samples `twice`, in one batch, while its
-    weight is not: a mean, by which the gradient would be divided twice. In eval mode and with the same random numbers,
-    so that dropout and BatchNorm change nothing. (Halves of a batch would not show means that are weighted by class, or
-    that leave positions out.)"""
+    weight is not: a mean, by which the gradient would be divided twice; or if a metric is. In eval mode and with the
+    same random numbers, so that dropout and BatchNorm change nothing. (Halves of a batch would not show means that are
+    weighted by class, or that leave positions out.)"""
     if half is None or twice is None:
         return
-    found = []
+    found, metrics = [], []
     model.eval()
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # not compiled for two more shapes
             for batch in (half, twice):
                 seed_place(Place.TRIAL, seed, device, 2)
-                loss, weight = _checked(task, task.loss(task.forward(model, batch), batch))
+                outputs = task.forward(model, batch)
+                loss, weight = _checked(task, task.loss(outputs, batch))
                 found.append((float(loss), float(weight)))
+                metrics.append(_numbers(task.metrics(outputs, batch)))
     except Exception:  # of a task that takes no training batch in eval mode, or no half: it says nothing of the loss
         return
     if is_mean(*found):
@@ -192,6 +194,22 @@ def _refuse_mean(model: nn.Module, task: Task, half: Any, twice: Any, seed: int,
             f"{2 * once:.6g}. distloop divides by the weights of the whole step, so that the gradient would be too "
             'small. Return sums: `cross_entropy(outputs, targets, reduction="sum"), len(targets)`, or the like.'
         )
+
+    for name in metrics[0].keys() & metrics[1].keys():
+        value, of_both = metrics[0][name], metrics[1][name]
+        if not value.is_integer() and is_mean((value, 1), (of_both, 2)):
+            raise UsageError(
+                f"{type(task).__name__}.metrics() returns {name!r} = {value:.6g} for some samples, and {of_both:.6g} "
+                "for a batch that has each of them twice, where a sum would be twice as much. Metrics are added over "
+                "batches and ranks: return sums, and let summary(sums) divide them, by sums['samples'], "
+                "sums['weight'] or a sum of your own."
+            )
+
+
+def _numbers(metrics: Any) -> dict[str, float]:
+    """Those of the metrics that are floating-point numbers. Counts are integers."""
+    values = {name: torch.as_tensor(value) for name, value in metrics.items()}
+    return {name: float(value) for name, value in values.items() if value.numel() == 1 and value.is_floating_point()}
 
 
 def is_mean(once: tuple[float, float], twice: tuple[float, float]) -> bool:

@@ -92,6 +92,24 @@ class Mean(distloop.tasks.Classification):
         return cross_entropy(outputs, targets_of(batch)), len(targets_of(batch))
 
 
+class MeanMetric(distloop.tasks.Classification):
+    """A mean where a sum is asked for, and summary() does not see it."""
+
+    def metrics(self, outputs: Any, batch: Any) -> dict[str, Tensor]:
+        return super().metrics(outputs, batch) | {"confidence": outputs.softmax(1).amax(1).mean()}
+
+    def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        return super().summary(sums) | {"confidence": float(sums["confidence"])}
+
+
+class SummedMetric(MeanMetric):
+    def metrics(self, outputs: Any, batch: Any) -> dict[str, Tensor]:
+        return super().metrics(outputs, batch) | {"confidence": outputs.softmax(1).amax(1).sum()}
+
+    def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        return super().summary(sums) | {"confidence": float(sums["confidence"] / sums["samples"])}
+
+
 class OfClasses(Mean):
     """Weighted by class: halves of a batch have other sums of weights, and no mean of theirs is that of the whole."""
 

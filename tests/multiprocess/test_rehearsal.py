@@ -92,6 +92,10 @@ def test_one_sample_is_enough(tmp_path: Path) -> None:
     assert "Mean.loss() returns a mean" in outcome.output
 
 
+def test_a_metric_that_is_a_sum_trains(tmp_path: Path) -> None:
+    start(tmp_path, "SummedMetric", train={"steps": 1}).check()
+
+
 # ---- what only validation meets --------------------------------------------------------------------------------------
 
 
@@ -105,6 +109,8 @@ def test_one_sample_is_enough(tmp_path: Path) -> None:
         ("Text", 1, ["task.summary()", "model is a str"], 2),
         ("NoSuchBest", 2, ["('f1', 'max')", "but loss, accuracy"], 2),
         ("Guesses", 1, ["task.guesses()", "[64]"], 2),
+        ("MeanMetric", 1, ["MeanMetric.metrics() returns 'confidence'", "let summary(sums) divide them"], 2),
+        ("MeanMetric", 2, ["MeanMetric.metrics() returns 'confidence'", "let summary(sums) divide them"], 2),
         ("OnlyLoss", 2, ["OnlyLoss.loss() returned a tensor of shape []", "of how many samples"], 2),
         ("AsNumber", 1, ["AsNumber.loss() returned a float and", "a tensor, the sum of the losses", ".item()"], 2),
         ("Detached", 2, ["Detached.loss() returned a loss without a gradient", "detach()"], 2),
