@@ -34,7 +34,7 @@ def add_note(error: BaseException, text: str) -> None:
     """Note on an error of the user's code what is known of it: the note follows the error's message in a traceback,
     also in that which comes from a loader process. What is a message for the user is left alone."""
     if not isinstance(error, (UsageError, RunFailed, StoppedEarly)):
-        error.add_note(f"{NOTE}{text}")
+        error.add_note(f"{NOTE}{' '.join(text.split())}")  # one line, by which it is found again
 
 
 def suggest(word: str, known: list[str]) -> str:

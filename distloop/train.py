@@ -37,6 +37,7 @@ from distloop.training import (
     divide_by_weight,
     due_after,
     norm_and_clip,
+    offered_to_task,
     rehearse,
     set_lr,
 )
@@ -67,6 +68,7 @@ def train(config: Config, ranks: Ranks) -> None:
         scaler = accelerator.scaler  # of fp16; else None
         if scaler is None:
             optimizer = optimizer.optimizer  # Accelerate's wrapper serves the scaler only, and costs 0.15 ms a step
+        task_model = offered_to_task(model, bare_model)  # calls model; names are those of bare_model
         validated_model = bare_model
         if average.module is not None:
             validated_model = accelerator.prepare_model(average.module, evaluation_mode=True)
@@ -97,7 +99,7 @@ def train(config: Config, ranks: Ranks) -> None:
             for micro in batches.of_step(step):  # this rank's share of the step; random generators are seeded for each
                 # Ranks exchange gradients once a step, in the backward pass of its last micro-batch.
                 with nullcontext() if micro.is_last else accelerator.no_sync(model):
-                    outputs = task.forward(model, micro.batch)  # forward pass
+                    outputs = task.forward(task_model, micro.batch)  # forward pass
                     loss, weight = task.loss(outputs, micro.batch)  # loss computation: sums over the micro-batch
                     accelerator.backward(loss * micro.scale)  # backward pass; scale: processes / samples of the step
                 losses.add(loss, weight, micro.is_empty, micro.samples)

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -63,7 +64,9 @@ def call(key: str, function: Callable[..., Any], arguments: dict[str, Any], offe
         signature.bind(**arguments, **extra)
     except TypeError as error:
         takes = ", ".join(str(parameter) for parameter in signature.parameters.values())
-        raise UsageError(f"{key} = {arguments}: {error}; it takes ({takes}).{way_out(key, arguments)}") from None
+        missing = re.fullmatch(r"missing a required argument: '(\w+)'", str(error))
+        give = f" Give it: --{key}.{missing[1]} VALUE." if missing else ""
+        raise UsageError(f"{key} = {arguments}: {error}; it takes ({takes}).{give}{way_out(key, arguments)}") from None
     try:
         return function(**arguments, **extra)
     except Exception as error:

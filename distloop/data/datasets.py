@@ -5,9 +5,9 @@ PyTorch DataLoader. Its arguments are data.args, and `root` if its signature nam
 """
 
 import dataclasses
+import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
 from types import NoneType
@@ -27,6 +27,7 @@ from distloop.data.download import load_or_download
 from distloop.data.pictures import load_picture
 from distloop.data.seeding import Place, building
 from distloop.errors import UsageError
+from distloop.ranks.talking import say, speaks
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -229,25 +230,29 @@ def load_data(config: Data, seed: int | None = None) -> DataSource:
             )
         source = DataSource(*source)
     if not isinstance(source, DataSource):
+        of = f" of {len(source)}" if isinstance(source, tuple) else ""
         raise UsageError(
-            f"data.name = {config.name!r} returned a {type(source).__name__}; return (train, validation) or a "
-            "distloop.data.datasets.DataSource."
+            f"data.name = {config.name!r} returned a {type(source).__name__}{of}; return (train, validation) or a "
+            "distloop.data.DataSource. tuple(torch.utils.data.random_split(data, [0.9, 0.1])) makes two of one."
         )
     for half in ("train", "validation"):
         _check_half(f"data.name = {config.name!r}: its {half} half", getattr(source, half))
     has_names = _are_names(getattr(source.train, "classes", None))
-    if source.classes is None and has_names and not _is_of_torchvision(source.train):
-        warnings.warn(
-            f"the classes of {type(source.train).__name__} are not looked at. To name the data's classes, return "
-            "distloop.data.DataSource(train, validation, classes=train.classes).",
-            stacklevel=2,
+    if source.classes is None and has_names and not _is_of_torchvision(source.train) and speaks(os.environ):
+        say(
+            f"distloop: WARNING: the classes of {type(source.train).__name__} are not looked at. To name the data's "
+            "classes, return distloop.data.DataSource(train, validation, classes=train.classes).",
+            sys.stderr,
         )
     return source
 
 
 def _check_half(what: str, dataset: Any) -> None:
     if not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")):
-        raise UsageError(f"{what} needs __len__ and __getitem__.")
+        raise UsageError(
+            f"{what} needs __len__ and __getitem__, which a {type(dataset).__name__} lacks: return data sets. distloop "
+            "makes the loaders itself (data.workers, batch.global_size)."
+        )
     if len(dataset) == 0:
         raise UsageError(f"{what} is empty.")
     kind = type(dataset).__name__

@@ -33,7 +33,8 @@ def explained(error: BaseException) -> str | None:
     return (
         f"{which} got no gradient in the backward pass before this step's{rank}: with several ranks each parameter "
         "needs one on each rank. Let the forward pass use them; or freeze them if they are not to be trained "
-        "(requires_grad_(False)); or allow it: --ddp.find-unused-parameters (ddp.find_unused_parameters: true)."
+        "(requires_grad_(False) in the model's __init__, not later); or allow it: --ddp.find-unused-parameters "
+        "(ddp.find_unused_parameters: true)."
     )
 
 
@@ -53,5 +54,16 @@ def _names(error: BaseException) -> list[str]:
     for frame, _ in traceback.walk_tb(error.__traceback__):
         for value in list(frame.f_locals.values()):
             if kind is not None and isinstance(value, kind):
-                return [name for name, one in value.module.named_parameters() if one.requires_grad]
+                exchanged = _exchanged_by(value)
+                return [name for name, one in value.module.named_parameters() if id(one) in exchanged]
     return []
+
+
+def _exchanged_by(ddp: Any) -> set[int]:
+    """The ids of the parameters that DDP numbers: those that required a gradient when it was made. Its reducer alone
+    knows which; empty if it does not say so."""
+    try:
+        buckets = ddp.reducer._get_zeros_like_grad_buckets()
+        return {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
+    except (AttributeError, RuntimeError):  # of another version of torch, or no memory for a gradient more
+        return set()

@@ -40,13 +40,23 @@ class Best:
         """The step after which it was the best."""
         return self.row["step"] if self.row else None
 
-    def check(self, metrics: dict[str, Any]) -> None:
-        """Raise UsageError when a validation has no such metric."""
+    def check(self, metrics: dict[str, Any], samples: int = 0) -> None:
+        """Raise UsageError when a validation has no such metric. `samples`: how many a whole one has, if these metrics
+        may be of fewer."""
         metric, _ = self.rule
         if metric not in metrics:
             known = [name for name in metrics if name != "samples"]
             where = "checkpoint.best" if self.is_named else f"the task's best = {self.rule!r}"
-            raise UsageError(f"{where}: validation gives no {metric!r}, but {', '.join(known)}.")
+            message = (
+                f"{where}: validation gives no {metric!r}, but {', '.join(known)}. Let summary() return it (what "
+                "metrics() gives is handed to summary(), and not shown by itself), or name one of these."
+            )
+            if (some := metrics.get("samples", samples)) < samples:
+                message += (
+                    f" These are the metrics of {some} of {samples} samples, before training: if summary() leaves "
+                    f'{metric} out for so few, let it give float("nan") there, which is never the best.'
+                )
+            raise UsageError(message)
 
     def update(self, step: int, metrics: dict[str, Any]) -> None:
         """Take up the validation after `step`. Raises UsageError when it has no such metric."""

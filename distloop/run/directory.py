@@ -18,7 +18,6 @@ from distloop.run.checkpoint import (
     MANIFEST,
     STATE,
     clean,
-    digest,
     newest_good,
     published_in,
     read_manifest,
@@ -29,7 +28,10 @@ from distloop.run.files import Start, read_json, write_json, write_text
 from distloop.run.lock import RunLock
 from distloop.run.metrics import set_rows_aside
 from distloop.run.provenance import LoopSource, environment, git_facts
+from distloop.run.same import digest_of_start
 from distloop.run.status import RunStatus
+
+TRAINED_ON = "samples that were trained on"
 
 
 def open_directory(
@@ -59,7 +61,7 @@ def open_directory(
         step = step_of(checkpoint) if checkpoint else 0
         if checkpoint:
             manifest = read_manifest(checkpoint)
-            changes.update(_changes_of_data(path, manifest, identity, config))
+            changes.update(_changes_of_data(path, manifest, identity, config, messages))
             changes.update(_changes_of_code(manifest, identity, messages))
             changes.update(_changes_of_loop(path, loop, messages))
         unvalidated = bool(checkpoint and read_json(checkpoint / STATE).get("unvalidated"))
@@ -69,7 +71,7 @@ def open_directory(
             messages.append(f"step {step} is not validated yet: its validation comes first")
         attempt = int(before.get("attempt", 0)) + 1
         loaded = checkpoint / MANIFEST if checkpoint else weights
-        sha256 = digest(loaded) if loaded and world_size > 1 else ""
+        sha256 = digest_of_start(loaded) if loaded and world_size > 1 else ""
         start = Start(path, attempt, checkpoint, weights, step, False, messages, identity, changes, sha256)
         status.begin(start, before.get("best"))  # first: an extended run is not finished any more
         if not changes:  # else once the checkpoint is loaded, which may not fit the changed config
@@ -163,23 +165,36 @@ def _is_finished(path: Path, config: Config) -> bool:
     return is_finished and not ((path / files.CONFIG).exists() and _changes(path, config))
 
 
-def _changes_of_data(path: Path, manifest: dict[str, Any], identity: dict[str, Any], config: Config) -> dict[str, Any]:
-    """The difference of the training data. Raises UsageError for one that --resume does not allow."""
+def _changes_of_data(
+    path: Path, manifest: dict[str, Any], identity: dict[str, Any], config: Config, messages: list[str]
+) -> dict[str, Any]:
+    """The difference of the training data, which a message says. Raises UsageError for one that --resume does not
+    allow."""
     old, new = manifest["dataset"], identity["dataset"]
     if not is_other(old, new):
         return {}
-    what = (
-        f"was trained on {old['samples']} samples, the data has {new['samples']} now: its order would be another."
-        if old["samples"] != new["samples"]
-        else f"was trained on other data: these {new['samples']} samples have other contents{_which(old, new)}."
-    )
-    if config.resume == "extend" and old["samples"] == new["samples"]:
+    another_run = f"for a run of its own, with these weights: --name OTHER --init-from {path}"
+    if old["samples"] != new["samples"]:
+        raise UsageError(
+            f"{path} was trained on {old['samples']} samples, the data has {new['samples']} now: its order would be "
+            f"another, and no --resume goes on with it. Give it the data it had; or, {another_run}. If a random split "
+            f"made them, its validation would have {TRAINED_ON}: let a split keep each sample on its side."
+        )
+    if config.resume == "extend":
+        messages.append(
+            f"distloop: WARNING: the training data have other contents than when step {manifest['step']} was trained. "
+            f"--resume extend goes on; after a random split that is another one, validation has {TRAINED_ON}"
+        )
         return {"dataset": (old, new)}
-    extend = ", or --resume extend to continue it with these" if old["samples"] == new["samples"] else ""
     code: list[str] = []
     _changes_of_code(manifest, identity, code)
-    why = f" ({'; '.join(code)}: that may be why.)" if code and extend else ""
-    raise UsageError(f"{path} {what}{why} Give it the data it had, use --name OTHER or --resume never{extend}.")
+    why = f" ({'; '.join(code)}: that may be why.)" if code else ""
+    other = f"these {new['samples']} samples have other contents{_which(old, new)}"
+    raise UsageError(
+        f"{path} was trained on other data: {other}.{why} Give it the data it had; or, {another_run}. If you know that "
+        "they are the same samples, only rounded or decoded otherwise, --resume extend goes on with them. After a "
+        f"random split that was another one (sort the files, and seed it), validation would have {TRAINED_ON}."
+    )
 
 
 def _which(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -30,6 +30,15 @@ def check_tensors(what: str, model: nn.Module, is_built: bool = True) -> None:
             raise UsageError(f"{what}{name} {problem}")
 
 
+def repeats_itself(tensor: Tensor) -> bool:
+    """True if some elements of a tensor are one number in memory, as expand() and unfold() make it."""
+    if nn.parameter.is_lazy(tensor) or tensor.layout != torch.strided or not tensor.numel():
+        return False
+    dimensions = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    numbers = 1 + sum((size - 1) * stride for size, stride in dimensions)  # at most, from the first to the last
+    return tensor.numel() > numbers or any(stride == 0 for _, stride in dimensions)
+
+
 def _problems(tensor: Tensor, is_built: bool) -> Iterator[str]:
     if nn.parameter.is_lazy(tensor):
         if is_built:
@@ -46,3 +55,9 @@ def _problems(tensor: Tensor, is_built: bool) -> Iterator[str]:
         )
     elif hasattr(type(tensor), "__tensor_flatten__"):
         yield f"is a {type(tensor).__name__}, a tensor made of others, which a checkpoint cannot hold. Use plain ones."
+    elif repeats_itself(tensor):
+        yield (
+            f"shows fewer numbers as {tensor.numel()} elements, as expand() does: no optimizer can update it, and no "
+            "checkpoint can be loaded into it. Keep the smaller one, and expand it in forward(); or make the elements "
+            "numbers of their own: .clone() before nn.Parameter() or register_buffer()."
+        )

@@ -105,7 +105,7 @@ def _left_out(parts: Parts, names: Mapping[int, str]) -> list[str]:
             if left_out and len(left_out) < len(trained):
                 more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
                 which = ", ".join(left_out[:3]) + more
-                lines.append(f"WARNING: no optimizer updates {which}, although they require a gradient")
+                lines.append(f"distloop: WARNING: no optimizer updates {which}, although they require a gradient")
     return lines
 
 

@@ -21,11 +21,12 @@ from distloop.run.files import Start
 from distloop.run.identity import Facts, facts_of, facts_of_model
 
 NOT_THE_SAME = "The ranks do not train the same:"
+SAMPLED_BYTES = 4096  # of a tensor, at three places
 ABSENT = "ABSENT"  # in the place of a value that a rank lacks
 SAME_DATA = (
     "All ranks must see the same data in the same order: have the files copied to all machines, sort what "
     "os.listdir(), glob() or a set gave (sorted(…)), and seed a split of your own "
-    "(generator=torch.Generator().manual_seed(0))."
+    "(torch.Generator().manual_seed(0), numpy.random.default_rng(0))."
 )
 SAME_LENGTH = (
     "Have the same files copied to all machines, and split them, or leave some out, by what is the same on all ranks: "
@@ -33,7 +34,7 @@ SAME_LENGTH = (
 )
 SAME_ORDER = (
     "The same samples come there in another order: sort what os.listdir(), glob() or a set gave (sorted(…)), and "
-    "shuffle or split with a seed (generator=torch.Generator().manual_seed(0))."
+    "shuffle or split with a seed (torch.Generator().manual_seed(0), numpy.random.default_rng(0))."
 )
 OTHER_CPUS = (
     "If the files are equal, CPUs of different kinds round a sample otherwise (a resize, a normalisation): take "
@@ -87,9 +88,30 @@ def refuse_unlike_rank_0(ranks: Ranks, of_rank_0: Facts, own: Facts, start: Star
 
 def _digest_of(file: Path) -> str:
     try:
-        return digest(file)
+        return digest_of_start(file)
     except OSError:
         return ""
+
+
+def digest_of_start(file: Path) -> str:
+    """A SHA-256 that tells the file from which a run starts from others. Of a safetensors file, which may be large and
+    is loaded by each rank anyway: of the header, which has names and shapes, and of the first, middle and last 4 KiB of
+    each tensor. Of any other, such as a manifest: of the whole. Raises OSError."""
+    found, all_bytes = hashlib.sha256(), file.stat().st_size
+    with open(file, "rb") as opened:
+        start = 8 + int.from_bytes(opened.read(8), "little")
+        if start > all_bytes:
+            return digest(file)
+        header = opened.read(start - 8)
+        found.update(header + str(all_bytes).encode())
+        try:
+            for begin, end in [entry["data_offsets"] for entry in json.loads(header).values() if "dtype" in entry]:
+                for place in (begin, (begin + end) // 2, max(begin, end - SAMPLED_BYTES)):
+                    opened.seek(start + place)
+                    found.update(opened.read(min(SAMPLED_BYTES, end - place)))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return digest(file)
+    return found.hexdigest()
 
 
 def first_difference(facts: Sequence[Facts], nodes: Sequence[str], ranks: Sequence[int] | None = None) -> str | None:

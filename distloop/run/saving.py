@@ -21,7 +21,7 @@ from distloop.config.settings import Checkpoint
 from distloop.errors import RunFailed, UsageError
 from distloop.ranks.stopping import StopReason, Watch
 from distloop.run.checkpoint import STATE, LoopState, Snapshot, Weights, as_stored, newest_published, prune, publish
-from distloop.run.parts import Parts, contents_of
+from distloop.run.parts import Parts, check_parts, contents_of
 
 
 class HostBuffers:
@@ -149,6 +149,7 @@ class Saver:
         state that could not be saved or loaded."""
         if not self.enabled:
             return
+        check_parts(parts)  # with what the forward passes of the rehearsal have made
         with _naming("state_dict()"):
             weights, others, of_parts = contents_of(parts, self.buffers)
             self.buffers.record()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from distloop.training.optim import parameter_groups as parameter_groups
     from distloop.training.optim import set_lr as set_lr
     from distloop.training.rehearsal import rehearse as rehearse
+    from distloop.training.task_model import offered_to_task as offered_to_task
     from distloop.training.tasks import Task as Task
     from distloop.training.tasks import build_task as build_task
     from distloop.training.validation import Validation as Validation

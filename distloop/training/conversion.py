@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distloop.data.batches import COMPLEX
 from distloop.errors import UsageError
-from distloop.run.module_state import check_tensors
+from distloop.run.module_state import check_tensors, repeats_itself
 
 # What is called of a module, here, in PyTorch and in Accelerate.
 METHODS = "forward train eval to apply children modules named_modules parameters named_parameters buffers named_buffers"
@@ -26,10 +26,10 @@ def convert(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
                 f"The {_place(name, kind)} has an attribute {hidden[0]} of its own, in the place of the method of all "
                 "modules. Give it another name."
             )
+    _make_whole(model)
     check_tensors("The model's ", model, is_built=False)
     for name, tensor in _named_tensors(model):
         _check_values(name, tensor, dtype)
-    _make_whole(model)
     if any(tensor.is_complex() for _, tensor in _named_tensors(model)):
 
         def converted(tensor: Tensor) -> Tensor:
@@ -72,11 +72,5 @@ def _make_whole(model: nn.Module) -> None:
     whole: dict[int, Tensor] = {}
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            if any(stride == 0 and size > 1 for stride, size in _strides(buffer)):
+            if repeats_itself(buffer):
                 setattr(module, name, whole.setdefault(id(buffer), buffer.clone(memory_format=torch.contiguous_format)))
-
-
-def _strides(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    if tensor.layout != torch.strided or nn.parameter.is_lazy(tensor):
-        return iter(())
-    return zip(tensor.stride(), tensor.shape, strict=True)

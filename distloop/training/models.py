@@ -127,6 +127,11 @@ def make_model(config: Model, offered: dict[str, Any]) -> nn.Module:
     if config.pretrained:
         raise UsageError(f"model.pretrained: there are no weights for {config.name!r}, only for torchvision's models.")
     build = import_callable("model.name", config.name) if ":" in config.name else MODELS[config.name]
+    if isinstance(build, nn.Module):
+        raise UsageError(
+            f"model.name = {config.name!r} is a model already (a {type(build).__name__}), made before it could be "
+            "seeded. Name the class, or a function that returns the model."
+        )
     model = call("model.args", build, config.args, offered)
     if not isinstance(model, nn.Module):
         raise UsageError(f"model.name = {config.name!r} returned a {type(model).__name__}, not a torch.nn.Module.")

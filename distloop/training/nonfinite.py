@@ -126,7 +126,7 @@ class FiniteCheck:
             )
         if self.skips:
             self.skipped_steps += len(bad)
-        return [f"WARNING: {self._describe(step)} It was left out." for step in bad]
+        return [f"distloop: WARNING: {self._describe(step)} It was left out." for step in bad]
 
     def check_parameters(self, step: int, parameters: Sequence[Tensor]) -> None:
         """Before a checkpoint: an update may overflow although its gradient is finite. Waits for the device.

@@ -32,7 +32,10 @@ def build_optimizer(
     there are no parameters to train, or if their gradients are sparse and it cannot take these."""
     groups = parameter_groups(model, config.weight_decay) if isinstance(model, nn.Module) else model
     if not groups:
-        raise UsageError("The model has no parameters that require a gradient: there is nothing to train.")
+        raise UsageError(
+            "The model has no parameters that require a gradient: there is nothing to train. If its layers are in a "
+            "list or dict, make that an nn.ModuleList or nn.ModuleDict: PyTorch does not see them otherwise."
+        )
     # Fused: one pass over the parameters instead of one operation each. Not with fp16, where the fused optimizers
     # leave a step out by themselves, so that nobody could count it. None: PyTorch chooses; False is its slowest way.
     # Fused ones take no complex parameters and no sparse gradients.
@@ -69,6 +72,20 @@ def check_sparse(name: str, config: Optim, device: torch.device) -> None:
         f"The gradient of the model's {name} is sparse (its embedding has sparse=True), and {problem}. {way_out}, or "
         "leave out sparse=True: the updates are then those of whole tensors."
     )
+
+
+def refuse_unforeseen_sparse(model: nn.Module) -> None:
+    """After a backward pass, also one that DDP has not ended: raise UsageError for sparse gradients of other parameters
+    than those of sparse_gradients()."""
+    known = {id(model.get_parameter(name)) for name in sparse_gradients(model)}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and parameter.grad.is_sparse and id(parameter) not in known:
+            raise UsageError(
+                f"The gradient of the model's {name} is sparse, and it is no weight of a torch.nn.Embedding with "
+                "sparse=True, by which the optimizer is chosen: neither that nor DistributedDataParallel can take it. "
+                "Leave out sparse=True (or sparse_grad=True) where forward() looks it up: the updates are then those "
+                "of whole tensors."
+            )
 
 
 class Average:
@@ -119,19 +136,30 @@ def update_average(averaged: AveragedModel, model: nn.Module, decay: float) -> N
     keep = min(decay, (1 + steps) / (10 + steps)) if steps else 0.0
     targets: list[Tensor] = []
     values: list[Tensor] = []
+    memory: set[int] = set()  # where targets lie
+    aside: list[tuple[Tensor, Tensor]] = []  # a view of memory that is a target already, and its own copy to compute in
     buffers = list(model.buffers())
     if len(buffers) != len(list(averaged.module.buffers())):
         adopt_buffers(averaged.module, model)
     averages = itertools.chain(averaged.module.parameters(), averaged.module.buffers())
     for average, value in zip(averages, itertools.chain(model.parameters(), buffers), strict=True):
         if keep and (average.is_floating_point() or average.is_complex()):
-            targets.append(average)
+            target = average
+            if average.layout == torch.strided:
+                place = average.untyped_storage().data_ptr()
+                if place in memory:  # in place, what they share would be updated twice
+                    target = average.clone()
+                    aside.append((average, target))
+                memory.add(place)
+            targets.append(target)
             values.append(value)
         else:  # such as BatchNorm's counters
             average.copy_(value)
     if targets:
         torch._foreach_mul_(targets, keep)  # not lerp: an attention mask's -inf stays what it is
         torch._foreach_add_(targets, values, alpha=1 - keep)
+    for average, updated in aside:
+        average.copy_(updated)
     averaged.n_averaged += 1
 
 

@@ -16,13 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distloop.data.loader import TrainBatches
 from distloop.data.seeding import Place, generators_restored, seed_place
-from distloop.errors import UsageError
+from distloop.errors import UsageError, add_note
 from distloop.ranks.places import Position
 from distloop.run.attempt import Attempt
 from distloop.run.checkpoint import LoopState
 from distloop.run.parts import Parts, existing
-from distloop.training.optim import adopt_buffers
+from distloop.training.optim import adopt_buffers, refuse_unforeseen_sparse
 from distloop.training.putting_back import put_back
+from distloop.training.task_model import TaskModel, refuse_bypass
 from distloop.training.tasks import Task
 from distloop.training.untrained import refuse_unused_parameters
 from distloop.training.validation import Validation
@@ -66,12 +67,12 @@ def rehearse(
             run.ranks.from_main(lambda: run.saver.rehearse(parts, LoopState(first)))
         try:
             with _rehearsing(task, position, "the first batch of validation"):
-                run.best.check(validate.first_batch())
+                run.best.check(validate.first_batch(), validate.sampler.samples)
         except (ArithmeticError, ValueError, RuntimeError, AssertionError) as error:
             if _method(error, task) != "summary":
                 raise
             run.ranks.messages.append(
-                f"WARNING: task.summary() raises {type(error).__name__} ({error}) for the sums of one batch: "
+                f"distloop: WARNING: task.summary() raises {type(error).__name__} ({error}) for the sums of one batch: "
                 "if it does so for the whole validation, the run ends there"
             )
     if (averaged := parts.get("averaged")) is not None:
@@ -89,7 +90,7 @@ def _rehearsing(task: Task, position: Position, what: str) -> Iterator[None]:
         if not isinstance(error, UsageError):
             method = _method(error, task)
             position.phase += f", task.{method}()" if method else ""
-            error.add_note(f"This is before the first step, {position.phase}: this start has trained nothing yet.")
+            add_note(error, f"this is before the first step, {position.phase}: this start has trained nothing yet")
         raise
 
 
@@ -104,48 +105,6 @@ def _method(error: BaseException, task: Task) -> str | None:
     return None
 
 
-class OnlyForward(nn.Module):
-    """The model as several processes have it: it offers what DistributedDataParallel does, on one process, too."""
-
-    def __init__(self, model: nn.Module, bare_model: nn.Module) -> None:
-        super().__init__()
-        self._bare_model = bare_model  # for parameters(), buffers(), train(): nn.Module's own methods
-        self.__dict__["_call"] = model  # not registered: it holds the same parameters
-        self._is_called = False
-        self._missed: list[str] = []  # attributes that were asked for, and that the bare model has
-
-    def forward(self, *arguments: Any, **named: Any) -> Any:
-        self._is_called = True
-        return self._call(*arguments, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_bare_model":
-            return self._modules[name]
-        if name == "module" or hasattr(self._bare_model, name):
-            self._missed.append(f"model.{name}")
-        raise AttributeError(f"{type(self._bare_model).__name__!r} object has no attribute {name!r}")
-
-
-def _refuse_bypass(task: Task, model: OnlyForward) -> None:
-    """Raise UsageError if the task has used more of the model than the call."""
-    kind = type(task).__name__
-    advice = (
-        'Put what it does into the model\'s forward(), for example with an argument (`model(inputs, mode="encode")`), '
-        f"and let {kind}.forward() call `model(…)`; give a number such as `model.num_classes` to the task in task.args."
-    )
-    if model._missed:
-        raise UsageError(
-            f"{kind} uses `{model._missed[0]}`: with several processes the model is inside "
-            "DistributedDataParallel, where the call `model(…)` and the methods of torch.nn.Module alone work. "
-            + advice
-        )
-    if not model._is_called:
-        raise UsageError(
-            f"{kind}.forward() does not call `model(…)`: several processes exchange the gradients of what went through "
-            "that call, and would drift apart. " + advice
-        )
-
-
 def _train(
     accelerator: Accelerator,
     model: nn.Module,
@@ -158,29 +117,37 @@ def _train(
     """`samples`: which the weight of the loss must count; None: it counts something else."""
     device, known = accelerator.device, {id(parameter) for parameter in bare_model.parameters()}
     for number in range(2 if model is not bare_model else 1):
-        offered = OnlyForward(model, bare_model)
+        offered: Any = TaskModel(model, bare_model)
         model.train()
         seed_place(Place.TRIAL, seed, device, number)
         try:
             outputs = task.forward(offered, batch)
             result = task.loss(outputs, batch)
         except Exception as error:
-            if "'OnlyForward' object" in str(error):  # is not subscriptable, not iterable, has no len()
+            if "'TaskModel' object" in str(error):  # is not subscriptable, not iterable, has no len()
                 offered._missed.append("model[…]")
             if offered._missed:  # it comes of that
-                _refuse_bypass(task, offered)
+                refuse_bypass(type(task).__name__, offered)
             raise
-        _refuse_bypass(task, offered)
+        refuse_bypass(type(task).__name__, offered)
         if late := [name for name, parameter in bare_model.named_parameters() if id(parameter) not in known]:
             raise UsageError(
                 f"The model makes parameters in its first forward pass of training ({', '.join(late[:3])}): no "
                 "optimizer would update them. Make them in __init__(), or with lazy modules such as nn.LazyLinear."
             )
         loss, weight = _checked(task, result)
+        if not loss.requires_grad:
+            raise UsageError(
+                f"{type(task).__name__}.loss() returned a loss without a gradient, from which nothing can be learned. "
+                "Compute it of the model's outputs, without detach(), .item(), .numpy(), argmax() or torch.no_grad()."
+            )
         weights = Weights()
         weights.check(weight, samples)
         weights.read()
-        accelerator.backward(loss)
+        try:
+            accelerator.backward(loss)
+        finally:  # DDP fails in the backward pass
+            refuse_unforeseen_sparse(bare_model)
         refuse_unused_parameters(model, bare_model.parameters(), "in the rehearsal")
 
 
@@ -193,27 +160,30 @@ def _checked(task: Task, result: Any) -> tuple[Tensor, Any]:
             for each in pair
         )
         raise UsageError(
-            f"{type(task).__name__}.loss() returned {found}. Return two numbers, the sum of the losses and the sum of "
-            'the weights over the batch, such as `cross_entropy(outputs, targets, reduction="sum"), len(targets)`.'
+            f"{type(task).__name__}.loss() returned {found}. Return two: a tensor, the sum of the losses over the "
+            "batch (without .item()), and a number, of how many samples (or tokens) it is the sum: "
+            '`cross_entropy(outputs, targets, reduction="sum"), len(targets)`.'
         )
     return pair[0], pair[1]
 
 
 def _refuse_mean(model: nn.Module, task: Task, half: Any, twice: Any, seed: int, device: torch.device) -> None:
     """Raise UsageError if the loss of some samples is also that of the same samples `twice`, in one batch, while its
-    weight is not: a mean, by which the gradient would be divided twice. In eval mode and with the same random numbers,
-    so that dropout and BatchNorm change nothing. (Halves of a batch would not show means that are weighted by class, or
-    that leave positions out.)"""
+    weight is not: a mean, by which the gradient would be divided twice; or if a metric is. In eval mode and with the
+    same random numbers, so that dropout and BatchNorm change nothing. (Halves of a batch would not show means that are
+    weighted by class, or that leave positions out.)"""
     if half is None or twice is None:
         return
-    found = []
+    found, metrics = [], []
     model.eval()
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # not compiled for two more shapes
             for batch in (half, twice):
                 seed_place(Place.TRIAL, seed, device, 2)
-                loss, weight = _checked(task, task.loss(task.forward(model, batch), batch))
+                outputs = task.forward(model, batch)
+                loss, weight = _checked(task, task.loss(outputs, batch))
                 found.append((float(loss), float(weight)))
+                metrics.append(_numbers(task.metrics(outputs, batch)))
     except Exception:  # of a task that takes no training batch in eval mode, or no half: it says nothing of the loss
         return
     if is_mean(*found):
@@ -224,6 +194,22 @@ def _refuse_mean(model: nn.Module, task: Task, half: Any, twice: Any, seed: int,
             f"{2 * once:.6g}. distloop divides by the weights of the whole step, so that the gradient would be too "
             'small. Return sums: `cross_entropy(outputs, targets, reduction="sum"), len(targets)`, or the like.'
         )
+
+    for name in metrics[0].keys() & metrics[1].keys():
+        value, of_both = metrics[0][name], metrics[1][name]
+        if not value.is_integer() and is_mean((value, 1), (of_both, 2)):
+            raise UsageError(
+                f"{type(task).__name__}.metrics() returns {name!r} = {value:.6g} for some samples, and {of_both:.6g} "
+                "for a batch that has each of them twice, where a sum would be twice as much. Metrics are added over "
+                "batches and ranks: return sums, and let summary(sums) divide them, by sums['samples'], "
+                "sums['weight'] or a sum of your own."
+            )
+
+
+def _numbers(metrics: Any) -> dict[str, float]:
+    """Those of the metrics that are floating-point numbers. Counts are integers."""
+    values = {name: torch.as_tensor(value) for name, value in metrics.items()}
+    return {name: float(value) for name, value in values.items() if value.numel() == 1 and value.is_floating_point()}
 
 
 def is_mean(once: tuple[float, float], twice: tuple[float, float]) -> bool:

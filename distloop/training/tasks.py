@@ -137,12 +137,15 @@ class Classification(Task):
         self.check_targets(targets_of(batch), indices)
 
     def check_targets(self, targets: Any, indices: Sequence[int] | None = None) -> None:
+        needs = "task classification needs one integer label per sample; the data gave"
+        if isinstance(targets, (list, tuple)) and targets and isinstance(targets[0], str):
+            raise UsageError(
+                f"{needs} text ({targets[0]!r}). Number the names in a fixed order: names = sorted(set(all_names)), "
+                "label = names.index(name)."
+            )
         labels = torch.as_tensor(targets)
         if labels.is_floating_point() or labels.is_complex() or labels.ndim != 1:
-            raise UsageError(
-                f"task classification needs one integer label per sample; the data gave {labels.dtype} of shape "
-                f"{list(labels.shape)}."
-            )
+            raise UsageError(f"{needs} {labels.dtype} of shape {list(labels.shape)}.{_as_label(labels)}")
         if labels.dtype in (torch.uint8, torch.int8, torch.bool) and self.classes > (most := SMALL[labels.dtype]):
             raise UsageError(
                 f"Labels of {str(labels.dtype).removeprefix('torch.')} can name {most} classes only, and the model has "
@@ -155,9 +158,19 @@ class Classification(Task):
             place = int(wrong[0])
             raise UsageError(
                 f"Sample {place if indices is None else int(indices[place])} has label {int(labels[place])}, but "
-                f"the model has {self.classes} classes (0 to {self.classes - 1}). Correct the data, or set "
-                "model.args.num_classes."
+                f"the model has {self.classes} classes (0 to {self.classes - 1}). Let labels count from 0, "
+                "or give the model more outputs (model.args.num_classes, if it takes that)."
             )
+
+
+def _as_label(labels: Tensor) -> str:
+    """How __getitem__ makes one integer of a label as these are; "" if that is not known."""
+    if labels.ndim == 1 and labels.is_floating_point():
+        return " Give int(label); for numbers that are no classes there is task: regression."
+    if labels.ndim != 2:
+        return ""
+    how = "label.squeeze()" if labels.shape[1] == 1 else "label.argmax(), if it is one-hot"
+    return f" Give one number a sample: {how}."
 
 
 def auxiliary_weight(outputs: Any) -> float:
@@ -215,7 +228,9 @@ def build_task(config: TaskConfig, seed: int | None = None) -> Task:
     with building(Place.TASK, seed):
         task = call("task.args", resolve("task.name", config.name, TASKS), config.args, {})
     if not isinstance(task, Task):
-        raise UsageError(f"task.name = {config.name!r} gave a {type(task).__name__}; make it a distloop.tasks.Task.")
+        raise UsageError(
+            f"task.name = {config.name!r} gave a {type(task).__name__}; derive its class from distloop.tasks.Task."
+        )
     check_attributes(task)
     return task
 
@@ -236,7 +251,7 @@ def check_attributes(task: Task) -> None:
         raise UsageError(
             f"{kind}.weight = {_shown(task.weight)}: distloop reads there what the weight of loss() counts, in a word: "
             '"samples", or another one such as "tokens". Give a value of your own, such as weights of classes, another '
-            "name."
+            "name: self.class_weights."
         )
     is_pair = isinstance(best, (tuple, list)) and len(best) == 2
     if not is_pair or not isinstance(best[0], str) or best[1] not in ("min", "max"):

@@ -11,6 +11,8 @@ from distloop.errors import UsageError
 from distloop.ranks.ddp_words import in_short
 from distloop.training.tasks import Task
 
+HOLDERS = (nn.Module, Tensor, dict, list, tuple)  # in these a task may have parameters
+
 
 def unused_parameters(model: nn.Module) -> list[str]:
     """After a backward pass: the names of the parameters that require a gradient and got none."""
@@ -53,7 +55,7 @@ def refuse_parameters_of_task(task: Task) -> None:
     attributes = {name: value for kind in reversed(type(task).__mro__) for name, value in vars(kind).items()}
     for name, value in (attributes | vars(task)).items():
         if not (isinstance(task, nn.Module) and name in ("_parameters", "_modules", "_buffers")):
-            names += _trained_in(name, value)
+            names += _trained_in(name, value) if isinstance(value, HOLDERS) else []
     if names:
         raise UsageError(
             f"The task {type(task).__name__} has parameters of its own ({in_short(names)}), which nothing would train, "
@@ -63,13 +65,21 @@ def refuse_parameters_of_task(task: Task) -> None:
 
 
 def _trained_in(name: str, value: Any) -> Iterator[str]:
-    if isinstance(value, nn.Module):
-        yield from (f"{name}.{inner}" for inner, parameter in value.named_parameters() if parameter.requires_grad)
-    elif isinstance(value, Tensor):
-        yield from [name] if value.requires_grad else []
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _trained_in(f"{name}[{key!r}]", inner)
-    elif isinstance(value, (list, tuple)):
-        for place, inner in enumerate(value):
-            yield from _trained_in(f"{name}[{place}]", inner)
+    seen: set[int] = set()  # a graph of lists and dicts may lead back to where it began
+    waiting = [iter([(name, value)])]  # not by recursion: it may be deep
+    while waiting:
+        name, value = next(waiting[-1], ("", None))
+        if value is None:
+            waiting.pop()
+        elif isinstance(value, nn.Module):
+            yield from (f"{name}.{inner}" for inner, parameter in value.named_parameters() if parameter.requires_grad)
+        elif isinstance(value, Tensor):
+            yield from [name] if value.requires_grad else []
+        elif id(value) not in seen:
+            seen.add(id(value))
+            waiting.append(_held_by(name, value))
+
+
+def _held_by(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return ((f"{name}[{key!r}]", inner) for key, inner in items if isinstance(inner, HOLDERS))

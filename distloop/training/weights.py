@@ -54,10 +54,13 @@ def _refuse_wrong(weight: Any, samples: int | None) -> bool | int | float:
         )
     if samples is not None and number != samples:
         asked_for = "1 sample" if samples == 1 else f"{samples} samples"
+        returned = f"task.loss() returned the weight {number} for {asked_for}"
+        sums = 'Return sums: `cross_entropy(outputs, targets, reduction="sum"), len(targets)`, or the like.'
+        if number == 1:  # another word for what it counts would leave it a mean
+            raise UsageError(f"{returned}, as if its loss were a mean over them. {sums}")
         raise UsageError(
-            f"task.loss() returned the weight {number} for {asked_for}. Let it return sums over the batch: of the "
-            'losses (reduction="sum", not a mean), and the number of samples (len(targets)). If data.collate leaves '
-            "samples out or adds some, let it keep all; else say in the task what the weight counts: "
-            'weight = "views", or any word but "samples". The gradient is then divided by the sum of the weights.'
+            f"{returned}. {sums} If data.collate leaves samples out or adds some, let it keep all; else say in the "
+            'task what the weight counts: weight = "views", or any word but "samples". The gradient is then divided by '
+            "the sum of the weights."
         )
     return number

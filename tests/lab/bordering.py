@@ -371,6 +371,29 @@ class Words(nn.Module):
         return self.head(found if found.ndim == 2 else found.sum(1))
 
 
+class LooksUp(nn.Module):
+    """Words without an embedding: a function looks the rows up. `how`: by which, and whether gradients are sparse."""
+
+    def __init__(self, how: str, sparse: bool = True) -> None:
+        super().__init__()
+        self.how, self.sparse = how, sparse
+        self.head = nn.Linear(4, 2)
+        self.table = nn.Parameter(torch.linspace(-1, 1, 8).view(2, 4))
+        if how == "frozen":  # an embedding that says so, and another parameter that nobody says it of
+            self.words = nn.Embedding(2, 4, sparse=True).requires_grad_(False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        signs = (inputs > 0).long()
+        if self.how == "bag":
+            return self.head(nn.functional.embedding_bag(signs, self.table, mode="sum", sparse=self.sparse))
+        if self.how == "gather":
+            places = signs.reshape(-1, 1).expand(-1, 4)
+            found = torch.gather(self.table, 0, places, sparse_grad=self.sparse).view(len(inputs), -1, 4)
+        else:
+            found = nn.functional.embedding(signs, self.table, sparse=self.sparse)
+        return self.head(found.sum(1))
+
+
 class NotSaved(nn.Module):
     """A model with something that no checkpoint can hold."""
 

@@ -138,7 +138,7 @@ class Guess(Task):
         return loss * self.factor("loss"), len(outputs)
 
     def metrics(self, outputs: Tensor, batch: Any) -> dict[str, Tensor]:
-        return {"drawn": torch.tensor(self.factor("metrics"), dtype=torch.float64)}
+        return {"drawn": torch.tensor(self.factor("metrics") * len(outputs), dtype=torch.float64)}
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
         numbers = {"drawn": float(sums["drawn"]), "interval": self.factor("summary")}

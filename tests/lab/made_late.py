@@ -59,6 +59,27 @@ class Resized(nn.Module):
         return self.layer(inputs)
 
 
+class Spread(nn.Module):
+    """Fewer numbers than elements, in what __init__ or the first forward pass of training makes. `habit`: which."""
+
+    def __init__(self, habit: str) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 2)
+        self.scale: Tensor | None
+        made = {"one": torch.ones(1).expand(8), "rows": torch.ones(8).expand(2, 8)}
+        made["gaps"] = torch.ones(1, 800)[:, ::100].expand(2, 8)
+        made["windows"] = torch.arange(9.0).unfold(0, 8, 1)
+        if habit == "late buffer":
+            self.register_buffer("scale", None)
+        else:
+            self.scale = nn.Parameter(made[habit])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.scale is None and self.training:
+            self.scale = torch.ones(1).expand(8)
+        return self.layer(inputs if self.scale is None else inputs * self.scale.reshape(-1, 8)[0])
+
+
 class WeightNorm(nn.Module):
     """The older of the two: it keeps the weight as a plain attribute with a history of gradients."""
 

@@ -92,6 +92,24 @@ class Mean(distloop.tasks.Classification):
         return cross_entropy(outputs, targets_of(batch)), len(targets_of(batch))
 
 
+class MeanMetric(distloop.tasks.Classification):
+    """A mean where a sum is asked for, and summary() does not see it."""
+
+    def metrics(self, outputs: Any, batch: Any) -> dict[str, Tensor]:
+        return super().metrics(outputs, batch) | {"confidence": outputs.softmax(1).amax(1).mean()}
+
+    def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        return super().summary(sums) | {"confidence": float(sums["confidence"])}
+
+
+class SummedMetric(MeanMetric):
+    def metrics(self, outputs: Any, batch: Any) -> dict[str, Tensor]:
+        return super().metrics(outputs, batch) | {"confidence": outputs.softmax(1).amax(1).sum()}
+
+    def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        return super().summary(sums) | {"confidence": float(sums["confidence"] / sums["samples"])}
+
+
 class OfClasses(Mean):
     """Weighted by class: halves of a batch have other sums of weights, and no mean of theirs is that of the whole."""
 
@@ -154,6 +172,18 @@ class OnlyLoss(distloop.tasks.Classification):
         return super().loss(outputs, batch)[0]
 
 
+class AsNumber(distloop.tasks.Classification):
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        loss, weight = super().loss(outputs, batch)
+        return loss.item(), weight
+
+
+class Detached(distloop.tasks.Classification):
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        loss, weight = super().loss(outputs, batch)
+        return loss.detach(), weight
+
+
 class NoKey(distloop.tasks.Classification):
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
         return {**super().summary(sums), "top5": float(sums["correct_top5"])}
@@ -180,6 +210,20 @@ class ManyNeeded(distloop.tasks.Classification):
         if int(sums["samples"]) < 360:
             raise ValueError("too few samples for a quantile")
         return super().summary(sums)
+
+
+class Sometimes(distloop.tasks.Classification):
+    """A metric that a batch of some samples has not."""
+
+    best = ("recall", "max")
+
+    def __init__(self, otherwise: float | None = None) -> None:
+        super().__init__()
+        self.otherwise = {} if otherwise is None else {"recall": otherwise}
+
+    def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        values = super().summary(sums)
+        return values | ({"recall": values["accuracy"]} if int(sums["samples"]) >= 360 else self.otherwise)
 
 
 class Guesses(distloop.tasks.Classification):
@@ -213,6 +257,29 @@ class Encoder(nn.Module):
 class CallsMethod(distloop.tasks.Classification):
     def forward(self, model: Any, batch: Any) -> Any:
         return model.head(model.encode(batch[0]))
+
+
+class Scaled(Encoder):
+    """Its forward pass reads an attribute that the task sets."""
+
+    scale = 1.0
+
+    def forward(self, images: Tensor, mode: str = "classify") -> Tensor:
+        return super().forward(images, mode) * self.scale
+
+
+class ByName(distloop.tasks.Classification):
+    """Has a penalty on the weights of one layer, by its name, and sets an attribute of the model."""
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        assert isinstance(model, Scaled)
+        model.scale = 0.5
+        outputs = model(batch[0])
+        layers: Any = dict(model.named_children())
+        for name, parameter in model.named_parameters():
+            if name.startswith("head."):
+                outputs = outputs * (1 + parameter.abs().mean() * layers["body"][1].weight.abs().mean())
+        return outputs
 
 
 class ReadsNumber(distloop.tasks.Classification):

@@ -23,14 +23,17 @@ class Net(nn.Module):
         self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8) if kind == "frozen" else nn.Identity(), nn.ReLU())
         self.spare = nn.Linear(8, 8)
         self.head = nn.Linear(8, num_outputs)
-        if kind in ("frozen", "all frozen"):
+        if kind in ("frozen", "all frozen", "trained later"):
             self.body.requires_grad_(False)
+        if kind in ("frozen", "all frozen"):
             self.spare.requires_grad_(False)
         if kind == "all frozen":
             self.head.requires_grad_(False)
 
     def forward(self, rows: Tensor) -> Any:
         self.passes += self.training
+        if self.passes == 3 and self.kind in ("frozen later", "trained later"):
+            self.body.requires_grad_(self.kind == "trained later")
         hidden = self.body(rows)
         if KINDS[self.kind](self):
             if self.kind.startswith("checkpoint"):
@@ -52,6 +55,8 @@ KINDS: dict[str, Any] = {
     "later on rank 1": lambda net: not RANK_1 or net.passes < 3,
     "frozen": lambda net: True,
     "all frozen": lambda net: True,
+    "frozen later": lambda net: True,
+    "trained later": lambda net: net.passes < 4,
     "twice": lambda net: True,
     "checkpoint": lambda net: True,
     "checkpoint reentrant": lambda net: True,

@@ -267,3 +267,15 @@ def test_an_optimizer_that_cannot_take_sparse_gradients_is_refused_by_name(
     assert all(
         text in said for text in ("words.weight is sparse", "--optim.name sgd --optim.momentum 0", "sparse=True")
     )
+
+
+@pytest.mark.parametrize(
+    ("how", "world_size"), [("embedding", 1), ("embedding", 2), ("bag", 1), ("gather", 2), ("frozen", 1)]
+)
+def test_sparse_gradients_that_no_module_announces_are_refused_by_name(
+    tmp_path: Path, how: str, world_size: int
+) -> None:
+    runs = Runs(tmp_path, model={"name": f"{LAB}:LooksUp", "args": {"how": how}})
+    said = runs.refused(world_size)
+    assert all(text in said for text in ("model's table is sparse", "Leave out sparse=True (or sparse_grad=True)"))
+    runs.train("run", world_size, "--model.args.sparse", "false")

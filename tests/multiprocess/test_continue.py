@@ -188,6 +188,10 @@ def test_data_of_another_size_is_refused(tmp_path: Path) -> None:
     outcome = train(tmp_path, [*arguments, "--data.args.samples", "24"])
     assert outcome.codes == [2]
     assert "was trained on 16 samples, the data has 24 now" in outcome.output
+    assert "no --resume goes on" in outcome.output
+    assert "samples that were trained on" in outcome.output  # by a random split of another length
+    assert "--name OTHER --init-from runs/run" in outcome.output
+    train(tmp_path, [*arguments, "--data.args.samples", "24", "--name", "other", "--init-from", "runs/run"]).check()
 
 
 def test_a_mistake_before_anything_was_saved_can_be_corrected_under_the_same_name(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def output_of(printed: dict[Block, str], words: str) -> str:
     return output
 
 
+@pytest.mark.long
 def test_a_reader_can_type_all_of_the_readme(tmp_path: Path) -> None:
     printed = run_page(REPOSITORY / "README.md", working_copy(tmp_path, digits_epochs=4))
     finished(tmp_path, "digits", "cifar10", "four", "sine")

@@ -212,7 +212,8 @@ def check_ends_soon(ranks: Ranks, name: str, said: str) -> None:
 # ---- a rank that does not answer -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suspended", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("suspended", [0, 1])
+@pytest.mark.long
 def test_a_stop_while_a_rank_is_suspended_ends_soon_and_names_it(tmp_path: Path, suspended: int) -> None:
     arguments = run_with(tmp_path, "tests.lab.ends:short_silence")
     stage.hold(tmp_path, "step")

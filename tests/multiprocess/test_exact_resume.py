@@ -299,8 +299,11 @@ def test_data_of_other_contents_is_refused_or_recorded(tmp_path: Path) -> None:
     outcome = train(tmp_path, arguments)
     assert outcome.codes == [2]
     assert outcome.output.count("these 16 samples have other contents") == 1
+    assert "samples that were trained on" in outcome.output  # by a random split that is another one now
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     outcome = train(tmp_path, [*arguments, "--resume", "extend"]).check()
+    assert outcome.output.count(f"WARNING: the training data have other contents than when step {step} was") == 1
+    assert "samples that were trained on" in outcome.output, "whoever extends to train longer may not know it"
     assert status(run)["first_step"] == step
     record = json.loads((run / "config_changes.jsonl").read_text())
     new = json.loads((newest(run) / "manifest.json").read_text())["dataset"]

@@ -100,6 +100,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Done:
     return Done(folder, done.stdout)
 
 
+@pytest.mark.long
 def test_two_ranks_of_a_machine_train_the_run_of_one_process(two_ranks: Done, expected: list[float]) -> None:
     check_run(two_ranks.folder, expected, 2)
     assert two_ranks.output.count("finished: ") == 1

@@ -181,6 +181,7 @@ def test_a_method_that_is_missing_names_the_version_of_the_copy_as_well(tmp_path
 # ---- settings of one's own -------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_own_settings_reach_the_loop_and_belong_to_what_the_run_trains(tmp_path: Path) -> None:
     scaled = ("            lr = learning_rate(step)\n", '            lr = learning_rate(step) * config.own["alpha"]\n')
     file = loop_file(tmp_path, own('{"alpha": 0.5, "note": "x"}'), scaled)
@@ -300,6 +301,7 @@ def test_a_loop_may_end_early_as_finished(tmp_path: Path, ranks: int) -> None:
     assert [row["step"] for row in rows(run, "train")] == list(range(1, 13))
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_when_it_had_finished_early_is_finished_and_trains_no_further(tmp_path: Path) -> None:
     file = loop_file(tmp_path, EARLY, *KILLED)
     run = tmp_path / "runs" / "run"

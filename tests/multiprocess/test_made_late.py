@@ -45,6 +45,29 @@ def test_what_a_forward_pass_makes_comes_back(tmp_path: Path, model: str, decay:
         assert evaluated.returncode == 0, evaluated.stdout
 
 
+@pytest.mark.parametrize(
+    ("habit", "dtype", "world_size"),
+    [
+        ("one", "float32", 1),
+        ("one", "float32", 2),
+        ("gaps", "float64", 1),
+        ("windows", "float32", 1),
+        ("rows", "float32", 1),
+        ("late buffer", "float32", 1),
+        ("late buffer", "float32", 2),
+    ],
+)
+def test_fewer_numbers_than_elements_are_refused_by_name(
+    tmp_path: Path, habit: str, dtype: str, world_size: int
+) -> None:
+    outcome = start(tmp_path, "Spread", "--model.args.habit", habit, world_size=world_size, dtype=dtype)
+    assert set(outcome.codes) == {2}
+    assert outcome.output.count("scale shows fewer numbers as ") == 1
+    assert ".clone() before nn.Parameter()" in outcome.output
+    assert "Traceback" not in outcome.output
+    assert "step 1/" not in outcome.output
+
+
 def test_weights_of_a_model_with_a_cached_buffer_start_another_run(tmp_path: Path) -> None:
     start(tmp_path, "Cached", "--name", "first").check()
     start(tmp_path, "Cached", "--name", "second", "--init-from", "runs/first").check()

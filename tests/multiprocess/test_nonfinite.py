@@ -270,7 +270,7 @@ def test_a_step_that_is_left_out_leaves_no_trace(
     }
     outcome = start(tmp_path, settings, world_size).check()
     run = tmp_path / "runs" / "run"
-    assert outcome.output.count("WARNING: The gradient of step") == 1
+    assert outcome.output.count("\ndistloop: WARNING: The gradient of step") == 1
     assert f"WARNING: The gradient of step {bad_step} is not finite" in outcome.output
     assert outcome.output.count("It was left out.") == 1
 

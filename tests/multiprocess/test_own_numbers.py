@@ -57,6 +57,7 @@ def check_pictures(run: Path, steps: int) -> None:
         assert (shade.shape, set(shade.flat)) == ((20, 30), {SHADE * step})
 
 
+@pytest.mark.long
 def test_own_numbers_and_pictures_are_in_rows_report_and_wandb_after_a_kill(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     words = arguments(tmp_path, tracking={"wandb": "online", "start_seconds": 60})

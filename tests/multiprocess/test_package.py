@@ -133,6 +133,7 @@ def test_the_example_is_trained_by_the_command_that_init_names(installed: Instal
     assert accuracies[-1] > 0.93  # of tumours; three of five are benign
 
 
+@pytest.mark.long
 def test_two_ranks_are_started_by_a_script_of_the_project(installed: Installed, project: Path) -> None:
     words = ["launch/single_node.sh", "--config", "configs/mine.yaml", "--train.epochs", "2"]
     done = installed.run(project, *words, PROCESSES=2)

@@ -3,6 +3,7 @@ message for all ranks, and nothing of the rehearsal stays."""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distloop.training.rehearsal import OnlyForward, is_mean
+from distloop.training.rehearsal import is_mean
+from distloop.training.task_model import TaskModel
 from tests.lab.rehearsed import Encoder
 from tests.tools.ranks import Outcome, train, write_config
+from tests.tools.records import rows
 
 SETTINGS: dict[str, Any] = {
     "device": "cpu",
@@ -23,6 +26,8 @@ SETTINGS: dict[str, Any] = {
     "train": {"epochs": 1},
     "log": {"every_steps": 1},
 }
+
+NOTHING_TRAINED = "this start has trained nothing yet"
 
 
 def start(folder: Path, task: str, ranks: int = 1, /, **settings: Any) -> Outcome:
@@ -36,7 +41,8 @@ def is_refused(outcome: Outcome, folder: Path, *words: str, code: int = 2) -> No
     for word in words:
         assert word in outcome.output, outcome.output
     said = [line for line in outcome.output.splitlines() if line.startswith("distloop: ")]
-    lines = [line for line in said if "all 2 ranks" not in line and "(task.name = " not in line]  # which is a note
+    notes = ("all 2 ranks", "(task.name = ", NOTHING_TRAINED)
+    lines = [line for line in said if not any(note in line for note in notes)]
     assert len(lines) == 1, outcome.output
     assert code == 1 or "Traceback" not in outcome.output
     assert not (folder / "runs/run/metrics.jsonl").exists()
@@ -86,6 +92,10 @@ def test_one_sample_is_enough(tmp_path: Path) -> None:
     assert "Mean.loss() returns a mean" in outcome.output
 
 
+def test_a_metric_that_is_a_sum_trains(tmp_path: Path) -> None:
+    start(tmp_path, "SummedMetric", train={"steps": 1}).check()
+
+
 # ---- what only validation meets --------------------------------------------------------------------------------------
 
 
@@ -99,13 +109,19 @@ def test_one_sample_is_enough(tmp_path: Path) -> None:
         ("Text", 1, ["task.summary()", "model is a str"], 2),
         ("NoSuchBest", 2, ["('f1', 'max')", "but loss, accuracy"], 2),
         ("Guesses", 1, ["task.guesses()", "[64]"], 2),
-        ("OnlyLoss", 2, ["OnlyLoss.loss() returned a tensor of shape []", "sum of the weights"], 2),
+        ("MeanMetric", 1, ["MeanMetric.metrics() returns 'confidence'", "let summary(sums) divide them"], 2),
+        ("MeanMetric", 2, ["MeanMetric.metrics() returns 'confidence'", "let summary(sums) divide them"], 2),
+        ("OnlyLoss", 2, ["OnlyLoss.loss() returned a tensor of shape []", "of how many samples"], 2),
+        ("AsNumber", 1, ["AsNumber.loss() returned a float and", "a tensor, the sum of the losses", ".item()"], 2),
+        ("Detached", 2, ["Detached.loss() returned a loss without a gradient", "detach()"], 2),
     ],
 )
 def test_a_mistake_of_a_task_is_found_before_the_first_step(
     tmp_path: Path, task: str, ranks: int, words: list[str], code: int
 ) -> None:
-    is_refused(start(tmp_path, task, ranks, validate={"batch_size": 64}), tmp_path, *words, code=code)
+    outcome = start(tmp_path, task, ranks, validate={"batch_size": 64})
+    is_refused(outcome, tmp_path, *words, code=code)
+    assert outcome.output.count(NOTHING_TRAINED) == (code == 1), "a note of the traceback, and nowhere else"
 
 
 def test_a_metric_that_checkpoint_best_names_and_validation_lacks_is_refused(tmp_path: Path) -> None:
@@ -113,9 +129,29 @@ def test_a_metric_that_checkpoint_best_names_and_validation_lacks_is_refused(tmp
     is_refused(outcome, tmp_path, "checkpoint.best: validation gives no 'acuracy', but loss, accuracy.")
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_metric_that_a_batch_has_not_is_refused_with_a_way_out_that_trains(tmp_path: Path, ranks: int) -> None:
+    outcome = start(tmp_path, "Sometimes", ranks, validate={"batch_size": 64})
+    is_refused(
+        outcome,
+        tmp_path,
+        "the task's best = ('recall', 'max'): validation gives no 'recall', but loss, accuracy.",
+        "metrics of 64 of 360 samples",
+        'let it give float("nan") there',
+    )
+    task = {"name": "tests.lab.rehearsed:Sometimes", "args": {"otherwise": float("nan")}}
+    start(tmp_path, "", ranks, task=task, validate={"batch_size": 64}, train={"steps": 2}).check()
+    [row] = rows(tmp_path / "runs" / "run", "validate")
+    assert row["recall"] == row["accuracy"]
+    start(tmp_path, "Sometimes", ranks, validate={"batch_size": 500}, train={"steps": 4}, resume="extend").check()
+
+
 def test_a_summary_that_needs_more_samples_than_a_batch_has_is_one_line(tmp_path: Path) -> None:
     outcome = start(tmp_path, "ManyNeeded", validate={"batch_size": 64}).check()
-    assert outcome.output.count("WARNING: task.summary() raises ValueError (too few samples for a quantile)") == 1
+    assert (
+        outcome.output.count("distloop: WARNING: task.summary() raises ValueError (too few samples for a quantile)")
+        == 1
+    )
 
 
 # ---- a save ----------------------------------------------------------------------------------------------------------
@@ -150,15 +186,36 @@ def test_what_only_one_process_offers_is_refused_on_one_as_on_two(
     is_refused(outcome, tmp_path, task, word, 'model(inputs, mode="encode")')
 
 
-def test_what_torch_does_with_a_module_works_with_the_one_of_the_rehearsal() -> None:
+def test_what_torch_does_with_a_module_works_with_the_one_of_tasks() -> None:
     model = Encoder(10)
-    offered, images = OnlyForward(model, model), torch.ones(2, 1, 8, 8)
+    offered: Any = TaskModel(model, model)
+    images = torch.ones(2, 1, 8, 8)
     halved = {name: parameter / 2 for name, parameter in offered.named_parameters()}
+    assert list(halved) == [name for name, _ in model.named_parameters()]
     assert not torch.func.functional_call(offered, halved, (images,)).equal(offered(images))
     offered.eval()
     assert not model.training
-    assert {id(p) for p in offered.parameters()} == {id(p) for p in model.parameters()}
+    assert isinstance(offered, Encoder)
+    assert type(copy.deepcopy(offered)) is Encoder
+    offered.scale = torch.tensor(3)  # as the bare model has it in validation, and in its own forward()
+    assert model.scale == 3
+    del offered.scale
+    assert not hasattr(model, "scale")
     assert offered._missed == []
+
+
+def test_a_task_sees_the_models_names_and_sets_its_attributes_on_any_number_of_ranks(tmp_path: Path) -> None:
+    weights = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        batch = {"global_size": 64, "micro_size": 32}
+        settings = {"model": "tests.lab.rehearsed:Scaled", "train": {"steps": 5}, "batch": batch, "dtype": "float64"}
+        start(folder, "ByName", ranks, **settings).check()
+        [file] = folder.glob("runs/*/checkpoints/step_00000005/model.safetensors")
+        weights.append(load_file(file))
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

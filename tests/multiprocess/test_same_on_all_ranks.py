@@ -252,7 +252,10 @@ def test_ranks_that_differ_are_refused_by_evaluate(tmp_path: Path) -> None:
     assert len(re.findall(f"sample 0 is another one on {RANK_1} than on {RANK_0}", done.stdout)) == 1, done.stdout
 
 
-@pytest.mark.parametrize("what", ["checkpoint", "weights", "nothing"])
+@pytest.mark.parametrize(
+    "what",
+    ["weights", pytest.param("checkpoint", marks=pytest.mark.long), pytest.param("nothing", marks=pytest.mark.long)],
+)
 def test_other_weights_on_the_disk_of_a_machine_are_refused(machines: list[Path], what: str) -> None:
     if not mount_is_allowed(machines[0].parent):
         pytest.skip("no right to mount a folder here")

@@ -194,6 +194,7 @@ def test_a_signal_to_the_group_while_loader_workers_start_does_not_take_them_awa
     check_nothing_runs(tmp_path)
 
 
+@pytest.mark.long
 def test_a_signal_to_the_group_leaves_workers_from_a_forkserver_alone(tmp_path: Path) -> None:
     # Beside a GPU loader workers come from a forkserver, which the group's signal reaches as well.
     args = {"own_group": True, "workers": "forkserver"}
@@ -261,7 +262,7 @@ def check_ended_at_once(folder: Path, ranks: Ranks, arguments: list[str]) -> Non
     ("place", "in_c", "world_size"),
     [
         ("save", False, 1),  # the loop waits for the thread that saves
-        ("step", True, 1),
+        pytest.param("step", True, 1, marks=pytest.mark.long),
         ("step", False, 2),
         pytest.param("step", False, 1, marks=pytest.mark.long),
         pytest.param("step", True, 2, marks=pytest.mark.long),

@@ -128,6 +128,7 @@ def in_process_of_its_own(folder: Path, arguments: list[str], environment: dict[
     return wall, done.stdout
 
 
+@pytest.mark.long
 def test_what_is_slow_shows_in_its_account_and_all_add_up_to_the_wall_time(tmp_path: Path) -> None:
     arguments = ["--config", str(write_config(tmp_path, SETTINGS))]
     sleep = {"start_up": 1.5, "data": 0.1, "compute": 0.1, "validation": 0.2, "checkpoint": 0.3}
@@ -227,6 +228,7 @@ def test_a_run_that_is_killed_and_stopped_and_continued_knows_what_it_lost(tmp_p
     assert f"in 3 attempts, {share:.0%} of it in steps that counted" in run.output
 
 
+@pytest.mark.long
 def test_attempts_that_save_nothing_or_whose_checkpoints_are_damaged_are_lost_whole(tmp_path: Path) -> None:
     run = Attempts(tmp_path)
     sleep = {"compute": 0.1}

@@ -89,6 +89,15 @@ def test_what_ddp_says_in_a_loop_that_does_not_look_becomes_one_message(tmp_path
     refused(outcome, f"{SPARE} in the backward pass before", "on rank", "ddp.find_unused_parameters")
 
 
+@pytest.mark.parametrize(
+    ("kind", "names"), [("frozen later", "body.0.weight, body.0.bias"), ("trained later", "spare.weight, spare.bias")]
+)
+def test_names_are_those_of_ddps_parameters_if_others_are_frozen_by_now(tmp_path: Path, kind: str, names: str) -> None:
+    settings = {**BASE, "model": {"name": f"{LAB}:Net", "args": {"kind": kind}}}
+    outcome = train(tmp_path, ["--config", str(write_config(tmp_path, settings))], 2, loop="tests.lab.bare_loop")
+    refused(outcome, f" {names} got no gradient in the backward pass before", "__init__, not later")
+
+
 def test_sums_of_another_shape_on_one_rank_are_named(tmp_path: Path) -> None:
     outcome = run(tmp_path, "shapes", 2, task=f"{LAB}:Shapes", validate={"batch_size": 32})
     refused(outcome, "'outputs' is of shape [4] on rank 1, but of shape [3] on rank 0", "which rank")

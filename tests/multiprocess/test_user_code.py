@@ -20,6 +20,7 @@ from distloop.data.order import Order
 from distloop.data.seeding import seed_sample, uniforms
 from distloop.run import checkpoint
 from tests.lab import user_code
+from tests.tools.documents import blocks_of
 from tests.tools.ranks import REPOSITORY, command, train, write_config
 from tests.tools.records import largest_difference, losses, rows, weights
 
@@ -319,7 +320,8 @@ def test_ranks_exchange_gradients_once_a_step_however_many_micro_batches_it_has(
         "train": {"steps": 4},
     }
     train(tmp_path, ["--config", str(write_config(tmp_path, settings))], 2).check()
-    assert [(tmp_path / rank).read_text().split() for rank in "01"] == [["0", "0", "1"] * 4] * 2
+    rehearsed, steps = ["1"] * 2, ["0", "0", "1"] * 4
+    assert [(tmp_path / rank).read_text().split() for rank in "01"] == [rehearsed + steps] * 2
 
 
 def test_a_model_that_leaves_parameters_out_trains_with_the_setting_for_it(tmp_path: Path) -> None:
@@ -348,3 +350,23 @@ def test_a_module_in_the_current_folder_is_found_by_the_script(tmp_path: Path) -
     done = command([sys.executable, script, "--config", str(write_config(tmp_path, settings))], tmp_path)
     assert done.returncode == 0, done.stdout
     assert weights(tmp_path / "runs" / "run")["1.weight"].shape == (5, 64)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_sum_of_a_task_is_in_a_row_if_summary_returns_it_as_the_page_says(tmp_path: Path, world_size: int) -> None:
+    page = blocks_of(REPOSITORY / "docs" / "own-code.md")
+    [example] = [block.text for block in page if "class WithErrors" in block.text]
+    example += "\n\nclass WithoutSummary(WithErrors):\n    summary = distloop.tasks.Regression.summary\n"
+    (tmp_path / "own_metric.py").write_text(example)
+    settings = {
+        "data": "tests.lab.points:points",
+        "model": "linear",
+        "batch": {"global_size": 4},
+        "train": {"steps": 2},
+    }
+    for task, shown in (("WithErrors", ["mean_error"]), ("WithoutSummary", [])):
+        config = str(write_config(tmp_path, {**settings, "task": f"own_metric:{task}"}))
+        outcome = train(tmp_path, ["--config", config, "--name", task], world_size).check()
+        [row] = rows(tmp_path / "runs" / task, "validate")
+        assert [name for name in row if "error" in name] == shown
+        assert ("mean_error" in outcome.output) == bool(shown)

@@ -73,6 +73,7 @@ def assert_nowhere(run: Path, texts: list[str]) -> None:
         assert not [text for text in texts if planted in text]
 
 
+@pytest.mark.long
 def test_a_run_has_the_values_and_records_the_names(project: Path) -> None:
     run = project / "runs" / "run"
     words = [sys.executable, "-m", "distloop.train", "--config", "run.yaml", "--task.args", "{what: env:WHAT}"]

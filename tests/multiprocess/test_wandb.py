@@ -163,6 +163,7 @@ def test_a_run_that_is_killed_and_goes_on_on_other_ranks_is_one_run(tmp_path: Pa
     check_nothing_runs(tmp_path, seconds=20)
 
 
+@pytest.mark.long
 def test_where_the_server_takes_no_row_back_rows_done_again_are_marked(tmp_path: Path, server: Server) -> None:
     variables = environment(server, tmp_path)
     run = run_of(tmp_path)
@@ -476,6 +477,7 @@ def test_a_disk_on_which_wandb_cannot_write_does_not_hurt(
 # ---- offline -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_an_offline_run_is_whole_on_the_disk_and_a_sync_uploads_it_once(
     tmp_path: Path, server: Server, nobody_listens: int
 ) -> None:

@@ -119,7 +119,8 @@ def test_a_mean_with_the_weight_one_is_refused(tmp_path: Path, world_size: int) 
     outcome = run(
         tmp_path, {"task": {"name": f"{LAB}:Weighing", "args": {"form": "one", "mean": True}}}, world_size=world_size
     )
-    refused(outcome, f"{16 // world_size} samples", "sums", 'reduction="sum"')
+    refused(outcome, f"the weight 1 for {16 // world_size} samples", "mean", 'reduction="sum"), len(targets)')
+    assert not re.search(r"weight = |views|data\.collate", outcome.output), "a mean stays one under another word"
     nothing_is_saved(tmp_path)
 
 

@@ -36,6 +36,7 @@ def test_gpus_are_scheduled(cluster: Cluster, tmp_path: Path) -> None:
         cluster.submit(path, options=["--gpus-per-node=3"])
 
 
+@pytest.mark.long
 def test_a_requeued_job_runs_again(cluster: Cluster, tmp_path: Path) -> None:
     path = script(tmp_path, "echo attempt ${SLURM_RESTART_COUNT:-0}; srun sleep ${SLURM_RESTART_COUNT:-100}")
     job = cluster.submit(path, options=["-N2", "--open-mode=append"])

@@ -77,6 +77,7 @@ def log_of(cluster: Cluster, number: str) -> str:
     return log
 
 
+@pytest.mark.long
 def test_a_reader_can_type_what_the_readme_says(cluster: Cluster, folder: Path) -> None:
     for block in OF_README:
         run(cluster, folder, block.text)

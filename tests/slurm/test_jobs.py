@@ -117,6 +117,7 @@ def test_the_second_job_on_a_run_is_refused_and_told_who_has_it(cluster: Cluster
     assert status(run_of(tmp_path))["slurm_job"] == owner.number
 
 
+@pytest.mark.long
 def test_a_sweep_is_a_run_for_each_line(cluster: Cluster, tmp_path: Path) -> None:
     lines = ["--optim.lr 1e-4", "--optim.lr 0.3", "--model.args '{hidden: 8, layers: 1}'", '--optim.lr "0.03" --seed 2']
     (tmp_path / "lines.txt").write_text("\n".join(lines) + "\n")

@@ -22,6 +22,7 @@ def check_file(run: Path, file: Path) -> None:
     assert json.loads((run / "environment.json").read_text())["command"][0] == str(file)
 
 
+@pytest.mark.long
 def test_it_is_warned_and_requeued_and_goes_on_where_it_was(cluster: Cluster, tmp_path: Path) -> None:
     file = own_loop(tmp_path / "my loops" / "my train.py")
     arguments = held_run(tmp_path)

@@ -57,6 +57,7 @@ def script_and_ranks_are_signalled(job: Job) -> None:
     job.cluster.run("scancel", "--signal=USR2", "--full", job.number)
 
 
+@pytest.mark.long
 def test_three_warnings_later_the_run_is_whole_and_no_step_was_done_twice(signalled: Cluster, tmp_path: Path) -> None:
     arguments = held_run(tmp_path)
     # This job's own run is not what --resume never moves aside.

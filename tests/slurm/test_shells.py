@@ -49,7 +49,7 @@ class Terminal:
         os.waitpid(self.process, 0)
 
 
-@pytest.mark.parametrize("tasks", ["-n2", "-n1"])
+@pytest.mark.parametrize("tasks", ["-n2", pytest.param("-n1", marks=pytest.mark.long)])
 def test_ranks_that_are_started_in_the_shell_of_a_step_train_but_the_shell_is_no_rank(
     cluster: Cluster, tmp_path: Path, tasks: str
 ) -> None:

@@ -76,8 +76,14 @@ def test_the_best_of_earlier_attempts_counts() -> None:
 
 
 def test_a_metric_that_validation_does_not_give_is_refused_with_those_that_it_gives() -> None:
-    with pytest.raises(UsageError, match=r"validation gives no 'accuracy', but loss, r2\.$"):
+    with pytest.raises(UsageError, match=r"validation gives no 'accuracy', but loss, r2\. Let summary\(\) return it"):
         Best("max accuracy", ("loss", "min")).update(1, {"loss": 1.0, "r2": 0.5, "samples": 9})
+
+
+@pytest.mark.parametrize(("samples", "says"), [(9, ""), (10, r" These are the metrics of 9 of 10 samples, .*\.")])
+def test_where_some_samples_have_no_such_metric_the_way_out_is_said(samples: int, says: str) -> None:
+    with pytest.raises(UsageError, match=rf"validation gives no 'accuracy', but loss\. .*one of these\.{says}$"):
+        Best("max accuracy", ("loss", "min")).check({"loss": 1.0, "samples": 9}, samples)
 
 
 def test_the_best_checkpoint_is_the_configs_or_else_the_tasks() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, load_model
-from torch import nn
+from safetensors.torch import load_file, load_model, save_file
+from torch import Tensor, nn
 
 from distloop.config.settings import Optim
 from distloop.errors import UsageError
@@ -40,6 +40,7 @@ from distloop.run.checkpoint import (
     write_weights,
 )
 from distloop.run.parts import contents_of, load_parts
+from distloop.run.same import digest_of_start
 from distloop.run.saving import HostBuffers
 from distloop.training.optim import build_optimizer
 from tests.tools.trap import Trap
@@ -631,3 +632,47 @@ def test_a_whole_checkpoint_that_was_to_be_replaced_comes_back_after_a_kill(tmp_
     final.rename(aside)
     clean(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def of_two_layers(folder: Path, large: int, change: Callable[[dict[str, Tensor]], None] = lambda tensors: None) -> str:
+    tensors = {"body.weight": torch.zeros(large), "head.weight": torch.zeros(10, 4), "head.bias": torch.zeros(10)}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return digest_of_start(folder / "model.safetensors")
+
+
+OTHER: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "a head": lambda tensors: tensors["head.weight"][3].fill_(1),
+    "one number of a bias": lambda tensors: tensors["head.bias"][9].fill_(1e-7),
+    "the end of a body": lambda tensors: tensors["body.weight"][-100:].fill_(1),
+    "the middle of a body": lambda tensors: tensors["body.weight"][1 << 19 :].fill_(1),
+    "a name": lambda tensors: tensors.update(other=tensors.pop("head.bias")),
+    "a shape": lambda tensors: tensors.update({"head.weight": torch.zeros(4, 10)}),
+}
+
+
+@pytest.mark.parametrize("other", OTHER.values(), ids=OTHER.keys())
+def test_other_weights_to_start_from_are_told_apart(tmp_path: Path, other: Any) -> None:
+    assert of_two_layers(tmp_path, 1 << 20) == of_two_layers(tmp_path, 1 << 20)
+    assert of_two_layers(tmp_path, 1 << 20) != of_two_layers(tmp_path, 1 << 20, other)
+
+
+def bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_of_a_large_file_of_weights_a_small_part_is_read_and_of_any_other_all(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    of_two_layers(tmp_path, 1 << 22)
+    before = bytes_read()
+    assert digest_of_start(file) == digest_of_start(file)
+    assert bytes_read() - before < file.stat().st_size / 20
+    brackets = (size + bytes(7) + text for size, text in ((b"\3", b"[1]"), (b"\2", b"{]   ")))
+    for content in (b"", b"{}", b'{"schema": 2, "step": 3}', *brackets):
+        file.write_bytes(content)
+        digests = {digest_of_start(file)}
+        file.write_bytes(content + b" ")
+        assert digest_of_start(file) not in digests
+    file.unlink()
+    with pytest.raises(OSError, match="model"):
+        digest_of_start(file)

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, random_split
 from torchvision.datasets import CIFAR10, FashionMNIST
 
 from distloop.config.settings import Data
@@ -399,6 +400,18 @@ def list_of_two() -> list[list[int]]:
     return [[1], [2]]
 
 
+def whole() -> Any:
+    return InMemory(torch.zeros(8, 3), torch.zeros(8))
+
+
+def listed() -> Any:
+    return random_split(whole(), [0.5, 0.5])
+
+
+def loaders() -> Any:
+    return DataLoader(whole()), DataLoader(whole())
+
+
 def three() -> tuple[list[int], ...]:
     return [1], [2], [3]
 
@@ -428,8 +441,11 @@ def test_a_users_callable_may_return_a_source() -> None:
     [
         ("nothing", "returned a NoneType; return \\(train, validation\\)"),
         ("list_of_two", "returned a list"),
-        ("three", "returned a tuple"),
-        ("generators", "train half needs __len__ and __getitem__"),
+        ("three", "returned a tuple of 3; return \\(train, validation\\)"),
+        ("whole", "returned a InMemory; return \\(train, validation\\).*tuple\\(.*random_split"),
+        ("listed", "returned a list; .*tuple\\(.*random_split"),
+        ("generators", "train half needs __len__ and __getitem__, which a list_iterator lacks"),
+        ("loaders", "train half needs __len__ and __getitem__, which a DataLoader lacks: .*makes the loaders"),
         ("no_validation", "validation half is empty"),
         ("digit", "no callable 'digit'.*'digits'"),
     ],

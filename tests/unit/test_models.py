@@ -110,3 +110,11 @@ def test_weights_that_cannot_be_downloaded_are_explained(monkeypatch: pytest.Mon
 def test_models_without_pretrained_weights_say_so() -> None:
     with pytest.raises(UsageError, match="there are no weights for 'mlp'"):
         make_model(Model("mlp", pretrained=True), {"input_shape": (8,), "num_outputs": 3})
+
+
+ready = nn.Linear(3, 2)
+
+
+def test_an_object_in_place_of_its_class_is_refused() -> None:
+    with pytest.raises(UsageError, match=r":ready' is a model already \(a Linear\).*a function that returns the model"):
+        make_model(Model(f"{__name__}:ready"), {})

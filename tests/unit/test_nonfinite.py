@@ -85,8 +85,8 @@ def test_each_step_that_was_left_out_has_a_line_and_is_told_once() -> None:
         check.begin_step()
         check.before_update(step, norm, [norm])
     first, second = check.check()
-    assert first.startswith("WARNING: The gradient of step 2 is not finite (nan)")
-    assert second.startswith("WARNING: The gradient of step 4 is not finite (inf)")
+    assert first.startswith("distloop: WARNING: The gradient of step 2 is not finite (nan)")
+    assert second.startswith("distloop: WARNING: The gradient of step 4 is not finite (inf)")
     assert first.endswith("It was left out.")
     assert check.check() == []
     assert check.skipped_steps == 2

@@ -252,7 +252,7 @@ def test_a_model_without_vectors_has_one_group() -> None:
 
 def test_a_model_with_nothing_to_train_is_refused() -> None:
     for model in (nn.Flatten(), nn.Linear(3, 2).requires_grad_(False)):
-        with pytest.raises(UsageError, match="nothing to train"):
+        with pytest.raises(UsageError, match=r"nothing to train.*ModuleList"):
             build_optimizer(model, Optim(), CPU, "no")
 
 
@@ -361,6 +361,37 @@ def test_the_average_is_that_of_its_formula(decay: float, dtype: torch.dtype) ->
     assert int(average.averaged.n_averaged) == 30
     assert torch.equal(found["mask"], model.mask), "infinite numbers stay what they are"
     assert torch.equal(found["second.weight"], found["first.weight"])
+
+
+VIEWS: dict[str, Callable[[torch.Tensor], list[torch.Tensor]]] = {
+    "a part": lambda whole: [whole, whole[:3]],
+    "the part first": lambda whole: [whole[:3], whole],
+    "overlapping": lambda whole: [whole[:5], whole[3:]],
+    "another shape": lambda whole: [whole, whole.view(2, 4).T, whole.detach()],
+    "conjugated": lambda whole: [values := torch.view_as_complex(whole.view(4, 2)), values.conj()],
+    "real and imaginary": lambda whole: [whole.view(4, 2), torch.view_as_complex(whole.view(4, 2))],
+}
+
+
+@pytest.mark.parametrize("views", VIEWS.values(), ids=VIEWS.keys())
+def test_buffers_that_share_memory_are_averaged_once(views: Callable[[torch.Tensor], list[torch.Tensor]]) -> None:
+    """As buffers with memory of their own, which hold the same numbers."""
+    whole, shared, apart = torch.zeros(8), nn.Linear(1, 1), nn.Linear(1, 1)
+    held = views(whole)
+    for number, view in enumerate(held):
+        shared.register_buffer(f"view{number}", view)
+        apart.register_buffer(f"view{number}", view.clone())
+    averages = [Average(model, 0.9) for model in (shared, apart)]
+    for step in range(6):
+        whole.copy_(torch.arange(8) * step)
+        for own, view in zip(apart.buffers(), held, strict=True):
+            own.copy_(view)
+        for average, model in zip(averages, (shared, apart), strict=True):
+            average.update(model)
+    found, expected = (dict(average.module.named_buffers()) for average in averages if average.module is not None)
+    assert float(found["view0"].abs().sum()) > 0
+    for name, buffer in expected.items():
+        assert torch.equal(found[name], buffer), name
 
 
 def test_the_average_begins_with_the_first_weights_and_is_apart_from_the_model() -> None:

@@ -234,7 +234,7 @@ def test_an_object_that_cannot_be_saved_is_refused() -> None:
 def test_parameters_that_no_optimizer_updates_are_named_where_one_updates_others() -> None:
     parts = linear(groups=[ALL[:1]])
     which = "model.0.bias, model.1.weight, model.1.bias"
-    assert check_parts(parts) == [f"WARNING: no optimizer updates {which}, although they require a gradient"]
+    assert check_parts(parts) == [f"distloop: WARNING: no optimizer updates {which}, although they require a gradient"]
     for parameter in list(parts["model"].parameters())[1:]:
         parameter.requires_grad_(False)
     assert check_parts(parts) == []

@@ -136,6 +136,11 @@ def test_nothing_is_offered_to_a_callable_that_does_not_name_it() -> None:
     assert call("model.args", takes_everything, {"hidden": 1}, {"width": 5}) == {"hidden": 1}
 
 
+def test_an_argument_that_is_missing_is_told_with_how_to_give_it() -> None:
+    with pytest.raises(UsageError, match=r"missing .*'hidden'.* Give it: --model\.args\.hidden VALUE\."):
+        call("model.args", takes, {}, {})
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"), [({"hiden": 1}, "hiden"), ({}, "'hidden'"), ({"hidden": 1, "depth": 2}, "'depth'")]
 )
@@ -168,6 +173,22 @@ def test_what_a_built_in_does_not_take_is_a_users_mistake() -> None:
         call("model.args", cnn, {"norm": "layer"}, offered)
     with pytest.raises(UsageError, match="images cannot be shifted by -1 pixels"):
         call("data.args", digits, {"shift": -1}, {})
+
+
+class Lines:
+    def __repr__(self) -> str:
+        return "Sequential(\n  (0): ReLU()\n)"
+
+
+def test_a_note_on_an_error_is_one_line() -> None:
+    def mine(text: str) -> None:
+        raise ValueError("my own mistake")
+
+    with pytest.raises(ValueError, match="my own mistake") as raised:
+        call("model.args", mine, {"text": Lines()}, {})  # its repr has several lines
+    [note] = raised.value.__notes__
+    assert note.startswith("distloop: calling ")
+    assert "\n" not in note
 
 
 def test_what_goes_wrong_in_a_users_own_code_keeps_its_traceback() -> None:

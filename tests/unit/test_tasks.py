@@ -104,10 +104,25 @@ def test_all_labels_of_a_data_set_are_checked_by_their_position() -> None:
     probed().check_targets(torch.tensor([], dtype=torch.int64))
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([0.0, 1.0]), torch.tensor([[0], [1]]), torch.tensor(3)])
-def test_labels_that_are_not_one_integer_per_sample_are_refused(labels: Tensor) -> None:
-    with pytest.raises(UsageError, match="one integer label per sample"):
+@pytest.mark.parametrize(
+    ("labels", "way_out"),
+    [
+        (torch.tensor([0.0, 1.0]), r"int\(label\).*regression"),
+        (torch.tensor([[0], [1]]), r"label\.squeeze\(\)"),
+        (torch.eye(2).long(), r"label\.argmax\(\)"),
+        (torch.tensor(3), ""),
+        (["cat", "dog"], r"text.*sorted\(set\("),
+        (("cat", "dog"), r"text.*sorted\(set\("),
+    ],
+)
+def test_labels_that_are_not_one_integer_per_sample_are_refused(labels: Any, way_out: str) -> None:
+    with pytest.raises(UsageError, match=f"one integer label per sample.*{way_out}"):
         probed().check((None, labels), [0, 1])
+
+
+def test_labels_that_begin_with_1_are_refused_with_where_they_begin() -> None:
+    with pytest.raises(UsageError, match=r"Sample 3 has label 10.*Let labels count from 0"):
+        probed().check_targets([1, 9, 3, 10])
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
@@ -232,7 +247,7 @@ def test_the_task_is_built_by_name_with_its_arguments() -> None:
     [
         (TaskConfig("clasification"), r"task\.name = 'clasification'.*Did you mean 'classification'"),
         (TaskConfig("classification", {"smoothing": 1}), r"task\.args = .*smoothing"),
-        (TaskConfig(f"{__name__}:not_a_task"), r"gave a int; make it a distloop\.tasks\.Task"),
+        (TaskConfig(f"{__name__}:not_a_task"), r"gave a int; derive its class from distloop\.tasks\.Task"),
     ],
 )
 def test_a_task_that_cannot_be_built_is_refused(config: TaskConfig, said: str) -> None:

@@ -35,6 +35,7 @@ from distloop.training import (
     divide_by_weight,
     due_after,
     norm_and_clip,
+    offered_to_task,
     rehearse,
     set_lr,
 )
@@ -68,6 +69,7 @@ def train(config: Config, ranks: Ranks) -> None:
         scaler = accelerator.scaler  # of fp16; else None
         if scaler is None:
             optimizer = optimizer.optimizer  # Accelerate's wrapper serves the scaler only, and costs 0.15 ms a step
+        task_model = offered_to_task(model, bare_model)  # calls model; names are those of bare_model
         validated_model = bare_model
         if average.module is not None:
             validated_model = accelerator.prepare_model(average.module, evaluation_mode=True)
@@ -101,7 +103,7 @@ def train(config: Config, ranks: Ranks) -> None:
                     inputs, labels = micro.batch
                     share, order = float(beta.sample()), torch.randperm(len(labels), device=device)
                     mixed = share * inputs + (1 - share) * inputs[order]
-                    outputs = task.forward(model, (mixed, labels))  # forward pass
+                    outputs = task.forward(task_model, (mixed, labels))  # forward pass
                     loss, weight = task.loss(outputs, (mixed, labels))  # loss computation: sums over the micro-batch
                     loss = share * loss + (1 - share) * task.loss(outputs, (mixed, labels[order]))[0]
                     accelerator.backward(loss * micro.scale)  # backward pass; scale: processes / samples of the step

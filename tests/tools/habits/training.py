@@ -232,7 +232,7 @@ class TrainingHabits(DataHabits):
         self.has(f"metric: {kind}")
         metrics = [f'"found": {kind.format(value)}']
         if self.maybe(0.2):
-            metrics.append(f'"drawn": {self.drawn("metrics")}')
+            metrics.append(f'"drawn": {self.drawn("metrics")} * float({value})')
         if self.wrong_habit == "metric name":
             name = self.one_of("loss", "samples", "weight")
             self.expect("refused", f"a metric of the name {name}", name)
