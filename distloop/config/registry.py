@@ -10,6 +10,7 @@ from typing import Any
 
 from distloop.config.notes import way_out
 from distloop.config.places import start_folder
+from distloop.config.settings import Config
 from distloop.errors import UsageError, add_note, suggest
 
 
@@ -20,6 +21,12 @@ def resolve(key: str, name: str, known: Mapping[str, Callable[..., Any]]) -> Cal
     if name in known:
         return known[name]
     raise UsageError(f"{key} = {name!r} is not known.{suggest(name, list(known))} Your own: module:callable.")
+
+
+def named_modules(config: Config) -> list[str]:
+    """The modules that the config names as module:callable."""
+    names = (config.data.name, config.data.collate or "", config.model.name, config.task.name)
+    return [name.partition(":")[0] for name in names if ":" in name]
 
 
 def import_callable(key: str, name: str) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from distloop.data.datasets import DataSource
 from distloop.errors import UsageError
 
+PLAIN = (tuple, list)  # which most batches are: asked first, since each step asks several times
 COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}  # as precise as the real ones
 
 
@@ -28,6 +29,8 @@ def targets_of(batch: Any) -> Any:
 
 def with_inputs(batch: Any, inputs: Any) -> Any:
     """The batch with other inputs."""
+    if type(batch) in PLAIN:
+        return type(batch)((inputs, *batch[1:]))
     if isinstance(batch, dict):
         return {**batch, "inputs": inputs}
     if isinstance(batch, Mapping):
@@ -40,6 +43,8 @@ def with_inputs(batch: Any, inputs: Any) -> Any:
 
 
 def _part(batch: Any, position: int, key: str) -> Any:
+    if type(batch) in PLAIN and position < len(batch):
+        return batch[position]
     names = _names(batch)
     try:
         if _is_dataclass(batch) or key in names:
@@ -137,7 +142,9 @@ def cast(batch: Any, dtype: torch.dtype | None, device: torch.device | None = No
         packed: Any = batch
         return packed.to(device=device, dtype=dtype if packed.data.is_floating_point() else None)
     if isinstance(batch, (tuple, list)):
-        values = (cast(value, dtype, device) for value in batch)
+        values = [cast(value, dtype, device) for value in batch]
+        if type(batch) is list:
+            return values
         return type(batch)(*values) if _names(batch) else type(batch)(values)
     if isinstance(batch, dict):
         return {key: cast(value, dtype, device) for key, value in batch.items()}

@@ -4,6 +4,7 @@ import atexit
 import functools
 import itertools
 import os
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 from typing import cast as cast_type
@@ -13,6 +14,8 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
+import distloop
+from distloop.config.registry import named_modules
 from distloop.config.settings import Config, Data
 from distloop.data.bad_samples import listed, without_bad
 from distloop.data.batches import inputs_of, targets_of, to_model
@@ -119,6 +122,13 @@ class Micro(NamedTuple):
     samples: int | None = None  # which the weight of its loss must count; None: it counts something else
 
 
+def _is_own(code: types.CodeType) -> bool:
+    """True for the loop of distloop's own train.py."""
+    return os.path.realpath(code.co_filename) == os.path.join(
+        os.path.realpath(os.path.dirname(distloop.__file__)), "train.py"
+    )
+
+
 def _to_device(batch: Any, source: DataSource, dtype: torch.dtype, device: torch.device) -> Any:
     return to_model(send_to_device(batch, device, non_blocking=True), source, dtype, device)
 
@@ -146,6 +156,8 @@ class TrainBatches:
         dtype = getattr(torch, config.dtype)
         self.skips, self.bad_samples = config.data.on_bad_sample == "skip", source.bad_samples
         self.weight = "samples" if task is None else task.weight
+        # Where all code is distloop's own, steps draw from torch alone: to seed the others too is 1 % of a small step.
+        self.draws_from_torch = not named_modules(config) and position.code is not None and _is_own(position.code)
         self.name = name_of(source.train, source, config.data)
         self._finish = (
             functools.partial(_to_device, source=source, dtype=dtype, device=device) if self.skips else identity
@@ -182,11 +194,12 @@ class TrainBatches:
         scale = self.plan.world_size / max(1, count)
         for held, part, present in loaded:
             batch = self._finish(held)
-            seed_forward(self.seed, step, part.number, self.device)
+            seed_forward(self.seed, step, part.number, self.device, self.draws_from_torch)
             self.position.enter("forward and backward pass")
             samples = max(1, present) if self.counts_samples else None  # one stands in the place of none
             yield Micro(batch, part.is_last, not present, scale if present else 0.0, samples)
-        seed_place(Place.UPDATE, self.seed, self.device, step)  # alike on all ranks, which had other micro-batches
+        if not self.draws_from_torch:  # alike on all ranks, which had other micro-batches
+            seed_place(Place.UPDATE, self.seed, self.device, step)
         self.position.enter("parameter update")
 
     def _loaded(self, step: int) -> Iterable[tuple[Any, Part, int]]:

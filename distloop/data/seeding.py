@@ -75,26 +75,29 @@ def seed_sample(seed: int, epoch: int, index: int) -> None:
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(value)
 
 
-def seed_place(place: Place, seed: int, device: torch.device, number: int = 0, position: int = 0) -> None:
+def seed_place(
+    place: Place, seed: int, device: torch.device, number: int = 0, position: int = 0, of_torch_only: bool = False
+) -> None:
     """Seed the global generators, `device`'s among them, for code that runs in this place. `number`: of the step or the
-    batch; `position`: the micro-batch's place in the global batch."""
+    batch; `position`: the micro-batch's place in the global batch. `of_torch_only`: leave those of numpy and random."""
     value = derive(seed, number, position, place)
-    _seed(value)
+    _seed(value, of_torch_only)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(value)
     elif device.type == "mps":
         torch.mps.manual_seed(value)
 
 
-def seed_forward(seed: int, step: int, position: int, device: torch.device) -> None:
+def seed_forward(seed: int, step: int, position: int, device: torch.device, of_torch_only: bool = False) -> None:
     """Seed the global generators for forward pass (dropout), loss and backward pass of a micro-batch."""
-    seed_place(Place.FORWARD, seed, device, step, position)
+    seed_place(Place.FORWARD, seed, device, step, position, of_torch_only)
 
 
-def _seed(value: int) -> None:
+def _seed(value: int, of_torch_only: bool = False) -> None:
     torch.default_generator.manual_seed(value)  # 100 times cheaper than torch.manual_seed
-    np.random.seed(value & 0xFFFFFFFF)
-    random.seed(value)
+    if not of_torch_only:
+        np.random.seed(value & 0xFFFFFFFF)
+        random.seed(value)
 
 
 def seed_building(place: Place, seed: int) -> None:

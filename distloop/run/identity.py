@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import distloop
 from distloop.config.comparison import flatten, is_one_of, training_hash
+from distloop.config.registry import named_modules
 from distloop.config.secrets import clean_mapping
 from distloop.config.settings import Config
 from distloop.data.datasets import DataSource
@@ -92,9 +93,7 @@ def versions() -> dict[str, str]:
 
 def sources(config: Config) -> dict[str, str]:
     """The SHA-256 of the files of the modules that the config names as module:callable, by module."""
-    named = (config.data.name, config.data.collate or "", config.model.name, config.task.name)
-    modules = [name.partition(":")[0] for name in named if ":" in name]
-    files = {module: getattr(sys.modules.get(module), "__file__", None) for module in modules}
+    files = {module: getattr(sys.modules.get(module), "__file__", None) for module in named_modules(config)}
     return {module: _digest(Path(file)) for module, file in files.items() if file}
 
 
