@@ -29,7 +29,7 @@ def places(process: int) -> dict[str, Place]:
         identity = _regular(process, number)
         if identity is None or identity in streams:
             continue
-        with contextlib.suppress(OSError), open(f"/proc/{process}/fdinfo/{number}") as file:
+        with contextlib.suppress(OSError), open(f"/proc/{process}/fdinfo/{number}", encoding="utf-8") as file:
             facts = dict(line.split(":", 1) for line in file if ":" in line)
             flags = int(facts["flags"], 8)
             if flags & os.O_ACCMODE != os.O_WRONLY and not flags & os.O_APPEND:

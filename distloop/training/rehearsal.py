@@ -197,7 +197,7 @@ def _refuse_mean(model: nn.Module, task: Task, half: Any, twice: Any, seed: int,
 
     for name in metrics[0].keys() & metrics[1].keys():
         value, of_both = metrics[0][name], metrics[1][name]
-        if not value.is_integer() and is_mean((value, 1), (of_both, 2)):
+        if not value.is_integer() and is_mean((value, found[0][1]), (of_both, found[1][1])):
             raise UsageError(
                 f"{type(task).__name__}.metrics() returns {name!r} = {value:.6g} for some samples, and {of_both:.6g} "
                 "for a batch that has each of them twice, where a sum would be twice as much. Metrics are added over "
