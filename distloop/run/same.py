@@ -36,6 +36,10 @@ SAME_ORDER = (
     "The same samples come there in another order: sort what os.listdir(), glob() or a set gave (sorted(…)), and "
     "shuffle or split with a seed (torch.Generator().manual_seed(0), numpy.random.default_rng(0))."
 )
+SOME_SAMPLES = (
+    "Have the files copied to all machines, and number labels by what is sorted, not as os.listdir() or a set gave "
+    "(sorted(…)) their names."
+)
 OTHER_CPUS = (
     "If the files are equal, CPUs of different kinds round a sample otherwise (a resize, a normalisation): take "
     "machines of one kind, or store the samples as they are after that."
@@ -210,8 +214,9 @@ def _advice(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     if found.in_other_order:
         return SAME_ORDER
     if found.same:
-        same = f"{found.same} of the {found.compared} samples that were compared are the same, so their order is."
-        return f"{same} Copy the files to all machines. {OTHER_CPUS}"
+        return (
+            f"{found.same} of the {found.compared} samples that were compared are the same. {SOME_SAMPLES} {OTHER_CPUS}"
+        )
     return f"{SAME_DATA} {OTHER_CPUS}"
 
 
