@@ -55,16 +55,21 @@ class Watched(Dataset):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset, self.process = dataset, os.getpid()
-        self.shared = places(self.process).keys()
+        self.shared = places(self.process)
 
     def __getitem__(self, item: Any) -> Any:
         before = places(self.process)
         loaded = self.dataset[item]
         after = places(self.process)
-        moved = [number for number in self.shared & before.keys() & after.keys() if before[number] != after[number]]
+        moved = [
+            path
+            for number, (path, _) in self.shared.items()
+            if number in before and number in after and before[number].path == after[number].path == path
+            if before[number].position != after[number].position
+        ]
         if moved:
             raise UsageError(
-                f"{before[moved[0]].path} was opened before loader processes started, and loading a sample reads from "
+                f"{moved[0]} was opened before loader processes started, and loading a sample reads from "
                 "it: they share one position in the file, and would get each other's rows. Open it when a process "
                 "loads its first sample (in __getitem__: if self.file is None: self.file = open(…)), or train with "
                 "--data.workers 0."
