@@ -50,7 +50,7 @@ def train(config: Config, ranks: Ranks) -> None:
     device = accelerator.device
     data = load_data(config.data, config.seed)
     task = build_task(config.task, config.seed)
-    bare_model = build_model(config, data, task, device)  # the same initial weights on all ranks
+    bare_model = build_model(config, data, task, device, ranks.position)  # the same initial weights on all ranks
     optimizer = build_optimizer(bare_model, config.optim, device, config.precision)
     average = Average(bare_model, config.optim.ema_decay)  # of the weights; empty without a decay
     plan = Plan.of(config, len(data.train), ranks)  # which samples make up each step, and which of them are this rank's

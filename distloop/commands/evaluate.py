@@ -51,7 +51,7 @@ def evaluate(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
     checkpoint = ranks.from_main(lambda: checkpoint_of(path))
     source = load_data(config.data, config.seed)
     task = build_task(config.task, config.seed)
-    bare_model = build_model(config, source, task, accelerator.device)
+    bare_model = build_model(config, source, task, accelerator.device, ranks.position)
     averaged = config.optim.ema_decay is not None and (checkpoint / AVERAGED).exists()
     if not (weights := checkpoint / (AVERAGED if averaged else MODEL)).exists():
         raise UsageError(

@@ -189,7 +189,9 @@ class TrainBatches:
             refuse_other_length("train", self.dataset, self.length)
         count, loaded = self.plan.sample_count(step), self._loaded(step)
         if self.skips:
-            loaded, present = without_bad(list(loaded), self.bad_samples, self.plan)
+            items = list(loaded)
+            self.position.enter("counting the samples of all ranks")  # one that still loads its own is behind
+            loaded, present = without_bad(items, self.bad_samples, self.plan)
             count = present if self.weight == "samples" else count  # other weights are added up after the last batch
         scale = self.plan.world_size / max(1, count)
         for held, part, present in loaded:

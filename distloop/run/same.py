@@ -15,6 +15,7 @@ from distloop.data.datasets import DataSource
 from distloop.data.fingerprint import OWN_DRAWS, RAISES, likeness
 from distloop.errors import UsageError
 from distloop.ranks.environment import node_name
+from distloop.ranks.places import Position
 from distloop.ranks.ranks import Ranks
 from distloop.run.checkpoint import MANIFEST, digest
 from distloop.run.files import Start
@@ -52,9 +53,17 @@ OWN_GENERATOR = (
 SAME_CODE = "Its code must not ask which rank or which machine it runs on."
 
 
-def refuse_unlike_ranks(config: Config, source: DataSource, device: torch.device, task: Any, model: nn.Module) -> None:
+def refuse_unlike_ranks(
+    config: Config,
+    source: DataSource,
+    device: torch.device,
+    task: Any,
+    model: nn.Module,
+    position: Position | None = None,
+) -> None:
     """Raise the same UsageError on all ranks if they differ in what they train. Collective: 32 bytes of each rank, and
-    the facts themselves only if they differ. Call it before DDP copies rank 0's model to the others."""
+    the facts themselves only if they differ. Call it before DDP copies rank 0's model to the others. `position`: this
+    rank's; a rank that still builds its model is behind those that wait here."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return
     facts = {**facts_of(config, source, device), **facts_of_model(task, model)}
@@ -62,6 +71,8 @@ def refuse_unlike_ranks(config: Config, source: DataSource, device: torch.device
     # On the CPU: distloop's groups have gloo there, which does not wait for a GPU's queue.
     own = torch.frombuffer(bytearray(summary), dtype=torch.int64)
     rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    if position is not None:
+        position.enter("comparing the ranks")
     dist.all_gather(rows, own)
     if all(torch.equal(row, rows[0]) for row in rows):
         return

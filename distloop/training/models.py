@@ -24,6 +24,7 @@ from distloop.data.loader import offers_to_model
 from distloop.data.look import example_batch
 from distloop.data.seeding import Place, seed_building
 from distloop.errors import UsageError, suggest
+from distloop.ranks.places import Position
 from distloop.run.module_state import check_tensors
 from distloop.run.same import refuse_unlike_ranks
 from distloop.training.conversion import convert
@@ -95,8 +96,11 @@ def resnet18_small(num_classes: int) -> nn.Module:
 MODELS: dict[str, Builder] = {"linear": linear, "mlp": mlp, "cnn": cnn, "resnet18_small": resnet18_small}
 
 
-def build_model(config: Config, source: DataSource, task: Task, device: torch.device) -> nn.Module:
-    """The config's model on `device`, in its dtype, with the same initial weights on all ranks.
+def build_model(
+    config: Config, source: DataSource, task: Task, device: torch.device, position: Position | None = None
+) -> nn.Module:
+    """The config's model on `device`, in its dtype, with the same initial weights on all ranks. `position`: this
+    rank's, by which one that hangs as it builds the model is named.
 
     Raises UsageError, also where the model does not fit to the task or the data, and where ranks differ in what they
     train. Collective.
@@ -106,7 +110,7 @@ def build_model(config: Config, source: DataSource, task: Task, device: torch.de
     seed_building(Place.MODEL, config.seed)
     torch.manual_seed(config.seed)  # the initial weights, as they always were
     model = convert(make_model(config.model, offers_to_model(example, source)), device, dtype)
-    refuse_unlike_ranks(config, source, device, task, model)
+    refuse_unlike_ranks(config, source, device, task, model, position)
     refuse_short(source, config.data, device)
     refuse_parameters_of_task(task)
     try_out(task, model, example, source)

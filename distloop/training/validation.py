@@ -92,6 +92,7 @@ class Validation:
             with self.run.phase("validation"):
                 metrics = self._validate(step)
             if self.ranks.world_size > 1:
+                self.position.enter("waiting for the other ranks' validation")
                 dist.all_reduce(torch.zeros(()))  # rank 0 waits here for all, to save if one of them fails
             self.run.best.update(step, metrics)
             self.trackers.log("validate", step, **metrics)
@@ -103,6 +104,7 @@ class Validation:
         refuse_other_length("validation", self.dataset, self.sampler.samples)
         batches = self._until_verdict()
         metrics = validate(self.model, self.task, batches, self.sampler, self.position, self.details, self.seed)
+        self.position.enter("keeping what was validated")  # one that is still in summary() is behind
         self.details.write(self.run.path, step, self.run.start.attempt)
         return metrics
 

@@ -240,14 +240,24 @@ def test_ranks_that_are_all_at_the_same_place_may_take_longer_than_the_limit(tmp
 # ---- where a rank waits that has failed, or what it waits for ------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["validation", "data", "model"])
-@pytest.mark.parametrize("how", ["loop"])
-@pytest.mark.long
-def test_a_rank_that_hangs_is_named_wherever_it_hangs(tmp_path: Path, place: str, how: str) -> None:
-    arguments = failing_run(tmp_path)
-    with failing(tmp_path, arguments, 2, place, how, 1) as ranks:
+@pytest.mark.parametrize(
+    ("place", "changes", "where"),
+    [
+        ("model", {}, PLACES["model"]),
+        pytest.param("validation", {}, PLACES["validation"], marks=pytest.mark.long),
+        pytest.param("summary", {}, r"in step \d+, adding up the validation", marks=pytest.mark.long),
+        pytest.param("data", {}, PLACES["data"], marks=pytest.mark.long),
+        pytest.param("data", {"on_bad_sample": "skip"}, PLACES["data"], marks=pytest.mark.long),
+    ],
+)
+def test_a_rank_that_hangs_is_named_wherever_it_hangs(
+    tmp_path: Path, place: str, changes: dict[str, Any], where: str
+) -> None:
+    """The others wait for it, mostly in the same line of the loop."""
+    arguments = failing_run(tmp_path, data={"name": "tests.lab.failing:points", "workers": 0, **changes})
+    with failing(tmp_path, arguments, 2, place, "loop", 1) as ranks:
         outcome = join_the_living(ranks)
-    check_said(outcome, 1, PLACES[place], *HOWS[how])
+    check_said(outcome, 1, where, *HOWS["loop"])
 
 
 @pytest.mark.parametrize(
