@@ -16,7 +16,7 @@ LOOPS = (ast.For, ast.While, ast.AsyncFor)
 class LoopLine(NamedTuple):
     """A line of the function that holds the loop."""
 
-    text: str = ""  # for people, without secrets: "train.py:101 outputs = task.forward(model, micro.batch)"
+    text: str = ""  # for people, without secrets: "train.py:101 outputs = task.forward(task_model, micro.batch)"
     number: int = 0  # the first line of its statement, for comparing ranks; 0: the line must not be compared
 
 

@@ -68,7 +68,7 @@ class Place:
     step: int = 0
     phase: str = "starting"
     marks: int = 0
-    line: str = ""  # of the loop, such as "train.py:101 outputs = task.forward(model, micro.batch)"
+    line: str = ""  # of the loop, such as "train.py:101 outputs = task.forward(task_model, micro.batch)"
     line_number: int = 0  # of its statement; 0: not to be compared (see loop_lines.py)
     stack: str = ""  # of its main thread, once it has not moved for long
     heard: float = field(default_factory=time.monotonic)
@@ -94,7 +94,7 @@ class Place:
 
     @property
     def where(self) -> str:
-        """Such as "in step 5, forward pass (train.py:101 outputs = task.forward(model, micro.batch))"."""
+        """Such as "in step 5, forward pass (train.py:101 outputs = task.forward(task_model, micro.batch))"."""
         where = f"in step {self.step}, {self.phase}" if self.step else f"before the first step, {self.phase}"
         return f"{where} ({self.line})" if self.line else where
 

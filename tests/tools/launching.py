@@ -42,7 +42,7 @@ def own_loop(file: Path) -> Path:
 
 def failing_line(file: Path) -> str:
     """What a message says of the line of the forward pass in a loop: "train.py:95 outputs = task.forward(…)"."""
-    statement = "outputs = task.forward(model, micro.batch)"
+    statement = "outputs = task.forward(task_model, micro.batch)"
     [number] = [number for number, line in enumerate(file.read_text().splitlines(), 1) if statement in line]
     return f"{file.name}:{number} {statement}"
 

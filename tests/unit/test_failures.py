@@ -253,8 +253,8 @@ def test_a_place_has_moved_when_its_line_changed() -> None:
 def test_a_place_with_a_line_shows_it() -> None:
     there = place()
     assert there.where == "in step 5, forward pass"
-    there.line = "train.py:101 outputs = task.forward(model, micro.batch)"
-    assert there.where == "in step 5, forward pass (train.py:101 outputs = task.forward(model, micro.batch))"
+    there.line = "train.py:101 outputs = task.forward(task_model, micro.batch)"
+    assert there.where == "in step 5, forward pass (train.py:101 outputs = task.forward(task_model, micro.batch))"
 
 
 @pytest.mark.parametrize(
