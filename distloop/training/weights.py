@@ -59,8 +59,8 @@ def _refuse_wrong(weight: Any, samples: int | None) -> bool | int | float:
         if number == 1:  # another word for what it counts would leave it a mean
             raise UsageError(f"{returned}, as if its loss were a mean over them. {sums}")
         raise UsageError(
-            f"{returned}. {sums} If data.collate leaves samples out or adds some, let it keep all; else say in the "
-            'task what the weight counts: weight = "views", or any word but "samples". The gradient is then divided by '
-            "the sum of the weights."
+            f"{returned}. {sums} If batch() or data.collate leaves samples out or adds some, let it keep all; else say "
+            'in the task what the weight counts: weight = "views", or any word but "samples". The gradient is then '
+            "divided by the sum of the weights."
         )
     return number

@@ -86,7 +86,7 @@ class Mistaken(Regression):
         return super().loss(outputs, batch)
 
     def metrics(self, outputs: Tensor, batch: Any) -> dict[str, Tensor]:
-        return {"share": torch.tensor([]).max()} if self.method == "metrics" and comes_late("metrics") else {}
+        return {"share": torch.tensor([]).max()} if self.method == "metrics" and comes_late("metrics", 3) else {}
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
         fails = self.method == "summary" and comes_late("summary")

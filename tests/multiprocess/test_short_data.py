@@ -60,7 +60,7 @@ def test_a_sample_that_is_missing_in_the_middle_is_named_when_it_is_met(
 @HALVES
 def test_a_batch_with_fewer_rows_is_refused(tmp_path: Path, half: str, workers: int, world_size: int) -> None:
     data = {"name": f"{LAB}:make_data", "args": {"half": half, "how": "batch", "there": 62}, "workers": workers}
-    refused(run(tmp_path, data, world_size), "the weight ", "samples. Let it return sums")
+    refused(run(tmp_path, data, world_size), "the weight ", "samples. Return sums")
 
 
 @RANKS
