@@ -1,5 +1,6 @@
 """A look at some samples before training: the example for the model, the first batch of validation, fingerprints."""
 
+import io
 import multiprocessing
 import pickle
 from collections.abc import Iterator, Sequence
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from distloop.config.settings import Config, Data
@@ -72,10 +74,17 @@ class _Sent(Dataset):
     def __getitem__(self, item: Any) -> Any:
         loaded = self.dataset[item]
         try:
-            pickle.dumps(loaded)
+            _Pickler(io.BytesIO()).dump(loaded)
         except Exception:
             _refuse_what_cannot_be_sent(loaded)
         return loaded
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf:
+            raise ValueError("a tensor with a history of gradients")  # which ForkingPickler refuses, and this does not
+        return NotImplemented
 
 
 def _refuse_what_cannot_be_sent(loaded: Any) -> None:

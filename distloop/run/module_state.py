@@ -25,8 +25,9 @@ def is_extra(name: str) -> bool:
 def check_tensors(what: str, model: nn.Module, is_built: bool = True) -> None:
     """Raise UsageError for a tensor that a checkpoint cannot hold. `what`: begins the message, such as "model.".
     `is_built`: a forward pass has initialised what torch's lazy modules leave open."""
+    trained = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in tensors_and_extra(model)[0].items():
-        if problem := next(_problems(tensor, is_built), None):
+        if problem := next(_problems(tensor, is_built, name in trained), None):
             raise UsageError(f"{what}{name} {problem}")
 
 
@@ -39,7 +40,17 @@ def repeats_itself(tensor: Tensor) -> bool:
     return tensor.numel() > numbers or any(stride == 0 for _, stride in dimensions)
 
 
-def _problems(tensor: Tensor, is_built: bool) -> Iterator[str]:
+def make_whole(model: nn.Module) -> None:
+    """Give buffers that expand() made, of which many elements are one number in memory, memory of their own: nothing
+    can be copied into the others, as loading a checkpoint does."""
+    whole: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if repeats_itself(buffer):
+                setattr(module, name, whole.setdefault(id(buffer), buffer.clone(memory_format=torch.contiguous_format)))
+
+
+def _problems(tensor: Tensor, is_built: bool, is_parameter: bool) -> Iterator[str]:
     if nn.parameter.is_lazy(tensor):
         if is_built:
             yield "is not initialised: no forward pass used its lazy module. Take it out, or give it its size."
@@ -55,9 +66,9 @@ def _problems(tensor: Tensor, is_built: bool) -> Iterator[str]:
         )
     elif hasattr(type(tensor), "__tensor_flatten__"):
         yield f"is a {type(tensor).__name__}, a tensor made of others, which a checkpoint cannot hold. Use plain ones."
-    elif repeats_itself(tensor):
+    elif is_parameter and repeats_itself(tensor):  # buffers are made whole
         yield (
             f"shows fewer numbers as {tensor.numel()} elements, as expand() does: no optimizer can update it, and no "
             "checkpoint can be loaded into it. Keep the smaller one, and expand it in forward(); or make the elements "
-            "numbers of their own: .clone() before nn.Parameter() or register_buffer()."
+            "numbers of their own: .clone() before nn.Parameter()."
         )

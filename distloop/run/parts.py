@@ -33,7 +33,7 @@ from distloop.run.checkpoint import (
     weights_of,
 )
 from distloop.run.files import Start, read_json
-from distloop.run.module_state import check_tensors, tensors_and_extra
+from distloop.run.module_state import check_tensors, make_whole, tensors_and_extra
 
 Parts = Mapping[str, Any]
 EXTRA_STATE = "get_extra_state()"
@@ -184,6 +184,7 @@ def load_start(start: Start, parts: Parts, bad_samples: BadSamples | None = None
     if start.weights:
         if (model := dict(existing(parts)).get("model")) is None:
             raise UsageError(f"init_from: this loop has no part named model, but {', '.join(parts)}.")
+        make_whole(model)
         load_weights(start.weights, model)
     return LoopState(), None
 
@@ -206,6 +207,7 @@ def load_parts(path: Path, parts: Parts, state: Mapping[str, Any]) -> None:
                 held = ", ".join(sorted(files))
                 raise UsageError(f"{path} does not hold {name}, which this loop loads, but {held}. Use --name OTHER.")
         elif isinstance(part, nn.Module):
+            make_whole(without_average(part))  # a forward pass may have made others
             load_weights(path / f"{name}.safetensors", without_average(part))
             if isinstance(part, AveragedModel):
                 part.n_averaged.fill_(state[f"{name}_steps"])

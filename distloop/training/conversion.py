@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distloop.data.batches import COMPLEX
 from distloop.errors import UsageError
-from distloop.run.module_state import check_tensors, repeats_itself
+from distloop.run.module_state import check_tensors, make_whole
 
 # What is called of a module, here, in PyTorch and in Accelerate.
 METHODS = "forward train eval to apply children modules named_modules parameters named_parameters buffers named_buffers"
@@ -26,7 +26,7 @@ def convert(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
                 f"The {_place(name, kind)} has an attribute {hidden[0]} of its own, in the place of the method of all "
                 "modules. Give it another name."
             )
-    _make_whole(model)
+    make_whole(model)
     check_tensors("The model's ", model, is_built=False)
     for name, tensor in _named_tensors(model):
         _check_values(name, tensor, dtype)
@@ -64,13 +64,3 @@ def _check_values(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
             f"{other:.17g}. Keep whole numbers in an int64 buffer, make it float32 yourself (.float()), or set dtype: "
             "float64."
         )
-
-
-def _make_whole(model: nn.Module) -> None:
-    """Give buffers that expand() made, of which many elements are one number in memory, memory of their own: nothing
-    can be copied into the others, as loading a checkpoint does."""
-    whole: dict[int, Tensor] = {}
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            if repeats_itself(buffer):
-                setattr(module, name, whole.setdefault(id(buffer), buffer.clone(memory_format=torch.contiguous_format)))

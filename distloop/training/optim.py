@@ -77,7 +77,8 @@ def check_sparse(name: str, config: Optim, device: torch.device) -> None:
 def refuse_unforeseen_sparse(model: nn.Module) -> None:
     """After a backward pass, also one that DDP has not ended: raise UsageError for sparse gradients of other parameters
     than those of sparse_gradients()."""
-    known = {id(model.get_parameter(name)) for name in sparse_gradients(model)}
+    modules = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
+    known = {id(parameter) for module in modules if module.sparse for parameter in module.parameters()}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and parameter.grad.is_sparse and id(parameter) not in known:
             raise UsageError(

@@ -30,6 +30,7 @@ from distloop.training.validation import Validation
 from distloop.training.weights import Weights
 
 METHODS = ("forward", "loss", "metrics", "guesses", "summary")  # of a task, as errors name them
+MOST_ELEMENTS = 64  # of a metric that is compared
 NEARLY = 1e-3  # relative: losses that agree so far are the same up to rounding
 
 
@@ -183,7 +184,8 @@ def _refuse_mean(model: nn.Module, task: Task, half: Any, twice: Any, seed: int,
                 outputs = task.forward(model, batch)
                 loss, weight = _checked(task, task.loss(outputs, batch))
                 found.append((float(loss), float(weight)))
-                metrics.append(_numbers(task.metrics(outputs, batch)))
+                with contextlib.suppress(Exception):  # of a task whose metrics need what only validation has
+                    metrics.append(_numbers(task.metrics(outputs, batch)))
     except Exception:  # of a task that takes no training batch in eval mode, or no half: it says nothing of the loss
         return
     if is_mean(*found):
@@ -194,22 +196,36 @@ def _refuse_mean(model: nn.Module, task: Task, half: Any, twice: Any, seed: int,
             f"{2 * once:.6g}. distloop divides by the weights of the whole step, so that the gradient would be too "
             'small. Return sums: `cross_entropy(outputs, targets, reduction="sum"), len(targets)`, or the like.'
         )
+    (_, weight), (_, weight_of_both) = found
+    if len(metrics) == 2 and weight_of_both > weight and (name := _mean_among(metrics[0], metrics[1])):
+        value, both = (float(numbers[name].flatten()[0]) for numbers in metrics)
+        raise UsageError(
+            f"{type(task).__name__}.metrics() returns {name!r} = {value:.6g} for some samples, and {both:.6g} "
+            "for a batch that has each of them twice, where a sum would be twice as much. Metrics are added over "
+            "batches and ranks: return sums, and let summary(sums) divide them, by sums['samples'], "
+            "sums['weight'] or a sum of your own."
+        )
 
-    for name in metrics[0].keys() & metrics[1].keys():
-        value, of_both = metrics[0][name], metrics[1][name]
-        if not value.is_integer() and is_mean((value, found[0][1]), (of_both, found[1][1])):
-            raise UsageError(
-                f"{type(task).__name__}.metrics() returns {name!r} = {value:.6g} for some samples, and {of_both:.6g} "
-                "for a batch that has each of them twice, where a sum would be twice as much. Metrics are added over "
-                "batches and ranks: return sums, and let summary(sums) divide them, by sums['samples'], "
-                "sums['weight'] or a sum of your own."
-            )
+
+def _mean_among(once: dict[str, Tensor], twice: dict[str, Tensor]) -> str | None:
+    """The name of a metric that is the same for some samples and for these twice, and not 0; None if there is none, or
+    if a count that is the same, too, such as of batches, is there for summary() to divide by."""
+    same = [
+        name
+        for name, values in once.items()
+        if name in twice
+        and values.shape == twice[name].shape
+        and torch.allclose(twice[name], values, rtol=NEARLY, atol=1e-8)
+        and float(values.abs().max()) > 1e-8
+    ]
+    has_count = any(bool((once[name] == once[name].round()).all()) for name in same)
+    return None if has_count or not same else same[0]
 
 
-def _numbers(metrics: Any) -> dict[str, float]:
-    """Those of the metrics that are floating-point numbers. Counts are integers."""
-    values = {name: torch.as_tensor(value) for name, value in metrics.items()}
-    return {name: float(value) for name, value in values.items() if value.numel() == 1 and value.is_floating_point()}
+def _numbers(metrics: Any) -> dict[str, Tensor]:
+    """The metrics as tensors in float64, those of some elements at most."""
+    values = {name: torch.as_tensor(value).double().cpu() for name, value in metrics.items()}
+    return {name: value for name, value in values.items() if 0 < value.numel() <= MOST_ELEMENTS}
 
 
 def is_mean(once: tuple[float, float], twice: tuple[float, float]) -> bool:

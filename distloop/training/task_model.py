@@ -1,6 +1,7 @@
 """The model as a task has it in training: the same on one process and on many."""
 
 import sys
+import types
 from typing import Any, cast
 
 from torch import nn
@@ -10,7 +11,7 @@ from distloop.errors import UsageError
 OF_MODULES = frozenset(dir(nn.Module()))  # what each torch.nn.Module has: parameters(), training, train(), …
 ADVICE = (
     'Put what it does into the model\'s forward(), for example with an argument (`model(inputs, mode="encode")`), '
-    "and let {task}.forward() call `model(…)`; give a number such as `model.num_classes` to the task in task.args."
+    "and let the task's forward() call `model(…)`; give a number such as `model.num_classes` to the task in task.args."
 )
 
 
@@ -23,6 +24,7 @@ class TaskModel:
     def __init__(self, model: nn.Module, bare_model: nn.Module) -> None:
         self.__dict__.update(_call=model, _bare_model=bare_model, _is_called=False)
         self.__dict__["_missed"] = []  # attributes that were asked for, and that the bare model has
+        self.__dict__["_set"] = set()  # those that the task has set, and may read
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         self.__dict__["_is_called"] = True
@@ -32,15 +34,31 @@ class TaskModel:
 
     def __getattr__(self, name: str) -> Any:
         # torch's own functions, such as torch.func.functional_call, look up modules and parameters by their names.
-        if name in OF_MODULES or sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+        if name in self._set or sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
             return getattr(self._bare_model, name)
-        if name == "module" or hasattr(self._bare_model, name):
+        if name in OF_MODULES:
+            return self._of_modules(getattr(self._bare_model, name))
+        if name == "module":  # what DistributedDataParallel holds: code may ask for it
+            self._missed.append("model.module")
+        elif hasattr(self._bare_model, name):
             self._missed.append(f"model.{name}")
-        kind = type(self._bare_model).__name__
-        raise AttributeError(f"a task may call {kind!r} and use what each torch.nn.Module has, but not {name!r}")
+            raise UsageError(_bypass("The task", f"model.{name}"))  # of an AttributeError hasattr() makes False
+        raise AttributeError(f"{type(self._bare_model).__name__!r} object has no attribute {name!r}")
+
+    def _of_modules(self, value: Any) -> Any:
+        """What torch.nn.Module has; of a method, one that gives this object where it would give the bare model."""
+        if not isinstance(value, types.MethodType):
+            return value
+
+        def method(*arguments: Any, **named: Any) -> Any:
+            result = value(*arguments, **named)
+            return self if result is self._bare_model else result
+
+        return method
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._bare_model, name, value)
+        self._set.add(name)
 
     def __delattr__(self, name: str) -> None:
         delattr(self._bare_model, name)
@@ -59,13 +77,16 @@ def offered_to_task(model: nn.Module, bare_model: nn.Module) -> nn.Module:
 def refuse_bypass(kind: str, model: TaskModel) -> None:
     """Raise UsageError if the task, of that class name, has used more of the model than is offered."""
     if model._missed:
-        raise UsageError(
-            f"{kind} uses `{model._missed[0]}`: with several processes the model is inside "
-            "DistributedDataParallel, where the call `model(…)` and the methods of torch.nn.Module alone work. "
-            + ADVICE.format(task=kind)
-        )
+        raise UsageError(_bypass(kind, model._missed[0]))
     if not model._is_called:
         raise UsageError(
             f"{kind}.forward() does not call `model(…)`: several processes exchange the gradients of what went through "
-            "that call, and would drift apart. " + ADVICE.format(task=kind)
+            f"that call, and would drift apart. {ADVICE}"
         )
+
+
+def _bypass(kind: str, what: str) -> str:
+    return (
+        f"{kind} uses `{what}`: with several processes the model is inside DistributedDataParallel, where the call "
+        f"`model(…)` and the methods of torch.nn.Module alone work. {ADVICE}"
+    )

@@ -60,24 +60,49 @@ class Resized(nn.Module):
 
 
 class Spread(nn.Module):
-    """Fewer numbers than elements, in what __init__ or the first forward pass of training makes. `habit`: which."""
+    """A parameter that shows fewer numbers than it has elements. `habit`: how."""
 
     def __init__(self, habit: str) -> None:
         super().__init__()
         self.layer = nn.Linear(8, 2)
-        self.scale: Tensor | None
         made = {"one": torch.ones(1).expand(8), "rows": torch.ones(8).expand(2, 8)}
         made["gaps"] = torch.ones(1, 800)[:, ::100].expand(2, 8)
         made["windows"] = torch.arange(9.0).unfold(0, 8, 1)
-        if habit == "late buffer":
-            self.register_buffer("scale", None)
-        else:
-            self.scale = nn.Parameter(made[habit])
+        self.scale = nn.Parameter(made[habit])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs * self.scale.reshape(-1, 8)[0])
+
+
+class ExpandedLate(nn.Module):
+    """A buffer that the first forward pass of training expands from one number, and that stays in the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 2)
+        self.scale: Tensor | None
+        self.register_buffer("scale", None)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.scale is None and self.training:
-            self.scale = torch.ones(1).expand(8)
-        return self.layer(inputs if self.scale is None else inputs * self.scale.reshape(-1, 8)[0])
+            self.scale = inputs.detach().abs().mean().expand(8)
+        return self.layer(inputs if self.scale is None else inputs * self.scale)
+
+
+class ExpandedAnew(nn.Module):
+    """A buffer in the place of which each forward pass of training puts an expanded one."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 2)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.mean = (0.9 * self.mean.mean() + 0.1 * inputs.detach().mean()).expand(8)
+        return self.layer(inputs - self.mean)
 
 
 class WeightNorm(nn.Module):

@@ -110,6 +110,31 @@ class SummedMetric(MeanMetric):
         return super().summary(sums) | {"confidence": float(sums["confidence"] / sums["samples"])}
 
 
+class MeanMetrics(MeanMetric):
+    """A metric of several elements."""
+
+    def metrics(self, outputs: Any, batch: Any) -> dict[str, Tensor]:
+        sums = distloop.tasks.Classification.metrics(self, outputs, batch)
+        return sums | {"errors": outputs.abs().mean(0), "confidence": outputs.softmax(1).amax(1).sum()}
+
+
+class OfBatches(MeanMetric):
+    """Divides by the number of batches, which it counts itself."""
+
+    def metrics(self, outputs: Any, batch: Any) -> dict[str, Tensor]:
+        return super().metrics(outputs, batch) | {"batches": torch.tensor(1)}
+
+    def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        return super().summary(sums) | {"confidence": float(sums["confidence"] / sums["batches"])}
+
+
+class MeanBesideIds(Mean):
+    """Its metrics need what only batches of validation have."""
+
+    def metrics(self, outputs: Any, batch: Any) -> dict[str, Tensor]:
+        return super().metrics(outputs, batch) | {"first": batch["image_id"]}
+
+
 class OfClasses(Mean):
     """Weighted by class: halves of a batch have other sums of weights, and no mean of theirs is that of the whole."""
 

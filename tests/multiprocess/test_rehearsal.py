@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from distloop.errors import UsageError
 from distloop.training.rehearsal import is_mean
 from distloop.training.task_model import TaskModel
 from tests.lab.rehearsed import Encoder
@@ -92,8 +93,9 @@ def test_one_sample_is_enough(tmp_path: Path) -> None:
     assert "Mean.loss() returns a mean" in outcome.output
 
 
-def test_a_metric_that_is_a_sum_trains(tmp_path: Path) -> None:
-    start(tmp_path, "SummedMetric", train={"steps": 1}).check()
+@pytest.mark.parametrize("task", ["SummedMetric", "OfBatches"])
+def test_a_metric_that_is_a_sum_or_beside_a_count_of_batches_trains(tmp_path: Path, task: str) -> None:
+    start(tmp_path, task, train={"steps": 1}).check()
 
 
 # ---- what only validation meets --------------------------------------------------------------------------------------
@@ -110,6 +112,8 @@ def test_a_metric_that_is_a_sum_trains(tmp_path: Path) -> None:
         ("NoSuchBest", 2, ["('f1', 'max')", "but loss, accuracy"], 2),
         ("Guesses", 1, ["task.guesses()", "[64]"], 2),
         ("MeanMetric", 1, ["MeanMetric.metrics() returns 'confidence'", "let summary(sums) divide them"], 2),
+        ("MeanMetrics", 1, ["MeanMetrics.metrics() returns 'errors'"], 2),
+        ("MeanBesideIds", 1, ["MeanBesideIds.loss() returns a mean"], 2),
         ("MeanMetric", 2, ["MeanMetric.metrics() returns 'confidence'", "let summary(sums) divide them"], 2),
         ("OnlyLoss", 2, ["OnlyLoss.loss() returned a tensor of shape []", "of how many samples"], 2),
         ("AsNumber", 1, ["AsNumber.loss() returned a float and", "a tensor, the sum of the losses", ".item()"], 2),
@@ -202,6 +206,32 @@ def test_what_torch_does_with_a_module_works_with_the_one_of_tasks() -> None:
     del offered.scale
     assert not hasattr(model, "scale")
     assert offered._missed == []
+
+
+def test_what_a_module_gives_itself_as_goes_through_the_prepared_model_too() -> None:
+    model, called = Encoder(10), []
+
+    class Prepared(torch.nn.Module):  # as DistributedDataParallel
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            called.append(len(images))
+            return model(images)
+
+    offered: Any = TaskModel(Prepared(), model)
+    for number, same in enumerate([offered.train(), offered.eval(), offered.requires_grad_(), offered.float()], 1):
+        assert same is offered
+        same(torch.ones(number, 1, 8, 8))
+    assert called == [1, 2, 3, 4]
+
+
+def test_a_task_reads_what_it_has_set_and_nothing_else_of_the_models_own() -> None:
+    model = Encoder(10)
+    offered: Any = TaskModel(model, model)
+    assert not hasattr(offered, "hooked")
+    offered.hooked = torch.tensor(1)
+    assert getattr(offered, "hooked", None) is model.hooked
+    for name in ("num_classes", "head"):  # a default would be taken in silence
+        with pytest.raises(UsageError, match=rf"The task uses `model\.{name}`"):
+            getattr(offered, name, None)
 
 
 def test_a_task_sees_the_models_names_and_sets_its_attributes_on_any_number_of_ranks(tmp_path: Path) -> None:
