@@ -3,6 +3,7 @@
 import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
@@ -58,9 +59,10 @@ class Watched(Dataset):
         self.shared = places(self.process)
 
     def __getitem__(self, item: Any) -> Any:
-        before = places(self.process)
-        loaded = self.dataset[item]
-        after = places(self.process)
+        with self._ends_moved():
+            before = places(self.process)
+            loaded = self.dataset[item]
+            after = places(self.process)
         moved = [
             path
             for number, (path, _) in self.shared.items()
@@ -75,3 +77,22 @@ class Watched(Dataset):
                 "--data.workers 0."
             )
         return loaded
+
+    @contextlib.contextmanager
+    def _ends_moved(self) -> Iterator[None]:
+        """A file that was read to its end stands one byte behind it meanwhile: nothing is to be read at either place,
+        and a load that reads the whole file again leaves another position than it found."""
+        moved = []
+        for number, (path, position) in self.shared.items():
+            with contextlib.suppress(OSError):
+                own = int(number)
+                if os.readlink(f"/proc/self/fd/{number}") == path and os.fstat(own).st_size == position:
+                    os.lseek(own, position + 1, os.SEEK_SET)
+                    moved.append((own, position))
+        try:
+            yield
+        finally:
+            for own, position in moved:
+                with contextlib.suppress(OSError):
+                    if os.lseek(own, 0, os.SEEK_CUR) == position + 1:
+                        os.lseek(own, position, os.SEEK_SET)

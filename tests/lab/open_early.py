@@ -49,6 +49,18 @@ def a_descriptor(folder: Path) -> Read:
     return lambda row: (os.lseek(number, row * NUMBERS.size, os.SEEK_SET), os.read(number, NUMBERS.size))[1]
 
 
+def a_descriptor_that_is_read_whole(folder: Path) -> Read:
+    number = os.open(folder / "rows.bin", os.O_RDONLY)
+    size = NUMBERS.size
+
+    def read(row: int) -> bytes:
+        os.lseek(number, 0, os.SEEK_SET)
+        return os.read(number, 1 << 20)[row * size : (row + 1) * size]
+
+    read(0)  # each load leaves the position where this one does
+    return read
+
+
 def a_zip_file(folder: Path) -> Read:
     archive = zipfile.ZipFile(folder / "rows.zip")
     return lambda row: archive.read(str(row))
@@ -69,7 +81,7 @@ def pictures(folder: Path) -> Read:
     return lambda row: np.full(WIDTH, np.asarray(opened[row])[0, 0], np.float64).tobytes()
 
 
-SHARED = [a_file, a_descriptor, a_zip_file, a_tar_file, an_npz_file, pictures]
+SHARED = [a_file, a_descriptor, a_descriptor_that_is_read_whole, a_zip_file, a_tar_file, an_npz_file, pictures]
 
 
 # ---- what is open and has none, or is not read: all of it works ------------------------------------------------------
