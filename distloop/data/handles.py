@@ -1,6 +1,7 @@
 """Files that were open when loader processes were forked: all of them read on from one position, and mix up rows."""
 
 import contextlib
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -86,7 +87,9 @@ class Watched(Dataset):
         for number, (path, position) in self.shared.items():
             with contextlib.suppress(OSError):
                 own = int(number)
-                if os.readlink(f"/proc/self/fd/{number}") == path and os.fstat(own).st_size == position:
+                is_read_only = fcntl.fcntl(own, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY  # nobody writes there
+                is_same = os.readlink(f"/proc/self/fd/{number}") == path
+                if is_read_only and is_same and os.fstat(own).st_size == position:
                     os.lseek(own, position + 1, os.SEEK_SET)
                     moved.append((own, position))
         try:
