@@ -177,7 +177,7 @@ def test_a_killed_node_that_slurm_notices_brings_the_job_back_at_its_newest_chec
     job.arrived("step", [0, 1])
     cluster.kill_slurmd(lost)
     job.wait("PENDING", restarts=1)
-    back(job, lost, seen=3)
+    back(job, lost, seen=6)
 
 
 @pytest.mark.long
@@ -190,7 +190,7 @@ def test_a_killed_node_that_slurm_does_not_notice_brings_the_job_back_all_the_sa
     cluster.kill_slurmd("n2")
     job.says("(a node is lost); it continues there")
     job.wait("COMPLETING", "PENDING", restarts=1)  # until the node is back or Slurm gives it up
-    back(job, "n2", seen=3)
+    back(job, "n2", seen=6)
 
 
 def back(job: Job, node: str, seen: int) -> None:

@@ -73,7 +73,7 @@ def submit(
 
 
 def held_run(folder: Path, **changes: Any) -> list[str]:
-    """The arguments of a run of sixty steps that waits in its fifth or seventh, and in all later ones, until let go."""
+    """The arguments of a run of sixty steps that waits in its seventh, and in all later ones, until let go."""
     stage.hold(folder, "step")
     data = {"name": "tests.lab.stopping:points", "workers": 1}
     return [*waiting_run(folder, data=data, **changes), "--device", "cpu"]
