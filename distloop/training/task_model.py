@@ -62,6 +62,7 @@ class TaskModel:
 
     def __delattr__(self, name: str) -> None:
         delattr(self._bare_model, name)
+        self._set.discard(name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._bare_model.__reduce_ex__(protocol)  # a copy of it is one of the bare model

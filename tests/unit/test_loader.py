@@ -257,6 +257,18 @@ def test_a_batch_that_no_loader_process_can_send_is_refused_and_not_waited_for(c
     assert example_batch(source, dataclasses.replace(data, workers=0), 0, torch.float32)
 
 
+def with_a_history(samples: list[Any]) -> Any:
+    return 2 * samples[0][0].clone().requires_grad_(), samples[0][1]
+
+
+def test_a_batch_with_a_history_of_gradients_is_refused_and_not_waited_for() -> None:
+    source = DataSource(Noisy(), Noisy())
+    data = Data(workers=1, timeout_seconds=30, collate=f"{__name__}:with_a_history")
+    with pytest.raises(UsageError, match=r"batch cannot be sent .*requires_grad.* --data.workers 0"):
+        example_batch(source, data, 0, torch.float32)
+    assert example_batch(source, dataclasses.replace(data, workers=0), 0, torch.float32)
+
+
 # ---- mistakes --------------------------------------------------------------------------------------------------
 
 

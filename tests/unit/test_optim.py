@@ -24,6 +24,7 @@ from distloop.training.optim import (
     check_schedule,
     lr_at,
     parameter_groups,
+    refuse_unforeseen_sparse,
     set_lr,
 )
 
@@ -433,3 +434,10 @@ def test_fp16_leaves_pytorch_its_own_choice_of_an_optimizer_that_is_not_fused(na
     """Its scaler has to see the steps that are left out; fused=False would forbid the grouped way, too."""
     made = [build_optimizer(nn.Linear(1, 1), Optim(name=name), CPU, precision) for precision in ("fp16", "bf16")]
     assert [(one.defaults["fused"], one.defaults["foreach"]) for one in made] == [(None, None), (True, None)]
+
+
+def test_an_announced_sparse_embedding_may_be_parametrized() -> None:
+    model = nn.Sequential(nn.Embedding(4, 2, sparse=True))
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    model(torch.tensor([1, 2])).sum().backward()
+    refuse_unforeseen_sparse(model)
