@@ -7,47 +7,24 @@ and the command line; this module reads nothing.
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Lt
-from pydantic import BeforeValidator, WrapValidator
-from pydantic_core import PydanticCustomError
+from annotated_types import Ge, Gt, Le, Lt
 
+from distloop.config.fields import (
+    Arguments,
+    Float,
+    Fraction,
+    Int,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Text,
+    no_arguments,
+    section,
+)
 from distloop.config.places import absolute
-from distloop.config.references import FromEnvironment
-
-Section = TypeVar("Section")
-
-
-@dataclass_transform(frozen_default=True)
-def section(cls: type[Section]) -> type[Section]:
-    """A frozen dataclass in which pydantic refuses unknown keys."""
-    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
-    return dataclasses.dataclass(frozen=True)(cls)
-
-
-def _no_truth_value(value: Any) -> Any:
-    """`value`, which pydantic would take for 1 or 0 if it is true or false."""
-    if isinstance(value, bool):
-        raise PydanticCustomError("truth_value", "input should be a valid number, not true or false")
-    return value
-
-
-Int = Annotated[int, BeforeValidator(_no_truth_value)]
-Float = Annotated[float, BeforeValidator(_no_truth_value)]
-PositiveInt = Annotated[Int, Ge(1)]
-NonNegativeInt = Annotated[Int, Ge(0)]
-PositiveFloat = Annotated[Float, Gt(0)]
-NonNegativeFloat = Annotated[Float, Ge(0)]
-Fraction = Annotated[Float, Ge(0), Lt(1)]
-
-
-# Text that may be env:NAME: the setting has the variable's value, and the reference is recorded. What is not Text has
-# a plain value, which is recorded, since a resume compares what is trained: numbers, choices, and callables' names.
-Text = Annotated[str, WrapValidator(lambda text, check: text if isinstance(text, FromEnvironment) else check(text))]
-# Keyword arguments of a data set, model or task, or a loop's own settings.
-Arguments = dict[str, Any]
-no_arguments = functools.partial(dataclasses.field, default_factory=dict)
 
 
 @section
@@ -89,9 +66,35 @@ class Task:
 
 
 @section
+class OptimizerOfGroup:
+    name: str
+    """As optim.name."""
+    args: Arguments = no_arguments()
+    """As optim.args; those of optim are not taken over."""
+
+
+@section
+class Group:
+    match: str
+    """A regular expression; the group has the parameters in whose names it is found."""
+    lr_scale: PositiveFloat = 1.0
+    """The learning rate as a share of the run's."""
+    weight_decay: NonNegativeFloat | None = None
+    """null: optim.weight_decay."""
+    freeze: bool = False
+    """Its parameters are not trained."""
+    until_step: PositiveInt | None = None
+    """Its parameters are frozen before this step, counted from 0."""
+    optimizer: OptimizerOfGroup | None = None
+    """An optimizer of its own."""
+
+
+@section
 class Optim:
-    name: Literal["sgd", "adam", "adamw"] = "adamw"
-    """The optimizer."""
+    name: str = "adamw"
+    """sgd | adam | adamw, another optimizer of torch.optim by its name in small letters, or module:callable."""
+    args: Arguments = no_arguments()
+    """Further arguments of the optimizer, such as {amsgrad: true}."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate. It belongs to the global batch and never changes with the number of processes."""
     weight_decay: NonNegativeFloat = 0.05
@@ -109,6 +112,13 @@ class Optim:
     ema_decay: Annotated[Float, Gt(0), Lt(1)] | None = None
     """Keep an exponential moving average of the weights with this decay, such as 0.999: it is what is
     validated, and saved as averaged.safetensors beside the weights. null: none."""
+    groups: tuple[Group, ...] = ()
+    """Parameters with settings of their own: [{match: ^head, lr_scale: 10}, …]; the first match counts. Keys: match,
+    lr_scale, weight_decay, freeze, until_step, optimizer."""
+    layer_decay: Annotated[Float, Gt(0), Le(1)] | None = None
+    """The rate of each layer as a share of the next one's, such as 0.75: ResNet, ConvNeXt, ViT, Swin."""
+    show: bool = False
+    """Print each parameter's shape, group, rate and decay, and end."""
 
 
 @section
