@@ -1,4 +1,4 @@
-"""The groups of parameters that an optimizer updates with settings of their own: rate, decay, a time when they begin."""
+"""Groups of parameters that an optimizer updates with settings of their own: rate, decay, the step they begin at."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -32,6 +32,8 @@ class Member(NamedTuple):
     """The pattern of its group; "default" for what matches none."""
     lr_scale: float
     weight_decay: float
+    is_vector: bool
+    """Of a norm, a bias or another vector: without decay."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -46,10 +48,9 @@ def members(model: nn.Module, config: Optim) -> Iterator[Member]:
     for name, parameter in model.named_parameters():
         group, label = group_of(name, config.groups)
         decay = config.weight_decay if group.weight_decay is None else group.weight_decay
-        if parameter in vectors:
-            decay = 0.0
+        is_vector = parameter in vectors
         scale = group.lr_scale * layers.get(name, 1.0)
-        yield Member(name, parameter, group, label, scale, decay)
+        yield Member(name, parameter, group, label, scale, 0.0 if is_vector else decay, is_vector)
 
 
 def _vectors(model: nn.Module) -> set[nn.Parameter]:
@@ -92,7 +93,7 @@ def check_patterns(model: nn.Module, groups: Sequence[Group]) -> None:
 
 def layers_of(model: nn.Module, decay: float | None) -> dict[str, float]:
     """The factor of each parameter's rate by layer: decay for each layer that stands between it and the last one.
-    (Clark et al. 2020, "ELECTRA"; Bao et al. 2021, "BEiT".) Raises UsageError for a model whose blocks are not known."""
+    (Clark et al. 2020, "ELECTRA"; Bao et al. 2021, "BEiT".) Raises UsageError for a model of unknown blocks."""
     if decay is None:
         return {}
     pattern = BLOCKS.get(type(model).__name__)
@@ -113,8 +114,8 @@ def layers_of(model: nn.Module, decay: float | None) -> dict[str, float]:
 
 
 def freeze(model: nn.Module, groups: Sequence[Group]) -> None:
-    """Freeze the parameters of groups with `freeze`: they get no gradient, which ranks do not exchange either; norms all
-    of whose parameters are frozen keep their statistics, and normalise with them."""
+    """Freeze the parameters of groups with `freeze`: they get no gradient, and ranks exchange none. BatchNorms all of
+    whose parameters are frozen keep their statistics, and normalise with them."""
     for name, parameter in model.named_parameters():
         if group_of(name, groups)[0].freeze:
             parameter.requires_grad_(False)
@@ -135,10 +136,10 @@ def groups_of_members(found: Sequence[Member]) -> list[dict]:
     for member in found:
         if not member.parameter.requires_grad:
             continue
-        key = (member.label, member.lr_scale, member.weight_decay)
+        key = (member.is_vector, member.label, member.lr_scale)
         groups.setdefault(key, {"params": [], "weight_decay": member.weight_decay} | _extras(member))
         groups[key]["params"].append(member.parameter)
-    return sorted(groups.values(), key=lambda group: group["weight_decay"] == 0)
+    return [groups[key] for key in sorted(groups, key=lambda key: key[0])]  # otherwise as they come in the model
 
 
 def _extras(member: Member) -> dict[str, Any]:

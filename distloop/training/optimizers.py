@@ -11,12 +11,13 @@ from distloop.config.settings import Optim
 from distloop.errors import StoppedEarly, UsageError, suggest
 from distloop.ranks.ddp_words import in_short
 from distloop.training.groups import Member, check_patterns, freeze, groups_of_members, members
+from distloop.training.sparse import check_sparse, sparse_gradients
 
 # Settings of optim that belong to torch's optimizers of these names; for others they are written in optim.args.
 SHORTCUTS = {"sgd": ("momentum", "nesterov"), "adam": ("betas", "eps"), "adamw": ("betas", "eps")}
 SINCE = {"adafactor": "2.5", "muon": "2.9"}  # the first version of torch that has the optimizer
 TAKEN = ("params", "lr", "weight_decay", "fused")
-FUSED = {"SGD": ("cpu", "cuda"), "Adam": ("cpu", "cuda"), "AdamW": ("cpu", "cuda"), "Adagrad": ("cpu",)}  # devices
+FUSED = {"sgd": ("cpu", "cuda"), "adam": ("cpu", "cuda"), "adamw": ("cpu", "cuda"), "adagrad": ("cpu",)}  # devices
 
 
 class SeveralOptimizers(torch.optim.Optimizer):
@@ -89,7 +90,10 @@ def build_optimizer(
 
 def _refuse_none(trained: Sequence[Any]) -> None:
     if not trained:
-        raise UsageError("The model has no parameters that require a gradient: there is nothing to train.")
+        raise UsageError(
+            "The model has no parameters that require a gradient: there is nothing to train. If its layers are in a "
+            "list or dict, make that an nn.ModuleList or nn.ModuleDict: PyTorch does not see them otherwise."
+        )
 
 
 def _build(key: str, config: Optim, groups: list[dict], device: torch.device, fuses: bool) -> torch.optim.Optimizer:
@@ -151,7 +155,7 @@ def known_optimizers() -> dict[str, Callable[..., Any]]:
 
 
 def _check_fit(key: str, name: str, found: Sequence[Member], sparse: Sequence[str]) -> None:
-    """Raise UsageError for parameters of a kind that the optimizer does not take. `sparse`: those whose gradients are."""
+    """Raise UsageError for parameters of a kind that the optimizer does not take. `sparse`: with sparse gradients."""
     if name == "muon":
         others = [member.name for member in found if member.parameter.ndim != 2]
         takes = "matrices (2-D parameters) only"
