@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from distloop.config.settings import SECTIONS, Text, types_of_settings
+from distloop.config.fields import Text
+from distloop.config.settings import SECTIONS, types_of_settings
 from distloop.config.yaml_text import in_words, parse_yaml
 from distloop.errors import UsageError
 

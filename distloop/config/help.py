@@ -1,6 +1,8 @@
-"""What --help and docs/config.md say about each setting: its type, default and text, as settings.py has them."""
+"""What --help and docs/config.md say about each setting: its type, default and text, as settings.py and
+optim_settings.py have them."""
 
 import ast
+import dataclasses
 import inspect
 import itertools
 import shutil
@@ -9,7 +11,7 @@ import types
 import typing
 from typing import Any, Literal, NamedTuple
 
-from distloop.config import settings
+from distloop.config import optim_settings, settings
 from distloop.config.references import recorded
 from distloop.config.settings import SECTIONS, Config, types_of_settings
 from distloop.config.yaml_text import dump_yaml
@@ -77,13 +79,14 @@ def type_text(hint: Any) -> str:
         return " | ".join(map(type_text, inner))
     if origin is tuple:
         return ", ".join("…" if part is ... else type_text(part) for part in inner)
-    return WORDS[origin or hint]
+    return WORDS[dict if dataclasses.is_dataclass(hint) else origin or hint]
 
 
 def _texts_below_fields() -> dict[tuple[str, str], str]:
-    """(class, field) -> the string below the field in settings.py, which Python itself forgets."""
+    """(class, field) -> the string below the field, which Python itself forgets."""
     texts = {}
-    for owner in ast.parse(inspect.getsource(settings)).body:
+    sources = (inspect.getsource(module) for module in (settings, optim_settings))
+    for owner in (node for source in sources for node in ast.parse(source).body):
         if isinstance(owner, ast.ClassDef):
             for field, text in itertools.pairwise(owner.body):
                 if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):

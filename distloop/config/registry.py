@@ -59,25 +59,29 @@ def _failing_line(error: Exception) -> str:
     return f"{frame.filename}, line {frame.lineno}"
 
 
-def call(key: str, function: Callable[..., Any], arguments: dict[str, Any], offered: dict[str, Any]) -> Any:
-    """Call `function` with the config's `arguments`, and with those of `offered` that its signature names. Raises
+def call(
+    key: str, function: Callable[..., Any], arguments: dict[str, Any], offered: dict[str, Any], *first: Any
+) -> Any:
+    """Call `function` with `first`, the config's `arguments`, and those of `offered` that its signature names. Raises
     UsageError that names `key` if they do not fit the signature, or if a function of distloop refuses them."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # a builtin without a signature
-        return function(**arguments)
+        return function(*first, **arguments)
     extra = {name: value for name, value in offered.items() if name in signature.parameters and name not in arguments}
     try:
-        signature.bind(**arguments, **extra)
+        signature.bind(*first, **arguments, **extra)
     except TypeError as error:
         takes = ", ".join(str(parameter) for parameter in signature.parameters.values())
         missing = re.fullmatch(r"missing a required argument: '(\w+)'", str(error))
         give = f" Give it: --{key}.{missing[1]} VALUE." if missing else ""
         raise UsageError(f"{key} = {arguments}: {error}; it takes ({takes}).{give}{way_out(key, arguments)}") from None
     try:
-        return function(**arguments, **extra)
+        return function(*first, **arguments, **extra)
     except Exception as error:
-        if function.__module__.startswith("distloop.") and isinstance(error, (TypeError, ValueError, RuntimeError)):
+        if function.__module__.startswith(("distloop.", "torch.optim.")) and isinstance(
+            error, (TypeError, ValueError, RuntimeError)
+        ):
             raise UsageError(f"{key} = {arguments}: {error}.") from None
         name = f"{function.__module__}:{getattr(function, '__qualname__', function)}"
         add_note(error, f"calling {name}, which {key.partition('.')[0]}.name names, with {key} = {arguments}")

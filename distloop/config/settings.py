@@ -7,47 +7,24 @@ and the command line; this module reads nothing.
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Lt
-from pydantic import BeforeValidator, WrapValidator
-from pydantic_core import PydanticCustomError
+from annotated_types import Ge, Lt
 
+from distloop.config.fields import (
+    Arguments,
+    Int,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Text,
+    no_arguments,
+    section,
+)
+from distloop.config.optim_settings import Optim as Optim
+from distloop.config.optim_settings import Schedule as Schedule
 from distloop.config.places import absolute
-from distloop.config.references import FromEnvironment
-
-Section = TypeVar("Section")
-
-
-@dataclass_transform(frozen_default=True)
-def section(cls: type[Section]) -> type[Section]:
-    """A frozen dataclass in which pydantic refuses unknown keys."""
-    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
-    return dataclasses.dataclass(frozen=True)(cls)
-
-
-def _no_truth_value(value: Any) -> Any:
-    """`value`, which pydantic would take for 1 or 0 if it is true or false."""
-    if isinstance(value, bool):
-        raise PydanticCustomError("truth_value", "input should be a valid number, not true or false")
-    return value
-
-
-Int = Annotated[int, BeforeValidator(_no_truth_value)]
-Float = Annotated[float, BeforeValidator(_no_truth_value)]
-PositiveInt = Annotated[Int, Ge(1)]
-NonNegativeInt = Annotated[Int, Ge(0)]
-PositiveFloat = Annotated[Float, Gt(0)]
-NonNegativeFloat = Annotated[Float, Ge(0)]
-Fraction = Annotated[Float, Ge(0), Lt(1)]
-
-
-# Text that may be env:NAME: the setting has the variable's value, and the reference is recorded. What is not Text has
-# a plain value, which is recorded, since a resume compares what is trained: numbers, choices, and callables' names.
-Text = Annotated[str, WrapValidator(lambda text, check: text if isinstance(text, FromEnvironment) else check(text))]
-# Keyword arguments of a data set, model or task, or a loop's own settings.
-Arguments = dict[str, Any]
-no_arguments = functools.partial(dataclasses.field, default_factory=dict)
 
 
 @section
@@ -86,45 +63,6 @@ class Task:
     """classification | regression, or module:class of your own (a subclass of distloop.tasks.Task)."""
     args: Arguments = no_arguments()
     """Arguments of the task, such as label_smoothing."""
-
-
-@section
-class Optim:
-    name: Literal["sgd", "adam", "adamw"] = "adamw"
-    """The optimizer."""
-    lr: PositiveFloat = 1e-3
-    """Peak learning rate. It belongs to the global batch and never changes with the number of processes."""
-    weight_decay: NonNegativeFloat = 0.05
-    """Decay of weights; norms and biases are not decayed."""
-    momentum: Fraction = 0.9
-    """sgd only."""
-    nesterov: bool = False
-    """sgd only."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """adam and adamw only."""
-    eps: PositiveFloat = 1e-8
-    """adam and adamw only."""
-    clip_norm: PositiveFloat | None = None
-    """Largest norm of the whole step's gradient; null: no clipping."""
-    ema_decay: Annotated[Float, Gt(0), Lt(1)] | None = None
-    """Keep an exponential moving average of the weights with this decay, such as 0.999: it is what is
-    validated, and saved as averaged.safetensors beside the weights. null: none."""
-
-
-@section
-class Schedule:
-    name: Literal["constant", "linear", "cosine", "multi_step", "one_cycle", "warmup_stable_decay"] = "cosine"
-    """Shape of the learning rate after the warm-up."""
-    warmup_steps: NonNegativeInt = 0
-    """Steps of linear rise from 0; one_cycle: length of its rise (0: 30 % of the run)."""
-    final_ratio: Fraction = 0.0
-    """Last learning rate as a share of the peak: linear, cosine, warmup_stable_decay."""
-    milestones: tuple[PositiveInt, ...] = ()
-    """multi_step: the steps at which the rate is multiplied by gamma."""
-    gamma: Annotated[Float, Gt(0), Lt(1)] = 0.1
-    """multi_step only."""
-    decay_steps: PositiveInt | None = None
-    """warmup_stable_decay: length of the final descent (null: 20 % of the run)."""
 
 
 @section

@@ -21,8 +21,9 @@ from distloop.ranks.places import Position
 from distloop.run.attempt import Attempt
 from distloop.run.checkpoint import LoopState
 from distloop.run.parts import Parts, existing
-from distloop.training.optim import adopt_buffers, refuse_unforeseen_sparse
+from distloop.training.averaging import adopt_buffers
 from distloop.training.putting_back import put_back
+from distloop.training.sparse import refuse_unforeseen_sparse
 from distloop.training.task_model import TaskModel, refuse_bypass
 from distloop.training.tasks import Task
 from distloop.training.untrained import refuse_unused_parameters

@@ -12,7 +12,7 @@ from torch import nn
 
 from distloop.config.settings import Optim
 from distloop.data.order import Order
-from distloop.training.optim import build_optimizer
+from distloop.training.optimizers import build_optimizer
 from tests.lab.bad_data import SAMPLES, write_pictures
 from tests.lab.points import line
 from tests.tools.ranks import train, write_config

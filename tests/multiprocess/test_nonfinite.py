@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from distloop.data.order import Order
 from distloop.run.checkpoint import published_in, verify
-from distloop.training.optim import parameter_groups
+from distloop.training.groups import parameter_groups
 from tests.lab.nonfinite import SAMPLES, network, points
 from tests.tools import stage
 from tests.tools.ranks import Outcome, train, write_config

@@ -26,7 +26,7 @@ from distloop.config.settings import Schedule
 from distloop.data import DataSource
 from distloop.data.order import Order
 from distloop.data.seeding import Place, derive
-from distloop.training.optim import lr_at
+from distloop.training.schedules import lr_at
 
 NORMS = (nn.BatchNorm1d,)  # of those that habits use; their weights do not decay
 

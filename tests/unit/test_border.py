@@ -31,8 +31,8 @@ from distloop.errors import UsageError
 from distloop.run.checkpoint import load_weights, weights_of, write_weights
 from distloop.run.metrics import check_names
 from distloop.tasks import Classification
+from distloop.training.averaging import Average
 from distloop.training.conversion import convert
-from distloop.training.optim import Average
 from tests.lab.bordering import Net, Plain, State
 
 CPU = torch.device("cpu")

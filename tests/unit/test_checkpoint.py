@@ -42,7 +42,7 @@ from distloop.run.checkpoint import (
 from distloop.run.parts import contents_of, load_parts
 from distloop.run.same import digest_of_start
 from distloop.run.saving import HostBuffers
-from distloop.training.optim import build_optimizer
+from distloop.training.optimizers import build_optimizer
 from tests.tools.trap import Trap
 
 FILES = (MODEL, OPTIMIZER, STATE)

@@ -15,7 +15,7 @@ from distloop.config.settings import Optim
 from distloop.data.order import Order, Plan
 from distloop.errors import RunFailed, UsageError
 from distloop.training.nonfinite import MOST_UNREAD, FiniteCheck
-from distloop.training.optim import build_optimizer
+from distloop.training.optimizers import build_optimizer
 
 GOOD, BAD, INFINITE = torch.tensor(1.5), torch.tensor(float("nan")), torch.tensor(float("inf"))
 OPTIMIZERS = ("sgd", "adam", "adamw")

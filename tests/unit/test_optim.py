@@ -17,16 +17,11 @@ from torch.optim import lr_scheduler
 
 from distloop.config.settings import Config, Optim, Schedule
 from distloop.errors import UsageError
-from distloop.training.optim import (
-    Average,
-    LearningRate,
-    build_optimizer,
-    check_schedule,
-    lr_at,
-    parameter_groups,
-    refuse_unforeseen_sparse,
-    set_lr,
-)
+from distloop.training.averaging import Average
+from distloop.training.groups import parameter_groups, set_lr
+from distloop.training.optimizers import build_optimizer
+from distloop.training.schedules import LearningRate, check_schedule, lr_at
+from distloop.training.sparse import refuse_unforeseen_sparse
 
 PEAK = 0.3
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from distloop.run.checkpoint import STATE, LoopState, Snapshot, publish, verify
 from distloop.run.files import Start, read_json
 from distloop.run.parts import check_parts, contents_of, load_parts, load_start
 from distloop.run.saving import HostBuffers
-from distloop.training.optim import Average
+from distloop.training.averaging import Average
 
 
 class Patience:

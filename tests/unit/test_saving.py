@@ -30,7 +30,7 @@ from distloop.run.checkpoint import LoopState, Snapshot, newest_good, publish, p
 from distloop.run.lock import LOCK
 from distloop.run.parts import load_parts
 from distloop.run.saving import HostBuffers, Saver
-from distloop.training.optim import Average
+from distloop.training.averaging import Average
 from tests.tools.records import status
 
 # ---- copies ----------------------------------------------------------------------------------------------------

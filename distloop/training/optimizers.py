@@ -1,0 +1,202 @@
+"""The optimizer that the config names: one of torch.optim, the user's own, or several for the parts of a model."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from distloop.config.registry import call, import_callable
+from distloop.config.settings import Optim
+from distloop.errors import StoppedEarly, UsageError, suggest
+from distloop.ranks.ddp_words import in_short
+from distloop.training.groups import Member, check_patterns, freeze, groups_of_members, members
+from distloop.training.sparse import check_sparse, sparse_gradients
+
+# Settings of optim that belong to torch's optimizers of these names; for others they are written in optim.args.
+SHORTCUTS = {"sgd": ("momentum", "nesterov"), "adam": ("betas", "eps"), "adamw": ("betas", "eps")}
+SINCE = {"adafactor": "2.5", "muon": "2.9"}  # the first version of torch that has the optimizer
+TAKEN = ("params", "lr", "weight_decay", "fused")
+FUSED = {"sgd": ("cpu", "cuda"), "adam": ("cpu", "cuda"), "adamw": ("cpu", "cuda"), "adagrad": ("cpu",)}  # devices
+
+
+class SeveralOptimizers(torch.optim.Optimizer):
+    """Several optimizers, each with groups of its own, as one: the loop, checkpoints and Accelerate see one."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self.optimizers = list(optimizers)
+        super().__init__([group for one in optimizers for group in one.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let the optimizers have this one's groups and state, which parameters tell apart."""
+        first = 0
+        for one in self.optimizers:
+            last = first + len(one.param_groups)
+            one.__setstate__({"state": self.state, "param_groups": self.param_groups[first:last]})
+            first = last
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # by load_state_dict()
+        self._share()
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's may return a closure's loss
+        for one in self.optimizers:
+            one.step()
+
+
+def optimizers_of(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizers of SeveralOptimizers; else the one."""
+    return optimizer.optimizers if isinstance(optimizer, SeveralOptimizers) else [optimizer]
+
+
+def build_optimizer(
+    model: nn.Module | list[dict], config: Optim, device: torch.device, precision: str
+) -> torch.optim.Optimizer:
+    """The optimizer that the config names, for a model, whose parameters it freezes as the config says, or for groups
+    that parameter_groups() made. Raises UsageError if it does not fit the parameters, or if there are none to train;
+    StoppedEarly, with the table, for optim.show."""
+    if not isinstance(model, nn.Module):
+        _refuse_none(model)
+        return _build("optim", config, model, device, precision != "fp16")
+    check_patterns(model, config.groups)
+    freeze(model, config.groups)
+    found = list(members(model, config))
+    if config.show:
+        raise StoppedEarly(table(found, config))
+    trained = [member for member in found if member.parameter.requires_grad]
+    _refuse_none(trained)
+    if all(member.group.until_step for member in trained):
+        raise UsageError(
+            "optim.groups freeze all parameters in the first steps (until_step): nothing would be trained."
+        )
+    by_optimizer: dict[str, list[Member]] = {}
+    for member in trained:
+        by_optimizer.setdefault(member.label if member.group.optimizer else "", []).append(member)
+    optimizers = []
+    for label, some in by_optimizer.items():
+        own, key, settings = some[0].group.optimizer, "optim", config
+        if own is not None:
+            place = next(place for place, group in enumerate(config.groups) if group.match == label)
+            key, settings = f"optim.groups[{place}].optimizer", Optim(own.name, own.args, lr=config.lr)
+        sparse = [member.name for member in some if member.name in sparse_gradients(model)]
+        _check_fit(key, settings.name, some, sparse)
+        if sparse:
+            check_sparse(key, sparse[0], settings, device)
+        fuses = precision != "fp16" and not sparse
+        optimizers.append(_build(key, settings, groups_of_members(some), device, fuses))
+    return optimizers[0] if len(optimizers) == 1 else SeveralOptimizers(optimizers)
+
+
+def _refuse_none(trained: Sequence[Any]) -> None:
+    if not trained:
+        raise UsageError(
+            "The model has no parameters that require a gradient: there is nothing to train. If its layers are in a "
+            "list or dict, make that an nn.ModuleList or nn.ModuleDict: PyTorch does not see them otherwise."
+        )
+
+
+def _build(key: str, config: Optim, groups: list[dict], device: torch.device, fuses: bool) -> torch.optim.Optimizer:
+    """One optimizer. `key`: of its settings, for messages. `fuses`: whether it may be fused."""
+    kind = optimizer_kind(f"{key}.name", config.name)
+    shortcuts = {name: getattr(config, name) for name in SHORTCUTS.get(config.name, ())}
+    if taken := [name for name in config.args if name in TAKEN or name in shortcuts]:
+        other = "lr_scale" if taken[0] == "lr" and "groups" in key else taken[0]
+        raise UsageError(f"{key}.args.{taken[0]}: give it as {key.removesuffix('.optimizer')}.{other}.")
+    # Fused: one pass over the parameters instead of one operation each. Not with fp16, where the fused optimizers
+    # leave a step out by themselves, so that nobody could count it. None: PyTorch chooses; False is its slowest way.
+    # Fused ones take no complex parameters and no sparse gradients.
+    is_plain = all(parameter.is_floating_point() for group in groups for parameter in group["params"])
+    offered: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if (
+        kind.__module__.startswith("torch.optim.")
+        and fuses
+        and is_plain
+        and device.type in FUSED.get(kind.__name__, ())
+    ):
+        offered["fused"] = True
+    optimizer = call(f"{key}.args", kind, {**shortcuts, **config.args}, offered, groups)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(
+            f"{key}.name = {config.name!r} gave a {type(optimizer).__name__}; let it return a torch.optim.Optimizer."
+        )
+    return optimizer
+
+
+def optimizer_kind(key: str, name: str) -> Callable[..., Any]:
+    """The class in torch.optim with this name in small letters, or the user's own callable. Raises UsageError."""
+    if ":" in name:
+        return import_callable(key, name)
+    if name == "lbfgs":
+        raise UsageError(
+            f"{key} = 'lbfgs' calls the model several times in a step (its closure), which this loop does not do. "
+            "Choose another optimizer."
+        )
+    if (kind := known_optimizers().get(name)) is not None:
+        return kind
+    if name in SINCE:
+        raise UsageError(
+            f"{key} = {name!r} is there from torch {SINCE[name]} on; torch {torch.__version__} is installed."
+        )
+    known = sorted(known_optimizers())
+    raise UsageError(
+        f"{key} = {name!r} is not known.{suggest(name, known)} torch {torch.__version__} has {', '.join(known)}. Your "
+        "own: module:callable."
+    )
+
+
+def known_optimizers() -> dict[str, Callable[..., Any]]:
+    """torch's optimizers by their names in small letters, without the one that needs a closure."""
+    return {
+        name.lower(): kind
+        for name, kind in vars(torch.optim).items()
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS")
+    }
+
+
+def _check_fit(key: str, name: str, found: Sequence[Member], sparse: Sequence[str]) -> None:
+    """Raise UsageError for parameters of a kind that the optimizer does not take. `sparse`: with sparse gradients."""
+    if name == "muon":
+        others = [member.name for member in found if member.parameter.ndim != 2]
+        takes = "matrices (2-D parameters) only"
+    elif name == "sparseadam":
+        others = [member.name for member in found if member.name not in sparse]
+        takes = "sparse gradients only, as an embedding with sparse=True gives them"
+    else:
+        return
+    if others:
+        raise UsageError(
+            f"{key}.name = {name!r} takes {takes}, and would get {in_short(others)}. Give the others another "
+            "optimizer: optim: {name: adamw, groups: [{match: PATTERN, optimizer: {name: "
+            f"{name}}}}}]}}, with a PATTERN that is found in the names of the right ones alone."
+        )
+
+
+def table(found: Sequence[Member], config: Optim) -> str:
+    """What --optim.show prints: a line for each parameter."""
+    rows = [("parameter", "shape", "group", "optimizer", "rate", "decay", "")]
+    for member in found:
+        frozen = f"until step {member.group.until_step}" if member.group.until_step else ""
+        own = member.group.optimizer
+        rows.append(
+            (
+                member.name,
+                str(list(member.parameter.shape)),
+                member.label,
+                config.name if own is None else own.name,
+                f"{config.lr * member.lr_scale:g}",
+                f"{member.weight_decay:g}",
+                "frozen" if not member.parameter.requires_grad else frozen and f"frozen {frozen}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def in_words(optimizer: torch.optim.Optimizer) -> str:
+    """Such as "AdamW, fused; groups: ^head (rate × 10), default"."""
+    texts = []
+    for one in optimizers_of(optimizer):
+        fused = any(group.get("fused") for group in one.param_groups)
+        texts.append(type(one).__name__ + (", fused" if fused else ""))
+    return " and ".join(texts)
