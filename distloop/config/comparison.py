@@ -25,7 +25,7 @@ FREE_KEYS: tuple[str, ...] = (
     "expect_world",
     "batch.micro_size",
 )
-FREE_KEYS += ("data.root", "data.workers", "data.timeout_seconds", "train.detect_anomaly")
+FREE_KEYS += ("data.root", "data.workers", "data.timeout_seconds", "train.detect_anomaly", "optim.show")
 FREE_KEYS += ("train.on_nonfinite",)  # the steps before the first non-finite one are the same with both values
 FREE_KEYS += ("data.on_bad_sample",)  # the same, for the first bad sample
 FREE_KEYS += ("validate", "checkpoint", "stop", "log", "tracking", "ddp")

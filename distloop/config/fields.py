@@ -5,7 +5,7 @@ import functools
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
 from annotated_types import Ge, Gt, Lt
-from pydantic import BeforeValidator, WrapValidator
+from pydantic import AfterValidator, BeforeValidator, WrapValidator
 from pydantic_core import PydanticCustomError
 
 from distloop.config.references import FromEnvironment
@@ -36,6 +36,13 @@ NonNegativeFloat = Annotated[Float, Ge(0)]
 Fraction = Annotated[Float, Ge(0), Lt(1)]
 
 
+def _has_module(text: str) -> str:
+    if ":" not in text:
+        raise PydanticCustomError("own_name", "module:callable")
+    return text
+
+
+OwnName = Annotated[str, AfterValidator(_has_module)]  # of a function of the user's: module:callable
 # Text that may be env:NAME: the setting has the variable's value, and the reference is recorded. What is not Text has
 # a plain value, which is recorded, since a resume compares what is trained: numbers, choices, and callables' names.
 Text = Annotated[str, WrapValidator(lambda text, check: text if isinstance(text, FromEnvironment) else check(text))]

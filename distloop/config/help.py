@@ -12,6 +12,7 @@ import typing
 from typing import Any, Literal, NamedTuple
 
 from distloop.config import optim_settings, settings
+from distloop.config.fields import OwnName
 from distloop.config.references import recorded
 from distloop.config.settings import SECTIONS, Config, types_of_settings
 from distloop.config.yaml_text import dump_yaml
@@ -69,6 +70,8 @@ def help_text(config: Config) -> str:
 def type_text(hint: Any) -> str:
     """A field's type in words: `float | None` -> "number | null"."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is OwnName:
+        return "module:callable"
     if origin is typing.Annotated:
         marks = [(sign, getattr(mark, name, None)) for mark in hint.__metadata__ for name, sign in BOUNDS.items()]
         bounds = [f"{sign} {limit}" for sign, limit in marks if limit is not None]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import operator
 import re
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -189,14 +190,22 @@ def _dotted_key(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
     "workers", "int") -> "data.workers", ["name", "root", "workers", …]"""
     names: list[str] = []
     owner: Any = Config
-    fields: dict[str, Any] = {}
+    types: dict[str, Any] = {}
     for part in location:
         names.append(str(part))
-        fields = {field.name: field.default for field in dataclasses.fields(owner)}
-        if not dataclasses.is_dataclass(fields.get(str(part))):
+        if isinstance(part, int):  # a place in a list of sections
+            continue
+        types = {field.name: field.type for field in dataclasses.fields(owner)}
+        if (inner := _section_in(types.get(part))) is None:
             break
-        owner = fields[str(part)]
-    return ".".join(names), [*fields, *(types_of_settings() if owner is Config else ())]
+        owner = inner
+    return ".".join(names), [*types, *(types_of_settings() if owner is Config else ())]
+
+
+def _section_in(hint: Any) -> Any:
+    """The section in a field's type: itself, in a tuple of them, or beside None. None: there is none."""
+    hints = (hint, *typing.get_args(hint))
+    return next((each for each in hints if isinstance(each, type) and dataclasses.is_dataclass(each)), None)
 
 
 def _put(settings: dict[str, Any], key: str, value: Any, source: str) -> None:

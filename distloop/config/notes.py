@@ -1,6 +1,7 @@
 """Lines at the start of a run, on settings that have no effect or may mean something else than their user thinks.
 
-They refuse nothing: a sweep may go over optimizers, and a recipe may be tried with another model.
+They refuse nothing: a recipe may be tried with another model. What would train otherwise than it says is refused, by
+refuse_without_effect().
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,15 +11,21 @@ from distloop.config.command_line import Given
 from distloop.config.comparison import flatten
 from distloop.config.secrets import clean_mapping
 from distloop.config.settings import SECTIONS, Config
+from distloop.errors import UsageError
 
+Effect = tuple[tuple[str, ...], str, Callable[[Any], bool]]
 ON_WANDB = ("project", "entity", "group", "tags", "notes", "start_seconds", "end_seconds")
-# These settings have an effect if that setting has a value for which the function is true.
-EFFECTS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+# These settings have an effect if that setting has a value for which the function is true; with others of these a new
+# run is refused, since it would train otherwise than its user thinks.
+OF_TRAINING: tuple[Effect, ...] = (
     (("optim.momentum", "optim.nesterov"), "optim.name", lambda name: name == "sgd"),
-    (("optim.betas", "optim.eps"), "optim.name", lambda name: name != "sgd"),
+    (("optim.betas", "optim.eps"), "optim.name", lambda name: name in ("adam", "adamw")),
+    (("schedule.warmup_steps",), "schedule.name", lambda name: ":" not in name),
     (("schedule.final_ratio",), "schedule.name", lambda name: name in ("linear", "cosine", "warmup_stable_decay")),
     (("schedule.milestones", "schedule.gamma"), "schedule.name", lambda name: name == "multi_step"),
     (("schedule.decay_steps",), "schedule.name", lambda name: name == "warmup_stable_decay"),
+)
+OTHERS: tuple[Effect, ...] = (
     (tuple(f"tracking.{name}" for name in ON_WANDB), "tracking.wandb", lambda mode: mode != "off"),
     (("data.root",), "data.name", lambda name: name not in ("digits", "diabetes")),
     (("data.timeout_seconds",), "data.workers", lambda workers: workers != 0),
@@ -30,7 +37,7 @@ FALSE_IN_YAML_1_1 = ("no", "No", "NO", "off", "Off", "OFF")
 
 def notes_on(config: Config, file: Mapping[str, Any], given: Sequence[Given]) -> list[str]:
     """The lines, without secrets. `file`: the settings of the config file; `given`: those of the command line."""
-    unused = list(_without_effect(config))
+    unused = [*_without_effect(config, OF_TRAINING), *_late_milestones(config), *_without_effect(config, OTHERS)]
     return [
         *_not_read(given),
         *([f"without effect: {', '.join(unused)}"] if unused else []),
@@ -53,12 +60,41 @@ def _not_read(given: Sequence[Given]) -> Iterator[str]:
             yield f"--config {file} is not read: --config {files[-1]} stands after it"
 
 
-def _without_effect(config: Config) -> Iterator[str]:
+def refuse_without_effect(config: Config) -> None:
+    """Raise UsageError for settings of the optimizer and of the learning rate that have no effect beside the others."""
+    unused = list(_without_effect(config, OF_TRAINING))
+    if not unused:
+        return
+    defaults, text = flatten(Config()), ", ".join(unused)
+    away = " ".join(
+        f"--{key.replace('_', '-')} {_as_word(defaults[key])}"
+        for keys, *_ in OF_TRAINING
+        for key in keys
+        if f"{key} = " in text
+    )
+    args = ""
+    if "optim." in text and config.optim.name not in ("sgd", "adam", "adamw"):
+        args = f" Arguments of {config.optim.name} itself belong into optim.args."
+    raise UsageError(
+        f"without effect: {text}. The run would train otherwise than these settings say.{args} Take them out of the "
+        f"config, or on the command line: {away}"
+    )
+
+
+def _as_word(value: Any) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return f"'{list(value)}'" if isinstance(value, (list, tuple)) else text
+
+
+def _without_effect(config: Config, effects: Sequence[Effect]) -> Iterator[str]:
     values, defaults = flatten(config), flatten(Config())
-    for keys, decider, has_effect in EFFECTS:
+    for keys, decider, has_effect in effects:
         for key in keys:
             if values[key] != defaults[key] and not has_effect(values[decider]):
                 yield f"{_setting(key, values[key])} ({decider} is {values[decider]})"
+
+
+def _late_milestones(config: Config) -> Iterator[str]:
     steps = config.train.steps
     if config.schedule.name == "multi_step" and steps is not None:
         late = [str(milestone) for milestone in config.schedule.milestones if milestone >= steps]

@@ -10,6 +10,7 @@ from distloop.config.fields import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
+    OwnName,
     PositiveFloat,
     PositiveInt,
     no_arguments,
@@ -75,8 +76,9 @@ class Optim:
 
 @section
 class Schedule:
-    name: Literal["constant", "linear", "cosine", "multi_step", "one_cycle", "warmup_stable_decay"] = "cosine"
-    """Shape of the learning rate after the warm-up."""
+    name: Literal["constant", "linear", "cosine", "multi_step", "one_cycle", "warmup_stable_decay"] | OwnName = "cosine"
+    """Shape of the learning rate after the warm-up. Your own: a function of (step, total_steps), without a warm-up,
+    that returns the share of the peak rate."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear rise from 0; one_cycle: length of its rise (0: 30 % of the run)."""
     final_ratio: Fraction = 0.0

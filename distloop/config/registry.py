@@ -25,8 +25,10 @@ def resolve(key: str, name: str, known: Mapping[str, Callable[..., Any]]) -> Cal
 
 def named_modules(config: Config) -> list[str]:
     """The modules that the config names as module:callable."""
-    names = (config.data.name, config.data.collate or "", config.model.name, config.task.name)
-    return [name.partition(":")[0] for name in names if ":" in name]
+    optimizers = (group.optimizer.name for group in config.optim.groups if group.optimizer)
+    names = [config.data.name, config.data.collate or "", config.model.name, config.task.name]
+    names += [config.optim.name, *optimizers, config.schedule.name]
+    return list(dict.fromkeys(name.partition(":")[0] for name in names if ":" in name))
 
 
 def import_callable(key: str, name: str) -> Callable[..., Any]:

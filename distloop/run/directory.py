@@ -8,6 +8,7 @@ from typing import Any
 
 from distloop.config.comparison import FIXED_KEYS, differences, is_one_of
 from distloop.config.load import config_from_mapping, dump_without_secrets, read_yaml
+from distloop.config.notes import refuse_without_effect
 from distloop.config.references import recorded
 from distloop.config.secrets import clean_mapping, unmask
 from distloop.config.settings import Config, path_of
@@ -46,6 +47,8 @@ def open_directory(
     if config.resume == "never" and _is_restart(path):
         config = dataclasses.replace(config, resume="auto")
     fresh = config.resume == "never" or not published_in(path / files.CHECKPOINTS)
+    if fresh and loop and loop.is_own:  # a loop of the user's may use them otherwise; a begun run goes on
+        refuse_without_effect(config)
     weights = weights_file(config.init_from) if fresh and config.init_from else None
     try:
         if path.exists() and config.resume != "never" and _is_finished(path, config):

@@ -133,8 +133,18 @@ def groups_of(optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str]]
 
 
 def kind_of(optimizer: Optimizer) -> str:
-    """The optimizer's class, also inside Accelerate's wrapper."""
-    return type(getattr(optimizer, "optimizer", optimizer)).__name__
+    """The optimizer's class, also inside Accelerate's wrapper; the classes of several, as one."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return " and ".join(type(one).__name__ for one in getattr(inner, "optimizers", [inner]))
+
+
+def _groups_in_words(groups: list[dict[str, Any]]) -> str:
+    """Such as "'^head' (2 parameters), default (4 parameters)"."""
+    texts = []
+    for group in groups:
+        name, count = repr(group["name"]) if "name" in group else "default", len(group["params"])
+        texts.append(f"{name} ({count} parameter{'' if count == 1 else 's'})")
+    return ", ".join(texts)
 
 
 def contents_of(parts: Parts, buffers: Any) -> tuple[dict[str, Weights], dict[str, Any], dict[str, Any]]:
@@ -233,8 +243,8 @@ def load_optimizer(path: Path, optimizer: Optimizer, names: Mapping[int, str]) -
         raise UsageError(f"{path} belongs to other parameters than this model's.")
     if sizes != [len(group) for group in here] or there not in (None, here):
         raise UsageError(
-            f"{path} belongs to other groups of parameters: groups of {', '.join(map(str, sizes))} parameters there, "
-            f"of {', '.join(str(len(group)) for group in here)} here, or in another order."
+            f"{path} belongs to other groups of parameters (optim.groups, optim.layer_decay): "
+            f"{_groups_in_words(stored['param_groups'])} there; {_groups_in_words(groups)} here, or in another order."
         )
     optimizer.load_state_dict({"state": stored["state"], "param_groups": groups})
     for parameter, values in optimizer.state.items():

@@ -58,6 +58,11 @@ class LoopSource(NamedTuple):
         text = clean_text(content.decode(errors="replace"))
         return cls(str(path.resolve()), hashlib.sha256(content).hexdigest(), text)
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is distloop's own train.py."""
+        return Path(self.path) == Path(distloop.__file__).resolve().parent / "train.py"
+
 
 def environment(world_size: int, git: GitFacts, loop: LoopSource | None) -> dict[str, Any]:
     """Versions, git commit, topology and command of an attempt, as plain JSON and without secrets."""

@@ -13,19 +13,29 @@ from distloop.run.accounts import attempts, goodput, totals
 from distloop.run.checkpoint import AVERAGED, MODEL, published_in, step_of
 from distloop.run.files import CHECKPOINTS, METRICS, Start
 from distloop.tracking.wording import duration, number
+from distloop.training.optimizers import in_words as optimizer_in_words
 
 
-def describe(config: Config, start: Start, plan: Plan, model: nn.Module, device: torch.device, name: str) -> list[str]:
+def describe(
+    config: Config,
+    start: Start,
+    plan: Plan,
+    model: nn.Module,
+    device: torch.device,
+    name: str,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> list[str]:
     """The lines at the start of an attempt. `name`: the model's."""
     step, total_steps = start.step, plan.total_steps
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     of_them = "" if trained == parameters else f", {trained:,} of them trained,"
+    by = "" if optimizer is None else f" · {optimizer_in_words(optimizer)}"
     processes = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''}"
     dropped = plan.samples - min(plan.samples, plan.steps_per_epoch * plan.global_batch_size)
     lines = [
         f"distloop {__version__} · {start.path} · attempt {start.attempt} · {processes} on {device.type}",
-        f"{name} with {parameters:,} parameters{of_them} on {config.data.name}, {plan.samples:,} training samples",
+        f"{name} with {parameters:,} parameters{of_them} on {config.data.name}, {plan.samples:,} training samples{by}",
         f"global batch {plan.global_batch_size} = {processes} × {plan.accumulation} micro-batch"
         f"{'es' if plan.accumulation > 1 else ''} × {plan.micro_batch_size} samples · "
         f"{plan.steps_per_epoch} step{'s' if plan.steps_per_epoch > 1 else ''} an epoch"

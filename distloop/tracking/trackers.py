@@ -43,8 +43,14 @@ class Trackers:
         self.figures: Figures | None = None
         self.console: Console | None = None
 
-    def begin(self, model: nn.Module, device: torch.device, name: str | None = None) -> None:
-        """Before the loop: wait until W&B has started, then print what is trained and on what. Collective.
+    def begin(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        name: str | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        """Before the loop: wait until W&B has started, then print what is trained, on what and by what. Collective.
         `name`: the model's; None: config.model.name."""
         start, plan, best = self.run.start, self.run.plan, self.run.best
         self.ranks.position.enter("starting W&B")
@@ -63,7 +69,7 @@ class Trackers:
             self.file = MetricsFile(start.path / METRICS, self.run.check_ownership)
             self.figures = Figures(start.path, start.step, self.run.check_ownership)
         wandb = self.ranks.from_main(self._wandb_started)
-        lines = describe(self.config, start, plan, model, device, name or self.config.model.name)
+        lines = describe(self.config, start, plan, model, device, name or self.config.model.name, optimizer)
         self.say(*self.ranks.messages, *start.messages, *lines, *wandb)
 
     def log(self, kind: str, step: int, /, **values: Any) -> None:

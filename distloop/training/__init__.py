@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from distloop.training.gradients import divide_by_weight as divide_by_weight
     from distloop.training.gradients import norm_and_clip as norm_and_clip
     from distloop.training.gradients import trial_batches as trial_batches
+    from distloop.training.groups import leave_out_frozen as leave_out_frozen
     from distloop.training.groups import parameter_groups as parameter_groups
     from distloop.training.groups import set_lr as set_lr
     from distloop.training.losses import LossSums as LossSums

@@ -74,19 +74,26 @@ def check_patterns(model: nn.Module, groups: Sequence[Group]) -> None:
     """Raise UsageError for a pattern that is no regular expression, or that is the first to match no parameter."""
     names = [name for name, _ in model.named_parameters()]
     for place, group in enumerate(groups):
-        key = f"optim.groups[{place}].match = {group.match!r}"
+        key = f"optim.groups[{place}].match = '{group.match}'"
         try:
             matched = [name for name in names if re.search(group.match, name)]
         except re.error as error:
             raise UsageError(f"{key} is no regular expression: {error}.") from None
         if not matched:
             raise UsageError(
-                f"{key} matches no parameter of the model.{suggest(group.match, names)} --optim.show lists all names."
+                f"{key} matches no parameter of the model.{suggest(group.match, names)} All names: --optim.show "
+                "--optim.groups '[]'"
+            )
+        others = (group.until_step, group.optimizer, group.weight_decay)
+        if group.freeze and (group.lr_scale != 1 or any(value is not None for value in others)):
+            raise UsageError(
+                f"{key} has freeze: true, so that nothing trains its parameters: leave out lr_scale, weight_decay, "
+                "until_step and optimizer, or freeze."
             )
         before = [other.match for other in groups[:place] if all(re.search(other.match, name) for name in matched)]
         if before:
             raise UsageError(
-                f"{key} matches only parameters that belong to an earlier group ({before[0]!r}): the first match "
+                f"{key} matches only parameters that belong to an earlier group ('{before[0]}'): the first match "
                 "counts. Put the narrower pattern first."
             )
 
@@ -120,10 +127,18 @@ def freeze(model: nn.Module, groups: Sequence[Group]) -> None:
         if group_of(name, groups)[0].freeze:
             parameter.requires_grad_(False)
     if any(group.freeze for group in groups):
-        for module in model.modules():
-            own = list(module.parameters(recurse=False))
-            if isinstance(module, nn.modules.batchnorm._NormBase) and own and not any(p.requires_grad for p in own):
-                module.register_forward_pre_hook(_keep_statistics)
+        _keep_frozen_statistics(model)
+
+
+def _keep_frozen_statistics(module: nn.Module, above: bool = False) -> None:
+    """Let the BatchNorms whose parameters are all frozen keep their statistics; one without parameters, if those of the
+    module around it are. `above`: whether these are frozen."""
+    parameters = list(module.parameters())
+    is_frozen = not any(parameter.requires_grad for parameter in parameters) if parameters else above
+    if isinstance(module, nn.modules.batchnorm._NormBase) and is_frozen:
+        module.register_forward_pre_hook(_keep_statistics)
+    for child in module.children():
+        _keep_frozen_statistics(child, is_frozen)
 
 
 def _keep_statistics(module: nn.Module, _: Any) -> None:
@@ -136,7 +151,7 @@ def groups_of_members(found: Sequence[Member]) -> list[dict]:
     for member in found:
         if not member.parameter.requires_grad:
             continue
-        key = (member.is_vector, member.label, member.lr_scale)
+        key = (member.is_vector, member.label, member.lr_scale, member.weight_decay, member.group.until_step)
         groups.setdefault(key, {"params": [], "weight_decay": member.weight_decay} | _extras(member))
         groups[key]["params"].append(member.parameter)
     return [groups[key] for key in sorted(groups, key=lambda key: key[0])]  # otherwise as they come in the model
@@ -160,8 +175,12 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def leave_out_frozen(optimizer: torch.optim.Optimizer, step: int) -> None:
     """Before the norm and the update of `step`: remove the gradients of groups that are frozen until a later step, so
-    that their moments begin then."""
-    for group in optimizer.param_groups:
-        if "until_step" in group and step < group["until_step"]:
-            for parameter in group["params"]:
-                parameter.grad = None
+    that their moments begin then. Ranks have exchanged them, since DDP knows no steps."""
+    for group in frozen_at(optimizer, step):
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
+def frozen_at(optimizer: torch.optim.Optimizer, step: int) -> list[dict[str, Any]]:
+    """The optimizer's groups that are frozen until a step after `step`, counted from 0."""
+    return [group for group in optimizer.param_groups if group.get("until_step", 0) > step]

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from distloop.data.order import Plan
 from distloop.errors import RunFailed, UsageError
 from distloop.ranks.talking import say
+from distloop.training.groups import frozen_at
+from distloop.training.optimizers import optimizers_of
 from distloop.training.untrained import refuse_unused_parameters, say_unused, unused_parameters
 
 MOST_UNREAD = 1000  # steps: a bound on what is kept where logging is rare
@@ -21,6 +23,23 @@ class Step(NamedTuple):
     number: int
     norm: Tensor
     losses: list[Tensor]
+
+
+def not_frozen(
+    parameters: list[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer], step: int
+) -> list[nn.Parameter]:
+    """The parameters without those that are frozen in this step. Raises UsageError if these have gradients, in a loop
+    that does not leave them out."""
+    frozen = [p for optimizer in optimizers for group in frozen_at(optimizer, step) for p in group["params"]]
+    if not frozen:
+        return parameters
+    if any(parameter.grad is not None for parameter in frozen):
+        raise UsageError(
+            "optim.groups has a group with until_step, and this loop would train it from the first step on. Before "
+            "norm_and_clip(), call leave_out_frozen(optimizer, step) of distloop.training."
+        )
+    ids = set(map(id, frozen))
+    return [parameter for parameter in parameters if id(parameter) not in ids]
 
 
 class FiniteCheck:
@@ -43,8 +62,9 @@ class FiniteCheck:
         """`model`: holds all that is trained; give DDP's, so that gradients that it lacks are named. `optimizers`: all
         that update it. `skipped_steps`: those of earlier attempts."""
         self.policy, self.scaler, self.plan = policy, scaler, plan
-        self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
-        if scaler is not None and len(self.optimizers) > 1:
+        given = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+        self.optimizers = [inner for optimizer in given for inner in optimizers_of(optimizer)]
+        if scaler is not None and len(given) > 1:
             raise UsageError(
                 "precision = 'fp16': its gradient scaler serves one optimizer, and this loop has several. Use bf16."
             )
@@ -54,10 +74,10 @@ class FiniteCheck:
         self.skips = policy == "skip" and scaler is None  # a GradScaler skips by itself
         self.buffers_before: list[Tensor] = []
         for optimizer in self.optimizers:
-            if self.skips and optimizer.defaults.get("momentum") and not optimizer.state:
+            if self.skips and isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["momentum"]:
                 # Fused SGD takes its first step's moments from uninitialised memory when it leaves that step out.
-                for group in optimizer.param_groups:
-                    for parameter in group["params"]:
+                for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                    if parameter not in optimizer.state:
                         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def begin_step(self) -> None:
@@ -75,8 +95,9 @@ class FiniteCheck:
         Returns the flag (a bool on the device) that says whether the step is left out; None if no step ever is. Raises
         UsageError if DDP's model has parameters without a gradient.
         """
-        refuse_unused_parameters(self.model, self.parameters, "in step", step + 1)
-        if self.is_first and self.plan.world_size == 1 and (names := unused_parameters(self.model)):
+        parameters = not_frozen(self.parameters, self.optimizers, step)
+        refuse_unused_parameters(self.model, parameters, "in step", step + 1)
+        if self.is_first and self.plan.world_size == 1 and (names := unused_parameters(self.model, parameters)):
             say(f"distloop: {say_unused(names)}")
         self.is_first = False
         self.unread.append(Step(step, norm, losses))

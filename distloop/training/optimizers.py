@@ -63,7 +63,7 @@ def build_optimizer(
     freeze(model, config.groups)
     found = list(members(model, config))
     if config.show:
-        raise StoppedEarly(table(found, config))
+        raise StoppedEarly(f"the parameters, as optim trains them:\n{table(found, config)}")
     trained = [member for member in found if member.parameter.requires_grad]
     _refuse_none(trained)
     if all(member.group.until_step for member in trained):
@@ -108,17 +108,18 @@ def _build(key: str, config: Optim, groups: list[dict], device: torch.device, fu
     # Fused ones take no complex parameters and no sparse gradients.
     is_plain = all(parameter.is_floating_point() for group in groups for parameter in group["params"])
     offered: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if (
-        kind.__module__.startswith("torch.optim.")
-        and fuses
-        and is_plain
-        and device.type in FUSED.get(kind.__name__, ())
-    ):
+    if fuses and is_plain and device.type in FUSED.get(config.name, ()):
         offered["fused"] = True
     optimizer = call(f"{key}.args", kind, {**shortcuts, **config.args}, offered, groups)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UsageError(
             f"{key}.name = {config.name!r} gave a {type(optimizer).__name__}; let it return a torch.optim.Optimizer."
+        )
+    given = {id(parameter) for group in groups for parameter in group["params"]}
+    if {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} != given:
+        raise UsageError(
+            f"{key}.name = {config.name!r} gave an optimizer of other parameters than those that it got. Let it hand "
+            "its first argument, the groups of parameters, to the optimizer as they are; optim.groups makes others."
         )
     return optimizer
 
@@ -140,8 +141,8 @@ def optimizer_kind(key: str, name: str) -> Callable[..., Any]:
         )
     known = sorted(known_optimizers())
     raise UsageError(
-        f"{key} = {name!r} is not known.{suggest(name, known)} torch {torch.__version__} has {', '.join(known)}. Your "
-        "own: module:callable."
+        f"{key} = {name!r} is not known.{suggest(name.lower(), known)} (torch {torch.__version__}) Your own: "
+        "module:callable."
     )
 
 
@@ -194,9 +195,10 @@ def table(found: Sequence[Member], config: Optim) -> str:
 
 
 def in_words(optimizer: torch.optim.Optimizer) -> str:
-    """Such as "AdamW, fused; groups: ^head (rate × 10), default"."""
+    """Such as "AdamW, fused" or "Muon and AdamW, fused"."""
     texts = []
     for one in optimizers_of(optimizer):
         fused = any(group.get("fused") for group in one.param_groups)
-        texts.append(type(one).__name__ + (", fused" if fused else ""))
+        decays = "weight_decay" in one.defaults or not any(group.get("weight_decay") for group in one.param_groups)
+        texts.append(type(one).__name__ + (", fused" if fused else "") + ("" if decays else ", without weight decay"))
     return " and ".join(texts)

@@ -1,21 +1,54 @@
 """The learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
+from distloop.config.registry import import_callable
 from distloop.config.settings import Config, Schedule
 from distloop.errors import UsageError
+from distloop.ranks.sums import describe, plain_number
+
+Share = Callable[[int, int], Any]  # (step, total_steps) -> the share of the peak rate
+MOST_TRIED = 1000  # steps of a schedule of the user's own that are tried before the first one
 
 
 class LearningRate:
     """The learning rate of each step, a function of the step alone."""
 
     def __init__(self, config: Config, total_steps: int) -> None:
-        """Raises UsageError for a schedule that does not fit into so many steps."""
+        """Raises UsageError for a schedule, or a group of parameters, that does not fit into so many steps."""
         check_schedule(config.schedule, total_steps)
+        for group in config.optim.groups:
+            if group.until_step is not None and group.until_step >= total_steps:
+                raise UsageError(
+                    f"optim.groups: the group '{group.match}' is frozen until step {group.until_step}, and the run has "
+                    f"{total_steps} steps: it would never be trained. Lower until_step, or write freeze: true."
+                )
         self.total_steps, self.peak, self.schedule = total_steps, config.optim.lr, config.schedule
+        self.share: Share | None = None
+        if ":" in config.schedule.name:
+            self.share = import_callable("schedule.name", config.schedule.name)
+            for step in {*range(0, total_steps, max(1, total_steps // MOST_TRIED)), total_steps - 1}:
+                if self(step) != self(step):
+                    own = config.schedule.name
+                    raise UsageError(
+                        f"schedule.name = {own!r} gives two values for step {step}: let it depend on (step, "
+                        "total_steps) alone, so that a run can be continued."
+                    )
 
     def __call__(self, step: int) -> float:
-        return lr_at(step, self.total_steps, self.peak, self.schedule)
+        if self.share is None:
+            return lr_at(step, self.total_steps, self.peak, self.schedule)
+        value = self.share(step, self.total_steps)
+        number = plain_number(value)
+        if number is None or not 0 <= number < math.inf:
+            what = describe(value) if number is None else f"number {number}"
+            raise UsageError(
+                f"schedule.name = {self.schedule.name!r} returned a {what} for step {step} of {self.total_steps}. Let "
+                "it return the share of the peak rate (optim.lr) at that step, a number such as 0.5."
+            )
+        return self.peak * float(number)
 
 
 def lr_at(step: int, total_steps: int, peak: float, schedule: Schedule) -> float:

@@ -14,10 +14,12 @@ from distloop.training.tasks import Task
 HOLDERS = (nn.Module, Tensor, dict, list, tuple)  # in these a task may have parameters
 
 
-def unused_parameters(model: nn.Module) -> list[str]:
-    """After a backward pass: the names of the parameters that require a gradient and got none."""
+def unused_parameters(model: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> list[str]:
+    """After a backward pass: the names of the model's parameters, or of these of them, that require a gradient and got
+    none."""
     bare = model.module if isinstance(model, DistributedDataParallel) else model
-    return [name for name, parameter in bare.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    among = set(map(id, bare.parameters() if parameters is None else parameters))
+    return [n for n, p in bare.named_parameters() if p.requires_grad and p.grad is None and id(p) in among]
 
 
 def refuse_unused_parameters(
@@ -28,13 +30,14 @@ def refuse_unused_parameters(
     number of the step."""
     if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters or model.static_graph:
         return
+    parameters = list(parameters)
     if any(parameter.grad is None and parameter.requires_grad for parameter in parameters):
         when = when if step is None else f"{when} {step}"  # only now: each step comes by here
         raise UsageError(
-            f"{in_short(unused_parameters(model))} got no gradient {when} on rank {dist.get_rank()}: the forward pass "
-            "left them out. With several ranks each parameter needs one on each rank. Let the forward pass use them; "
-            "or freeze them if they are not to be trained (requires_grad_(False)); or allow it, at some cost for each "
-            "step: --ddp.find-unused-parameters (ddp.find_unused_parameters: true)."
+            f"{in_short(unused_parameters(model, parameters))} got no gradient {when} on rank {dist.get_rank()}: the "
+            "forward pass left them out. With several ranks each parameter needs one on each rank. Let the forward "
+            "pass use them; or freeze them if they are not to be trained (requires_grad_(False)); or allow it, at some "
+            "cost for each step: --ddp.find-unused-parameters (ddp.find_unused_parameters: true)."
         )
 
 

@@ -103,3 +103,23 @@ def stored_points(file: str) -> DataSource:
 def store_points(file: Path, seed: int, samples: int = 16) -> None:
     generator = torch.Generator().manual_seed(seed)
     torch.save(tuple(torch.randn(samples, size, generator=generator) for size in (3, 1)), file)
+
+
+def halving(step: int, total_steps: int) -> float:
+    """A schedule: the share of the peak rate."""
+    return 0.5 ** (step // 8)
+
+
+class Signs(torch.optim.Optimizer):
+    """Adds the sign of a moving average of the gradient (Chen et al. 2023, "Lion", simplified)."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, beta: float = 0.9) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "beta": beta})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's may return a closure's loss
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                moment = self.state[parameter].setdefault("moment", torch.zeros_like(parameter))
+                moment.mul_(group["beta"]).add_(parameter.grad)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(moment.tanh(), alpha=group["lr"])

@@ -150,6 +150,19 @@ LANGUAGE_MODEL = {
 CHANNELS_LAST = {"model": "tests.lab.resuming:channels_last", "train": {"steps": 30}}
 # 1437 samples make 13 steps of 104 and one of 85, which two ranks share unevenly; in that one the signal comes.
 SHORT_STEPS = {"batch": {"global_size": 104, "micro_size": 26, "remainder": "train"}, "train": {"steps": 34}}
+# Step 10 lies between the stop, after step 9 or 10, and the end.
+GROUPS = {
+    "optim": {
+        "ema_decay": 0.9,
+        "groups": [
+            {"match": r"^0\.", "freeze": True},
+            {"match": "^3", "until_step": 14, "lr_scale": 0.5},
+            {"match": r"^(16|17|18)\.weight", "optimizer": {"name": "muon"}},
+        ],
+    },
+    "schedule": {"name": "tests.lab.resuming:halving"},
+    "train": {"steps": 20},
+}
 SGD = {"name": "sgd", "lr": 0.05, "ema_decay": 0.9}
 
 
@@ -159,6 +172,9 @@ SGD = {"name": "sgd", "lr": 0.05, "ema_decay": 0.9}
         pytest.param(LANGUAGE_MODEL, 2, 12, id="tied weights"),
         pytest.param(CHANNELS_LAST, 1, 60, id="channels_last"),
         pytest.param({**SHORT_STEPS, "optim": SGD}, 1, 13 * 4 + 1, id="short steps, sgd"),
+        pytest.param(GROUPS, 2, 40, id="groups"),
+        pytest.param(GROUPS, 1, 80, id="groups on 1", marks=pytest.mark.long),
+        pytest.param({"optim": {"name": "nadam"}, "train": {"steps": 30}}, 2, 40, id="nadam", marks=pytest.mark.long),
         pytest.param({"optim": {"name": "adam"}, "train": {"steps": 30}}, 1, 80, id="adam", marks=pytest.mark.long),
         pytest.param(
             {**CHANNELS_LAST, "optim": {"name": "adam"}}, 2, 40, id="channels_last, adam", marks=pytest.mark.long

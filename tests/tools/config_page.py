@@ -78,8 +78,10 @@ address, as `s3://…`, or `env:NAME`.
   integer, `None` is `null`. An empty word, as from a variable of the shell that is not set, is refused, and so is one
   from a script with the line ends of Windows. In `args`, `"''"` is the empty text. `--tracking.tags` takes `a b` and
   `'[a, b]'`.
-- A setting that has no effect beside the others, such as `optim.momentum` with `adamw`, is no mistake. The run names it
-  at its start: `without effect: …`.
+- A setting of `optim` or `schedule` that has no effect beside the others is refused, such as `optim.momentum` with
+  `adamw`: a new run would train otherwise than it says. Of other settings, such as `tracking.group` without W&B, the run
+  says so at its start: `without effect: …`.
+- Optimizers, groups of parameters and schedules of your own: [optimizers.md](optimizers.md).
 """
 
 

@@ -210,7 +210,11 @@ def test_the_words_of_a_command_line_change_what_the_file_says(
             "--data.workers -1",
             "data.workers = -1: input should be greater than or equal to 0 or input should be 'auto'",
         ),
-        ("--optim.name SGD", "optim.name = 'SGD': input should be 'sgd', 'adam' or 'adamw'"),
+        (
+            "--schedule.name COSINE",
+            "schedule.name = 'COSINE': input should be 'constant', 'linear', 'cosine', 'multi_step', 'one_cycle' or "
+            "'warmup_stable_decay' or module:callable",
+        ),
         ("--train '{steps: 20}'", "--train is a section: give its settings one by one, as --train.NAME VALUE."),
         ("--compile maybe", "compile = 'maybe': input should be a valid boolean"),
         ("--optim.betas 0.9", "optim.betas = [0.9]: field required"),

@@ -192,13 +192,17 @@ def test_one_of_a_pair_in_the_file_replaces_the_others_default(tmp_path: Path) -
     ("text", "said"),
     [
         ("sead: 1", ["sead = 1", "no such setting", "Did you mean 'seed'?"]),
-        ("optim: {learning: 1}", ["optim.learning = 1", "no such setting", "Known: betas, clip_norm"]),
+        ("optim: {learning: 1}", ["optim.learning = 1", "no such setting", "Known: args, betas, clip_norm"]),
         ("optim: {lrr: 0.5}", ["optim.lrr = 0.5", "no such setting", "Did you mean 'lr'?"]),
         ("optim: {lr: fast}", ["optim.lr = 'fast'", "valid number"]),
         ("optim: {lr: 0}", ["optim.lr = 0", "greater than 0"]),
         ("optim: {momentum: 1.0}", ["optim.momentum = 1.0", "less than 1"]),
         ("optim: {betas: [0.9]}", ["optim.betas"]),
-        ("optim: {name: lion}", ["optim.name = 'lion'", "'sgd', 'adam' or 'adamw'"]),
+        ("schedule: {name: lion}", ["schedule.name = 'lion'", "'warmup_stable_decay' or module:callable"]),
+        (
+            "optim: {groups: [{match: a}, {match: b, lr: 1}]}",
+            ["optim.groups.1.lr = 1", "Known: freeze, lr_scale, match"],
+        ),
         ("optim: [1]", ["optim = [1]", "dictionary"]),
         ("optim: 3", ["optim = 3", "dictionary"]),
         ("data: {workers: many}", ["data.workers = 'many'", "integer", "'auto'"]),
@@ -445,6 +449,7 @@ FREE = {
     "ddp.join_seconds",
     "ddp.timeout_seconds",
     "ddp.find_unused_parameters",
+    "optim.show",
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from distloop.config.load import load_config
+from distloop.config.notes import refuse_without_effect
 from distloop.config.settings import types_of_settings
 from distloop.errors import UsageError
 from tests.tools.ranks import REPOSITORY, train
@@ -92,9 +93,9 @@ def test_a_secret_is_not_shown() -> None:
 
 
 def test_every_setting_that_a_note_names_exists() -> None:
-    from distloop.config.notes import EFFECTS
+    from distloop.config.notes import OF_TRAINING, OTHERS
 
-    assert {key for keys, decider, _ in EFFECTS for key in (*keys, decider)} <= set(types_of_settings())
+    assert {key for keys, decider, _ in (*OF_TRAINING, *OTHERS) for key in (*keys, decider)} <= set(types_of_settings())
 
 
 @pytest.mark.parametrize(
@@ -197,8 +198,36 @@ def test_arguments_that_do_not_fit_are_refused_with_the_way_to_take_them_away(
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_says_it_once_at_its_start(tmp_path: Path, ranks: int) -> None:
-    ended = train(tmp_path, ["--train.steps", "2", "--device", "cpu", "--optim.momentum", "0.5"], ranks).check()
-    assert ended.output.count("without effect: optim.momentum = 0.5 (optim.name is adamw)") == 1
+    ended = train(tmp_path, ["--train.steps", "2", "--device", "cpu", "--data.root", "/d"], ranks).check()
+    assert ended.output.count("without effect: data.root = '/d' (data.name is digits)") == 1
+
+
+def test_a_new_run_is_refused_that_would_train_otherwise_than_its_settings_say(tmp_path: Path) -> None:
+    words = ["--train.steps", "2", "--device", "cpu", "--optim.momentum", "0.5", "--schedule.milestones", "3"]
+    ended = train(tmp_path, words)
+    assert ended.codes == [2], ended.output
+    assert "optim.momentum = 0.5 (optim.name is adamw), schedule.milestones = (3,) (schedule.name is cosine)" in (
+        ended.output
+    )
+    away = ["--optim.momentum", "0.9", "--schedule.milestones", "[]"]
+    assert "on the command line: --optim.momentum 0.9 --schedule.milestones '[]'" in ended.output
+    train(tmp_path, [*words, *away]).check()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--optim nadam --optim.betas 0.9 0.95", "Arguments of nadam itself belong into optim.args."),
+        ("--schedule mine:f --schedule.warmup-steps 3", "schedule.warmup_steps = 3 (schedule.name is mine:f)"),
+        ("--optim sgd --optim.betas 0.9 0.95", "on the command line: --optim.betas '[0.9, 0.999]'"),
+        ("--schedule.decay-steps 3", "on the command line: --schedule.decay-steps null"),
+        ("--optim.nesterov", "on the command line: --optim.nesterov false"),
+    ],
+)
+def test_the_refusal_says_how_to_take_the_setting_away(words: str, said: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        refuse_without_effect(load_config(shlex.split(words)))
+    assert said in str(raised.value)
 
 
 def test_load_config_without_a_list_for_notes_takes_all_of_this() -> None:

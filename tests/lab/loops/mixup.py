@@ -34,6 +34,7 @@ from distloop.training import (
     build_task,
     divide_by_weight,
     due_after,
+    leave_out_frozen,
     norm_and_clip,
     offered_to_task,
     rehearse,
@@ -86,7 +87,7 @@ def train(config: Config, ranks: Ranks) -> None:
         parameters = [parameter for parameter in bare_model.parameters() if parameter.requires_grad]
         losses = LossSums(device, state.epoch_sums)
         finite = FiniteCheck(config.train.on_nonfinite, model, optimizer, scaler, plan, state.skipped_steps)
-        trackers.begin(bare_model, device)
+        trackers.begin(bare_model, device, optimizer=optimizer)
         if state.unvalidated:  # its validation has failed, in an attempt before
             metrics = validate(step, parts, state)
 
@@ -109,10 +110,10 @@ def train(config: Config, ranks: Ranks) -> None:
                     accelerator.backward(loss * micro.scale)  # backward pass; scale: processes / samples of the step
                 losses.add(loss, weight, micro.is_empty, micro.samples)
 
-            if scaler is not None:
-                accelerator.unscale_gradients(optimizer)
+            accelerator.unscale_gradients(optimizer)  # of fp16; else nothing
             if task.weight != "samples":  # tokens, pixels: how many they were is known only now
                 divide_by_weight(model, losses.step_weight, plan.sample_count(step))
+            leave_out_frozen(optimizer, step)  # groups that are frozen until a later step
             gradient_norm = norm_and_clip(parameters, config.optim.clip_norm)  # the norm before clipping
             left_out = finite.before_update(step, gradient_norm, losses.step_losses)  # a flag, on the device
             losses.end_step(left_out)
@@ -127,8 +128,7 @@ def train(config: Config, ranks: Ranks) -> None:
             due = due_after(step, plan, config, stop_reason)
             if not (due.anything or finite.is_full):
                 continue  # most steps end here, on all ranks alike, and do not wait for the device
-            left_out_steps = finite.check()  # in words; RunFailed on all ranks if on_nonfinite says so
-            trackers.say(*left_out_steps)
+            trackers.say(*finite.check())  # steps that were left out; RunFailed on all ranks if on_nonfinite says so
             means = losses.read(memory_gib=peak_memory(device))  # over all ranks
             if due.log:
                 gradient = {"gradient_norm": float(gradient_norm), "lr": lr, "skipped_steps": finite.skipped_steps}
