@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = {
         "groups": [
             {"match": r"^0\.", "freeze": True},
             {"match": "^3", "until_step": 4, "lr_scale": 0.1},
-            {"match": r"^16\.weight", "optimizer": {"name": "muon", "args": {"momentum": 0.8}}},
+            {"match": r"^16\.weight", "optimizer": {"name": "nadam", "args": {"betas": [0.8, 0.9]}}},
         ],
     },
     "schedule": {"name": "tests.lab.resuming:halving"},
@@ -40,20 +40,19 @@ def test_groups_train_the_same_on_one_rank_and_on_two(tmp_path: Path) -> None:
     runs = [tmp_path / "runs" / name for name in ("one", "two")]
     for world_size, run in enumerate(runs, start=1):
         done = train(tmp_path, [*arguments, "--name", run.name], world_size).check()
-        assert done.output.count(" · Signs and Muon") == 1
-    # Muon computes in bfloat16: what is rounded otherwise by a last bit of float64 stays near.
-    assert largest_difference(weights(runs[0]), weights(runs[1])) < 2e-3
+        assert done.output.count(" · Signs and NAdam") == 1
+    assert largest_difference(weights(runs[0]), weights(runs[1])) < 1e-10
     steps = [[torch.load(run / f"checkpoints/step_0000000{step}/optimizer.pt") for step in (2, 4, 6)] for run in runs]
-    for run in steps:
-        names = run[0]["parameters"]
+    for contents in steps:
+        names = contents[0]["parameters"]
         assert [len(group) for group in names] == [1, 2, 9, 1], names
         flat = [name for group in names for name in group]
-        begun = [{flat[place] for place in content["state"]} for content in run]
+        begun = [{flat[place] for place in content["state"]} for content in contents]
         late = {"model.3.weight"}
         assert begun == [set(flat) - late, set(flat) - late, set(flat)]
     for one, two in zip(*(rows(run, "train") for run in runs), strict=True):
         assert one["lr"] == two["lr"]
-        assert one["gradient_norm"] == pytest.approx(two["gradient_norm"], rel=1e-3)
+        assert one["gradient_norm"] == pytest.approx(two["gradient_norm"], rel=1e-10)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

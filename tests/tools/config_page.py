@@ -79,8 +79,8 @@ address, as `s3://…`, or `env:NAME`.
   from a script with the line ends of Windows. In `args`, `"''"` is the empty text. `--tracking.tags` takes `a b` and
   `'[a, b]'`.
 - A setting of `optim` or `schedule` that has no effect beside the others is refused, such as `optim.momentum` with
-  `adamw`: a new run would train otherwise than it says. Of other settings, such as `tracking.group` without W&B, the run
-  says so at its start: `without effect: …`.
+  `adamw`: a new run would train otherwise than it says. Of others, such as `tracking.group` without W&B, the run says
+  so at its start: `without effect: …`.
 - Optimizers, groups of parameters and schedules of your own: [optimizers.md](optimizers.md).
 """
 
