@@ -214,6 +214,18 @@ def test_a_new_run_is_refused_that_would_train_otherwise_than_its_settings_say(t
     train(tmp_path, [*words, *away]).check()
 
 
+def test_a_run_that_an_earlier_version_has_begun_so_goes_on(tmp_path: Path) -> None:
+    words = ["--device", "cpu", "--checkpoint.every-steps", "1"]
+    train(tmp_path, [*words, "--train.steps", "2"]).check()
+    config = tmp_path / "runs" / "digits" / "config.yaml"
+    text = config.read_text()
+    assert "  momentum: 0.9\n" in text
+    config.write_text(text.replace("  momentum: 0.9\n", "  momentum: 0.5\n"))
+    ended = train(tmp_path, [*words, "--train.steps", "4", "--resume", "extend", "--optim.momentum", "0.5"]).check()
+    assert "without effect: optim.momentum = 0.5" in ended.output
+    assert "continuing after step 2" in ended.output
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -156,6 +156,9 @@ def test_a_sparse_embedding_has_an_optimizer_of_its_own_and_the_rest_stays_fused
     after = model.state_dict()["0.weight"]
     assert torch.equal(after[3], before["0.weight"][3])
     assert not torch.equal(after[1], before["0.weight"][1])
+    plain = build_optimizer(model, Optim(name="sgd", momentum=0.0, weight_decay=0.0), CPU, "no")
+    model(torch.tensor([1, 2])).sum().backward()
+    plain.step()
     with pytest.raises(UsageError, match="sparse"):
         build_optimizer(nn.Sequential(nn.Embedding(5, 3, sparse=True)), Optim(name="nadam"), CPU, "no")
 
@@ -225,6 +228,9 @@ def test_a_bad_step_is_left_out_by_each_of_several(moments: bool) -> None:
     check.begin_step()
     (model(torch.ones(2, 3)).sum() * float("nan")).backward()
     check.before_update(1, torch.tensor(float("nan")), [torch.tensor(float("nan"))])
+    assert isinstance(optimizer, SeveralOptimizers)
+    flags = {type(one).__name__: bool(getattr(one, "found_inf", False)) for one in optimizer.optimizers}
+    assert flags == {"Muon": False, "SGD": True, "AdamW": True}  # what is fused looks at the flag itself
     optimizer.step()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     after = optimizer.state_dict()["state"]
