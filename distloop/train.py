@@ -100,12 +100,11 @@ def train(config: Config, ranks: Ranks) -> None:
                 # Ranks exchange gradients once a step, in the backward pass of its last micro-batch.
                 with nullcontext() if micro.is_last else accelerator.no_sync(model):
                     outputs = task.forward(task_model, micro.batch)  # forward pass
-                    loss, weight = task.loss(outputs, micro.batch)  # loss computation: sums over the micro-batch
+                    loss, weight, *sums = task.loss(outputs, micro.batch)  # loss computation: sums over the micro-batch
                     accelerator.backward(loss * micro.scale)  # backward pass; scale: processes / samples of the step
-                losses.add(loss, weight, micro.is_empty, micro.samples)
+                losses.add(loss, weight, micro.is_empty, micro.samples, *sums)
 
-            if scaler is not None:
-                accelerator.unscale_gradients(optimizer)
+            accelerator.unscale_gradients(optimizer)  # of fp16
             if task.weight != "samples":  # tokens, pixels: how many they were is known only now
                 divide_by_weight(model, losses.step_weight, plan.sample_count(step))
             gradient_norm = norm_and_clip(parameters, config.optim.clip_norm)  # the norm before clipping

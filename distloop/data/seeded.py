@@ -13,6 +13,7 @@ from distloop.config.settings import Data
 from distloop.data.bad_samples import BadSample, listed, load_samples
 from distloop.data.datasets import DataSource, InMemory, gives_batches
 from distloop.data.lengths import in_words
+from distloop.data.now import Now
 from distloop.data.order import Half, MicroBatch
 from distloop.data.seeding import Place, seed_building, seed_sample, uniforms
 from distloop.errors import UsageError, add_note
@@ -26,6 +27,8 @@ class ChecksBatches(Protocol):
 
     @property
     def weight(self) -> str: ...
+
+    now: Now
 
     def check(self, batch: Any, indices: Any) -> None: ...
 

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from distloop.data.batches import send
 from distloop.data.loader import TrainBatches
 from distloop.data.seeding import Place, generators_restored, seed_place
 from distloop.errors import UsageError, add_note
@@ -22,6 +23,7 @@ from distloop.run.attempt import Attempt
 from distloop.run.checkpoint import LoopState
 from distloop.run.parts import Parts, existing
 from distloop.training.averaging import adopt_buffers
+from distloop.training.named_sums import check_sums
 from distloop.training.putting_back import put_back
 from distloop.training.sparse import refuse_unforeseen_sparse
 from distloop.training.task_model import TaskModel, refuse_bypass
@@ -30,7 +32,7 @@ from distloop.training.untrained import refuse_unused_parameters
 from distloop.training.validation import Validation
 from distloop.training.weights import Weights
 
-METHODS = ("forward", "loss", "metrics", "guesses", "summary")  # of a task, as errors name them
+METHODS = ("augment_batch", "forward", "loss", "metrics", "guesses", "summary")  # of a task, as errors name them
 MOST_ELEMENTS = 64  # of a metric that is compared
 NEARLY = 1e-3  # relative: losses that agree so far are the same up to rounding
 
@@ -63,6 +65,7 @@ def rehearse(
             (whole, half, twice), samples = batches.rehearsal()
         with _rehearsing(task, position, "a step of training"):
             _train(accelerator, model, bare_model, task, whole, samples if batches.counts_samples else None, seed)
+        batches.tell_task(first, training=False)  # as the model is there
         with _rehearsing(task, position, "comparing the loss of some samples with that of the same ones twice"):
             _refuse_mean(bare_model, task, half, twice, seed, batches.device)
         with _rehearsing(task, position, "a save"):
@@ -123,8 +126,11 @@ def _train(
         model.train()
         seed_place(Place.TRIAL, seed, device, number)
         try:
-            outputs = task.forward(offered, batch)
-            result = task.loss(outputs, batch)
+            augmented = task.augment_batch(send(batch, device))  # containers of its own: it may change them in place
+            if augmented is None:
+                raise UsageError(f"{type(task).__name__}.augment_batch() returned None. Let it return the batch.")
+            outputs = task.forward(offered, augmented)
+            result = task.loss(outputs, augmented)
         except Exception as error:
             if "'TaskModel' object" in str(error):  # is not subscriptable, not iterable, has no len()
                 offered._missed.append("model[…]")
@@ -154,9 +160,9 @@ def _train(
 
 
 def _checked(task: Task, result: Any) -> tuple[Tensor, Any]:
-    """What loss() returned, if it has the right form. Raises UsageError."""
+    """The loss and the weight that loss() returned, if all has the right form. Raises UsageError."""
     pair = result if isinstance(result, (tuple, list)) else (result,)
-    if len(pair) != 2 or not isinstance(pair[0], Tensor) or pair[0].numel() != 1:
+    if len(pair) not in (2, 3) or not isinstance(pair[0], Tensor) or pair[0].numel() != 1:
         found = " and ".join(
             f"a tensor of shape {list(each.shape)}" if isinstance(each, Tensor) else f"a {type(each).__name__}"
             for each in pair
@@ -164,8 +170,11 @@ def _checked(task: Task, result: Any) -> tuple[Tensor, Any]:
         raise UsageError(
             f"{type(task).__name__}.loss() returned {found}. Return two: a tensor, the sum of the losses over the "
             "batch (without .item()), and a number, of how many samples (or tokens) it is the sum: "
-            '`cross_entropy(outputs, targets, reduction="sum"), len(targets)`.'
+            '`cross_entropy(outputs, targets, reduction="sum"), len(targets)`. A third value, if any, is a dict of '
+            "more sums by name."
         )
+    if len(pair) == 3:
+        check_sums(pair[2])
     return pair[0], pair[1]
 
 

@@ -6,7 +6,7 @@ and counts every sample once.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NoReturn
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch.nn import functional
 from distloop.config.registry import call, resolve
 from distloop.config.settings import Task as TaskConfig
 from distloop.data.batches import inputs_of, targets_of
+from distloop.data.now import Now
 from distloop.data.seeding import Place, building
 from distloop.errors import UsageError
 
@@ -41,13 +42,23 @@ class Task:
     """The validation metric that decides which step is the best, and whether more or less of it is better."""
     classes: int = 0
     """The number of classes in guesses(); 0: the number of the data set's class names."""
+    now: Now = Now()
+    """Where the run is: step, epoch, total_steps, training. distloop sets it for each step and each validation."""
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """The model's outputs for a batch. Default: model(inputs)."""
         return model(inputs_of(batch))
 
-    def loss(self, outputs: Any, batch: Any) -> tuple[Tensor, Tensor | int]:
-        """(sum of the losses, sum of the weights) over the samples of a micro-batch."""
+    def augment_batch(self, batch: Any) -> Any:
+        """The batch that a step of training is done with, such as a mixed one: on the device, before the forward pass.
+        It draws from the global generators. Not called in validation."""
+        return batch
+
+    def loss(self, outputs: Any, batch: Any) -> tuple[Tensor, Tensor | int] | tuple[Tensor, Tensor | int, Mapping]:
+        """(sum of the losses, sum of the weights) over the samples of a micro-batch; perhaps more sums, by name.
+
+        Those are divided by the sum of the weights over the step or the validation, and stand in its row.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define loss(outputs, batch).")
 
     def metrics(self, outputs: Any, batch: Any) -> Sums:
@@ -235,7 +246,7 @@ def build_task(config: TaskConfig, seed: int | None = None) -> Task:
     return task
 
 
-METHODS = ("forward", "loss", "metrics", "guesses", "summary", "probe", "check", "check_targets")
+METHODS = ("forward", "augment_batch", "loss", "metrics", "guesses", "summary", "probe", "check", "check_targets")
 
 
 def check_attributes(task: Task) -> None:
@@ -258,6 +269,11 @@ def check_attributes(task: Task) -> None:
         raise UsageError(
             f"{kind}.best = {_shown(best)}: give the name of a metric, and whether less or more of it is better, such "
             'as ("accuracy", "max").'
+        )
+    if not isinstance(task.now, Now):
+        raise UsageError(
+            f"{kind}.now = {_shown(task.now)}: distloop keeps there where the run is (self.now.step, epoch, "
+            "total_steps, training). Give a value or a method of your own another name."
         )
     if isinstance(task.classes, bool) or not isinstance(task.classes, (int, np.integer)) or task.classes < 0:
         raise UsageError(

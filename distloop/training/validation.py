@@ -17,6 +17,7 @@ from distloop.data.datasets import DataSource
 from distloop.data.lengths import refuse_other_length
 from distloop.data.loader import make_loader
 from distloop.data.look import first_validation_batch
+from distloop.data.now import now_at
 from distloop.data.order import FixedBatchSampler
 from distloop.data.seeding import Place, generators_restored, seed_place
 from distloop.errors import RunFailed
@@ -30,6 +31,7 @@ from distloop.run.parts import Parts
 from distloop.run.unvalidated import saved_if_it_fails
 from distloop.training.buffers import broadcast_buffers
 from distloop.training.details import Details
+from distloop.training.named_sums import marked, split
 from distloop.training.tasks import Task
 from distloop.training.validated_sums import ValidatedSums
 from distloop.training.weights import Weights
@@ -92,6 +94,7 @@ class Validation:
     def _validate(self, step: int) -> dict[str, float]:
         refuse_other_length("validation", self.dataset, self.sampler.samples)
         batches = self._until_verdict()
+        self.task.now = now_at(step, self.run.plan, training=False)
         metrics = validate(self.model, self.task, batches, self.sampler, self.position, self.details, self.seed)
         self.position.enter("keeping what was validated")  # one that is still in summary() is behind
         self.details.write(self.run.path, step, self.run.start.attempt)
@@ -111,6 +114,7 @@ class Validation:
             self.config, self.source, self.task, self.sampler, self.run.clock.device
         )
         alone = FixedBatchSampler(samples, samples, 0, 1)
+        self.task.now = now_at(self.run.start.step, self.run.plan, training=False)
         return validate(self.model, self.task, [batch], alone, None, self.details, self.seed)
 
 
@@ -146,13 +150,12 @@ def validate(
         for position, batch in enumerate(loader):
             seed_place(Place.VALIDATION, seed, device, sampler.rank + position * sampler.world_size)
             outputs = task.forward(model, batch)
-            loss, weight = task.loss(outputs, batch)
+            loss, weight, *named = task.loss(outputs, batch)
             weights.check(weight, sampler.size(position) if task.weight == "samples" else None)
             sums_of_batch = {"loss": loss, "weight": weight, "samples": sampler.size(position)}
             metrics = task.metrics(outputs, batch)
             check_names("metrics", metrics)
-            sums_of_batch |= metrics
-            sums.add(sums_of_batch)
+            sums.add(sums_of_batch | metrics | marked(named[0] if named else {}, metrics))
             if details is not None:
                 details.add(task.guesses(outputs, batch), *sampler.span(position))
     weights.read()
@@ -170,13 +173,15 @@ def validate(
 def summary_of(task: Task, sums: dict[str, Tensor]) -> dict[str, Any]:
     """The task's summary of these sums, with `samples`. Raises UsageError for names that distloop uses itself, and for
     values that are no numbers."""
+    sums, means = split(sums)
     samples, values = int(sums["samples"]), task.summary(sums)
     if isinstance(values, Mapping) and plain_number(values.get("samples")) == samples:  # handed on as it came
         values = {name: value for name, value in values.items() if name != "samples"}
     check_names("summary", values)
     arrays = (Tensor, np.ndarray)  # of one number, as a metric's compute() may give it
     values = {n: v.reshape(()) if isinstance(v, arrays) and math.prod(v.shape) == 1 else v for n, v in values.items()}
-    return {**plain_values("task.summary()", values), "samples": samples}
+    means = {name: mean for name, mean in means.items() if name not in values}
+    return {**plain_values("task.summary()", values), **means, "samples": samples}
 
 
 def refuse_short_loader(batches: int, sampler: FixedBatchSampler) -> None:

@@ -104,13 +104,12 @@ def train(config: Config, ranks: Ranks) -> None:
                     share, order = float(beta.sample()), torch.randperm(len(labels), device=device)
                     mixed = share * inputs + (1 - share) * inputs[order]
                     outputs = task.forward(task_model, (mixed, labels))  # forward pass
-                    loss, weight = task.loss(outputs, (mixed, labels))  # loss computation: sums over the micro-batch
+                    loss, weight, *sums = task.loss(outputs, (mixed, labels))  # loss computation: sums
                     loss = share * loss + (1 - share) * task.loss(outputs, (mixed, labels[order]))[0]
                     accelerator.backward(loss * micro.scale)  # backward pass; scale: processes / samples of the step
-                losses.add(loss, weight, micro.is_empty, micro.samples)
+                losses.add(loss, weight, micro.is_empty, micro.samples, *sums)
 
-            if scaler is not None:
-                accelerator.unscale_gradients(optimizer)
+            accelerator.unscale_gradients(optimizer)  # of fp16
             if task.weight != "samples":  # tokens, pixels: how many they were is known only now
                 divide_by_weight(model, losses.step_weight, plan.sample_count(step))
             gradient_norm = norm_and_clip(parameters, config.optim.clip_norm)  # the norm before clipping
