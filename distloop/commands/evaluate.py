@@ -43,8 +43,8 @@ def evaluate(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
     from distloop.data.order import FixedBatchSampler, Plan
     from distloop.ranks.accelerator import build_accelerator
     from distloop.run.checkpoint import AVERAGED, MODEL, load_weights, step_of
+    from distloop.training.builtin_tasks import build_task
     from distloop.training.models import build_model
-    from distloop.training.tasks import build_task
     from distloop.training.validation import validate
 
     ranks.position.enter("meeting the other ranks")
