@@ -43,6 +43,7 @@ def evaluate(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
     from distloop.data.order import FixedBatchSampler, Plan
     from distloop.ranks.accelerator import build_accelerator
     from distloop.run.checkpoint import AVERAGED, MODEL, load_weights, step_of
+    from distloop.run.parts import load_task
     from distloop.training.builtin_tasks import build_task
     from distloop.training.models import build_model
     from distloop.training.validation import validate
@@ -60,6 +61,7 @@ def evaluate(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
             f"{checkpoint} holds no {weights.name}: its loop saves no part named model, which is validated."
         )
     load_weights(weights, bare_model)
+    load_task(checkpoint, task.as_part, averaged)
     model = accelerator.prepare_model(bare_model, evaluation_mode=True)  # for the autocast of mixed precision
 
     with contextlib.suppress(UsageError):  # as in the run; of other data, training samples may be too few for a step

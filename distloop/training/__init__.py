@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from distloop.training.builtin_tasks import build_task as build_task
     from distloop.training.due import due_after as due_after
     from distloop.training.gradients import divide_by_weight as divide_by_weight
+    from distloop.training.gradients import exchange_gradients as exchange_gradients
     from distloop.training.gradients import norm_and_clip as norm_and_clip
     from distloop.training.gradients import trial_batches as trial_batches
     from distloop.training.groups import parameter_groups as parameter_groups

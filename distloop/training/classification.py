@@ -25,6 +25,7 @@ class Classification(Task):
     best = ("accuracy", "max")
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
+        super().__init__()  # of a subclass that is an nn.Module as well
         self.label_smoothing = label_smoothing
 
     def loss(self, outputs: Any, batch: Any) -> tuple[Tensor, int]:

@@ -4,6 +4,7 @@ A step without its update, a validation and a save. So a mistake that would end 
 """
 
 import contextlib
+import copy
 import time
 import types
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from distloop.training.putting_back import put_back
 from distloop.training.sparse import refuse_unforeseen_sparse
 from distloop.training.task_model import TaskModel, refuse_bypass
 from distloop.training.tasks import Task
-from distloop.training.untrained import refuse_unused_parameters
+from distloop.training.untrained import refuse_untrained_task, refuse_unused_in_task, refuse_unused_parameters
 from distloop.training.validation import Validation
 from distloop.training.weights import Weights
 
@@ -60,7 +61,12 @@ def rehearse(
         return  # nothing is left to train
     bare_model = model.module if isinstance(model, DistributedDataParallel) else model
     modules = [bare_model, validate.model, *(part for _, part in existing(parts) if isinstance(part, nn.Module))]
-    with generators_restored(), put_back(*modules, task, keep_created=bool(run.start.checkpoint or run.start.weights)):
+    run.ranks.messages += refuse_untrained_task(task, parts)
+    with (
+        generators_restored(),
+        _state_put_back(task),
+        put_back(*modules, task, keep_created=bool(run.start.checkpoint or run.start.weights)),
+    ):
         with _rehearsing(task, position, "loading the first batch"):
             (whole, half, twice), samples = batches.rehearsal()
         with _rehearsing(task, position, "a step of training"):
@@ -80,8 +86,9 @@ def rehearse(
                 f"distloop: WARNING: task.summary() raises {type(error).__name__} ({error}) for the sums of one batch: "
                 "if it does so for the whole validation, the run ends there"
             )
-    if (averaged := parts.get("averaged")) is not None:
-        adopt_buffers(averaged.module, bare_model)  # those that are kept, for the checkpoint that is loaded next
+    for name, module in (("averaged", bare_model), ("averaged_task", task.as_module)):
+        if (averaged := parts.get(name)) is not None:
+            adopt_buffers(averaged.module, module)  # those that are kept, for the checkpoint that is loaded next
     run.clock.loop_began = time.perf_counter()  # the first row's samples per second are those of the loop
 
 
@@ -99,12 +106,23 @@ def _rehearsing(task: Task, position: Position, what: str) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def _state_put_back(task: Task) -> Iterator[None]:
+    """Afterwards a task that is no module has the state of before, also where objects of its own hold it."""
+    if isinstance(task, nn.Module) or task.as_part is None:
+        yield
+        return
+    before = copy.deepcopy(task.as_part.state_dict())
+    yield
+    task.as_part.load_state_dict(before)
+
+
 def _method(error: BaseException, task: Task) -> str | None:
     """The method of the task that raised the error, directly or in what it calls."""
     trace: types.TracebackType | None = error.__traceback__
     while trace is not None:
         frame = trace.tb_frame
-        if frame.f_code.co_name in METHODS and frame.f_locals.get("self") is task:
+        if frame.f_code.co_name in METHODS and type(frame.f_locals.get("self")) is type(task):
             return frame.f_code.co_name
         trace = trace.tb_next
     return None
@@ -120,10 +138,12 @@ def _train(
     seed: int,
 ) -> None:
     """`samples`: which the weight of the loss must count; None: it counts something else."""
-    device, known = accelerator.device, {id(parameter) for parameter in bare_model.parameters()}
+    device, held = accelerator.device, nn.ModuleDict({"model": bare_model, "task": task.as_module})
+    known = {id(parameter) for parameter in held.parameters()}
     for number in range(2 if model is not bare_model else 1):
         offered: Any = TaskModel(model, bare_model)
         model.train()
+        task.as_module.train()
         seed_place(Place.TRIAL, seed, device, number)
         try:
             augmented = task.augment_batch(send(batch, device))  # containers of its own: it may change them in place
@@ -138,9 +158,10 @@ def _train(
                 refuse_bypass(type(task).__name__, offered)
             raise
         refuse_bypass(type(task).__name__, offered)
-        if late := [name for name, parameter in bare_model.named_parameters() if id(parameter) not in known]:
+        if late := [name for name, parameter in held.named_parameters() if id(parameter) not in known]:
+            which = ", ".join(name.partition(".")[2] for name in late[:3])
             raise UsageError(
-                f"The model makes parameters in its first forward pass of training ({', '.join(late[:3])}): no "
+                f"The {late[0].partition('.')[0]} makes parameters in its first forward pass of training ({which}): no "
                 "optimizer would update them. Make them in __init__(), or with lazy modules such as nn.LazyLinear."
             )
         loss, weight = _checked(task, result)
@@ -157,6 +178,7 @@ def _train(
         finally:  # DDP fails in the backward pass
             refuse_unforeseen_sparse(bare_model)
         refuse_unused_parameters(model, bare_model.parameters(), "in the rehearsal")
+        refuse_unused_in_task(task)
 
 
 def _checked(task: Task, result: Any) -> tuple[Tensor, Any]:
@@ -187,6 +209,7 @@ def _refuse_mean(model: nn.Module, task: Task, half: Any, twice: Any, seed: int,
         return
     found, metrics = [], []
     model.eval()
+    task.as_module.eval()
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # not compiled for two more shapes
             for batch in (half, twice):

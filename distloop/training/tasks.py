@@ -5,7 +5,7 @@ micro-batch and divides by no batch size. Metrics are sums, too, so that validat
 and counts every sample once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -19,8 +19,15 @@ Sums = dict[str, Tensor]
 Guesses = tuple[Tensor, Tensor, Tensor]
 
 
+NO_MODULE = nn.Module()  # empty, and nothing is added to it
+
+
 class Task:
-    """Base class. A task of your own overrides loss() and, if needed, other methods."""
+    """Base class. A task of your own overrides loss() and, if needed, other methods.
+
+    One with state_dict() and load_state_dict() is saved with each checkpoint and continued. One that is an nn.Module as
+    well has parameters that are trained, averaged and saved as the model's.
+    """
 
     weight: ClassVar[str] = "samples"
     """What the weight that loss() returns counts. How many samples a batch has is known beforehand: another weight is
@@ -32,6 +39,18 @@ class Task:
     now: Now = Now()
     """Where the run is: step, epoch, total_steps, training. distloop sets it for each step and each validation."""
 
+    @property
+    def as_module(self) -> nn.Module:
+        """The task, if it is an nn.Module; else a module that is empty."""
+        return self if isinstance(self, nn.Module) else NO_MODULE
+
+    @property
+    def as_part(self) -> Any:
+        """The task as a part of checkpoints, if it has a state; else None."""
+        if isinstance(self, nn.Module):
+            return self if self.state_dict() else None
+        return self if hasattr(self, "state_dict") else None
+
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """The model's outputs for a batch. Default: model(inputs)."""
         return model(inputs_of(batch))
@@ -41,7 +60,7 @@ class Task:
         It draws from the global generators. Not called in validation."""
         return batch
 
-    def loss(self, outputs: Any, batch: Any) -> tuple[Tensor, Tensor | int] | tuple[Tensor, Tensor | int, Mapping]:
+    def loss(self, outputs: Any, batch: Any) -> tuple[Any, ...]:
         """(sum of the losses, sum of the weights) over the samples of a micro-batch; perhaps more sums, by name.
 
         Those are divided by the sum of the weights over the step or the validation, and stand in its row.
@@ -107,6 +126,12 @@ def check_attributes(task: Task) -> None:
         raise UsageError(
             f"{kind}.best = {_shown(best)}: give the name of a metric, and whether less or more of it is better, such "
             'as ("accuracy", "max").'
+        )
+    has = [name for name in ("state_dict", "load_state_dict") if callable(getattr(task, name, None))]
+    if len(has) == 1 or hasattr(task, "state_dict") != bool(has):
+        raise UsageError(
+            f"{kind} has a state_dict, and not both methods state_dict() and load_state_dict(state): distloop saves "
+            "the task's state with the first and continues it with the second."
         )
     if not isinstance(task.now, Now):
         raise UsageError(

@@ -136,9 +136,10 @@ def validate(
     batches are added in the order of the batches, in float64, so that the result does not depend on which rank computed
     which batch.
     """
-    broadcast_buffers(model)  # BatchNorm's statistics differ between ranks: all validate rank 0's
-    was_training = model.training
-    model.eval()
+    broadcast_buffers(model, task)  # BatchNorm's statistics differ between ranks: all validate rank 0's
+    modules = [(module, module.training) for module in (model, task.as_module)]
+    for module, _ in modules:
+        module.eval()
     device = next(model.parameters()).device
     if details is not None:
         details.begin(device)
@@ -160,7 +161,8 @@ def validate(
                 details.add(task.guesses(outputs, batch), *sampler.span(position))
     weights.read()
     refuse_short_loader(len(sums.rows), sampler)
-    model.train(was_training)
+    for module, was_training in modules:
+        module.train(was_training)
     if here is not None:
         here.enter("adding up the validation")
     total = sums.total(sampler, device)

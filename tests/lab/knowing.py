@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distloop.tasks import targets_of, with_inputs
 from tests.lab.resuming import StoppedClassification as Stopped
@@ -57,3 +57,52 @@ class Wrong(Stopped):
             "of one rank": {"alone": 1.0} if RANK == "1" else {},
         }.get(self.kind, {})
         return (loss, count, sums, sums) if self.kind == "four" else (loss, count, sums)
+
+
+class Remembering(Knowing):
+    """Weighs its loss by a state that follows from the step: numbers, a tensor, and what an object of its own holds."""
+
+    def __init__(self, kind: str = "") -> None:
+        super().__init__()
+        self.kind, self.level, self.history, self.counter = kind, 1.0, torch.zeros(3), Counter()
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        loss, count, sums = super().loss(outputs, batch)
+        if self.now.training:
+            self.counter.losses = self.now.step + 1
+            self.level = 1 + 0.9 * (self.level - 1) + 0.01 * self.now.step
+            self.history[self.now.step % 3] += loss.detach() if self.kind == "of its rank" else self.level
+        factor = self.level + self.history.mean() + self.counter.losses
+        return factor * loss, count, sums
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"level": self.level, "history": self.history, "losses": self.counter.losses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.level, self.counter.losses = state["level"], state["losses"]
+        self.history.copy_(state["history"])
+
+
+class Counter:
+    losses = 0
+
+
+class Learning(Knowing, nn.Module):
+    """Learns a temperature and a proxy for each class, which its loss uses; and keeps statistics in BatchNorm."""
+
+    def __init__(self, where: str = "", frozen: bool = False) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+        self.proxies = nn.Linear(10, 10, bias=False)
+        self.norm = nn.BatchNorm1d(10)
+        self.spare = nn.Parameter(torch.rand(2)) if where == "unused" else None
+        if where == "own values" and RANK == "1":
+            self.proxies.weight.data += 1
+        if frozen:
+            self.requires_grad_(False)
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        return super().loss(self.norm(self.proxies(outputs)) * self.temperature, batch)
+
+    def metrics(self, outputs: Any, batch: Any) -> Any:
+        return super().metrics(self.norm(self.proxies(outputs)) * self.temperature, batch)

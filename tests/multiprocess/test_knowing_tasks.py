@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from tests.multiprocess.test_exact_resume import check_same, go_on, stop
+from tests.multiprocess.test_exact_resume import check_same, go_on, newest, stop
 from tests.multiprocess.test_weights import refused
 from tests.tools.ranks import train, write_config
 from tests.tools.records import rows
@@ -24,6 +26,9 @@ SETTINGS: dict[str, Any] = {
     "validate": {"every_steps": 11},
 }
 OWN = ("hits", "margin", "now_step", "now_epoch", "now_total_steps", "now_training")
+
+
+RANKS = pytest.mark.parametrize("world_size", [1, 2])
 
 
 def own(run: Path, kind: str) -> list[list[float]]:
@@ -74,3 +79,32 @@ def test_sums_of_one_rank_alone_are_named(tmp_path: Path) -> None:
     refused(
         train(tmp_path, ["--config", str(write_config(tmp_path, settings))], 2), "sums of other names on some ranks"
     )
+
+
+# ---- a state ---------------------------------------------------------------------------------------------------
+
+
+@RANKS
+@pytest.mark.parametrize("task", ["Remembering", "Learning"])
+def test_the_state_and_the_parameters_of_a_task_go_on_where_they_were(
+    tmp_path: Path, task: str, world_size: int
+) -> None:
+    settings = {**SETTINGS, "task": f"{LAB}:{task}", "optim": {"clip_norm": 1.0, "ema_decay": 0.9}}
+    arguments = ["--config", str(write_config(tmp_path, settings)), "--name"]
+    train(tmp_path, [*arguments, "whole"], world_size).check()
+    calls = 15 * 4 // world_size - 1
+    go_on(tmp_path, [*arguments, "run"], world_size, stop(tmp_path, [*arguments, "run"], world_size, calls))
+    run, whole = (tmp_path / "runs" / name for name in ("run", "whole"))
+    check_same(run, whole)
+    assert own(run, "train") == own(whole, "train")
+    files = {"Remembering": ["task.pt"], "Learning": ["task.safetensors", "averaged_task.safetensors"]}[task]
+    for name in files:
+        assert (newest(run) / name).read_bytes() == (newest(whole) / name).read_bytes(), name
+    if task == "Remembering":
+        state = torch.load(newest(run) / "task.pt", weights_only=True)
+        assert state["losses"] == 30
+        assert len(set(state["history"].tolist())) == 3
+    else:
+        averaged, last = (load_file(newest(run) / name) for name in reversed(files))
+        assert last["temperature"] != 1
+        assert last["temperature"] != averaged["temperature"]
