@@ -1,6 +1,8 @@
-"""Tasks of your own import from here; they are defined in training/tasks.py."""
+"""Tasks of your own import from here: the base class and the built-in ones, which training/ defines."""
 
 from distloop.data.batches import inputs_of, targets_of, with_inputs
-from distloop.training.tasks import Classification, Guesses, Regression, Sums, Task
+from distloop.training.classification import Classification
+from distloop.training.regression import Regression
+from distloop.training.tasks import Guesses, Sums, Task
 
 __all__ = ["Classification", "Guesses", "Regression", "Sums", "Task", "inputs_of", "targets_of", "with_inputs"]

@@ -8,6 +8,7 @@ It takes the newest good checkpoint of a run, or the checkpoint that you name. S
 config.yaml; the command line changes them, as in training.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -38,11 +39,13 @@ def evaluate(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
 
     from distloop.data.datasets import load_data
     from distloop.data.loader import make_loader
-    from distloop.data.order import FixedBatchSampler
+    from distloop.data.now import now_at
+    from distloop.data.order import FixedBatchSampler, Plan
     from distloop.ranks.accelerator import build_accelerator
     from distloop.run.checkpoint import AVERAGED, MODEL, load_weights, step_of
+    from distloop.run.parts import load_task
+    from distloop.training.builtin_tasks import build_task
     from distloop.training.models import build_model
-    from distloop.training.tasks import build_task
     from distloop.training.validation import validate
 
     ranks.position.enter("meeting the other ranks")
@@ -58,8 +61,13 @@ def evaluate(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
             f"{checkpoint} holds no {weights.name}: its loop saves no part named model, which is validated."
         )
     load_weights(weights, bare_model)
+    load_task(checkpoint, task.as_part, averaged)
     model = accelerator.prepare_model(bare_model, evaluation_mode=True)  # for the autocast of mixed precision
 
+    with contextlib.suppress(UsageError):  # as in the run; of other data, training samples may be too few for a step
+        plan = Plan(len(source.train), config.batch.global_size, remainder=config.batch.remainder)
+        plan.total_steps = plan.steps_of(config)
+        task.now = now_at(step_of(checkpoint), plan, training=False)
     device, dtype = accelerator.device, getattr(torch, config.dtype)
     sampler = FixedBatchSampler(len(source.validation), config.validate.batch_size, ranks.rank, ranks.world_size)
     loader = make_loader(config.data, source, task, config.seed, device, dtype, source.validation, sampler)

@@ -21,6 +21,7 @@ from distloop.data.bad_samples import listed, without_bad
 from distloop.data.batches import inputs_of, targets_of, to_model
 from distloop.data.datasets import DataSource, class_names, gives_batches
 from distloop.data.lengths import refuse_other_length
+from distloop.data.now import now_at
 from distloop.data.order import MicroBatch, MicroBatchSampler, Part, Plan
 from distloop.data.seeded import ChecksBatches, SeededDataset, check_of, collate_of, identity, name_of
 from distloop.data.seeding import Place, seed_forward, seed_place
@@ -147,9 +148,10 @@ class TrainBatches:
         position: Position,
         waiting: Callable[[Iterable[Any]], Iterator[Any]] = iter,
     ) -> None:
-        """`task`: checks the batches; None: nobody does. `waiting` wraps the iterator, to measure how long the loop
-        waits for each batch."""
+        """`task`: checks the batches, and is told the step in `task.now`; None: nobody does. `waiting` wraps the
+        iterator, to measure how long the loop waits for each batch."""
         self.plan, self.seed, self.device, self.position = plan, config.seed, device, position
+        self.task, self.augment = task, getattr(task, "augment_batch", identity)
         self.dataset, self.length = source.train, len(source.train)
         self.counts_samples = task is not None and task.weight == "samples"
         self.sampler = MicroBatchSampler(plan, first_step)
@@ -165,6 +167,7 @@ class TrainBatches:
         kind = (config.seed, device, dtype, source.train, self.sampler)
         loader = make_loader(config.data, source, task, *kind, skips=self.skips)
         self.batches = waiting(loader)  # one iterator through all epochs: loader workers start once
+        self.tell_task(first_step)  # for passes before the first step
 
     def rehearsal(self) -> tuple[list[Any], int]:
         """The first micro-batch, its first half, and that half twice in one batch: loaded before those of the steps,
@@ -180,13 +183,15 @@ class TrainBatches:
         return items, samples
 
     def of_step(self, step: int) -> Iterator[Micro]:
-        """This rank's micro-batches of `step`, counted from 0. Before each, and after the last one, the global random
+        """This rank's micro-batches of `step`, counted from 0, as the task has augmented them; the task is told
+        the step. Before each, and after the last one, the global random
         generators are seeded. Take all of them. Raises RuntimeError if the loader is at another step."""
         part: Part
         self.position.start_step(step + 1)
         self.position.samples = lambda: f"{listed(self.plan.indices(part))} of {self.name}"
         if step % self.plan.steps_per_epoch == 0:
             refuse_other_length("train", self.dataset, self.length)
+        self.tell_task(step)
         count, loaded = self.plan.sample_count(step), self._loaded(step)
         if self.skips:
             items = list(loaded)
@@ -199,10 +204,15 @@ class TrainBatches:
             seed_forward(self.seed, step, part.number, self.device, self.draws_from_torch)
             self.position.enter("forward and backward pass")
             samples = max(1, present) if self.counts_samples else None  # one stands in the place of none
-            yield Micro(batch, part.is_last, not present, scale if present else 0.0, samples)
+            yield Micro(self.augment(batch), part.is_last, not present, scale if present else 0.0, samples)
         if not self.draws_from_torch:  # alike on all ranks, which had other micro-batches
             seed_place(Place.UPDATE, self.seed, self.device, step)
         self.position.enter("parameter update")
+
+    def tell_task(self, step: int, training: bool = True) -> None:
+        """Set `now` of the task."""
+        if self.task is not None:
+            self.task.now = now_at(step, self.plan, training)
 
     def _loaded(self, step: int) -> Iterable[tuple[Any, Part, int]]:
         """(batch, part, its number of samples) of this rank's micro-batches of `step`."""

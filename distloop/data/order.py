@@ -151,8 +151,12 @@ class Plan:
         """The plan of the config's run for this rank, with so many training samples."""
         batch, place = config.batch, {"rank": ranks.rank, "seed": config.seed}
         plan = cls(samples, batch.global_size, ranks.world_size, batch.micro_size, batch.remainder, **place)
-        plan.total_steps = config.train.steps or (config.train.epochs or 0) * plan.steps_per_epoch
+        plan.total_steps = plan.steps_of(config)
         return plan
+
+    def steps_of(self, config: Config) -> int:
+        """The steps of the config's whole run."""
+        return config.train.steps or (config.train.epochs or 0) * self.steps_per_epoch
 
     def span(self, step: int) -> tuple[int, int, int]:
         """(epoch, start, stop): the positions of `step`'s global batch in that epoch's order."""

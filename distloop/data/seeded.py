@@ -1,11 +1,13 @@
 """Micro-batches of a data set: each sample is loaded under its own random numbers, then they are brought together and
 checked."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 from torch.utils.data import Dataset, default_collate
 
 from distloop.config.registry import import_callable
@@ -13,6 +15,7 @@ from distloop.config.settings import Data
 from distloop.data.bad_samples import BadSample, listed, load_samples
 from distloop.data.datasets import DataSource, InMemory, gives_batches
 from distloop.data.lengths import in_words
+from distloop.data.now import Now
 from distloop.data.order import Half, MicroBatch
 from distloop.data.seeding import Place, seed_building, seed_sample, uniforms
 from distloop.errors import UsageError, add_note
@@ -26,6 +29,8 @@ class ChecksBatches(Protocol):
 
     @property
     def weight(self) -> str: ...
+
+    now: Now
 
     def check(self, batch: Any, indices: Any) -> None: ...
 
@@ -156,4 +161,8 @@ def name_of(dataset: Any, source: DataSource, config: Data) -> str:
 
 def check_of(task: ChecksBatches | None, dataset: Any) -> Callable[..., None]:
     """The check of the data set's batches; none of targets in memory, all of which try_out() has checked."""
-    return no_check if task is None or (_takes_rows(dataset) and task.checks_targets_only) else task.check
+    if task is None or (_takes_rows(dataset) and task.checks_targets_only):
+        return no_check
+    if isinstance(task, nn.Module) and any(parameter.is_cuda for parameter in task.parameters()):
+        return copy.deepcopy(task).cpu().check  # a loader process gets no tensors of a GPU
+    return task.check

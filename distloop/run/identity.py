@@ -38,6 +38,7 @@ PRECISION = (
     "backends.mkldnn.conv.fp32_precision",
 )
 SAMPLED_VALUES = 64  # of a parameter; beside them its sum is compared
+OF_TASK = "task: "  # before the names of the parameters and buffers of a task
 
 
 def identity_of(config: Config, source: DataSource, device: torch.device) -> dict[str, Any]:
@@ -65,18 +66,25 @@ def facts_of(config: Config, source: DataSource, device: torch.device, loop: Loo
 
 
 def facts_of_model(task: Any, model: nn.Module) -> Facts:
-    """The task; and the model's parameters and buffers: their names, forms and initial values."""
+    """The task; and the parameters and buffers of the model, and of a task that is a module (as "task: NAME"): their
+    names, forms and initial values."""
     kind = f"{type(task).__module__}.{type(task).__qualname__}"
+    modules = [("", model)] + ([(OF_TASK, task)] if isinstance(task, nn.Module) else [])
     tensors: dict[str, tuple[Tensor, str]] = {
-        name: (tensor, "trained" if tensor.requires_grad else "frozen") for name, tensor in model.named_parameters()
+        whose + name: (tensor, "trained" if tensor.requires_grad else "frozen")
+        for whose, module in modules
+        for name, tensor in module.named_parameters()
     }
     order = {str(place): name for place, name in enumerate(tensors)}
-    tensors |= {name: (tensor, "a buffer") for name, tensor in model.named_buffers()}
+    tensors |= {
+        whose + name: (tensor, "a buffer") for whose, module in modules for name, tensor in module.named_buffers()
+    }
     # Their values may be anything: a forward pass fills them.
     scratch = {
-        f"{prefix}.{name}".lstrip(".")
-        for prefix, module in model.named_modules()
-        for name in module._non_persistent_buffers_set
+        whose + f"{prefix}.{name}".lstrip(".")
+        for whose, module in modules
+        for prefix, inner in module.named_modules()
+        for name in inner._non_persistent_buffers_set
     }
     return {
         "task": {"class": kind, "weight": task.weight, "best": _plain(task.best)},

@@ -43,7 +43,11 @@ LOGGED = ("train", "epoch", "validate")  # kinds of rows to which a loop adds va
 NO_METRICS = (*KEYS_OF_EVERY_ROW, *KEYS_OF_KIND["validate"])  # keys of a validate row beside the task's metrics
 # What a task may not name a value of its own: validation adds these sums up beside those of metrics(), and a row has
 # these keys beside what summary() gives.
-RESERVED = {"metrics": ("loss", "weight", "samples"), "summary": NO_METRICS}
+RESERVED = {
+    "metrics": ("loss", "weight", "samples"),
+    "summary": NO_METRICS,
+    "loss": (*NO_METRICS, "weight", *KEYS_OF_KIND["train"]),
+}
 SET_ASIDE = "metrics.set_aside.jsonl"
 
 
@@ -58,11 +62,12 @@ def check_row(kind: str, names: Mapping[str, Any]) -> None:
         )
 
 
-def check_names(method: Literal["metrics", "summary"], values: Any) -> None:
+def check_names(method: Literal["metrics", "summary", "loss"], values: Any) -> None:
     """Raise UsageError unless what this method of a task has returned is a mapping whose names are texts, and none of
     RESERVED: another value would take the place of one of them."""
     if not isinstance(values, Mapping):
-        raise UsageError(f"task.{method}() must return a dict of values by name; it gave a {describe(values)}.")
+        place = " as its third value" if method == "loss" else ""
+        raise UsageError(f"task.{method}() must return a dict of values by name{place}; it gave a {describe(values)}.")
     for name in values:
         if not isinstance(name, str):
             raise UsageError(f"task.{method}(): the name {name!r} is a {type(name).__name__}. Names are texts.")

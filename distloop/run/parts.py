@@ -37,6 +37,7 @@ from distloop.run.module_state import check_tensors, make_whole, tensors_and_ext
 
 Parts = Mapping[str, Any]
 EXTRA_STATE = "get_extra_state()"
+TASK = "task"  # the part that is the run's task
 TAKEN = {*(field.name for field in dataclasses.fields(LoopState)), "time", "finished", "bad_samples"}  # of state.json
 
 
@@ -178,7 +179,7 @@ def load_start(start: Start, parts: Parts, bad_samples: BadSamples | None = None
     had."""
     if start.checkpoint:
         stored = read_json(start.checkpoint / STATE)
-        load_parts(start.checkpoint, parts, stored)
+        start.messages.extend(load_parts(start.checkpoint, parts, stored))
         if bad_samples is not None:
             bad_samples.load(stored)
         same_config = read_manifest(start.checkpoint)["config_sha256"] == start.identity["config_sha256"]
@@ -199,21 +200,30 @@ def load_start(start: Start, parts: Parts, bad_samples: BadSamples | None = None
     return LoopState(), None
 
 
-def load_parts(path: Path, parts: Parts, state: Mapping[str, Any]) -> None:
+def load_parts(path: Path, parts: Parts, state: Mapping[str, Any]) -> list[str]:
     """Copy a verified checkpoint, the directory `path` with the contents `state` of state.json, into the parts, in
-    place. Raises UsageError for parts that do not fit. An average that the checkpoint lacks begins anew."""
+    place. Raises UsageError for parts that do not fit. An average that the checkpoint lacks begins anew; so does the
+    state of a task without trained parameters, of which the returned lines tell."""
+    lines: list[str] = []
     files = {name.split(".")[0] for name in read_manifest(path)["files"] if name != STATE}
     if unknown := sorted(files - set(parts)):
         raise UsageError(
             f"{path} holds {', '.join(unknown)}, which this loop does not load: its parts are "
             f"{', '.join(parts)}. Name it, as None if the loop does without, or use --name OTHER."
         )
+    if TASK in files and parts[TASK] is None:
+        raise UsageError(
+            f"{path} holds the state of a task, and this task has none to continue: its class has other code than when "
+            "the run began. Give it the methods state_dict() and load_state_dict() again, or use --name OTHER."
+        )
     for name, part in existing(parts):
         if isinstance(part, torch.amp.GradScaler):
             if state.get(name):
                 part.load_state_dict(state[name])
         elif name not in files:
-            if not isinstance(part, AveragedModel):
+            if name == TASK and not (isinstance(part, nn.Module) and any(p.requires_grad for p in part.parameters())):
+                lines.append(f"distloop: WARNING: {path} does not hold the task's state, which begins anew")
+            elif not isinstance(part, AveragedModel):
                 held = ", ".join(sorted(files))
                 raise UsageError(f"{path} does not hold {name}, which this loop loads, but {held}. Use --name OTHER.")
         elif isinstance(part, nn.Module):
@@ -225,6 +235,7 @@ def load_parts(path: Path, parts: Parts, state: Mapping[str, Any]) -> None:
             load_optimizer(path / f"{name}.pt", part, names_of_parameters(parts))
         else:
             part.load_state_dict(read_plain(path / f"{name}.pt"))
+    return lines
 
 
 def load_optimizer(path: Path, optimizer: Optimizer, names: Mapping[int, str]) -> None:
@@ -252,3 +263,18 @@ def load_optimizer(path: Path, optimizer: Optimizer, names: Mapping[int, str]) -
             # Fused optimizers need moments with their parameter's memory format, such as channels_last.
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def load_task(path: Path, part: Any, averaged: bool) -> None:
+    """Load the state of a task from the verified checkpoint in `path`, to validate. `part`: the task, or None. Raises
+    UsageError if its trained parameters are not there; another state that the checkpoint lacks begins anew."""
+    if isinstance(part, nn.Module):
+        file = path / f"averaged_{TASK}.safetensors"
+        file = file if averaged and file.exists() else path / f"{TASK}.safetensors"
+        if file.exists():
+            make_whole(part)
+            load_weights(file, part)
+        elif any(parameter.requires_grad for parameter in part.parameters()):
+            raise UsageError(f"{path} holds no {file.name}, the parameters of the task, which the loss needs.")
+    elif part is not None and (path / f"{TASK}.pt").exists():
+        part.load_state_dict(read_plain(path / f"{TASK}.pt"))

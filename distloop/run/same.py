@@ -19,7 +19,7 @@ from distloop.ranks.places import Position
 from distloop.ranks.ranks import Ranks
 from distloop.run.checkpoint import MANIFEST, digest
 from distloop.run.files import Start
-from distloop.run.identity import Facts, facts_of, facts_of_model
+from distloop.run.identity import OF_TASK, Facts, facts_of, facts_of_model
 
 NOT_THE_SAME = "The ranks do not train the same:"
 SAMPLED_BYTES = 4096  # of a tensor, at three places
@@ -171,7 +171,7 @@ def _words(kind: str, name: str, theirs: Any, ours: Any, there: str, here: str, 
         return f"the task's {name} is {theirs!r} on {there}, but {ours!r} on {here}. {SAME_CODE}"
     if kind == "values":
         return (
-            f"the model's {name} begins with other values on {there} than on {here}. Draw initial values from the "
+            f"the {_whose(name)} begins with other values on {there} than on {here}. Draw initial values from the "
             "global generators, which are seeded alike on all ranks (torch.nn.init does), not from one of your own, "
             "load weights from the same file, and leave nothing uninitialised (torch.empty)."
         )
@@ -182,8 +182,13 @@ def _words(kind: str, name: str, theirs: Any, ours: Any, there: str, here: str, 
         )
     if ABSENT in (theirs, ours):
         only, form = (here, ours) if theirs == ABSENT else (there, theirs)
-        return f"the model has {name} ({form}) on {only} only. {SAME_CODE}"
-    return f"the model's {name} is {theirs} on {there}, but {ours} on {here}. {SAME_CODE}"
+        owner, name = ("task", name.removeprefix(OF_TASK)) if name.startswith(OF_TASK) else ("model", name)
+        return f"the {owner} has {name} ({form}) on {only} only. {SAME_CODE}"
+    return f"the {_whose(name)} is {theirs} on {there}, but {ours} on {here}. {SAME_CODE}"
+
+
+def _whose(name: str) -> str:
+    return f"task's {name.removeprefix(OF_TASK)}" if name.startswith(OF_TASK) else f"model's {name}"
 
 
 def _words_on_environment(name: str, theirs: Any, ours: Any, there: str, here: str) -> str:

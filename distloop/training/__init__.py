@@ -6,8 +6,11 @@ from distloop import hand_on
 
 if TYPE_CHECKING:
     from distloop.training.averaging import Average as Average
+    from distloop.training.buffers import broadcast_buffers as broadcast_buffers
+    from distloop.training.builtin_tasks import build_task as build_task
     from distloop.training.due import due_after as due_after
     from distloop.training.gradients import divide_by_weight as divide_by_weight
+    from distloop.training.gradients import exchange_gradients as exchange_gradients
     from distloop.training.gradients import norm_and_clip as norm_and_clip
     from distloop.training.gradients import trial_batches as trial_batches
     from distloop.training.groups import leave_out_frozen as leave_out_frozen
@@ -21,8 +24,6 @@ if TYPE_CHECKING:
     from distloop.training.schedules import LearningRate as LearningRate
     from distloop.training.task_model import offered_to_task as offered_to_task
     from distloop.training.tasks import Task as Task
-    from distloop.training.tasks import build_task as build_task
     from distloop.training.validation import Validation as Validation
-    from distloop.training.validation import broadcast_buffers as broadcast_buffers
 else:
     __getattr__ = hand_on(__name__, __file__)

@@ -1,30 +1,48 @@
 """An exponential moving average of the weights."""
 
 import itertools
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 
 class Average:
-    """An exponential moving average of a model's parameters and buffers; without a decay there is none."""
+    """An exponential moving average of a model's parameters and buffers, and of those of a task that is a module with
+    parameters that are trained; without a decay there is none."""
 
-    def __init__(self, model: nn.Module, decay: float | None) -> None:
-        self.decay = decay
+    def __init__(self, model: nn.Module, decay: float | None, task: Any = None) -> None:
+        self.decay, self.own_task = decay, task
+        self.averaged = self.averaged_task = None
         if decay is not None:
             _detach_made_weights(model)
-        self.averaged = None if decay is None else AveragedModel(model, use_buffers=True)
+            self.averaged = AveragedModel(model, use_buffers=True)
+            if isinstance(task, nn.Module) and any(parameter.requires_grad for parameter in task.parameters()):
+                _detach_made_weights(task)
+                self.averaged_task = AveragedModel(task, use_buffers=True)
 
     @property
     def module(self) -> nn.Module | None:
         """A model with the averaged weights."""
         return None if self.averaged is None else self.averaged.module
 
+    @property
+    def task(self) -> Any:
+        """A task with the averaged weights; the task itself where it is not averaged."""
+        return self.own_task if self.averaged_task is None else self.averaged_task.module
+
+    def prepared(self, accelerator: Accelerator, model: nn.Module) -> nn.Module:
+        """The model to validate: that with the averaged weights, in mixed precision; without an average, `model`."""
+        return model if self.module is None else accelerator.prepare_model(self.module, evaluation_mode=True)
+
     def update(self, model: nn.Module) -> None:
-        """Add the model's weights after a step."""
+        """Add the weights of the model, and of the task, after a step."""
         if self.averaged is not None and self.decay is not None:
             update_average(self.averaged, model, self.decay)
+            if self.averaged_task is not None:
+                update_average(self.averaged_task, self.own_task, self.decay)
 
 
 def _detach_made_weights(model: nn.Module) -> None:

@@ -15,21 +15,21 @@ METHODS = "forward train eval to apply children modules named_modules parameters
 METHODS += " state_dict load_state_dict zero_grad compile"
 
 
-def convert(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model on `device`, in place: its floating tensors in `dtype`, complex ones in the complex dtype of that
-    precision; buffers that are views of fewer numbers than they show become whole. Raises UsageError for what would
-    become something else, or hides what a module does."""
+def convert(model: nn.Module, device: torch.device, dtype: torch.dtype, what: str = "model") -> nn.Module:
+    """The model, or `what` it is else, on `device`, in place: its floating tensors in `dtype`, complex ones in the
+    complex dtype of that precision; buffers that are views of fewer numbers than they show become whole. Raises
+    UsageError for what would become something else, or hides what a module does."""
     for name, module in model.named_modules():
         if hidden := [method for method in METHODS.split() if not callable(getattr(module, method))]:
             kind = type(module).__name__
             raise UsageError(
-                f"The {_place(name, kind)} has an attribute {hidden[0]} of its own, in the place of the method of all "
-                "modules. Give it another name."
+                f"The {_place(what, name, kind)} has an attribute {hidden[0]} of its own, in the place of the method "
+                "of all modules. Give it another name."
             )
     make_whole(model)
-    check_tensors("The model's ", model, is_built=False)
+    check_tensors(f"The {what}'s ", model, is_built=False)
     for name, tensor in _named_tensors(model):
-        _check_values(name, tensor, dtype)
+        _check_values(f"{what}'s {name}", tensor, dtype)
     if any(tensor.is_complex() for _, tensor in _named_tensors(model)):
 
         def converted(tensor: Tensor) -> Tensor:
@@ -41,8 +41,8 @@ def convert(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
     return model.to(device, dtype)
 
 
-def _place(name: str, kind: str) -> str:
-    return f"model's {name} ({kind})" if name else f"model, a {kind},"
+def _place(what: str, name: str, kind: str) -> str:
+    return f"{what}'s {name} ({kind})" if name else f"{what}, a {kind},"
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -60,7 +60,7 @@ def _check_values(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     if bool(wrong.any()):
         value, other = (float(values[wrong][0]) for values in (tensor, narrow))
         raise UsageError(
-            f"The model's {name} is float64 and holds {value:.17g}, which the config's dtype, float32, makes "
+            f"The {name} is float64 and holds {value:.17g}, which the config's dtype, float32, makes "
             f"{other:.17g}. Keep whole numbers in an int64 buffer, make it float32 yourself (.float()), or set dtype: "
             "float64."
         )

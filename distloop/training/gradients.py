@@ -16,14 +16,38 @@ from distloop.data.seeding import Place, seed_place
 from distloop.training.untrained import refuse_unused_parameters
 
 
-def divide_by_weight(model: nn.Module, weight: Tensor | int, samples: int) -> None:
-    """Turn gradients of Σ loss / samples into those of Σ loss / Σ weight, over all ranks.
+def exchange_gradients(task: Any) -> None:
+    """After the last backward pass of a step: give each trained parameter of a task that is a module the mean of its
+    gradients over the ranks, as DDP does for the model's, in one exchange for each dtype. A parameter without a
+    gradient has one of zeros, on any number of ranks. Collective for such a task; for others it does nothing."""
+    if not isinstance(task, nn.Module):
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in task.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            by_dtype.setdefault(parameter.dtype, []).append(parameter.grad)
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    for gradients in by_dtype.values():
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+
+def divide_by_weight(model: nn.Module, weight: Tensor | int, samples: int, task: Any = None) -> None:
+    """Turn gradients of Σ loss / samples into those of Σ loss / Σ weight, over all ranks: those of the model, and of a
+    task that is a module.
 
     `weight`: this rank's sum over the step. The sum over the ranks stays on the device. A step without any weight
     (all tokens ignored) gets a gradient of zero. Raises UsageError if DDP's `model` lacks gradients on this rank.
     """
     everything = list(model.parameters())
     refuse_unused_parameters(model, everything, "in a step")  # before the ranks wait for each other below
+    everything += task.parameters() if isinstance(task, nn.Module) else []
     parameters = [parameter for parameter in everything if parameter.grad is not None]
     # Added, a number or a tensor of the CPU is an argument of the kernel; to copy it there, the host would wait.
     device = parameters[0].device

@@ -41,11 +41,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return groups_of_members(list(members(model, Optim(weight_decay=weight_decay))))
 
 
-def members(model: nn.Module, config: Optim) -> Iterator[Member]:
+def named_parameters(model: nn.Module, task: nn.Module | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+    """The model's parameters by name, and those of a task that is a module, as task.NAME."""
+    yield from model.named_parameters()
+    if task is not None:
+        yield from task.named_parameters(prefix="task")
+
+
+def members(model: nn.Module, config: Optim, task: nn.Module | None = None) -> Iterator[Member]:
     """Each parameter that may be trained, in its group. A tied weight counts once, by its first name. Raises UsageError
     for patterns that match nothing."""
     vectors, layers = _vectors(model), layers_of(model, config.layer_decay)
-    for name, parameter in model.named_parameters():
+    if task is not None:
+        vectors |= _vectors(task)
+    for name, parameter in named_parameters(model, task):
         group, label = group_of(name, config.groups)
         decay = config.weight_decay if group.weight_decay is None else group.weight_decay
         is_vector = parameter in vectors
@@ -70,9 +79,9 @@ def group_of(name: str, groups: Sequence[Group]) -> tuple[Group, str]:
     return DEFAULT, "default"
 
 
-def check_patterns(model: nn.Module, groups: Sequence[Group]) -> None:
+def check_patterns(model: nn.Module, groups: Sequence[Group], task: nn.Module | None = None) -> None:
     """Raise UsageError for a pattern that is no regular expression, or that is the first to match no parameter."""
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in named_parameters(model, task)]
     for place, group in enumerate(groups):
         key = f"optim.groups[{place}].match = '{group.match}'"
         try:
@@ -120,10 +129,10 @@ def layers_of(model: nn.Module, decay: float | None) -> dict[str, float]:
     return {name: decay ** (last - (last if depth < 0 else depth)) for name, depth in depths.items()}
 
 
-def freeze(model: nn.Module, groups: Sequence[Group]) -> None:
+def freeze(model: nn.Module, groups: Sequence[Group], task: nn.Module | None = None) -> None:
     """Freeze the parameters of groups with `freeze`: they get no gradient, and ranks exchange none. BatchNorms all of
     whose parameters are frozen keep their statistics, and normalise with them."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model, task):
         if group_of(name, groups)[0].freeze:
             parameter.requires_grad_(False)
     if any(group.freeze for group in groups):

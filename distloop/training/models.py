@@ -110,11 +110,14 @@ def build_model(
     seed_building(Place.MODEL, config.seed)
     torch.manual_seed(config.seed)  # the initial weights, as they always were
     model = convert(make_model(config.model, offers_to_model(example, source)), device, dtype)
+    if isinstance(task, nn.Module):
+        convert(task, device, dtype, "task")
     refuse_unlike_ranks(config, source, device, task, model, position)
     refuse_short(source, config.data, device)
     refuse_parameters_of_task(task)
     try_out(task, model, example, source)
     check_tensors("The model's ", model)
+    check_tensors("The task's ", task.as_module)
     if config.compile:
         # In place, before DDP wraps it: the names of its parameters stay. The model may have a compile() of its own.
         nn.Module.compile(model)

@@ -58,8 +58,10 @@ class FiniteCheck:
         scaler: Any,
         plan: Plan,
         skipped_steps: int = 0,
+        task: Any = None,
     ) -> None:
-        """`model`: holds all that is trained; give DDP's, so that gradients that it lacks are named. `optimizers`: all
+        """`model` and, where it is a module, `task`: hold all that is trained; give DDP's model, so that gradients that
+        it lacks are named. `optimizers`: all
         that update it. `skipped_steps`: those of earlier attempts."""
         self.policy, self.scaler, self.plan = policy, scaler, plan
         given = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
@@ -70,6 +72,7 @@ class FiniteCheck:
             )
         self.skipped_steps = skipped_steps
         self.unread: list[Step] = []
+        self.task = task if isinstance(task, nn.Module) else nn.Module()
         self.model, self.parameters, self.is_first = model, list(model.parameters()), True
         self.skips = policy == "skip" and scaler is None  # a GradScaler skips by itself
         self.buffers_before: list[Tensor] = []
@@ -83,11 +86,14 @@ class FiniteCheck:
     def begin_step(self) -> None:
         """Before a step's first forward pass."""
         if self.policy == "skip":
-            buffers = list(self.model.buffers())
+            buffers = self._buffers()
             if len(self.buffers_before) != len(buffers):
                 self.buffers_before = [buffer.clone() for buffer in buffers]
             elif buffers:
                 torch._foreach_copy_(self.buffers_before, buffers)
+
+    def _buffers(self) -> list[Tensor]:
+        return [*self.model.buffers(), *self.task.buffers()]
 
     def before_update(self, step: int, norm: Tensor, losses: list[Tensor]) -> Tensor | None:
         """Before the update. `norm`: of the whole gradient. `losses`: of this rank's micro-batches.
@@ -104,7 +110,7 @@ class FiniteCheck:
         if self.policy == "stop":
             return None
         bad = ~torch.isfinite(norm)
-        for buffer, before in zip(self.model.buffers(), self.buffers_before, strict=True):
+        for buffer, before in zip(self._buffers(), self.buffers_before, strict=True):
             torch.where(bad, before, buffer, out=buffer)
         for optimizer in self.optimizers if self.skips else ():
             if optimizer.defaults.get("fused"):

@@ -51,21 +51,22 @@ def optimizers_of(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimize
 
 
 def build_optimizer(
-    model: nn.Module | list[dict], config: Optim, device: torch.device, precision: str
+    model: nn.Module | list[dict], config: Optim, device: torch.device, precision: str, task: nn.Module | None = None
 ) -> torch.optim.Optimizer:
     """The optimizer that the config names, for a model, whose parameters it freezes as the config says, or for groups
-    that parameter_groups() made. Raises UsageError if it does not fit the parameters, or if there are none to train;
-    StoppedEarly, with the table, for optim.show."""
+    that parameter_groups() made. `task`: one that is a module, whose parameters have the names task.NAME here. Raises
+    UsageError if it does not fit the parameters, or if there are none to train; StoppedEarly, with the table, for
+    optim.show."""
     if not isinstance(model, nn.Module):
         _refuse_none(model)
         return _build("optim", config, model, device, precision != "fp16")
-    check_patterns(model, config.groups)
-    freeze(model, config.groups)
-    found = list(members(model, config))
+    check_patterns(model, config.groups, task)
+    freeze(model, config.groups, task)
+    found = list(members(model, config, task))
     if config.show:
         raise StoppedEarly(f"the parameters, as optim trains them:\n{table(found, config)}")
     trained = [member for member in found if member.parameter.requires_grad]
-    _refuse_none(trained)
+    _refuse_none([parameter for parameter in model.parameters() if parameter.requires_grad])
     if all(member.group.until_step for member in trained):
         raise UsageError(
             "optim.groups freeze all parameters in the first steps (until_step): nothing would be trained."

@@ -4,6 +4,7 @@ A step without its update, a validation and a save. So a mistake that would end 
 """
 
 import contextlib
+import copy
 import time
 import types
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from distloop.data.batches import send
 from distloop.data.loader import TrainBatches
 from distloop.data.seeding import Place, generators_restored, seed_place
 from distloop.errors import UsageError, add_note
@@ -22,15 +24,16 @@ from distloop.run.attempt import Attempt
 from distloop.run.checkpoint import LoopState
 from distloop.run.parts import Parts, existing
 from distloop.training.averaging import adopt_buffers
+from distloop.training.named_sums import check_sums
 from distloop.training.putting_back import put_back
 from distloop.training.sparse import refuse_unforeseen_sparse
 from distloop.training.task_model import TaskModel, refuse_bypass
 from distloop.training.tasks import Task
-from distloop.training.untrained import refuse_unused_parameters
+from distloop.training.untrained import refuse_untrained_task, refuse_unused_in_task, refuse_unused_parameters
 from distloop.training.validation import Validation
 from distloop.training.weights import Weights
 
-METHODS = ("forward", "loss", "metrics", "guesses", "summary")  # of a task, as errors name them
+METHODS = ("augment_batch", "forward", "loss", "metrics", "guesses", "summary")  # of a task, as errors name them
 MOST_ELEMENTS = 64  # of a metric that is compared
 NEARLY = 1e-3  # relative: losses that agree so far are the same up to rounding
 
@@ -58,11 +61,17 @@ def rehearse(
         return  # nothing is left to train
     bare_model = model.module if isinstance(model, DistributedDataParallel) else model
     modules = [bare_model, validate.model, *(part for _, part in existing(parts) if isinstance(part, nn.Module))]
-    with generators_restored(), put_back(*modules, task, keep_created=bool(run.start.checkpoint or run.start.weights)):
+    run.ranks.messages += refuse_untrained_task(task, parts)
+    with (
+        generators_restored(),
+        _state_put_back(task),
+        put_back(*modules, task, keep_created=bool(run.start.checkpoint or run.start.weights)),
+    ):
         with _rehearsing(task, position, "loading the first batch"):
             (whole, half, twice), samples = batches.rehearsal()
         with _rehearsing(task, position, "a step of training"):
             _train(accelerator, model, bare_model, task, whole, samples if batches.counts_samples else None, seed)
+        batches.tell_task(first, training=False)  # as the model is there
         with _rehearsing(task, position, "comparing the loss of some samples with that of the same ones twice"):
             _refuse_mean(bare_model, task, half, twice, seed, batches.device)
         with _rehearsing(task, position, "a save"):
@@ -77,8 +86,9 @@ def rehearse(
                 f"distloop: WARNING: task.summary() raises {type(error).__name__} ({error}) for the sums of one batch: "
                 "if it does so for the whole validation, the run ends there"
             )
-    if (averaged := parts.get("averaged")) is not None:
-        adopt_buffers(averaged.module, bare_model)  # those that are kept, for the checkpoint that is loaded next
+    for name, module in (("averaged", bare_model), ("averaged_task", task.as_module)):
+        if (averaged := parts.get(name)) is not None:
+            adopt_buffers(averaged.module, module)  # those that are kept, for the checkpoint that is loaded next
     run.clock.loop_began = time.perf_counter()  # the first row's samples per second are those of the loop
 
 
@@ -96,12 +106,23 @@ def _rehearsing(task: Task, position: Position, what: str) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def _state_put_back(task: Task) -> Iterator[None]:
+    """Afterwards a task that is no module has the state of before, also where objects of its own hold it."""
+    if isinstance(task, nn.Module) or task.as_part is None:
+        yield
+        return
+    before = copy.deepcopy(task.as_part.state_dict())
+    yield
+    task.as_part.load_state_dict(before)
+
+
 def _method(error: BaseException, task: Task) -> str | None:
     """The method of the task that raised the error, directly or in what it calls."""
     trace: types.TracebackType | None = error.__traceback__
     while trace is not None:
         frame = trace.tb_frame
-        if frame.f_code.co_name in METHODS and frame.f_locals.get("self") is task:
+        if frame.f_code.co_name in METHODS and type(frame.f_locals.get("self")) is type(task):
             return frame.f_code.co_name
         trace = trace.tb_next
     return None
@@ -117,14 +138,19 @@ def _train(
     seed: int,
 ) -> None:
     """`samples`: which the weight of the loss must count; None: it counts something else."""
-    device, known = accelerator.device, {id(parameter) for parameter in bare_model.parameters()}
+    device, held = accelerator.device, nn.ModuleDict({"model": bare_model, "task": task.as_module})
+    known = {id(parameter) for parameter in held.parameters()}
     for number in range(2 if model is not bare_model else 1):
         offered: Any = TaskModel(model, bare_model)
         model.train()
+        task.as_module.train()
         seed_place(Place.TRIAL, seed, device, number)
         try:
-            outputs = task.forward(offered, batch)
-            result = task.loss(outputs, batch)
+            augmented = task.augment_batch(send(batch, device))  # containers of its own: it may change them in place
+            if augmented is None:
+                raise UsageError(f"{type(task).__name__}.augment_batch() returned None. Let it return the batch.")
+            outputs = task.forward(offered, augmented)
+            result = task.loss(outputs, augmented)
         except Exception as error:
             if "'TaskModel' object" in str(error):  # is not subscriptable, not iterable, has no len()
                 offered._missed.append("model[…]")
@@ -132,9 +158,10 @@ def _train(
                 refuse_bypass(type(task).__name__, offered)
             raise
         refuse_bypass(type(task).__name__, offered)
-        if late := [name for name, parameter in bare_model.named_parameters() if id(parameter) not in known]:
+        if late := [name for name, parameter in held.named_parameters() if id(parameter) not in known]:
+            which = ", ".join(name.partition(".")[2] for name in late[:3])
             raise UsageError(
-                f"The model makes parameters in its first forward pass of training ({', '.join(late[:3])}): no "
+                f"The {late[0].partition('.')[0]} makes parameters in its first forward pass of training ({which}): no "
                 "optimizer would update them. Make them in __init__(), or with lazy modules such as nn.LazyLinear."
             )
         loss, weight = _checked(task, result)
@@ -151,12 +178,13 @@ def _train(
         finally:  # DDP fails in the backward pass
             refuse_unforeseen_sparse(bare_model)
         refuse_unused_parameters(model, bare_model.parameters(), "in the rehearsal")
+        refuse_unused_in_task(task)
 
 
 def _checked(task: Task, result: Any) -> tuple[Tensor, Any]:
-    """What loss() returned, if it has the right form. Raises UsageError."""
+    """The loss and the weight that loss() returned, if all has the right form. Raises UsageError."""
     pair = result if isinstance(result, (tuple, list)) else (result,)
-    if len(pair) != 2 or not isinstance(pair[0], Tensor) or pair[0].numel() != 1:
+    if len(pair) not in (2, 3) or not isinstance(pair[0], Tensor) or pair[0].numel() != 1:
         found = " and ".join(
             f"a tensor of shape {list(each.shape)}" if isinstance(each, Tensor) else f"a {type(each).__name__}"
             for each in pair
@@ -164,8 +192,11 @@ def _checked(task: Task, result: Any) -> tuple[Tensor, Any]:
         raise UsageError(
             f"{type(task).__name__}.loss() returned {found}. Return two: a tensor, the sum of the losses over the "
             "batch (without .item()), and a number, of how many samples (or tokens) it is the sum: "
-            '`cross_entropy(outputs, targets, reduction="sum"), len(targets)`.'
+            '`cross_entropy(outputs, targets, reduction="sum"), len(targets)`. A third value, if any, is a dict of '
+            "more sums by name."
         )
+    if len(pair) == 3:
+        check_sums(pair[2])
     return pair[0], pair[1]
 
 
@@ -178,6 +209,7 @@ def _refuse_mean(model: nn.Module, task: Task, half: Any, twice: Any, seed: int,
         return
     found, metrics = [], []
     model.eval()
+    task.as_module.eval()
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # not compiled for two more shapes
             for batch in (half, twice):

@@ -1,38 +1,33 @@
-"""The tasks: a task passes a batch to the model and computes loss and metrics. Your own: module:class.
+"""The base class of tasks: a task passes a batch to the model and computes loss and metrics.
 
 The gradient of a step is that of Σ loss / Σ weight over its whole global batch. A task returns the *sums* over one
 micro-batch and divides by no batch size. Metrics are sums, too, so that validation adds them over batches and ranks
 and counts every sample once.
 """
 
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, NoReturn
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from distloop.config.registry import call, resolve
-from distloop.config.settings import Task as TaskConfig
-from distloop.data.batches import inputs_of, targets_of
-from distloop.data.seeding import Place, building
+from distloop.data.batches import inputs_of
+from distloop.data.now import Now
 from distloop.errors import UsageError
 
-# In torch's errors about tensors of dtypes that do not go together.
-SMALL = {torch.uint8: 256, torch.int8: 128, torch.bool: 2}  # how many classes a label of so few bits can name
 Sums = dict[str, Tensor]
 Guesses = tuple[Tensor, Tensor, Tensor]
 
-# What torchvision's models give in training: their module, class, and the weight of each auxiliary loss (Szegedy et al.
-# 2015, "Going deeper with convolutions"; torchvision's own recipe for Inception).
-LABELLED = "samples with a label"  # a sum of Classification, under a name that no task of a user's has
-AUXILIARY = (("googlenet", "GoogLeNetOutputs", 0.3), ("inception", "InceptionOutputs", 0.4))
+
+NO_MODULE = nn.Module()  # empty, and nothing is added to it
 
 
 class Task:
-    """Base class. A task of your own overrides loss() and, if needed, other methods."""
+    """Base class. A task of your own overrides loss() and, if needed, other methods.
+
+    One with state_dict() and load_state_dict() is saved with each checkpoint and continued. One that is an nn.Module as
+    well has parameters that are trained, averaged and saved as the model's.
+    """
 
     weight: ClassVar[str] = "samples"
     """What the weight that loss() returns counts. How many samples a batch has is known beforehand: another weight is
@@ -41,13 +36,35 @@ class Task:
     """The validation metric that decides which step is the best, and whether more or less of it is better."""
     classes: int = 0
     """The number of classes in guesses(); 0: the number of the data set's class names."""
+    now: Now = Now()
+    """Where the run is: step, epoch, total_steps, training. distloop sets it for each step and each validation."""
+
+    @property
+    def as_module(self) -> nn.Module:
+        """The task, if it is an nn.Module; else a module that is empty."""
+        return self if isinstance(self, nn.Module) else NO_MODULE
+
+    @property
+    def as_part(self) -> Any:
+        """The task as a part of checkpoints, if it has a state; else None."""
+        if isinstance(self, nn.Module):
+            return self if self.state_dict() else None
+        return self if hasattr(self, "state_dict") else None
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """The model's outputs for a batch. Default: model(inputs)."""
         return model(inputs_of(batch))
 
-    def loss(self, outputs: Any, batch: Any) -> tuple[Tensor, Tensor | int]:
-        """(sum of the losses, sum of the weights) over the samples of a micro-batch."""
+    def augment_batch(self, batch: Any) -> Any:
+        """The batch that a step of training is done with, such as a mixed one: on the device, before the forward pass.
+        It draws from the global generators. Not called in validation."""
+        return batch
+
+    def loss(self, outputs: Any, batch: Any) -> tuple[Any, ...]:
+        """(sum of the losses, sum of the weights) over the samples of a micro-batch; perhaps more sums, by name.
+
+        Those are divided by the sum of the weights over the step or the validation, and stand in its row.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define loss(outputs, batch).")
 
     def metrics(self, outputs: Any, batch: Any) -> Sums:
@@ -79,163 +96,14 @@ class Task:
 
     @property
     def checks_targets_only(self) -> bool:
-        """Whether check() uses nothing but the targets, as in the built-in tasks."""
-        return type(self).check in (Task.check, Classification.check)
+        """Whether check() uses nothing but the targets: those in memory are then checked once, and not in batches."""
+        return type(self).check is Task.check
 
     def check_targets(self, targets: Any) -> None:
         """Check all targets of a data set in memory, before training. Raises UsageError if they do not fit."""
 
 
-class Classification(Task):
-    """One class per sample: cross-entropy and accuracy. Outputs [batch, classes], targets: integers [batch]."""
-
-    best = ("accuracy", "max")
-
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        self.label_smoothing = label_smoothing
-
-    def loss(self, outputs: Any, batch: Any) -> tuple[Tensor, int]:
-        """Those of torchvision's googlenet and inception_v3 in training have auxiliary outputs, with their weights."""
-        targets = targets_of(batch).long()  # labels may be of any integer type
-        if isinstance(outputs, Tensor):
-            return self._cross_entropy(outputs, targets), len(targets)
-        if not (factor := auxiliary_weight(outputs)):
-            _refuse(outputs)
-        logits, *auxiliary = outputs
-        others = sum(self._cross_entropy(each, targets) for each in auxiliary if each is not None)
-        return self._cross_entropy(logits, targets) + factor * others, len(targets)
-
-    def _cross_entropy(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return functional.cross_entropy(outputs, targets, reduction="sum", label_smoothing=self.label_smoothing)
-
-    def metrics(self, outputs: Tensor, batch: Any) -> Sums:
-        targets = targets_of(batch).long()
-        return {"correct": (outputs.argmax(1) == targets).sum(), LABELLED: torch.tensor(len(targets))}
-
-    def guesses(self, outputs: Any, batch: Any) -> Guesses | None:
-        try:
-            targets = targets_of(batch)
-        except UsageError:
-            return None
-        if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
-            return None  # of a subclass whose outputs or batches have another form
-        if (outputs.ndim, targets.ndim) != (2, 1) or targets.is_floating_point() or targets.is_complex():
-            return None
-        predictions = outputs.argmax(1)
-        confidences = outputs.float().softmax(1).gather(1, predictions[:, None])[:, 0]
-        return targets, predictions, confidences
-
-    def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        return {**super().summary(sums), "accuracy": int(sums["correct"]) / int(sums.get(LABELLED, sums["samples"]))}
-
-    def probe(self, outputs: Any) -> None:
-        if not isinstance(outputs, Tensor) or outputs.ndim != 2:
-            _refuse(outputs)
-        self.classes = outputs.shape[1]
-
-    def check(self, batch: Any, indices: Sequence[int]) -> None:
-        self.check_targets(targets_of(batch), indices)
-
-    def check_targets(self, targets: Any, indices: Sequence[int] | None = None) -> None:
-        needs = "task classification needs one integer label per sample; the data gave"
-        if isinstance(targets, (list, tuple)) and targets and isinstance(targets[0], str):
-            raise UsageError(
-                f"{needs} text ({targets[0]!r}). Number the names in a fixed order: names = sorted(set(all_names)), "
-                "label = names.index(name)."
-            )
-        labels = torch.as_tensor(targets)
-        if labels.is_floating_point() or labels.is_complex() or labels.ndim != 1:
-            raise UsageError(f"{needs} {labels.dtype} of shape {list(labels.shape)}.{_as_label(labels)}")
-        if labels.dtype in (torch.uint8, torch.int8, torch.bool) and self.classes > (most := SMALL[labels.dtype]):
-            raise UsageError(
-                f"Labels of {str(labels.dtype).removeprefix('torch.')} can name {most} classes only, and the model has "
-                f"{self.classes}: larger labels have become other numbers. Make them int64 before they get their "
-                "values: torch.tensor(labels, dtype=torch.int64)."
-            )
-        labels = labels.long()  # uint16 knows no comparison
-        wrong = torch.nonzero((labels < 0) | (labels >= self.classes)).flatten()
-        if len(wrong):
-            place = int(wrong[0])
-            raise UsageError(
-                f"Sample {place if indices is None else int(indices[place])} has label {int(labels[place])}, but "
-                f"the model has {self.classes} classes (0 to {self.classes - 1}). Let labels count from 0, "
-                "or give the model more outputs (model.args.num_classes, if it takes that)."
-            )
-
-
-def _as_label(labels: Tensor) -> str:
-    """How __getitem__ makes one integer of a label as these are; "" if that is not known."""
-    if labels.ndim == 1 and labels.is_floating_point():
-        return " Give int(label); for numbers that are no classes there is task: regression."
-    if labels.ndim != 2:
-        return ""
-    how = "label.squeeze()" if labels.shape[1] == 1 else "label.argmax(), if it is one-hot"
-    return f" Give one number a sample: {how}."
-
-
-def auxiliary_weight(outputs: Any) -> float:
-    """The weight of each auxiliary loss beside that of the first of these outputs; 0 for outputs of another kind."""
-    for module, name, weight in AUXILIARY:
-        if isinstance(outputs, getattr(sys.modules.get(f"torchvision.models.{module}"), name, ())):
-            return weight
-    return 0.0
-
-
-def _refuse(outputs: Any) -> NoReturn:
-    """Raise UsageError for outputs that classification has no loss for."""
-    name = type(outputs).__name__
-    given, more = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}", ""
-    if isinstance(outputs, Tensor):
-        given = f"{list(outputs.shape)}"
-    elif isinstance(outputs, (dict, tuple, list)):
-        given += f" of {', '.join(map(str, outputs))}" if isinstance(outputs, dict) else f" of {len(outputs)}"
-        more = " Let it return the logits alone, or write a task with a loss() of your own (docs/own-code.md)."
-    raise UsageError(f"task classification needs outputs of shape [batch, classes]; the model gave {given}.{more}")
-
-
-class Regression(Task):
-    """Numbers: mean squared error and R². Outputs and targets of one shape, [batch, …]."""
-
-    def loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, int]:
-        targets = targets_of(batch)
-        if outputs.shape != targets.shape:  # broadcasting would silently compute another loss
-            raise UsageError(
-                f"task regression needs outputs and targets of one shape; the model gave {list(outputs.shape)}, the "
-                f"data {list(targets.shape)}."
-            )
-        return functional.mse_loss(outputs, targets, reduction="sum") / max(1, outputs[0].numel()), len(targets)
-
-    def metrics(self, outputs: Tensor, batch: Any) -> Sums:
-        pair = (outputs, targets_of(batch))
-        outputs, targets = ((values.cpu() if values.is_mps else values).double() for values in pair)  # MPS: no float64
-        return {
-            "squared_error": (outputs - targets).square().sum(),
-            "targets": targets.sum(),
-            "squared_targets": targets.square().sum(),
-            "elements": torch.tensor(targets.numel()),
-        }
-
-    def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        spread = sums["squared_targets"] - sums["targets"].square() / sums["elements"]
-        return {**super().summary(sums), "r2": float(1 - sums["squared_error"] / spread)}
-
-
-TASKS: dict[str, Callable[..., Task]] = {"classification": Classification, "regression": Regression}
-
-
-def build_task(config: TaskConfig, seed: int | None = None) -> Task:
-    """The task that the config names. `seed`: the run's, for what building it draws. Raises UsageError."""
-    with building(Place.TASK, seed):
-        task = call("task.args", resolve("task.name", config.name, TASKS), config.args, {})
-    if not isinstance(task, Task):
-        raise UsageError(
-            f"task.name = {config.name!r} gave a {type(task).__name__}; derive its class from distloop.tasks.Task."
-        )
-    check_attributes(task)
-    return task
-
-
-METHODS = ("forward", "loss", "metrics", "guesses", "summary", "probe", "check", "check_targets")
+METHODS = ("forward", "augment_batch", "loss", "metrics", "guesses", "summary", "probe", "check", "check_targets")
 
 
 def check_attributes(task: Task) -> None:
@@ -258,6 +126,17 @@ def check_attributes(task: Task) -> None:
         raise UsageError(
             f"{kind}.best = {_shown(best)}: give the name of a metric, and whether less or more of it is better, such "
             'as ("accuracy", "max").'
+        )
+    has = [name for name in ("state_dict", "load_state_dict") if callable(getattr(task, name, None))]
+    if len(has) == 1 or hasattr(task, "state_dict") != bool(has):
+        raise UsageError(
+            f"{kind} has a state_dict, and not both methods state_dict() and load_state_dict(state): distloop saves "
+            "the task's state with the first and continues it with the second."
+        )
+    if not isinstance(task.now, Now):
+        raise UsageError(
+            f"{kind}.now = {_shown(task.now)}: distloop keeps there where the run is (self.now.step, epoch, "
+            "total_steps, training). Give a value or a method of your own another name."
         )
     if isinstance(task.classes, bool) or not isinstance(task.classes, (int, np.integer)) or task.classes < 0:
         raise UsageError(

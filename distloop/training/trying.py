@@ -20,7 +20,9 @@ def try_out(task: Task, model: nn.Module, example: Any, source: Any) -> None:
 
     Raises UsageError. So a mistake ends the run before training, and not on one rank in the middle of an epoch.
     """
-    model.eval()
+    modules = (model, task.as_module)
+    for module in modules:
+        module.eval()
     with torch.no_grad():
         try:
             with put_back(model, task, keep_created=True):  # neither has seen a sample before training
@@ -33,7 +35,8 @@ def try_out(task: Task, model: nn.Module, example: Any, source: Any) -> None:
         with put_back(task):
             guesses = task.guesses(outputs, example)
         check_guesses(guesses, 1 if task.weight == "samples" or guesses is None else len(guesses[0]))
-    model.train()
+    for module in modules:
+        module.train()
     for name, half in (("training", source.train), ("validation", source.validation)):
         # Other data sets may change their targets as they load samples: the loader checks their batches.
         if isinstance(half, InMemory) and gives_batches(half):

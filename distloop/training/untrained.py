@@ -1,8 +1,9 @@
 """Parameters that nothing would train: those that get no gradient, and those of a task."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -51,19 +52,19 @@ def say_unused(names: list[str]) -> str:
 
 
 def refuse_parameters_of_task(task: Task) -> None:
-    """Raise UsageError if the task holds parameters that require a gradient: in an attribute of its own or of its
-    class, also in a list, tuple or dict there."""
-    held = dict(task.named_parameters()) if isinstance(task, nn.Module) else {}
-    names = [name for name, parameter in held.items() if parameter.requires_grad]
+    """Raise UsageError if the task holds parameters that require a gradient, and that are not those of a task that is a
+    module: in an attribute of its own or of its class, also in a list, tuple or dict there."""
+    names: list[str] = []
     attributes = {name: value for kind in reversed(type(task).__mro__) for name, value in vars(kind).items()}
     for name, value in (attributes | vars(task)).items():
         if not (isinstance(task, nn.Module) and name in ("_parameters", "_modules", "_buffers")):
             names += _trained_in(name, value) if isinstance(value, HOLDERS) else []
     if names:
         raise UsageError(
-            f"The task {type(task).__name__} has parameters of its own ({in_short(names)}), which nothing would train, "
-            "save or compare between ranks. Put them into the model, whose forward() can return what loss() needs; or, "
-            "if they are not to be trained, as a teacher's, freeze them: requires_grad_(False)."
+            f"The task {type(task).__name__} holds parameters ({in_short(names)}) that nothing would train, save or "
+            "compare between ranks. Make the task an nn.Module as well, and give it the parameters as attributes in "
+            "__init__ (lists of them as nn.ParameterList or nn.ModuleList): class YourTask(distloop.tasks.Task, "
+            "torch.nn.Module). If they are not to be trained, as a teacher's, freeze them: requires_grad_(False)."
         )
 
 
@@ -86,3 +87,33 @@ def _trained_in(name: str, value: Any) -> Iterator[str]:
 def _held_by(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     items = value.items() if isinstance(value, dict) else enumerate(value)
     return ((f"{name}[{key!r}]", inner) for key, inner in items if isinstance(inner, HOLDERS))
+
+
+def refuse_unused_in_task(task: Task) -> None:
+    """After a backward pass: raise UsageError for parameters of a task that got no gradient, or a sparse one."""
+    for name, parameter in task.as_module.named_parameters():
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            raise UsageError(
+                f"The gradient of the task's {name} is sparse, and ranks exchange whole ones: leave out sparse=True."
+            )
+    if names := unused_parameters(task.as_module):
+        raise UsageError(
+            f"The task's {in_short(names)} got no gradient in the rehearsal: its methods left them out. Let loss() use "
+            "them; or freeze them if they are not to be trained (requires_grad_(False))."
+        )
+
+
+def refuse_untrained_task(task: Task, parts: Mapping[str, Any]) -> list[str]:
+    """Raise UsageError for parameters of a task that no optimizer among the parts updates, as of a copied loop. Returns
+    lines on a state that no checkpoint would hold."""
+    optimizers = [part for part in parts.values() if isinstance(part, torch.optim.Optimizer)]
+    updated = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    trained = [name for name, p in task.as_module.named_parameters() if p.requires_grad and id(p) not in updated]
+    if trained:
+        raise UsageError(
+            f"This loop does not train the task's {in_short(trained)}: give it to build_optimizer(…, task.as_module), "
+            'exchange_gradients(task), norm_and_clip(…) and the parts ("task": task.as_part), as train.py does.'
+        )
+    if task.as_part is None or "task" in parts:
+        return []
+    return ['distloop: WARNING: no checkpoint of this loop holds the task\'s state: add "task": task.as_part to parts']

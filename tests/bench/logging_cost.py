@@ -81,12 +81,12 @@ def run(mode: str, steps: int, width: int) -> dict[str, Any]:
     from distloop.ranks.start import main
     from distloop.run.clock import Clock
     from distloop.run.metrics import MetricsFile
+    from distloop.tasks import Classification
     from distloop.tracking.console import Console
     from distloop.tracking.trackers import Trackers
     from distloop.train import train
     from distloop.training.losses import LossSums
     from distloop.training.nonfinite import FiniteCheck
-    from distloop.training.tasks import Classification
 
     marks: dict[int, tuple[float, float, float]] = {}
     forward, costs, seen = Classification.forward, Costs(), 0

@@ -26,8 +26,8 @@ BATCH, WARM_UP = 64, 100
 def ours(steps: int, processes: int) -> list[float]:
     """The times at which distloop's loop begins its forward passes."""
     from distloop.ranks.start import main
+    from distloop.tasks import Classification
     from distloop.train import train
-    from distloop.training.tasks import Classification
 
     times: list[float] = []
     forward = Classification.forward

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distloop.data.datasets import DataSource, InMemory
-from distloop.training.tasks import Classification, Task
+from distloop.tasks import Classification, Task
 from tests.lab.resuming import StoppedClassification
 from tests.lab.user_code import NextLetter
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from distloop.training.tasks import Regression
+from distloop.tasks import Regression
 from tests.lab.points import line
 
 SAMPLES = 400

@@ -19,7 +19,7 @@ from typing import Any
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from distloop.run import lock
-from distloop.training.tasks import Classification
+from distloop.tasks import Classification
 from tests.lab import stage
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import distloop
 from distloop.data.datasets import DataSource
-from distloop.training.tasks import Classification
+from distloop.tasks import Classification
 
 SAMPLES, CLASSES = 96, ("cat", "dog", "bird")
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
-from distloop.training.tasks import Regression
+from distloop.tasks import Regression
 from tests.lab import stage
 from tests.lab.points import line
 from tests.lab.stopping import stage_saves

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import TensorDataset
 
-from distloop.training.tasks import Regression
+from distloop.tasks import Regression
 from tests.lab import stage
 from tests.lab.points import line
 from tests.lab.stopping import stage_saves

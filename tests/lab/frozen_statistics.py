@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from distloop.training.tasks import Classification
+from distloop.tasks import Classification
 
 
 class FrozenStatistics(Classification):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distloop.training.tasks import Classification
+from distloop.tasks import Classification
 
 SEEN = ("CUDA_VISIBLE_DEVICES", "SLURMD_NODENAME", "SLURM_CPUS_PER_TASK", "OMP_NUM_THREADS", "WANDB_MODE")
 

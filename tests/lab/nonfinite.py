@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distloop.data.datasets import DataSource
-from distloop.training.tasks import Classification
+from distloop.tasks import Classification
 from tests.lab.resuming import Indexed, StopsItself
 
 SAMPLES, FEATURES, CLASSES = 96, 6, 3

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from distloop.data.datasets import DataSource, InMemory, digits
+from distloop.tasks import Classification, Regression
 from distloop.training.models import cnn
-from distloop.training.tasks import Classification, Regression
 from tests.lab import stage
 from tests.lab.user_code import NextLetter, digest
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from distloop.training.tasks import Regression
+from distloop.tasks import Regression
 from tests.lab import stage
 from tests.lab.points import line
 

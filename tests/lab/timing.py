@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset, default_collate, get_worker_info
 
-from distloop.training.tasks import Regression
+from distloop.tasks import Regression
 from tests.lab import stage
 from tests.lab.points import line
 

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from distloop.data.datasets import DataSource, InMemory, cifar10, digits
 from distloop.errors import UsageError
-from distloop.training.tasks import Classification, Task
+from distloop.tasks import Classification, Task
 
 
 def digits_head() -> DataSource:

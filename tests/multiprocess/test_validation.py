@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distloop.training.tasks import Classification
+from distloop.tasks import Classification
 from tests.tools.ranks import train, write_config
 from tests.tools.records import found, largest_difference, losses, rows, weights
 

@@ -13,7 +13,7 @@ from torchvision.models.googlenet import GoogLeNetOutputs
 from torchvision.models.inception import InceptionOutputs
 
 from distloop.errors import UsageError
-from distloop.training.tasks import Classification
+from distloop.tasks import Classification
 
 TARGETS = torch.tensor([0, 2, 1])
 BATCH = (torch.zeros(3, 1), TARGETS)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from distloop.errors import UsageError
 from distloop.run.best import Best, is_better
-from distloop.training.tasks import Classification, Regression
+from distloop.tasks import Classification, Regression
 
 reproducible = settings(derandomize=True, deadline=None)
 values = st.floats() | st.sampled_from([math.nan, math.inf, -math.inf, 0.5, 1.0]) | st.integers(-3, 3)

@@ -22,6 +22,7 @@ from distloop.data.batches import _normalisation, to_model
 from distloop.data.datasets import DataSource
 from distloop.data.order import Plan
 from distloop.run.saving import HostBuffers
+from distloop.tasks import Classification, Regression, Task
 from distloop.training.averaging import Average
 from distloop.training.details import Details
 from distloop.training.gradients import divide_by_weight, norm_and_clip
@@ -30,7 +31,6 @@ from distloop.training.losses import LossSums
 from distloop.training.models import cnn
 from distloop.training.nonfinite import FiniteCheck
 from distloop.training.optimizers import build_optimizer
-from distloop.training.tasks import Classification, Regression, Task
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 

@@ -29,7 +29,7 @@ from distloop.data.seeding import seed_forward
 from distloop.errors import UsageError
 from distloop.ranks.leaving import kill_workers
 from distloop.ranks.places import Position
-from distloop.training.tasks import Classification, Task
+from distloop.tasks import Classification, Task
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ from torchvision import models
 from distloop.config.settings import Config, Model
 from distloop.data.datasets import digits
 from distloop.errors import UsageError
+from distloop.tasks import Classification
 from distloop.training.models import build_model, cnn, make_model, resnet18_small
-from distloop.training.tasks import Classification
 
 CPU = torch.device("cpu")
 NAME = "squeezenet1_1"  # a small one of torchvision's

@@ -27,7 +27,7 @@ from distloop.data.seeding import (
     seed_sample,
     uniforms,
 )
-from distloop.training.tasks import build_task
+from distloop.training.builtin_tasks import build_task
 
 reproducible = settings(derandomize=True, deadline=None)
 seeds = st.integers(0, 2**63 - 1)

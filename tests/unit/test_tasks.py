@@ -15,7 +15,8 @@ from distloop.config.settings import Task as TaskConfig
 from distloop.data.batches import inputs_of, targets_of
 from distloop.data.datasets import InMemory
 from distloop.errors import UsageError
-from distloop.training.tasks import Classification, Regression, Task, build_task
+from distloop.tasks import Classification, Regression, Task
+from distloop.training.builtin_tasks import build_task
 from distloop.training.trying import try_out
 
 

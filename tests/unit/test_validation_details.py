@@ -22,8 +22,8 @@ from distloop.data.datasets import DataSource, InMemory
 from distloop.data.order import FixedBatchSampler, MicroBatch
 from distloop.data.seeded import SeededDataset, collate_of, no_check
 from distloop.errors import UsageError
+from distloop.tasks import Classification, Task
 from distloop.training.details import MISTAKES, Details, png_uri
-from distloop.training.tasks import Classification, Task
 from distloop.training.validation import validate
 
 CPU = torch.device("cpu")

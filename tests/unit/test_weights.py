@@ -86,3 +86,35 @@ def test_an_empty_micro_batch_counts_nothing_and_its_weight_is_that_of_one_sampl
     assert losses.step_weight == 0
     with pytest.raises(UsageError, match="the weight 2 for 1 sample\\."):
         losses.add(torch.tensor(1.0), 2, is_empty=True, samples=1)
+
+
+# ---- more sums by name -----------------------------------------------------------------------------------------
+
+
+def test_sums_by_name_are_divided_by_the_weight_of_the_step_whatever_their_form() -> None:
+    losses, total = LossSums(CPU), torch.tensor(0.1)
+    for is_empty in (False, False, True):
+        total += 0.1  # of a task that returns what it goes on adding to: each value counts as it was
+        numbers = {f"number {place}": place for place in range(12)}  # more than one block of an exchange
+        more = {"tensor": torch.ones(1, 1, requires_grad=True), "running": total, "count": np.int64(3), **numbers}
+        losses.add(torch.tensor(1.0), 4, is_empty, sums=more)
+    read = losses.read()
+    assert {name: read[name] for name in ("loss", "tensor", "count", "number 11")} == {
+        "loss": 2 / 8,
+        "tensor": 2 / 8,
+        "count": 6 / 8,
+        "number 11": 22 / 8,
+    }
+    assert read["running"] == pytest.approx(0.5 / 8)
+    assert losses.step_sums["running"].dtype == torch.float64
+    losses.begin_step()
+    losses.add(torch.tensor(1.0), 4)
+    assert set(losses.read()) == {"loss", "running_loss", "memory_gib"}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lr": 1}, {"samples": 1}, {"step": 1}, {1: 1}, {"text": "1"}, {"pair": torch.ones(2)}, {"j": 1j}, [1]]
+)
+def test_other_sums_and_names_of_a_row_are_refused_at_once(wrong: Any) -> None:
+    with pytest.raises(UsageError, match=r"task\.loss\(\)"):
+        LossSums(CPU).add(torch.tensor(1.0), 4, sums=wrong)

@@ -71,9 +71,7 @@ def train(config: Config, ranks: Ranks) -> None:
         if scaler is None:
             optimizer = optimizer.optimizer  # Accelerate's wrapper serves the scaler only, and costs 0.15 ms a step
         task_model = offered_to_task(model, bare_model)  # calls model; names are those of bare_model
-        validated_model = bare_model
-        if average.module is not None:
-            validated_model = accelerator.prepare_model(average.module, evaluation_mode=True)
+        validated_model = average.prepared(accelerator, bare_model)  # the averaged one, if there is one
         validate = Validation(config, validated_model, task, data, run, ranks, trackers)
         batches = TrainBatches(config, data, task, plan, device, run.start.step, ranks.position, run.clock.waiting)
 
@@ -105,10 +103,10 @@ def train(config: Config, ranks: Ranks) -> None:
                     share, order = float(beta.sample()), torch.randperm(len(labels), device=device)
                     mixed = share * inputs + (1 - share) * inputs[order]
                     outputs = task.forward(task_model, (mixed, labels))  # forward pass
-                    loss, weight = task.loss(outputs, (mixed, labels))  # loss computation: sums over the micro-batch
+                    loss, weight, *sums = task.loss(outputs, (mixed, labels))  # loss computation: sums
                     loss = share * loss + (1 - share) * task.loss(outputs, (mixed, labels[order]))[0]
                     accelerator.backward(loss * micro.scale)  # backward pass; scale: processes / samples of the step
-                losses.add(loss, weight, micro.is_empty, micro.samples)
+                losses.add(loss, weight, micro.is_empty, micro.samples, *sums)
 
             accelerator.unscale_gradients(optimizer)  # of fp16; else nothing
             if task.weight != "samples":  # tokens, pixels: how many they were is known only now
