@@ -1,8 +1,18 @@
 """Tasks of your own import from here: the base class and the built-in ones, which training/ defines."""
 
-from distloop.data.batches import inputs_of, targets_of, with_inputs
+from distloop.data.batches import inputs_of, targets_of, with_inputs, with_targets
 from distloop.training.classification import Classification
 from distloop.training.regression import Regression
 from distloop.training.tasks import Guesses, Sums, Task
 
-__all__ = ["Classification", "Guesses", "Regression", "Sums", "Task", "inputs_of", "targets_of", "with_inputs"]
+__all__ = [
+    "Classification",
+    "Guesses",
+    "Regression",
+    "Sums",
+    "Task",
+    "inputs_of",
+    "targets_of",
+    "with_inputs",
+    "with_targets",
+]

@@ -29,17 +29,27 @@ def targets_of(batch: Any) -> Any:
 
 def with_inputs(batch: Any, inputs: Any) -> Any:
     """The batch with other inputs."""
+    return _with_part(batch, 0, "inputs", inputs)
+
+
+def with_targets(batch: Any, targets: Any) -> Any:
+    """The batch with other targets."""
+    return _with_part(batch, 1, "targets", targets)
+
+
+def _with_part(batch: Any, position: int, key: str, value: Any) -> Any:
+    """The batch with another value where _part() finds one."""
     if type(batch) in PLAIN:
-        return type(batch)((inputs, *batch[1:]))
+        return type(batch)((*batch[:position], value, *batch[position + 1 :]))
     if isinstance(batch, dict):
-        return {**batch, "inputs": inputs}
+        return {**batch, key: value}
     if isinstance(batch, Mapping):
-        return _with_items(batch, {"inputs": inputs})
+        return _with_items(batch, {key: value})
     if _is_dataclass(batch):
-        return _with_fields(batch, {"inputs": inputs})
+        return _with_fields(batch, {key: value})
     if names := _names(batch):
-        return type(batch)(**{**batch._asdict(), "inputs" if "inputs" in names else names[0]: inputs})
-    return type(batch)((inputs, *batch[1:]))
+        return type(batch)(**{**batch._asdict(), key if key in names else names[position]: value})
+    return type(batch)((*batch[:position], value, *batch[position + 1 :]))
 
 
 def _part(batch: Any, position: int, key: str) -> Any:

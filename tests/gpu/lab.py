@@ -185,7 +185,7 @@ class WatchedClassification(HostSyncs, Classification):
 class ReadingClassification(HostSyncs, Classification):
     """It reads its loss in each step, as no task should."""
 
-    def loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, int]:
+    def loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor | int]:
         loss, weight = super().loss(outputs, batch)
         loss.item()
         return loss, weight

@@ -22,7 +22,7 @@ from torchvision.datasets import FakeData
 
 from distloop.config.settings import Data
 from distloop.data import DataSource, InMemory, WholeBatches, load_data
-from distloop.data.batches import cast, inputs_of, send, targets_of, to_model, with_inputs
+from distloop.data.batches import cast, inputs_of, send, targets_of, to_model, with_inputs, with_targets
 from distloop.data.datasets import class_names, gives_batches, image_folder
 from distloop.data.order import MicroBatch
 from distloop.data.pictures import load_picture
@@ -112,6 +112,15 @@ def test_inputs_and_targets_are_found_and_cast_in_each_form_which_stays(batch: A
     assert (inputs_of(other).dtype, inputs_of(other).tolist()) == (torch.float32, (2 * INPUTS).tolist())
     assert torch.equal(targets_of(other), TARGETS)
     assert (inputs_of(batch).dtype, float(inputs_of(batch)[0, 0])) == (torch.float64, 1.0)  # the batch is as it was
+
+
+@pytest.mark.parametrize("batch", FORMS, ids=lambda batch: type(batch).__name__)
+def test_targets_are_replaced_in_each_form_which_stays(batch: Any) -> None:
+    other = with_targets(batch, TARGETS + 5)
+    assert type(other) is type(batch)
+    assert torch.equal(targets_of(other), TARGETS + 5)
+    assert torch.equal(inputs_of(other), INPUTS)
+    assert torch.equal(targets_of(batch), TARGETS)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
