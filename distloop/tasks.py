@@ -3,12 +3,14 @@
 from distloop.data.batches import inputs_of, targets_of, with_inputs, with_targets
 from distloop.training.classification import Classification
 from distloop.training.regression import Regression
+from distloop.training.segmentation import Segmentation
 from distloop.training.tasks import Guesses, Sums, Task
 
 __all__ = [
     "Classification",
     "Guesses",
     "Regression",
+    "Segmentation",
     "Sums",
     "Task",
     "inputs_of",

@@ -8,9 +8,14 @@ from distloop.data.seeding import Place, building
 from distloop.errors import UsageError
 from distloop.training.classification import Classification
 from distloop.training.regression import Regression
+from distloop.training.segmentation import Segmentation
 from distloop.training.tasks import Task, check_attributes
 
-TASKS: dict[str, Callable[..., Task]] = {"classification": Classification, "regression": Regression}
+TASKS: dict[str, Callable[..., Task]] = {
+    "classification": Classification,
+    "regression": Regression,
+    "segmentation": Segmentation,
+}
 
 
 def build_task(config: TaskConfig, seed: int | None = None) -> Task:

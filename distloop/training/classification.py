@@ -16,10 +16,10 @@ from distloop.training.cross_entropy import (
     summed_loss,
     summed_weight,
 )
+from distloop.training.labels import refuse_small
 from distloop.training.mixing import mixed, read_alpha
 from distloop.training.tasks import Guesses, Sums, Task
 
-SMALL = {torch.uint8: 256, torch.int8: 128, torch.bool: 2}  # how many classes a label of so few bits can name
 LABELLED = "samples with a label"  # a sum of Classification, under a name that no task of a user's has
 # What torchvision's models give in training: their module, class, and the weight of each auxiliary loss (Szegedy et al.
 # 2015, "Going deeper with convolutions"; torchvision's own recipe for Inception).
@@ -140,12 +140,7 @@ class Classification(Task):
         labels = torch.as_tensor(targets)
         if labels.is_floating_point() or labels.is_complex() or labels.ndim != 1:
             raise UsageError(f"{needs} {labels.dtype} of shape {list(labels.shape)}.{_as_label(labels)}")
-        if labels.dtype in (torch.uint8, torch.int8, torch.bool) and self.classes > (most := SMALL[labels.dtype]):
-            raise UsageError(
-                f"Labels of {str(labels.dtype).removeprefix('torch.')} can name {most} classes only, and the model has "
-                f"{self.classes}: larger labels have become other numbers. Make them int64 before they get their "
-                "values: torch.tensor(labels, dtype=torch.int64)."
-            )
+        refuse_small(labels, self.classes)
         labels = labels.long()  # uint16 knows no comparison
         wrong = torch.nonzero((labels < 0) | (labels >= self.classes)).flatten()
         if len(wrong):

@@ -183,7 +183,7 @@ def test_without_them_a_batch_stays_the_same_object(arguments: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
 def test_the_form_of_the_batch_and_what_else_it_holds_stay(dtype: torch.dtype) -> None:
-    batch = {"inputs": IMAGES, "targets": LABELS.to(dtype), "path": ["a"] * 6}
+    batch: dict[str, Any] = {"inputs": IMAGES, "targets": LABELS.to(dtype), "path": ["a"] * 6}
     torch.manual_seed(2)
     found = probed(mixup=0.5).augment_batch(batch)
     torch.manual_seed(2)
