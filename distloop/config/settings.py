@@ -60,7 +60,8 @@ class Model:
 @section
 class Task:
     name: str = "classification"
-    """classification | regression | segmentation, or module:class of your own (a subclass of distloop.tasks.Task)."""
+    """classification | regression | segmentation | language_modelling, or module:class of your own (a subclass
+    of distloop.tasks.Task)."""
     args: Arguments = no_arguments()
     """Arguments of the task, such as label_smoothing (docs/own-code.md, Built-in tasks)."""
 

@@ -7,6 +7,7 @@ from distloop.config.settings import Task as TaskConfig
 from distloop.data.seeding import Place, building
 from distloop.errors import UsageError
 from distloop.training.classification import Classification
+from distloop.training.language_modelling import LanguageModelling
 from distloop.training.regression import Regression
 from distloop.training.segmentation import Segmentation
 from distloop.training.tasks import Task, check_attributes
@@ -15,6 +16,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "classification": Classification,
     "regression": Regression,
     "segmentation": Segmentation,
+    "language_modelling": LanguageModelling,
 }
 
 
