@@ -149,6 +149,21 @@ def test_the_metrics_are_those_of_all_pixels_that_count_however_they_are_batched
     assert Segmentation.best == ("mean_iou", "max")
 
 
+@pytest.mark.parametrize("ignored", [0, -100, 255])
+def test_pixels_that_do_not_count_are_in_no_metric_whatever_their_label(
+    scores: tuple[Tensor, Tensor], ignored: int
+) -> None:
+    outputs, masks = scores[0].detach(), scores[1]
+    counts = (masks != 255) & (masks != ignored)
+    labels = torch.where(counts, masks, ignored)
+    found = probed(ignore_index=ignored).metrics(outputs, (None, labels))["confusion"]
+    pairs = zip(labels[counts].tolist(), outputs.argmax(1)[counts].tolist(), strict=True)
+    expected = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
+    for label, prediction in pairs:
+        expected[label, prediction] += 1
+    assert torch.equal(found, expected)
+
+
 def summary_of(confusion: list[list[int]], **arguments: Any) -> dict[str, float]:
     pixels = torch.tensor(1)
     sums = {"confusion": torch.tensor(confusion), "loss": torch.tensor(0.5), "weight": pixels, "samples": pixels}

@@ -159,6 +159,16 @@ def test_a_classification_of_another_form_has_no_guesses(outputs: Any, batch: An
     assert Classification().guesses(outputs, batch) is None
 
 
+class OwnCheck(Classification):
+    def check(self, batch: Any, indices: Any) -> None: ...
+
+
+def test_labels_in_memory_are_checked_once_unless_a_check_looks_at_more() -> None:
+    assert Classification().checks_targets_only
+    assert Task().checks_targets_only  # its check does nothing
+    assert not OwnCheck().checks_targets_only
+
+
 # ---- regression ------------------------------------------------------------------------------------------------
 
 
