@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import operator
 import re
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,7 +114,9 @@ def config_from_mapping(settings: dict[str, Any], source: str, given: Sequence[G
         problems: dict[str, tuple[Any, list[str]]] = {}
         for problem in error.errors():
             key, names = _dotted_key(problem["loc"])
-            if problem["type"] == "unexpected_keyword_argument":
+            if problem["type"] == "missing" and isinstance(problem["loc"][-1], str):
+                key, text = key.rpartition(".")[0], f"{problem['loc'][-1]} is missing"
+            elif problem["type"] == "unexpected_keyword_argument":
                 text = f"there is no such setting.{_instead(str(problem['loc'][-1]), names, problem['input'])}"
             else:
                 text = problem["msg"][0].lower() + problem["msg"][1:]
@@ -173,8 +177,12 @@ def check(config: Config) -> None:
         )
     if config.optim.nesterov and config.optim.momentum == 0:
         raise UsageError("optim.nesterov needs optim.momentum above 0.")
-    if config.checkpoint.best is not None and not re.fullmatch(r"(min|max) [^\s]+", config.checkpoint.best):
-        raise UsageError(f"checkpoint.best = {config.checkpoint.best!r}: write 'max METRIC' or 'min METRIC'.")
+    rules = {"checkpoint.best": config.checkpoint.best}
+    if config.train.early_stop is not None:
+        rules["train.early_stop.metric"] = config.train.early_stop.metric
+    for key, rule in rules.items():
+        if rule is not None and not re.fullmatch(r"(min|max) [^\s]+", rule):
+            raise UsageError(f"{key} = {rule!r}: write 'max METRIC' or 'min METRIC'.")
     if config.schedule.name == "multi_step" and not config.schedule.milestones:
         raise UsageError("schedule.name = 'multi_step' needs schedule.milestones, the steps at which the rate drops.")
 
@@ -189,13 +197,15 @@ def _dotted_key(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
     "workers", "int") -> "data.workers", ["name", "root", "workers", …]"""
     names: list[str] = []
     owner: Any = Config
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {}  # of the section at hand, by name: their types
     for part in location:
         names.append(str(part))
-        fields = {field.name: field.default for field in dataclasses.fields(owner)}
-        if not dataclasses.is_dataclass(fields.get(str(part))):
+        fields = {field.name: field.type for field in dataclasses.fields(owner)}
+        hint = fields.get(str(part))
+        kinds = (hint, *(typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else ()))
+        if (inner := next(filter(dataclasses.is_dataclass, kinds), None)) is None:
             break
-        owner = fields[str(part)]
+        owner = inner
     return ".".join(names), [*fields, *(types_of_settings() if owner is Config else ())]
 
 
