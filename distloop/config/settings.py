@@ -203,7 +203,9 @@ class Config:
     """auto: continue the run of this name. never: move it aside and start anew. extend: continue it although
     the config now trains differently."""
     init_from: Text | None = None
-    """Weights to start from: a run directory, a checkpoint or a .safetensors file."""
+    """Weights to start from: a run directory, a checkpoint, or a .safetensors, .pt or .pth file."""
+    init_fit: bool = False
+    """Take what fits of init_from; tensors of another shape, and those that are not there, start fresh."""
     expect_world: PositiveInt | None = None
     """Refuse to train unless there are exactly so many processes."""
 

@@ -34,6 +34,7 @@ from distloop.run.checkpoint import (
     weights_of,
 )
 from distloop.run.files import Start, read_json
+from distloop.run.initial_weights import load_initial_weights
 from distloop.run.module_state import check_tensors, make_whole, tensors_and_extra
 
 Parts = Mapping[str, Any]
@@ -170,10 +171,15 @@ def contents_of(parts: Parts, buffers: Any) -> tuple[dict[str, Weights], dict[st
 
 
 def load_start(
-    start: Start, parts: Parts, bad_samples: BadSamples | None = None, early_end: EarlyEnd | None = None
+    start: Start,
+    parts: Parts,
+    bad_samples: BadSamples | None = None,
+    early_end: EarlyEnd | None = None,
+    init_fit: bool = False,
 ) -> LoopState:
     """Load the checkpoint or the weights from which an attempt starts, which samples were left out, and whether the
-    loop had finished early, if the process was killed before status.json said so. Returns the loop's state."""
+    loop had finished early, if the process was killed before status.json said so. Returns the loop's state. The start's
+    messages get lines on weights that do not fit, with `init_fit`."""
     if start.checkpoint:
         stored = read_json(start.checkpoint / STATE)
         load_parts(start.checkpoint, parts, stored)
@@ -193,7 +199,7 @@ def load_start(
         if (model := dict(existing(parts)).get("model")) is None:
             raise UsageError(f"init_from: this loop has no part named model, but {', '.join(parts)}.")
         make_whole(model)
-        load_weights(start.weights, model)
+        start.messages.extend(load_initial_weights(start.weights, model, init_fit))
     return LoopState()
 
 
