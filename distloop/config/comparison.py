@@ -30,7 +30,8 @@ FREE_KEYS += ("train.on_nonfinite",)  # the steps before the first non-finite on
 FREE_KEYS += ("data.on_bad_sample",)  # the same, for the first bad sample
 FREE_KEYS += ("validate", "checkpoint", "stop", "log", "tracking", "ddp")
 # --resume extend may not change these either: step 100 of a checkpoint means something else with another value.
-FIXED_KEYS = ("seed", "dtype", "data.name", "model", "optim.name", "batch.global_size", "batch.remainder", "init_from")
+FIXED_KEYS: tuple[str, ...] = ("seed", "dtype", "data.name", "model", "optim.name", "batch.global_size")
+FIXED_KEYS += ("batch.remainder", "init_from", "init_fit")
 
 
 def flatten(config: Config) -> dict[str, Any]:

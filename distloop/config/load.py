@@ -113,7 +113,9 @@ def config_from_mapping(settings: dict[str, Any], source: str, given: Sequence[G
         problems: dict[str, tuple[Any, list[str]]] = {}
         for problem in error.errors():
             key, names = _dotted_key(problem["loc"])
-            if problem["type"] == "unexpected_keyword_argument":
+            if problem["type"] == "missing" and isinstance(problem["loc"][-1], str):
+                key, text = key.rpartition(".")[0], f"{problem['loc'][-1]} is missing"
+            elif problem["type"] == "unexpected_keyword_argument":
                 text = f"there is no such setting.{_instead(str(problem['loc'][-1]), names, problem['input'])}"
             else:
                 text = problem["msg"][0].lower() + problem["msg"][1:]
@@ -174,8 +176,12 @@ def check(config: Config) -> None:
         )
     if config.optim.nesterov and config.optim.momentum == 0:
         raise UsageError("optim.nesterov needs optim.momentum above 0.")
-    if config.checkpoint.best is not None and not re.fullmatch(r"(min|max) [^\s]+", config.checkpoint.best):
-        raise UsageError(f"checkpoint.best = {config.checkpoint.best!r}: write 'max METRIC' or 'min METRIC'.")
+    rules = {"checkpoint.best": config.checkpoint.best}
+    if config.train.early_stop is not None:
+        rules["train.early_stop.metric"] = config.train.early_stop.metric
+    for key, rule in rules.items():
+        if rule is not None and not re.fullmatch(r"(min|max) [^\s]+", rule):
+            raise UsageError(f"{key} = {rule!r}: write 'max METRIC' or 'min METRIC'.")
     if config.schedule.name == "multi_step" and not config.schedule.milestones:
         raise UsageError("schedule.name = 'multi_step' needs schedule.milestones, the steps at which the rate drops.")
 

@@ -30,6 +30,7 @@ OTHERS: tuple[Effect, ...] = (
     (("data.root",), "data.name", lambda name: name not in ("digits", "diabetes")),
     (("data.timeout_seconds",), "data.workers", lambda workers: workers != 0),
     (("model.pretrained",), "init_from", lambda weights: weights is None),  # which all come from there
+    (("init_fit",), "init_from", lambda weights: weights is not None),
 )
 WITH_ARGUMENTS = ("data", "model", "task")
 FALSE_IN_YAML_1_1 = ("no", "No", "NO", "off", "Off", "OFF")
@@ -90,6 +91,8 @@ def _without_effect(config: Config, effects: Sequence[Effect]) -> Iterator[str]:
     values, defaults = flatten(config), flatten(Config())
     for keys, decider, has_effect in effects:
         for key in keys:
+            if key == "model.pretrained" and config.init_fit:
+                continue  # not all come from there
             if values[key] != defaults[key] and not has_effect(values[decider]):
                 yield f"{_setting(key, values[key])} ({decider} is {values[decider]})"
 

@@ -78,6 +78,16 @@ class Batch:
 
 
 @section
+class EarlyStop:
+    patience: PositiveInt
+    """After how many validations without improvement the run is finished."""
+    metric: Text | None = None
+    """As checkpoint.best; null: what the best is chosen by."""
+    min_delta: NonNegativeFloat = 0.0
+    """A value is an improvement if it is better by more than this."""
+
+
+@section
 class Train:
     epochs: PositiveInt | None = 20
     """Passes over the training data. Give this or steps."""
@@ -88,6 +98,9 @@ class Train:
     samples. skip: the step leaves parameters, moments and buffers as they were."""
     detect_anomaly: bool = False
     """Let autograd name the forward operation behind a NaN, which makes steps several times slower."""
+    early_stop: EarlyStop | None = None
+    """Finish the run after so many validations without improvement: {patience: 5, metric: min loss, min_delta: 0}.
+    metric: as checkpoint.best, null: that one or the task's own; min_delta: what a value must be better by."""
 
 
 @section
@@ -191,7 +204,9 @@ class Config:
     """auto: continue the run of this name. never: move it aside and start anew. extend: continue it although
     the config now trains differently."""
     init_from: Text | None = None
-    """Weights to start from: a run directory, a checkpoint or a .safetensors file."""
+    """Weights to start from: a run directory, a checkpoint, or a .safetensors, .pt or .pth file."""
+    init_fit: bool = False
+    """Take what fits of init_from; tensors of another shape, and those that are not there, start fresh."""
     expect_world: PositiveInt | None = None
     """Refuse to train unless there are exactly so many processes."""
 

@@ -21,12 +21,12 @@ from distloop.ranks.ranks import Ranks
 from distloop.ranks.stopping import STOP, StopReason
 from distloop.ranks.talking import say
 from distloop.run.accounts import TimeAccounts
-from distloop.run.best import Best
+from distloop.run.best import Best, EarlyEnd
 from distloop.run.checkpoint import LoopState
 from distloop.run.clock import Clock
 from distloop.run.directory import open_directory, record_start
 from distloop.run.failures import FailureRecords
-from distloop.run.files import CHECKPOINTS, FAILURES, METRICS, Start
+from distloop.run.files import CHECKPOINTS, FAILURES, METRICS
 from distloop.run.identity import facts_of, identity_of
 from distloop.run.lock import RunLock
 from distloop.run.parts import Parts, check_parts, load_start
@@ -48,7 +48,8 @@ class Attempt(AttemptBase):
         self.lock = RunLock()
         self.status = RunStatus(ranks.is_main, plan.total_steps, best.rule, self.check_ownership)
         self.is_open = self.is_closed = False
-        self.finished_because: str | None = None
+        self.best.early_end = EarlyEnd(config.train.early_stop, best.rule)
+        self.agreed: StopReason | None = None  # what end_step() returned
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -60,18 +61,19 @@ class Attempt(AttemptBase):
     def end_step(self, step: int) -> StopReason | None:
         """Call it after each step; `step`: how many are done. Returns why all ranks stop now; None: go on."""
         self.clock.add(self.plan.sample_count(step - 1))
-        return self.stop_reason or self.agreement.reached()
+        self.agreed = None if self.best.early_end.reason else self.agreement.reached()
+        return self.stop_reason
 
     @property
     def stop_reason(self) -> StopReason | None:
-        """FINISHED once finish() was called, in this attempt or in one that was killed before it said so."""
-        return StopReason.FINISHED if self.finished_because else None
+        """What end_step() returned; FINISHED once finish() or train.early_stop has ended the run."""
+        return StopReason.FINISHED if self.best.early_end.reason else self.agreed
 
     def load(self, parts: Parts) -> LoopState:
         """Load the newest good checkpoint, else the weights of --init-from, else none; returns the loop's state.
         `parts`: modules, optimizers, objects with state_dict(), None. Raises UsageError for what does not fit."""
         self.start.messages.extend(check_parts(parts))
-        state, self.finished_because = load_start(self.start, parts, self.source.bad_samples)
+        state = load_start(self.start, parts, self.source.bad_samples, self.best.early_end, self.config.init_fit)
         self.best.row = self.status.best = state.best
         if self.start.changes and self.ranks.is_main:
             record_start(self.start, self.config, self.ranks.world_size, self.loop)
@@ -80,13 +82,13 @@ class Attempt(AttemptBase):
 
     def save(self, parts: Parts, state: LoopState) -> None:
         """Copy `parts` and the loop's state; a thread writes them as the checkpoint of state.step."""
-        more = {"time": self.accounts.mark(), **self.source.bad_samples.state()}
-        self.saver.save(parts, state, more | ({"finished": why} if (why := self.finished_because) else {}))
+        more = {"time": self.accounts.mark(), **self.source.bad_samples.state(), **self.best.early_end.state()}
+        self.saver.save(parts, state, more)
 
     def finish(self, reason: str) -> StopReason:
         """End the run after this step as finished: returns what to set stop_reason to, before the loop saves. All ranks
         call it alike: they decide by numbers that are the same on all, as validate()'s are."""
-        self.finished_because = reason
+        self.best.early_end.said = reason
         return StopReason.FINISHED
 
     def end(self, step: int, stop: StopReason | None) -> None:
@@ -102,7 +104,7 @@ class Attempt(AttemptBase):
         if self.ranks.is_main:
             (self.path / STOP).unlink(missing_ok=True)
         state = "stopped" if stopped_by else "finished"
-        self.status.end(state, stopped_by.text if stopped_by else self.finished_because or "all steps are done")
+        self.status.end(state, stopped_by.text if stopped_by else self.best.early_end.reason or "all steps are done")
         self.accounts.write(state)
         self.agreement.close()
         self.ranks.stopped_by = stopped_by
@@ -126,8 +128,7 @@ class Attempt(AttemptBase):
         refuse_unlike_rank_0(ranks, of_rank_0, facts, start)
         self.start, self.is_finished = start, start.finished  # before this attempt
         if self.is_finished:
-            if ranks.is_main:
-                _say_finished(start, self.plan.total_steps)
+            _say_finished(self)
             return
         self.status.start = start
         self.records = FailureRecords(self.path / FAILURES, start.attempt, ranks.rank)
@@ -187,12 +188,15 @@ class Attempt(AttemptBase):
             end_at_once(1)
 
 
-def _say_finished(start: Start, total_steps: int) -> None:
-    early = "" if start.step == total_steps else f" after step {start.step}: {start.messages[0]}"
-    say(
-        f"{start.path} is finished{early}; its metrics are in {start.path / METRICS}. "
-        "--name NAME trains another run, --resume extend --train.epochs N goes on with this one."
-    )
+def _say_finished(attempt: Attempt) -> None:
+    start, early, longer = attempt.start, "", "--train.epochs N"
+    if start.step != attempt.plan.total_steps:
+        early, longer = f" after step {start.step}: {start.messages[0]}", attempt.best.early_end.longer
+    if attempt.ranks.is_main:
+        say(
+            f"{start.path} is finished{early}; its metrics are in {start.path / METRICS}. "
+            f"--name NAME trains another run, --resume extend {longer} goes on with this one."
+        )
 
 
 open_run = Attempt  # for train(): with open_run(…) as run

@@ -27,7 +27,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distloop.config.places import absolute
 from distloop.errors import UsageError
 from distloop.run.files import sync
 from distloop.run.module_state import is_extra, tensors_and_extra
@@ -226,9 +225,9 @@ def write_weights(weights: Weights, path: Path) -> None:
         file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Copy a safetensors file into the model's tensors, and the extra state that lies beside it. Raises UsageError with
-    the shapes that differ, if any do. A file of weights alone leaves the model's extra state as it is."""
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(the tensors of a safetensors file under all their names, the extra state that lies beside it). Raises
+    UsageError for another file."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
@@ -242,17 +241,30 @@ def load_weights(path: Path, model: nn.Module) -> None:
     extra: dict[str, Any] = {name: tensors.pop(name) for name in list(tensors) if is_extra(name)}  # of an older version
     if (beside := path.with_suffix(EXTRA)).exists():
         extra |= read_plain(beside)
+    return tensors, extra
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Copy a safetensors file into the model's tensors, and the extra state that lies beside it. Raises UsageError with
+    the shapes that differ, if any do. A file of weights alone leaves the model's extra state as it is."""
+    put_weights(path, *read_weights(path), model)
+
+
+def put_weights(
+    path: Path, tensors: dict[str, Tensor], extra: dict[str, Any], model: nn.Module, hint: str = ""
+) -> None:
+    """Copy what was read from `path` into the model. Raises UsageError, with the `hint`, for what differs."""
     own_tensors, own_extra = tensors_and_extra(model)
     expected = {name: tuple(tensor.shape) for name, tensor in own_tensors.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:
-        raise UsageError(f"{path} belongs to another model:\n{_differing_shapes(found, expected)}")
+        raise UsageError(f"{path} belongs to another model:\n{differing_shapes(found, expected)}{hint}")
     for name, tensor in own_tensors.items():
         if tensors[name].is_complex() and not tensor.is_complex():
-            raise UsageError(f"{path} belongs to another model: {name} is complex there, and real here.")
+            raise UsageError(f"{path} belongs to another model: {name} is complex there, and real here.{hint}")
     if unknown := [name for name in extra if name not in own_extra]:
         raise UsageError(
-            f"{path} belongs to another model: {unknown[0]} is there only, and the model has no such state."
+            f"{path} belongs to another model: {unknown[0]} is there only, and the model has no such state.{hint}"
         )
     missing = {name: value for name, value in own_extra.items() if name not in extra}
     model.load_state_dict({**tensors, **missing, **extra})
@@ -267,19 +279,6 @@ def read_plain(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read as plain data, and is not run: {reason}") from None
 
 
-def weights_file(source: str) -> Path:
-    """The .safetensors file that --init-from names: itself, or that of a checkpoint, or of a run's newest."""
-    path = absolute(source)
-    for file in (path, path / MODEL):
-        if file.is_file():
-            return file
-    newest, passed_over = newest_good(path / "checkpoints")
-    if newest is None:
-        reasons = "".join(f"\n  {line}" for line in passed_over)
-        raise UsageError(f"init_from = {source!r}: no run, checkpoint or .safetensors file there.{reasons}")
-    return newest / MODEL
-
-
 def digest(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
@@ -291,7 +290,8 @@ def digest_of(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _differing_shapes(found: dict[str, tuple], expected: dict[str, tuple], most: int = 6) -> str:
+def differing_shapes(found: dict[str, tuple], expected: dict[str, tuple], most: int = 6) -> str:
+    """Lines on the shapes that differ, or are in the file only or in the model only."""
     lines = [f"  {name}: only in the file, {list(found[name])}" for name in found if name not in expected]
     lines += [f"  {name}: only in the model, {list(expected[name])}" for name in expected if name not in found]
     both = [name for name in expected if name in found and found[name] != expected[name]]

@@ -15,17 +15,9 @@ from distloop.config.settings import Config, path_of
 from distloop.data.fingerprint import is_other, likeness
 from distloop.errors import UsageError
 from distloop.run import files
-from distloop.run.checkpoint import (
-    MANIFEST,
-    STATE,
-    clean,
-    newest_good,
-    published_in,
-    read_manifest,
-    step_of,
-    weights_file,
-)
+from distloop.run.checkpoint import MANIFEST, STATE, clean, newest_good, published_in, read_manifest, step_of
 from distloop.run.files import Start, read_json, write_json, write_text
+from distloop.run.initial_weights import weights_file
 from distloop.run.lock import RunLock
 from distloop.run.metrics import set_rows_aside
 from distloop.run.provenance import LoopSource, environment, git_facts

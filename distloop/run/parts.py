@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from distloop.data.bad_samples import BadSamples
 from distloop.errors import UsageError
+from distloop.run.best import EarlyEnd
 from distloop.run.checkpoint import (
     EXTRA,
     STATE,
@@ -33,12 +34,19 @@ from distloop.run.checkpoint import (
     weights_of,
 )
 from distloop.run.files import Start, read_json
+from distloop.run.initial_weights import load_initial_weights
 from distloop.run.module_state import check_tensors, make_whole, tensors_and_extra
 
 Parts = Mapping[str, Any]
 EXTRA_STATE = "get_extra_state()"
 TASK = "task"  # the part that is the run's task
-TAKEN = {*(field.name for field in dataclasses.fields(LoopState)), "time", "finished", "bad_samples"}  # of state.json
+TAKEN = {
+    *(field.name for field in dataclasses.fields(LoopState)),
+    "time",
+    "finished",
+    "bad_samples",
+    "early_stop",
+}  # of state.json
 
 
 def check_parts(parts: Parts) -> list[str]:
@@ -173,31 +181,37 @@ def contents_of(parts: Parts, buffers: Any) -> tuple[dict[str, Weights], dict[st
     return weights, others, state
 
 
-def load_start(start: Start, parts: Parts, bad_samples: BadSamples | None = None) -> tuple[LoopState, str | None]:
-    """Load the checkpoint or the weights from which an attempt starts, and which samples were left out. Returns the
-    loop's state and, if the loop had finished early and the process was killed before status.json said so, why it
-    had."""
+def load_start(
+    start: Start,
+    parts: Parts,
+    bad_samples: BadSamples | None = None,
+    early_end: EarlyEnd | None = None,
+    init_fit: bool = False,
+) -> LoopState:
+    """Load the checkpoint or the weights from which an attempt starts, which samples were left out, and whether the
+    loop had finished early, if the process was killed before status.json said so. Returns the loop's state. The start's
+    messages get lines on weights that do not fit, with `init_fit`."""
     if start.checkpoint:
         stored = read_json(start.checkpoint / STATE)
         start.messages.extend(load_parts(start.checkpoint, parts, stored))
         if bad_samples is not None:
             bad_samples.load(stored)
-        same_config = read_manifest(start.checkpoint)["config_sha256"] == start.identity["config_sha256"]
-        finished_because = stored.get("finished") if same_config else None  # else --resume extend goes on
-        state = LoopState(
+        if early_end is not None:
+            config = read_manifest(start.checkpoint)["config_sha256"]
+            early_end.load(stored, config == start.identity["config_sha256"])
+        return LoopState(
             stored["step"],
             tuple(stored["epoch_sums"]),
             stored["best"],
             stored["skipped_steps"],
             stored.get("unvalidated", False),
         )
-        return state, finished_because
     if start.weights:
         if (model := dict(existing(parts)).get("model")) is None:
             raise UsageError(f"init_from: this loop has no part named model, but {', '.join(parts)}.")
         make_whole(model)
-        load_weights(start.weights, model)
-    return LoopState(), None
+        start.messages.extend(load_initial_weights(start.weights, model, init_fit))
+    return LoopState()
 
 
 def load_parts(path: Path, parts: Parts, state: Mapping[str, Any]) -> list[str]:

@@ -56,8 +56,10 @@ def ending(
     why: str | None,
     best: dict[str, Any] | None,
     last: dict[str, Any],
+    longer: str = "--train.epochs N",
 ) -> list[str]:
-    """The lines at the end of an attempt. `why` it ends before total_steps; `best`, `last`: validation rows."""
+    """The lines at the end of an attempt. `why` it ends before total_steps; `best`, `last`: validation rows; `longer`:
+    the setting with which a finished run goes on."""
     if not finished:
         return [f"stopped after step {step} of {total_steps} ({why}), saved in {path}; the same command continues"]
 
@@ -76,7 +78,7 @@ def ending(
         *_time(path),
         f"  metrics, one JSON object a line: {path / METRICS}",
         *_weights(path, best),
-        "  --name NAME trains another run, --resume extend --train.epochs N goes on with this one",
+        f"  --name NAME trains another run, --resume extend {longer} goes on with this one",
     ]
 
 

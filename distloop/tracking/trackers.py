@@ -115,8 +115,10 @@ class Trackers:
     def _end(self, step: int, stop: StopReason | None, metrics: dict[str, Any]) -> None:
         self._close()
         finished = step == self.run.plan.total_steps or stop is StopReason.FINISHED
-        why = self.run.finished_because if stop is StopReason.FINISHED else stop.text if stop else None
-        self.say(*ending(self.run.path, step, self.run.plan.total_steps, finished, why, self.run.best.row, metrics))
+        why = self.run.best.early_end.reason if stop is StopReason.FINISHED else stop.text if stop else None
+        total_steps, best = self.run.plan.total_steps, self.run.best
+        longer = best.early_end.longer if step < total_steps else "--train.epochs N"
+        self.say(*ending(self.run.path, step, total_steps, finished, why, best.row, metrics, longer))
         self.say(*self.run.source.bad_samples.lines())
         report = None
         if finished and self.config.tracking.report:

@@ -271,7 +271,8 @@ def test_the_source_is_recorded_and_another_one_in_a_resume_is_said_in_one_line(
 
 # ---- an early end ----------------------------------------------------------------------------------------------
 
-BEST = "                metrics = validate(step, parts, state)  # where it fails, rank 0 saves this step first\n"
+BEST = "                metrics, stop_reason = validate(step, parts, state), run.stop_reason"
+BEST += "  # train.early_stop may end it\n"
 FINISH = '                if step == 12:\n                    stop_reason = run.finish("the loss is low enough")\n'
 EARLY = (BEST, BEST + FINISH)
 # It is killed after its last save, or in its first step, if there is a file of this name.

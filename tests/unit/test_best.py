@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distloop.config.settings import EarlyStop
 from distloop.errors import UsageError
-from distloop.run.best import Best, is_better
+from distloop.run.best import Best, EarlyEnd, is_better
 from distloop.tasks import Classification, Regression
 
 reproducible = settings(derandomize=True, deadline=None)
@@ -92,3 +94,79 @@ def test_the_best_checkpoint_is_the_configs_or_else_the_tasks() -> None:
     assert Best("max accuracy", Regression().best).rule == ("accuracy", "max")
     assert Best("min loss", Classification().best).rule == ("loss", "min")
     assert Best("max mean_iou", Regression().best).rule == ("mean_iou", "max")
+
+
+# ---- train.early_stop ------------------------------------------------------------------------------------------------
+
+
+def waiting(patience: int, metric: str | None = None, min_delta: float = 0.0) -> Best:
+    best = Best(None, ("accuracy", "max"))
+    best.early_end = EarlyEnd(EarlyStop(patience, metric, min_delta), best.rule)
+    return best
+
+
+@pytest.mark.parametrize(
+    ("settings", "values", "step", "reason"),
+    [
+        ((2,), [0.5, 0.6, 0.6, 0.4, 0.9], 4, "no better accuracy than 0.6 of step 2 in 2 validations"),
+        ((1,), [0.5, 0.6, 0.59], 3, "no better accuracy than 0.6 of step 2 in 1 validation"),
+        ((2,), [0.5, 0.4, 0.6, 0.5, 0.7], None, None),
+        ((2, None, 0.1), [0.5, 0.55, 0.59, 0.9], 3, "no better accuracy than 0.5 of step 1 by more than 0.1 in 2 vali"),
+        ((2, None, 0.1), [0.5, 0.55, 0.7, 0.75, 0.9], None, None),
+        ((2, "min accuracy"), [0.5, 0.6, 0.6], 3, "no better accuracy than 0.5 of step 1 in 2 validations"),
+        ((2, "min accuracy", 0.1), [0.5, 0.45, 0.39, 0.4, 0.3], 5, "no better accuracy than 0.39 of step 3 by more"),
+        ((2,), [0.5, math.nan, math.nan, 0.9], 3, "no better accuracy than 0.5 of step 1 in 2 validations"),
+        ((2,), [math.nan, math.inf, 0.9], 2, "accuracy was no finite number in 2 validations"),
+        ((2,), [math.nan, 0.1, math.nan, 0.2], None, None),
+    ],
+)
+def test_a_run_ends_after_so_many_validations_without_improvement(
+    settings: Any, values: list[float], step: int | None, reason: str | None
+) -> None:
+    """The same, continued after each validation: each time another object, with what state.json holds."""
+    whole, parts = waiting(*settings), waiting(*settings)
+    for number, value in enumerate(values, 1):
+        whole.update(number, {"accuracy": value})
+        parts.update(number, {"accuracy": value})
+        stored = json.loads(json.dumps(parts.early_end.state()))
+        parts = waiting(*settings)
+        parts.early_end.load(stored, same_config=True)
+        assert parts.early_end.reason == whole.early_end.reason
+        if whole.early_end.reason is not None:
+            break
+    assert (number if whole.early_end.reason else None) == step
+    assert reason is None or (whole.early_end.reason or "").startswith(reason)
+
+
+def test_a_validation_that_is_done_again_counts_once() -> None:
+    """As after an error between the metrics and the log of their row."""
+    best = waiting(2)
+    for step in (1, 2, 2):
+        best.update(step, {"accuracy": 0.5})
+    assert best.early_end.reason is None
+    best.update(3, {"accuracy": 0.5})
+    assert best.early_end.reason is not None
+
+
+def test_with_more_patience_a_run_goes_on_and_another_metric_begins_anew() -> None:
+    ended = waiting(2)
+    for step in (1, 2, 3):
+        ended.update(step, {"accuracy": 0.5, "loss": 1.0})
+    stored = ended.early_end.state()
+    assert stored["finished"] == "no better accuracy than 0.5 of step 1 in 2 validations"
+    patient, other = waiting(3), waiting(2, "min loss")
+    for best in (patient, other):
+        best.early_end.load(stored, same_config=False)
+        assert best.early_end.reason is None
+        best.update(4, {"accuracy": 0.5, "loss": 1.0})
+    assert patient.early_end.reason == "no better accuracy than 0.5 of step 1 in 3 validations"
+    assert (other.early_end.reason, other.early_end.waited) == (None, 0)
+    fresh = waiting(2)
+    fresh.early_end.load({}, same_config=True)  # of a run that was begun without
+    assert (fresh.early_end.reason, fresh.early_end.waited) == (None, 0)
+
+
+def test_a_metric_of_early_stop_that_validation_does_not_give_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"train\.early_stop\.metric: validation gives no 'auc', but accuracy, loss"):
+        waiting(2, "max auc").check({"accuracy": 0.5, "loss": 1.0, "samples": 9})
+    waiting(2, "max accuracy/night").check({"accuracy": 0.5, "accuracy/night": 0.4})

@@ -35,10 +35,10 @@ from distloop.run.checkpoint import (
     prune,
     publish,
     verify,
-    weights_file,
     weights_of,
     write_weights,
 )
+from distloop.run.initial_weights import weights_file
 from distloop.run.parts import contents_of, load_parts
 from distloop.run.same import digest_of_start
 from distloop.run.saving import HostBuffers

@@ -199,7 +199,10 @@ def test_the_words_of_a_command_line_change_what_the_file_says(
         ("--frobnicate 1", "frobnicate = 1: there is no such setting. --help lists them."),
         ("--no-seed", "no_seed = True: there is no such setting. Did you mean 'seed'?"),
         ("--no-compile=x", "no_compile = 'x': there is no such setting. Did you mean 'compile'?"),
-        ("--train.args.x 1", "train.args = {'x': 1}: there is no such setting. Known: detect_anomaly, epochs"),
+        (
+            "--train.args.x 1",
+            "train.args = {'x': 1}: there is no such setting. Known: detect_anomaly, early_stop, epochs",
+        ),
         ("--batch 5", "batch = 5: input should be a dictionary or an instance of Batch"),
         ("--optim.lr fast", "optim.lr = 'fast': input should be a valid number"),
         ("--optim.lr '{'", "optim.lr = '{': input should be a valid number"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from distloop.config.comparison import FIXED_KEYS, FREE_KEYS, differences, dotted, flatten, is_one_of
 from distloop.config.load import check, config_from_mapping, dump, load_config, read_yaml
-from distloop.config.settings import Batch, Config, Data, Model, Optim, Schedule, Task, Train
+from distloop.config.settings import Batch, Config, Data, EarlyStop, Model, Optim, Schedule, Task, Train
 from distloop.config.yaml_text import parse_yaml
 from distloop.errors import UsageError
 from tests.tools.ranks import REPOSITORY
@@ -496,3 +496,28 @@ def test_a_key_is_in_a_section_and_not_in_one_whose_name_it_begins_with() -> Non
 def test_null_on_the_command_line_is_what_it_is_in_a_file() -> None:
     config = load_config(["--optim.clip-norm", "null", "--model.args.hidden", "null", "--data.args", "{root: null}"])
     assert (config.optim.clip_norm, config.model.args, config.data.args) == (None, {"hidden": None}, {"root": None})
+
+
+def test_an_early_stop_is_set_whole_or_by_its_keys(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("train: {early_stop: {patience: 5, metric: min loss}}")
+    words = ["--config", str(file)]
+    assert load_config(words).train.early_stop == EarlyStop(5, "min loss", 0.0)
+    assert load_config([*words, "--train.early-stop.patience", "9"]).train.early_stop == EarlyStop(9, "min loss", 0.0)
+    assert load_config([*words, "--train.early-stop", "{patience: 2}"]).train.early_stop == EarlyStop(2, None, 0.0)
+    assert load_config([*words, "--train.early-stop", "null"]).train.early_stop is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("5", "train.early_stop = 5: input should be a dictionary"),
+        ("{patience: 0}", "train.early_stop.patience = 0: input should be greater than or equal to 1"),
+        ("{metric: min loss}", "train.early_stop = {'metric': 'min loss'}: patience is missing"),
+        ("{patience: 1, metric: loss}", "train.early_stop.metric = 'loss': write 'max METRIC' or 'min METRIC'"),
+        ("{patience: 1, min_delta: -1}", "train.early_stop.min_delta = -1: input should be greater than or equal to 0"),
+        ("{patience: 1, delta: 1}", "train.early_stop.delta = 1: there is no such setting. Did you mean 'min_delta'?"),
+    ],
+)
+def test_a_mistake_in_an_early_stop_is_named(tmp_path: Path, setting: str, says: str) -> None:
+    assert says in refusal(tmp_path, f"train: {{early_stop: {setting}}}")

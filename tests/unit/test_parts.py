@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from distloop.errors import UsageError
+from distloop.run.best import EarlyEnd
 from distloop.run.checkpoint import STATE, LoopState, Snapshot, publish, verify
 from distloop.run.files import Start, read_json
 from distloop.run.parts import check_parts, contents_of, load_parts, load_start
@@ -252,9 +253,10 @@ def start(checkpoint: Path | None, weights: Path | None = None, config: str = "a
 
 def test_an_early_end_is_remembered_for_the_same_config_only(tmp_path: Path) -> None:
     path = save(tmp_path, linear(), finished="no progress")
-    assert load_start(start(path), linear()) == (LoopState(3), "no progress")
-    assert load_start(start(path, config="another"), linear()) == (LoopState(3), None)
-    assert load_start(start(None), linear()) == (LoopState(), None)
+    for origin, reason in ((start(path), "no progress"), (start(path, config="another"), None), (start(None), None)):
+        early_end = EarlyEnd(None, ("loss", "min"))
+        assert load_start(origin, linear(), early_end=early_end) == LoopState(3 if origin.checkpoint else 0)
+        assert early_end.reason == reason
 
 
 def test_weights_to_start_from_are_those_of_the_part_model(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from distloop.config.settings import Checkpoint, Config
+from distloop.config.settings import Checkpoint, Config, EarlyStop
 from distloop.data.datasets import digits
 from distloop.data.order import Plan
 from distloop.errors import RunFailed
@@ -25,7 +25,7 @@ from distloop.ranks.stopping import StopReason, Watch
 from distloop.ranks.verdicts import Verdict
 from distloop.run import saving
 from distloop.run.attempt import Attempt
-from distloop.run.best import Best
+from distloop.run.best import Best, EarlyEnd
 from distloop.run.checkpoint import LoopState, Snapshot, newest_good, publish, published_in, verify
 from distloop.run.lock import LOCK
 from distloop.run.parts import load_parts
@@ -389,6 +389,20 @@ def test_the_other_ranks_save_nothing(tmp_path: Path) -> None:
     run.saver.finish()
     assert not (tmp_path / "checkpoints").exists()
     assert run.published == []
+
+
+def test_what_a_validation_finishes_is_finished_whatever_stop_was_agreed_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = saving_attempt(tmp_path)
+    attempt.best.early_end = EarlyEnd(EarlyStop(patience=1), ("loss", "min"))
+    monkeypatch.setattr(attempt.agreement, "reached", lambda: StopReason.SIGTERM)
+    assert attempt.end_step(3) is StopReason.SIGTERM
+    attempt.best.update(3, {"loss": 1.0})
+    assert attempt.stop_reason is StopReason.SIGTERM
+    attempt.best.update(4, {"loss": 1.0})
+    assert attempt.stop_reason is StopReason.FINISHED
+    attempt.__exit__(None, None, None)
 
 
 def test_a_loop_that_goes_on_after_finish_stops_after_its_next_step(tmp_path: Path) -> None:

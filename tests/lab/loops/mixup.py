@@ -87,7 +87,7 @@ def train(config: Config, ranks: Ranks) -> None:
         finite = FiniteCheck(config.train.on_nonfinite, model, optimizer, scaler, plan, state.skipped_steps)
         trackers.begin(bare_model, device, optimizer=optimizer)
         if state.unvalidated:  # its validation has failed, in an attempt before
-            metrics = validate(step, parts, state)
+            metrics, stop_reason = validate(step, parts, state), run.stop_reason
 
         # ==== THE LOOP ==========================================================================================
         model.train()
@@ -135,8 +135,8 @@ def train(config: Config, ranks: Ranks) -> None:
                 trackers.log("epoch", step, loss=means["running_loss"])
                 losses.begin_epoch()
             if due.validation:  # all ranks share the work, with rank 0's buffers; logs the row, updates best
-                state = LoopState(step, losses.epoch_sums, best.row, finite.skipped_steps)
-                metrics = validate(step, parts, state)  # where it fails, rank 0 saves this step first
+                state = LoopState(step, losses.epoch_sums, best.row, finite.skipped_steps)  # saved if that fails
+                metrics, stop_reason = validate(step, parts, state), run.stop_reason  # train.early_stop may end it
             if due.save or stop_reason or best.step == step:
                 with run.phase("checkpoint"):
                     finite.check_parameters(step, parameters)
