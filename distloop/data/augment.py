@@ -1,4 +1,8 @@
-"""Augment whole batches of small images, with random numbers that the caller passes."""
+"""Augment images: whole batches of small ones, with random numbers that the caller passes; others one by one, with
+torchvision's transforms, which draw from torch's global generator."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -6,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 DRAWS = 3  # random numbers per sample: vertical shift, horizontal shift, flip
+AUGMENTS = ("none", "crop_flip", "trivial", "rand", "auto")
 
 
 def shift_and_flip(images: Tensor, random: NDArray, pad: int, flip: bool) -> Tensor:
@@ -24,3 +29,43 @@ def shift_and_flip(images: Tensor, random: NDArray, pad: int, flip: bool) -> Ten
         mirrored = torch.from_numpy(random[:, 2] < 0.5)[:, None, None, None]
         images = torch.where(mirrored, images.flip(3), images)
     return images
+
+
+def check_augment(augment: str, erase: float, pad: int | None = None, flip: bool | None = None) -> None:
+    """Raise ValueError for another name, for what is no probability, and for shifts and flips that `augment` rules
+    out. None: nobody has asked for them."""
+    if augment not in AUGMENTS:
+        raise ValueError(f"augment is one of {', '.join(AUGMENTS)}, not {augment!r}")
+    if isinstance(erase, bool) or not isinstance(erase, (int, float)) or not 0 <= erase <= 1:
+        raise ValueError(f"erase is the probability, 0 to 1, that a part of an image is erased, not {erase!r}")
+    if augment == "none" and (pad or flip):
+        raise ValueError(
+            "augment: none rules out pad and flip, which shift and mirror images. Leave these out, or give augment: "
+            "crop_flip"
+        )
+
+
+def transform_of(first: Sequence[Any], augment: str, erase: float, mean: Sequence[float], policy: str) -> Any:
+    """A transform from a picture of PIL to bytes [channels, height, width]: `first`, torchvision's transforms that crop
+    and flip; the policy that `augment` names; erasing with the probability `erase`. In the order, and with the values,
+    of torchvision's references/classification/presets.py.
+
+    trivial: Müller and Hutter 2021, TrivialAugment (wide); rand: Cubuk et al. 2020, RandAugment (two operations of
+    magnitude 9); auto: Cubuk et al. 2019, AutoAugment, with the `policy` that was found on "imagenet" or "cifar10";
+    erase: Zhong et al. 2020. What is erased gets the channels' `mean` (0 to 1), rounded to a byte: it becomes 0 when it
+    is normalised, to half a level of 255.
+    """
+    from torchvision.transforms import v2
+
+    smooth = v2.InterpolationMode.BILINEAR
+    steps = [*first]
+    if augment == "trivial":
+        steps.append(v2.TrivialAugmentWide(interpolation=smooth))
+    elif augment == "rand":
+        steps.append(v2.RandAugment(interpolation=smooth))
+    elif augment == "auto":
+        steps.append(v2.AutoAugment(v2.AutoAugmentPolicy(policy), interpolation=smooth))
+    steps.append(v2.PILToTensor())
+    if erase:
+        steps.append(v2.RandomErasing(erase, value=[round(255 * share) for share in mean]))
+    return v2.Compose(steps)

@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from distloop.config.places import root_for_code
 from distloop.config.registry import call, resolve
 from distloop.config.settings import Data
-from distloop.data.augment import DRAWS, shift_and_flip
+from distloop.data.augment import check_augment, transform_of
 from distloop.data.bad_samples import BadSamples
 from distloop.data.download import load_or_download
 from distloop.data.pictures import load_picture
 from distloop.data.seeding import Place, building
+from distloop.data.whole_batches import InMemory, Transformed, WholeBatches, gives_batches
 from distloop.errors import UsageError
 from distloop.ranks.talking import say, speaks
 
@@ -68,56 +68,6 @@ class DataSource:
             raise UsageError(f"DataSource(std={self.std}): no channel's deviation can be 0: it divides.")
 
 
-class WholeBatches:
-    """Base class of a data set from which whole batches are taken by one call of batch(), not sample by sample."""
-
-    draws: int = 0
-    """How many random numbers batch() gets for each sample."""
-
-    def batch(self, indices: NDArray[np.int64], random: NDArray[np.float64]) -> Any:
-        """The batch of the samples at `indices`. `random`: numbers in [0, 1) to augment with, [len(indices), draws]; a
-        sample's are the same in any batch, process and start."""
-        raise NotImplementedError(f"{type(self).__name__} must define batch(indices, random).")
-
-
-class InMemory(WholeBatches):
-    """Inputs and targets as two tensors, [samples, …] each, from which whole batches are taken at once. Images
-    [samples, channels, height, width] are shifted by up to `pad` pixels and, if `flip`, mirrored. A subclass that
-    defines how one sample is made, in __getitem__, and not batch(), is asked for samples."""
-
-    def __init__(self, inputs: Tensor, targets: Tensor, pad: int = 0, flip: bool = False) -> None:
-        if pad < 0:
-            raise ValueError(f"images cannot be shifted by {pad} pixels")
-        if len(inputs) != len(targets):
-            raise ValueError(f"there are {len(inputs)} inputs, but {len(targets)} targets")
-        self.inputs, self.targets, self.pad, self.flip = inputs, targets, pad, flip
-        self.draws = DRAWS if pad or flip else 0
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.inputs[index], self.targets[index]
-
-    def batch(self, indices: NDArray[np.int64], random: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
-        """(inputs, targets) at `indices`, augmented with `random`: numbers in [0, 1), [len(indices), draws]."""
-        chosen = torch.from_numpy(indices)
-        inputs, targets = self.inputs[chosen], self.targets[chosen]
-        return (shift_and_flip(inputs, random, self.pad, self.flip) if self.draws else inputs), targets
-
-
-def gives_batches(dataset: Any) -> bool:
-    """Whether a data set is asked for whole batches: by its type, not by an attribute that others have too."""
-    if not isinstance(dataset, WholeBatches):
-        return False
-    order = type(dataset).__mro__
-    of_batch, of_sample = (
-        next((place for place, kind in enumerate(order) if name in vars(kind)), len(order))
-        for name in ("batch", "__getitem__")
-    )
-    return of_batch <= of_sample  # else a subclass says how a sample is made, and inherits a batch() that knows not
-
-
 def class_names(source: DataSource) -> tuple[str, ...]:
     """The names of the data's classes, if the DataSource has them, or a data set of torchvision; else ()."""
     if source.classes is None and _is_of_torchvision(source.train):
@@ -158,40 +108,87 @@ def diabetes() -> DataSource:
     return DataSource(halves[0], halves[1])
 
 
-def fashion_mnist(root: str, download: bool = True, pad: int = 2, flip: bool = True) -> DataSource:
-    """Fashion-MNIST: 60000 + 10000 images of clothes, 28 × 28 pixels."""
+def fashion_mnist(
+    root: str,
+    download: bool = True,
+    pad: int | None = None,
+    flip: bool | None = None,
+    augment: str = "crop_flip",
+    erase: float = 0.0,
+) -> DataSource:
+    """Fashion-MNIST: 60000 + 10000 images of clothes, 28 × 28 pixels. `pad`: 2 pixels, and `flip`, by default; the
+    policy of augment: auto is that of CIFAR-10."""
     from torchvision.datasets import FashionMNIST
 
+    check_augment(augment, erase, pad, flip)
     train, validation = load_or_download(FashionMNIST, root, download, Path(root) / "FashionMNIST" / "raw")
-    augmented = InMemory(train.data.unsqueeze(1), train.targets, pad, flip)
+    chosen = augment, erase, 2 if pad is None else pad, True if flip is None else flip, (0.286,)
+    augmented = _augmented(train.data.unsqueeze(1), train.targets, *chosen)
     plain = InMemory(validation.data.unsqueeze(1), validation.targets)
     return DataSource(augmented, plain, classes=tuple(train.classes), mean=(0.286,), std=(0.353,))
 
 
-def cifar10(root: str, download: bool = True, pad: int = 4, flip: bool = True) -> DataSource:
-    """CIFAR-10: 50000 + 10000 colour images, 32 × 32 pixels."""
+def cifar10(
+    root: str,
+    download: bool = True,
+    pad: int | None = None,
+    flip: bool | None = None,
+    augment: str = "crop_flip",
+    erase: float = 0.0,
+) -> DataSource:
+    """CIFAR-10: 50000 + 10000 colour images, 32 × 32 pixels. `pad`: 4 pixels, and `flip`, by default."""
     from torchvision.datasets import CIFAR10
 
-    train, validation = load_or_download(CIFAR10, root, download, Path(root) / "cifar-10-batches-py")
+    check_augment(augment, erase, pad, flip)
+    halves = load_or_download(CIFAR10, root, download, Path(root) / "cifar-10-batches-py")
+    tensors = [
+        (torch.from_numpy(half.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(half.targets)) for half in halves
+    ]
+    mean = (0.4914, 0.4822, 0.4465)
+    train = _augmented(*tensors[0], augment, erase, 4 if pad is None else pad, True if flip is None else flip, mean)
+    return DataSource(train, InMemory(*tensors[1]), tuple(halves[0].classes), mean, std=(0.247, 0.2435, 0.2616))
 
-    def in_memory(half: Any, pad: int = 0, flip: bool = False) -> InMemory:
-        images = torch.from_numpy(half.data).permute(0, 3, 1, 2).contiguous()
-        return InMemory(images, torch.tensor(half.targets), pad, flip)
 
-    halves, classes = (in_memory(train, pad, flip), in_memory(validation)), tuple(train.classes)
-    return DataSource(*halves, classes, mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616))
+def _augmented(
+    images: Tensor, targets: Tensor, augment: str, erase: float, pad: int, flip: bool, mean: Sequence[float]
+) -> InMemory:
+    """Images of bytes, [samples, channels, height, width]: whole batches, if they are shifted and flipped at most, else
+    one by one."""
+    if augment == "none":
+        pad, flip = 0, False
+    whole = InMemory(images, targets, pad, flip)
+    if augment in ("none", "crop_flip") and not erase:
+        return whole
+    from torchvision.transforms import v2
+
+    crop = [v2.RandomCrop(tuple(images.shape[2:]), padding=pad)] if pad else []
+    first = [v2.ToPILImage(), *crop, *([v2.RandomHorizontalFlip()] if flip else [])]
+    return Transformed(images, targets, transform_of(first, augment, erase, mean, "cifar10"))
 
 
-def image_folder(root: str, crop: int = 224, resize: int = 256) -> DataSource:
-    """Images in ROOT/train/CLASS/ and ROOT/val/CLASS/, as in ImageNet. Raises UsageError for other folders."""
+def image_folder(
+    root: str,
+    crop: int = 224,
+    resize: int = 256,
+    augment: str = "crop_flip",
+    erase: float = 0.0,
+    validation_crop: int | None = None,
+) -> DataSource:
+    """Images in ROOT/train/CLASS/ and ROOT/val/CLASS/, as in ImageNet. Raises UsageError for other folders.
+    `validation_crop`: `crop` by default. With augment: none training pictures are cropped as those of validation, to
+    `crop` pixels."""
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
     folders = [Path(root) / half for half in ("train", "val")]
-    augment = [v2.RandomResizedCrop(crop, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]
-    only_crop = [v2.Resize(resize, antialias=True), v2.CenterCrop(crop), v2.PILToTensor()]
+    check_augment(augment, erase)
+    in_the_middle = [v2.Resize(resize, antialias=True), v2.CenterCrop(crop)]
+    at_random = [v2.RandomResizedCrop(crop, antialias=True), v2.RandomHorizontalFlip()]
+    first = in_the_middle if augment == "none" else at_random
+    only_crop = [v2.Resize(resize, antialias=True), v2.CenterCrop(validation_crop or crop), v2.PILToTensor()]
     try:
-        train = ImageFolder(str(folders[0]), v2.Compose(augment), loader=load_picture)
+        transform = transform_of(first, augment, erase, IMAGENET_MEAN, "imagenet")
+        train = ImageFolder(str(folders[0]), transform, loader=load_picture)
         validation = ImageFolder(str(folders[1]), v2.Compose(only_crop), loader=load_picture)
     except FileNotFoundError as error:
         raise UsageError(

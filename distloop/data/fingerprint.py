@@ -15,12 +15,13 @@ from torch.utils.data import Dataset
 
 from distloop.config.places import root_for_code
 from distloop.config.settings import Data
-from distloop.data.datasets import DataSource, InMemory, gives_batches
+from distloop.data.datasets import DataSource
 from distloop.data.lengths import WORDS, in_words, short
 from distloop.data.loader import worker_count
 from distloop.data.look import look
 from distloop.data.seeded import SeedFirst
 from distloop.data.seeding import generators_restored, seed_sample, uniforms
+from distloop.data.whole_batches import InMemory, gives_batches
 
 SAMPLES = 8  # of a data set, at equal distances from the first to the last
 SECONDS = 2.0  # after so long no further sample is loaded, of a data set that is slow

@@ -19,12 +19,13 @@ from distloop.config.registry import named_modules
 from distloop.config.settings import Config, Data
 from distloop.data.bad_samples import listed, without_bad
 from distloop.data.batches import inputs_of, targets_of, to_model
-from distloop.data.datasets import DataSource, class_names, gives_batches
+from distloop.data.datasets import DataSource, class_names
 from distloop.data.lengths import refuse_other_length
 from distloop.data.now import now_at
 from distloop.data.order import MicroBatch, MicroBatchSampler, Part, Plan
 from distloop.data.seeded import ChecksBatches, SeededDataset, check_of, collate_of, identity, name_of
 from distloop.data.seeding import Place, seed_forward, seed_place
+from distloop.data.whole_batches import gives_batches
 from distloop.data.workers import leave_signals_to_parent, signals_blocked, start_forkserver
 from distloop.errors import UsageError
 from distloop.ranks.environment import cpus_per_rank

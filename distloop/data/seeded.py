@@ -13,11 +13,12 @@ from torch.utils.data import Dataset, default_collate
 from distloop.config.registry import import_callable
 from distloop.config.settings import Data
 from distloop.data.bad_samples import BadSample, listed, load_samples
-from distloop.data.datasets import DataSource, InMemory, gives_batches
+from distloop.data.datasets import DataSource
 from distloop.data.lengths import in_words
 from distloop.data.now import Now
 from distloop.data.order import Half, MicroBatch
 from distloop.data.seeding import Place, seed_building, seed_sample, uniforms
+from distloop.data.whole_batches import InMemory, gives_batches
 from distloop.errors import UsageError, add_note
 
 

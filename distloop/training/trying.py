@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distloop.data.batches import inputs_of, targets_of
-from distloop.data.datasets import InMemory, gives_batches
+from distloop.data.whole_batches import InMemory, gives_batches
 from distloop.errors import UsageError
 from distloop.training.putting_back import put_back
 from distloop.training.tasks import Guesses, Task

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distloop.data.datasets import DataSource, InMemory, diabetes, digits
+from distloop.data.datasets import DataSource, diabetes, digits
+from distloop.data.whole_batches import InMemory
 from tests.tools.image_files import write_cifar10, write_garments
 
 KINDS, ABOUT = ("inputs", "targets"), ("classes", "mean", "std")

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distloop.data.datasets import DataSource, InMemory
+from distloop.data.datasets import DataSource
+from distloop.data.whole_batches import InMemory
 from distloop.tasks import Classification, Task
 from tests.lab.resuming import StoppedClassification
 from tests.lab.user_code import NextLetter

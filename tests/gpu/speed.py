@@ -21,7 +21,8 @@ import yaml
 from torch import Tensor, nn
 from torch.nn import functional
 
-from distloop.data.datasets import DataSource, InMemory
+from distloop.data.datasets import DataSource
+from distloop.data.whole_batches import InMemory
 from distloop.training.models import cnn, resnet18_small
 from tests.gpu.lab import Gpt, Timed, TimedClassification, TimedNextToken, intervals, mark, tokens
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import default_collate
 
-from distloop.data.datasets import InMemory, WholeBatches
+from distloop.data.whole_batches import InMemory, WholeBatches
 from distloop.tasks import Task, targets_of
 
 ROWS, VALIDATED, CLASSES = 96, 21, 3

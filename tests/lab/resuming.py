@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from distloop.data.datasets import DataSource, InMemory, digits
+from distloop.data.datasets import DataSource, digits
+from distloop.data.whole_batches import InMemory
 from distloop.tasks import Classification, Regression
 from distloop.training.models import cnn
 from tests.lab import stage

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from distloop.data.datasets import WholeBatches
+from distloop.data.whole_batches import WholeBatches
 
 SAMPLES = 64
 

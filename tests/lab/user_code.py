@@ -18,7 +18,8 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
-from distloop.data.datasets import DataSource, InMemory, cifar10, digits
+from distloop.data.datasets import DataSource, cifar10, digits
+from distloop.data.whole_batches import InMemory
 from distloop.errors import UsageError
 from distloop.tasks import Classification, Task
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from distloop.data.datasets import DataSource, InMemory
+from distloop.data.datasets import DataSource
+from distloop.data.whole_batches import InMemory
 
 SAMPLES, CLASSES, WRONG_LABEL = 64, 3, 7
 NAMES = tuple(str(number) for number in range(CLASSES))

@@ -23,10 +23,11 @@ from torchvision.datasets import FakeData
 from distloop.config.settings import Data
 from distloop.data import DataSource, InMemory, WholeBatches, load_data
 from distloop.data.batches import cast, inputs_of, send, targets_of, to_model, with_inputs, with_targets
-from distloop.data.datasets import class_names, gives_batches, image_folder
+from distloop.data.datasets import class_names, image_folder
 from distloop.data.order import MicroBatch
 from distloop.data.pictures import load_picture
 from distloop.data.seeded import SeededDataset, no_check
+from distloop.data.whole_batches import gives_batches
 from distloop.errors import UsageError
 from distloop.run.checkpoint import load_weights, weights_of, write_weights
 from distloop.run.metrics import check_names

@@ -25,11 +25,12 @@ from torchvision.datasets import CIFAR10, FashionMNIST
 
 from distloop.config.settings import Data
 from distloop.data.batches import to_model
-from distloop.data.datasets import DataSource, InMemory, cifar10, diabetes, digits, load_data
+from distloop.data.datasets import DataSource, cifar10, diabetes, digits, load_data
 from distloop.data.download import download_lock
 from distloop.data.fingerprint import fingerprint
 from distloop.data.order import MicroBatch
 from distloop.data.seeded import SeededDataset, collate_of, no_check
+from distloop.data.whole_batches import InMemory
 from distloop.errors import UsageError
 from tests.tools.image_files import Uint8s, accept_cifar10, garments, idx_file, write_cifar10, write_garments
 from tests.tools.ranks import closed_port

@@ -17,8 +17,9 @@ from PIL import Image
 
 from distloop.config.settings import Data
 from distloop.data import fingerprint as module
-from distloop.data.datasets import DataSource, WholeBatches
+from distloop.data.datasets import DataSource
 from distloop.data.fingerprint import fingerprint, fingerprint_of, is_other, without_errors
+from distloop.data.whole_batches import WholeBatches
 
 
 class Pair(NamedTuple):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from distloop.config.settings import Config
-from distloop.data.datasets import DataSource, InMemory
+from distloop.data.datasets import DataSource
 from distloop.data.order import Plan
+from distloop.data.whole_batches import InMemory
 from distloop.training.gradients import divide_by_weight, trial_batches
 
 

@@ -20,12 +20,13 @@ from torchvision.transforms.v2 import functional as reference
 
 from distloop.config.settings import Config, Data
 from distloop.data.batches import cast, to_model
-from distloop.data.datasets import DataSource, InMemory, digits
+from distloop.data.datasets import DataSource, digits
 from distloop.data.loader import Micro, TrainBatches, make_loader, offers_to_model, worker_count
 from distloop.data.look import example_batch
 from distloop.data.order import FixedBatchSampler, MicroBatch, MicroBatchSampler, Order, Part, Plan
 from distloop.data.seeded import SeededDataset, collate_of, no_check
 from distloop.data.seeding import seed_forward
+from distloop.data.whole_batches import InMemory
 from distloop.errors import UsageError
 from distloop.ranks.leaving import kill_workers
 from distloop.ranks.places import Position

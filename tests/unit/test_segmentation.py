@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from torchvision.models.segmentation import fcn_resnet50, lraspp_mobilenet_v3_large
 
 from distloop.config.settings import Task as TaskConfig
-from distloop.data.datasets import InMemory
+from distloop.data import InMemory
 from distloop.errors import UsageError
 from distloop.tasks import Segmentation
 from distloop.training.builtin_tasks import build_task

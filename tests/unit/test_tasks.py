@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from distloop.config.settings import Task as TaskConfig
 from distloop.data.batches import inputs_of, targets_of
-from distloop.data.datasets import InMemory
+from distloop.data.whole_batches import InMemory
 from distloop.errors import UsageError
 from distloop.tasks import Classification, Regression, Task
 from distloop.training.builtin_tasks import build_task

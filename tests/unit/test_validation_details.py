@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torchvision.datasets import VisionDataset
 
 from distloop.config.settings import Data
-from distloop.data.datasets import DataSource, InMemory
+from distloop.data.datasets import DataSource
 from distloop.data.order import FixedBatchSampler, MicroBatch
 from distloop.data.seeded import SeededDataset, collate_of, no_check
+from distloop.data.whole_batches import InMemory
 from distloop.errors import UsageError
 from distloop.tasks import Classification, Task
 from distloop.training.details import MISTAKES, Details, png_uri

@@ -1,0 +1,72 @@
+"""Data sets that are asked for whole batches, and those that are in memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distloop.data.augment import DRAWS, shift_and_flip
+
+
+class WholeBatches:
+    """Base class of a data set from which whole batches are taken by one call of batch(), not sample by sample."""
+
+    draws: int = 0
+    """How many random numbers batch() gets for each sample."""
+
+    def batch(self, indices: NDArray[np.int64], random: NDArray[np.float64]) -> Any:
+        """The batch of the samples at `indices`. `random`: numbers in [0, 1) to augment with, [len(indices), draws]; a
+        sample's are the same in any batch, process and start."""
+        raise NotImplementedError(f"{type(self).__name__} must define batch(indices, random).")
+
+
+class InMemory(WholeBatches):
+    """Inputs and targets as two tensors, [samples, …] each, from which whole batches are taken at once. Images
+    [samples, channels, height, width] are shifted by up to `pad` pixels and, if `flip`, mirrored. A subclass that
+    defines how one sample is made, in __getitem__, and not batch(), is asked for samples."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor, pad: int = 0, flip: bool = False) -> None:
+        if pad < 0:
+            raise ValueError(f"images cannot be shifted by {pad} pixels")
+        if len(inputs) != len(targets):
+            raise ValueError(f"there are {len(inputs)} inputs, but {len(targets)} targets")
+        self.inputs, self.targets, self.pad, self.flip = inputs, targets, pad, flip
+        self.draws = DRAWS if pad or flip else 0
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[index], self.targets[index]
+
+    def batch(self, indices: NDArray[np.int64], random: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+        """(inputs, targets) at `indices`, augmented with `random`: numbers in [0, 1), [len(indices), draws]."""
+        chosen = torch.from_numpy(indices)
+        inputs, targets = self.inputs[chosen], self.targets[chosen]
+        return (shift_and_flip(inputs, random, self.pad, self.flip) if self.draws else inputs), targets
+
+
+class Transformed(InMemory):
+    """Images in memory that are asked for one by one, and changed by a transform of torchvision."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(inputs, targets)
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.transform(self.inputs[index]), self.targets[index]
+
+
+def gives_batches(dataset: Any) -> bool:
+    """Whether a data set is asked for whole batches: by its type, not by an attribute that others have too."""
+    if not isinstance(dataset, WholeBatches):
+        return False
+    order = type(dataset).__mro__
+    of_batch, of_sample = (
+        next((place for place, kind in enumerate(order) if name in vars(kind)), len(order))
+        for name in ("batch", "__getitem__")
+    )
+    return of_batch <= of_sample  # else a subclass says how a sample is made, and inherits a batch() that knows not
