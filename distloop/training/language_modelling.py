@@ -29,6 +29,7 @@ class LanguageModelling(Task):
     def __init__(self, ignore_index: int = -100, bytes_per_token: float | None = None) -> None:
         """`ignore_index`: the target of places that do not count, such as padding. `bytes_per_token`: how many bytes of
         text a token of the data stands for, on average; with it the metrics have bits_per_byte. Raises UsageError."""
+        super().__init__()  # of a subclass that is an nn.Module as well
         if type(ignore_index) is not int:
             raise UsageError(f"task.args.ignore_index = {ignore_index!r}: give a whole number, such as -100.")
         if bytes_per_token is not None and not (is_number(bytes_per_token, 0) and bytes_per_token):

@@ -38,6 +38,7 @@ class Segmentation(Task):
         """`ignore_index`: the label of pixels that do not count; 255 in torchvision's recipes. `class_weights`: one
         number for each class, as in torch's CrossEntropyLoss. `aux_weight`: of the auxiliary head's loss, beside 1; 0.4
         in "Pyramid scene parsing network" (Zhao et al. 2017), 0.5 in torchvision's recipes. Raises UsageError."""
+        super().__init__()  # of a subclass that is an nn.Module as well
         if type(ignore_index) is not int:
             raise UsageError(f"task.args.ignore_index = {ignore_index!r}: give a whole number, such as 255 or -100.")
         if not is_number(aux_weight, 0):

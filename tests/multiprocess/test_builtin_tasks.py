@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torchvision.transforms import v2
 
 from distloop.data.batches import to_model
 from distloop.data.datasets import digits
 from distloop.data.order import Order
-from distloop.data.seeding import seed_sample
+from distloop.data.seeding import seed_forward, seed_sample
 from distloop.training.models import linear
 from tests.lab import user_code
+from tests.multiprocess.test_exact_resume import check_same, go_on, stop
 from tests.tools.ranks import train, write_config
 from tests.tools.records import largest_difference, losses, rows, weights
 
@@ -144,3 +146,55 @@ def test_a_step_descends_torchs_mean_over_the_global_batch_on_one_rank_and_two(t
     assert [row["loss"] for row in last] == pytest.approx([expected] * 2, rel=1e-10)
     own = [{key: value for key, value in row.items() if key not in ("time", "loss")} for row in last]
     assert own[0] == own[1]
+
+
+# ---- mixup and cutmix ------------------------------------------------------------------------------------------------
+
+
+def mixed_by_hand(steps: int) -> list[float]:
+    """The losses of the steps: of micro-batches of 6 samples, each mixed by torchvision under its own seed."""
+    source, cpu = digits(shift=0), torch.device("cpu")
+    torch.manual_seed(0)
+    model = linear((1, 8, 8), 10).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.4, num_classes=10), v2.CutMix(alpha=1.0, num_classes=10)])
+    order, history = Order(len(source.train), 0), []
+    for step in range(steps):
+        indices = order(0, step * GLOBAL, (step + 1) * GLOBAL).tolist()
+        parts = []
+        for number, some in enumerate((indices[:6], indices[6:])):
+            images, labels = digits_of(source, source.train, some)
+            seed_forward(0, step, number, cpu)
+            parts.append(mix(images, labels))
+        inputs, targets = (torch.cat(each) for each in zip(*parts, strict=True))
+        weight = torch.tensor(CLASS_WEIGHTS).double()
+        loss = cross_entropy(model(inputs), targets.double(), weight, label_smoothing=0.1)
+        history.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return history
+
+
+def test_mixed_batches_train_as_torch_and_torchvision_do_it_on_one_rank_and_two_and_over_a_stop(tmp_path: Path) -> None:
+    arguments = {"mixup": 0.4, "cutmix": 1.0, "class_weights": CLASS_WEIGHTS, "label_smoothing": 0.1}
+    steps = 30  # a few pass before all ranks agree on a stop
+    settings = {
+        "data": {"name": "digits", "args": {"shift": 0}},
+        "model": "linear",
+        "task": {"name": "tests.lab.resuming:StoppedClassification", "args": arguments},
+        "batch": {"global_size": GLOBAL, "micro_size": 6},
+        "train": {"steps": steps},
+        "optim": {**COMMON["optim"], "lr": 0.05},
+        "validate": {"every_steps": 15, "every_epochs": None},
+    }
+    config = write_config(tmp_path, {**COMMON, **settings})
+    words, expected = ["--config", str(config), "--name"], mixed_by_hand(steps)
+    for world_size, call in ((1, 6), (2, 5)):
+        whole, stopped = f"whole{world_size}", f"stopped{world_size}"
+        train(tmp_path, [*words, whole], world_size).check()
+        step = stop(tmp_path, [*words, stopped], world_size, call)
+        assert 0 < step < steps
+        go_on(tmp_path, [*words, stopped], world_size, step)
+        check_same(tmp_path / "runs" / stopped, tmp_path / "runs" / whole)
+        assert losses(tmp_path / "runs" / whole) == pytest.approx(expected, rel=1e-10)

@@ -15,7 +15,7 @@ from distloop.config.settings import Task as TaskConfig
 from distloop.data.batches import inputs_of, targets_of
 from distloop.data.whole_batches import InMemory
 from distloop.errors import UsageError
-from distloop.tasks import Classification, Regression, Task
+from distloop.tasks import Classification, LanguageModelling, Regression, Segmentation, Task
 from distloop.training.builtin_tasks import build_task
 from distloop.training.trying import try_out
 
@@ -269,6 +269,16 @@ def test_a_task_that_cannot_be_built_is_refused(config: TaskConfig, said: str) -
 def test_a_task_of_ones_own_must_have_a_loss() -> None:
     with pytest.raises(NotImplementedError, match=r"Task must define loss\(outputs, batch\)"):
         Task().loss(None, None)
+
+
+@pytest.mark.parametrize("kind", [Classification, Regression, Segmentation, LanguageModelling])
+def test_a_subclass_of_a_built_in_task_may_be_a_module_too(kind: Any) -> None:
+    class WithParameters(kind, nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(()))
+
+    assert list(WithParameters().state_dict()) == ["temperature"]
 
 
 @pytest.mark.parametrize("half", ["train", "validation"])
