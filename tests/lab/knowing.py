@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distloop.tasks import targets_of, with_inputs
+from distloop.tasks import Classification, targets_of, with_inputs
 from tests.lab.resuming import StoppedClassification as Stopped
 
 RANK = os.environ.get("RANK", "0")
@@ -106,3 +106,29 @@ class Learning(Knowing, nn.Module):
 
     def metrics(self, outputs: Any, batch: Any) -> Any:
         return super().metrics(self.norm(self.proxies(outputs)) * self.temperature, batch)
+
+
+class Weighing(Classification, nn.Module):
+    """Learns a layer behind the model's outputs and a temperature; its weight is no number of samples."""
+
+    weight = "views"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(10, 10)
+        self.temperature = nn.Parameter(torch.full((10,), 2.0))
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        loss, count = super().loss(self.layer(outputs) / self.temperature, batch)
+        return loss, 2 * count
+
+    def metrics(self, outputs: Any, batch: Any) -> Any:
+        return super().metrics(self.layer(outputs), batch)
+
+
+class Overflowing(Learning):
+    """Its third step is not finite."""
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        loss, *others = super().loss(outputs, batch)
+        return loss * (float("nan") if self.now.step == 2 and self.now.training else 1), *others
