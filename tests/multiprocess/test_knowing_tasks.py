@@ -130,7 +130,8 @@ def by_hand(steps: int, clip_norm: float, decay: float) -> tuple[list[tuple[floa
     model = mlp((1, 8, 8), 10, hidden=16).double()
     parameters = [*model.parameters(), *task.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-    order, history, average = Order(len(data), 0), [], {}
+    order, history = Order(len(data), 0), []
+    average: dict[str, Any] = {}
     for step in range(steps):
         indices = order(0, step * 64, step * 64 + 64)
         images, targets = data.batch(indices, uniforms(0, 0, indices, 3))

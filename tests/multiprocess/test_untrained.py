@@ -127,7 +127,7 @@ def test_parameters_of_a_tasks_class_are_found_and_those_of_a_module_are_its_own
         refuse_parameters_of_task(unused.Shared())
     task = unused.Proxies()
     refuse_parameters_of_task(task)  # they are trained
-    task.more = [torch.nn.Parameter(torch.ones(3))]
+    vars(task)["more"] = [torch.nn.Parameter(torch.ones(3))]
     with pytest.raises(UsageError, match=r"\(more\[0\]\)"):
         refuse_parameters_of_task(task)
 
