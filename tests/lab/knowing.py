@@ -69,10 +69,10 @@ class Remembering(Knowing):
     def loss(self, outputs: Any, batch: Any) -> Any:
         loss, count, sums = super().loss(outputs, batch)
         if self.now.training:
-            self.counter.losses = self.now.step + 1
+            self.counter.losses += 1
             self.level = 1 + 0.9 * (self.level - 1) + 0.01 * self.now.step
             self.history[self.now.step % 3] += loss.detach() if self.kind == "of its rank" else self.level
-        factor = self.level + self.history.mean() + self.counter.losses
+        factor = self.level + self.history.mean() + self.counter.losses % 5
         return factor * loss, count, sums
 
     def state_dict(self) -> dict[str, Any]:
