@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distloop.tasks import Classification, targets_of, with_inputs
+from distloop.tasks import Classification, targets_of
 from tests.lab.resuming import StoppedClassification as Stopped
 
 RANK = os.environ.get("RANK", "0")
@@ -21,7 +21,7 @@ class Knowing(Stopped):
         assert self.now.training
         inputs = batch[0]
         share = torch.rand(len(inputs), *[1] * (inputs.ndim - 1), device=inputs.device)
-        return with_inputs(batch, share * inputs + (1 - share) * inputs[torch.randperm(len(inputs))])
+        return share * inputs + (1 - share) * inputs[torch.randperm(len(inputs))], batch[1], share
 
     def loss(self, outputs: Any, batch: Any) -> Any:
         loss, count = super().loss(outputs, batch)
@@ -29,7 +29,16 @@ class Knowing(Stopped):
         correct = (outputs.argmax(1) == targets_of(batch)).sum()
         now = {f"now_{name}": float(value) * count for name, value in self.now._asdict().items()}
         factor = 1 + self.now.step / self.now.total_steps
-        return factor * loss, count, {"hits": correct, "margin": outputs.abs().sum(), **now}
+        return (
+            factor * loss,
+            count,
+            {
+                "hits": correct,
+                "margin": outputs.abs().sum(),
+                **now,
+                "shares": sum(batch[2:]).sum() if self.now.training else 0,
+            },
+        )
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
         assert int(sums["hits"]) == int(sums["correct"])

@@ -45,6 +45,15 @@ def own(run: Path, kind: str) -> list[list[float]]:
     return [[row[name] for name in OWN] for row in rows(run, kind)]
 
 
+def mean_share(step: int) -> float:
+    """Of the four micro-batches of a step, which draw from their places in it."""
+    total = 0.0
+    for part in range(4):
+        seed(0, step, part, Place.FORWARD)
+        total += float(torch.rand(16, 1, 1, 1).double().sum())
+    return total / 64
+
+
 def test_a_task_knows_the_step_and_its_sums_and_batches_are_those_of_any_number_of_ranks(tmp_path: Path) -> None:
     arguments = ["--config", str(write_config(tmp_path, SETTINGS)), "--name"]
     runs = {}
@@ -59,7 +68,10 @@ def test_a_task_knows_the_step_and_its_sums_and_batches_are_those_of_any_number_
         assert told == [[step, step // 22, 30, 1] for step in range(30)]
         told = [values[2:] for values in own(run, "validate")]
         assert told == [[step, step // 22, 30, 0] for step in (11, 22, 30)]
+        for row in rows(run, "train"):
+            assert row["shares"] == pytest.approx(mean_share(row["step"] - 1), rel=1e-6)
         for row in rows(run, "validate"):
+            assert row["shares"] == 0  # as they are
             assert row["hits"] == row["accuracy"]  # of both, the mean over the samples
             assert row["margin"] == -1  # as summary() says
     for kind in ("train", "validate"):

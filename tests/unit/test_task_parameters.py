@@ -77,7 +77,7 @@ def test_an_average_is_that_of_a_task_with_trained_parameters_alone() -> None:
     with torch.no_grad():
         task.temperature += 1
     average.update(model)
-    assert average.task.temperature.item() == pytest.approx(1 + 9 / 11)  # a decay of (1 + 1) / (10 + 1) in the second step
+    assert average.task.temperature.item() == pytest.approx(1 + 9 / 11)  # decay: (1 + 1) / (10 + 1)
 
 
 def test_what_has_a_state_is_a_part() -> None:
