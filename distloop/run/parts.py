@@ -230,6 +230,11 @@ def load_parts(path: Path, parts: Parts, state: Mapping[str, Any]) -> list[str]:
             f"{path} holds the state of a task, and this task has none to continue: its class has other code than when "
             "the run began. Give it the methods state_dict() and load_state_dict() again, or use --name OTHER."
         )
+    if TASK in files and isinstance(parts[TASK], nn.Module) != (path / f"{TASK}.safetensors").exists():
+        raise UsageError(
+            f"{path} holds the state of another task: one of the two is a torch.nn.Module, and the other is not. Use "
+            "--name OTHER."
+        )
     for name, part in existing(parts):
         if isinstance(part, torch.amp.GradScaler):
             if state.get(name):

@@ -61,10 +61,10 @@ def refuse_parameters_of_task(task: Task) -> None:
             names += _trained_in(name, value) if isinstance(value, HOLDERS) else []
     if names:
         raise UsageError(
-            f"The task {type(task).__name__} holds parameters ({in_short(names)}) that nothing would train, save or "
-            "compare between ranks. Make the task an nn.Module as well, and give it the parameters as attributes in "
-            "__init__ (lists of them as nn.ParameterList or nn.ModuleList): class YourTask(distloop.tasks.Task, "
-            "torch.nn.Module). If they are not to be trained, as a teacher's, freeze them: requires_grad_(False)."
+            f"The task {type(task).__name__} has parameters of its own ({in_short(names)}), which nothing would train, "
+            "save or compare between ranks. Make the task an nn.Module as well, class YourTask(distloop.tasks.Task, "
+            "torch.nn.Module), and give it the parameters as attributes in __init__, lists of them as nn.ParameterList "
+            "or nn.ModuleList. If they are not to be trained, as a teacher's, freeze them: requires_grad_(False)."
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distloop.tasks import targets_of, with_inputs
+from distloop.tasks import Classification, targets_of
 from tests.lab.resuming import StoppedClassification as Stopped
 
 RANK = os.environ.get("RANK", "0")
@@ -21,7 +21,7 @@ class Knowing(Stopped):
         assert self.now.training
         inputs = batch[0]
         share = torch.rand(len(inputs), *[1] * (inputs.ndim - 1), device=inputs.device)
-        return with_inputs(batch, share * inputs + (1 - share) * inputs[torch.randperm(len(inputs))])
+        return share * inputs + (1 - share) * inputs[torch.randperm(len(inputs))], batch[1], share
 
     def loss(self, outputs: Any, batch: Any) -> Any:
         loss, count = super().loss(outputs, batch)
@@ -29,7 +29,16 @@ class Knowing(Stopped):
         correct = (outputs.argmax(1) == targets_of(batch)).sum()
         now = {f"now_{name}": float(value) * count for name, value in self.now._asdict().items()}
         factor = 1 + self.now.step / self.now.total_steps
-        return factor * loss, count, {"hits": correct, "margin": outputs.abs().sum(), **now}
+        return (
+            factor * loss,
+            count,
+            {
+                "hits": correct,
+                "margin": outputs.abs().sum(),
+                **now,
+                "shares": sum(batch[2:]).sum() if self.now.training else 0,
+            },
+        )
 
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
         assert int(sums["hits"]) == int(sums["correct"])
@@ -69,10 +78,10 @@ class Remembering(Knowing):
     def loss(self, outputs: Any, batch: Any) -> Any:
         loss, count, sums = super().loss(outputs, batch)
         if self.now.training:
-            self.counter.losses = self.now.step + 1
+            self.counter.losses += 1
             self.level = 1 + 0.9 * (self.level - 1) + 0.01 * self.now.step
             self.history[self.now.step % 3] += loss.detach() if self.kind == "of its rank" else self.level
-        factor = self.level + self.history.mean() + self.counter.losses
+        factor = self.level + self.history.mean() + self.counter.losses % 5
         return factor * loss, count, sums
 
     def state_dict(self) -> dict[str, Any]:
@@ -106,3 +115,29 @@ class Learning(Knowing, nn.Module):
 
     def metrics(self, outputs: Any, batch: Any) -> Any:
         return super().metrics(self.norm(self.proxies(outputs)) * self.temperature, batch)
+
+
+class Weighing(Classification, nn.Module):
+    """Learns a layer behind the model's outputs and a temperature; its weight is no number of samples."""
+
+    weight = "views"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(10, 10)
+        self.temperature = nn.Parameter(torch.full((10,), 2.0))
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        loss, count = super().loss(self.layer(outputs) / self.temperature, batch)
+        return loss, 2 * count
+
+    def metrics(self, outputs: Any, batch: Any) -> Any:
+        return super().metrics(self.layer(outputs), batch)
+
+
+class Overflowing(Learning):
+    """Its third step is not finite."""
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        loss, *others = super().loss(outputs, batch)
+        return loss * (float("nan") if self.now.step == 2 and self.now.training else 1), *others

@@ -114,10 +114,9 @@ def train(config: Config, ranks: Ranks) -> None:
         # Two trial passes, of which nothing stays: DDP adds gradients up in its final order from the first step on.
         for batch in trial_batches(config, data, plan, device, model):
             accelerator.backward(sum(model(batch[0])))
-        # Loaded are the run's newest whole checkpoint, else --init-from, else the initial weights.
-        state = run.load(parts)
+        state = run.load(parts)  # the run's newest whole checkpoint, else --init-from, else the initial weights
         step, stop_reason = state.step, run.stop_reason
-        parameters = [parameter for parameter in bare_model.parameters() if parameter.requires_grad]
+        parameters = [p for p in bare_model.parameters() if p.requires_grad]
         losses = LossSums(device, state.epoch_sums)
         discriminator_losses = LossSums(device)
         optimizers = [generator_optimizer, discriminator_optimizer]
@@ -171,7 +170,7 @@ def train(config: Config, ranks: Ranks) -> None:
             if due.save or stop_reason:
                 with run.phase("checkpoint"):
                     finite.check_parameters(step, parameters)
-                    broadcast_buffers(bare_model, average.module)  # all go on with what is saved: rank 0's
+                    broadcast_buffers(bare_model, average.module)  # all go on with rank 0's
                     run.save(parts, LoopState(step, losses.epoch_sums, best.row, finite.skipped_steps))
 
         if step < plan.total_steps:

@@ -34,7 +34,7 @@ from distloop.training import (
     build_task,
     divide_by_weight,
     due_after,
-    leave_out_frozen,
+    exchange_gradients,
     norm_and_clip,
     offered_to_task,
     rehearse,
@@ -52,8 +52,8 @@ def train(config: Config, ranks: Ranks) -> None:
     data = load_data(config.data, config.seed)
     task = build_task(config.task, config.seed)
     bare_model = build_model(config, data, task, device, ranks.position)  # the same initial weights on all ranks
-    optimizer = build_optimizer(bare_model, config.optim, device, config.precision)
-    average = Average(bare_model, config.optim.ema_decay)  # of the weights; empty without a decay
+    optimizer = build_optimizer(bare_model, config.optim, device, config.precision, task.as_module)
+    average = Average(bare_model, config.optim.ema_decay, task)  # of the weights; empty without a decay
     plan = Plan.of(config, len(data.train), ranks)  # which samples make up each step, and which of them are this rank's
     learning_rate = LearningRate(config, plan.total_steps)
     beta = Beta(config.own["alpha"], config.own["alpha"])  # the share of the first sample in a mixture
@@ -68,24 +68,25 @@ def train(config: Config, ranks: Ranks) -> None:
         # ---- prepared by Accelerate ----------------------------------------------------------------------------
         model, optimizer = accelerator.prepare(bare_model, optimizer)  # DDP around the model, mixed precision
         scaler = accelerator.scaler  # of fp16; else None
-        if scaler is None:
-            optimizer = optimizer.optimizer  # Accelerate's wrapper serves the scaler only, and costs 0.15 ms a step
+        optimizer = optimizer if scaler else optimizer.optimizer  # the wrapper serves the scaler, for 0.15 ms a step
         task_model = offered_to_task(model, bare_model)  # calls model; names are those of bare_model
-        validated_model = average.prepared(accelerator, bare_model)  # the averaged one, if there is one
-        validate = Validation(config, validated_model, task, data, run, ranks, trackers)
+        validated_model = bare_model
+        if average.module is not None:
+            validated_model = accelerator.prepare_model(average.module, evaluation_mode=True)
+        validate = Validation(config, validated_model, average.task, data, run, ranks, trackers)
         batches = TrainBatches(config, data, task, plan, device, run.start.step, ranks.position, run.clock.waiting)
 
         # ---- what a checkpoint holds; after this, nothing knows whether the run was interrupted ----------------
         parts = {"model": bare_model, "averaged": average.averaged, "optimizer": optimizer, "scaler": scaler}
+        parts |= {"task": task.as_part, "averaged_task": average.averaged_task}  # of a task with a state; else None
         # All that comes is done once, on one batch, and nothing of it stays: mistakes end the run here, not in an hour.
         rehearse(accelerator, model, task, batches, validate, parts, run)
-        # Loaded are the run's newest whole checkpoint, else --init-from, else the initial weights.
-        state = run.load(parts)
+        state = run.load(parts)  # the run's newest whole checkpoint, else --init-from, else the initial weights
         step, stop_reason, metrics = state.step, run.stop_reason, {}
-        parameters = [parameter for parameter in bare_model.parameters() if parameter.requires_grad]
+        parameters = [p for p in (*bare_model.parameters(), *task.as_module.parameters()) if p.requires_grad]
         losses = LossSums(device, state.epoch_sums)
-        finite = FiniteCheck(config.train.on_nonfinite, model, optimizer, scaler, plan, state.skipped_steps)
-        trackers.begin(bare_model, device, optimizer=optimizer)
+        finite = FiniteCheck(config.train.on_nonfinite, model, optimizer, scaler, plan, state.skipped_steps, task)
+        trackers.begin(bare_model, device)
         if state.unvalidated:  # its validation has failed, in an attempt before
             metrics, stop_reason = validate(step, parts, state), run.stop_reason
 
@@ -108,10 +109,10 @@ def train(config: Config, ranks: Ranks) -> None:
                     accelerator.backward(loss * micro.scale)  # backward pass; scale: processes / samples of the step
                 losses.add(loss, weight, micro.is_empty, micro.samples, *sums)
 
-            accelerator.unscale_gradients(optimizer)  # of fp16; else nothing
+            exchange_gradients(task)  # of a task with parameters of its own, as DDP does for the model's
+            accelerator.unscale_gradients(optimizer)  # of fp16
             if task.weight != "samples":  # tokens, pixels: how many they were is known only now
-                divide_by_weight(model, losses.step_weight, plan.sample_count(step))
-            leave_out_frozen(optimizer, step)  # groups that are frozen until a later step
+                divide_by_weight(model, losses.step_weight, plan.sample_count(step), task)
             gradient_norm = norm_and_clip(parameters, config.optim.clip_norm)  # the norm before clipping
             left_out = finite.before_update(step, gradient_norm, losses.step_losses)  # a flag, on the device
             losses.end_step(left_out)
@@ -140,7 +141,7 @@ def train(config: Config, ranks: Ranks) -> None:
             if due.save or stop_reason or best.step == step:
                 with run.phase("checkpoint"):
                     finite.check_parameters(step, parameters)
-                    broadcast_buffers(bare_model, average.module)  # all go on with what is saved: rank 0's
+                    broadcast_buffers(bare_model, average.module, task, average.task)  # all go on with rank 0's
                     run.save(parts, LoopState(step, losses.epoch_sums, best.row, finite.skipped_steps))
 
         if step < plan.total_steps:
