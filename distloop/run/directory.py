@@ -52,6 +52,9 @@ def open_directory(
         # A run without a checkpoint may have another config: no step of it is kept.
         begun = bool(published_in(path / files.CHECKPOINTS)) and (path / files.CONFIG).exists()
         changes: dict[str, Any] = dict(_changes(path, config)) if begun else {}
+        if changes:
+            lines = (f"{key} goes from {old!r} to {new!r}" for key, (old, new) in changes.items())
+            messages.append(f"--resume extend: {', '.join(lines)}")
         checkpoint = _newest_checkpoint(path, status.total_steps, messages)
         step = step_of(checkpoint) if checkpoint else 0
         if checkpoint:
@@ -229,14 +232,19 @@ def _changes_of_loop(path: Path, loop: LoopSource | None, messages: list[str]) -
     return {"loop_sha256": (old, new)}
 
 
-def _changes(path: Path, config: Config) -> dict[str, tuple[Any, Any]]:
-    """The settings that --resume extend changes. Raises UsageError for a change that --resume does not allow."""
+def config_before(path: Path, config: Config) -> Config:
+    """The config that is recorded in the run directory. In the place of each secret, which is recorded as ***, it has
+    that of `config`. Raises UsageError if this version does not read it."""
     try:
-        # The file has *** for each secret: this config's secrets count as unchanged.
         settings = unmask(clean_mapping(read_yaml(path / files.CONFIG)), recorded(config))
-        changed = differences(config_from_mapping(settings, str(path / files.CONFIG)), config)
+        return config_from_mapping(settings, str(path / files.CONFIG))
     except UsageError as error:
         raise UsageError(f"The run in {path} has a config that this version does not read: {error}") from None
+
+
+def _changes(path: Path, config: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings that --resume extend changes. Raises UsageError for a change that --resume does not allow."""
+    changed = differences(config_before(path, config), config)
     if not changed:
         return {}
     changed = {key: (clean_mapping(old, key), clean_mapping(new, key)) for key, (old, new) in changed.items()}

@@ -24,6 +24,7 @@ from distloop.run.attempt import Attempt
 from distloop.run.checkpoint import LoopState
 from distloop.run.parts import Parts, existing
 from distloop.training.averaging import adopt_buffers
+from distloop.training.changed_rate import say_changed_rate
 from distloop.training.named_sums import check_sums
 from distloop.training.putting_back import put_back
 from distloop.training.sparse import refuse_unforeseen_sparse
@@ -59,6 +60,7 @@ def rehearse(
     first, seed, position = run.start.step, run.config.seed, run.ranks.position
     if first >= run.plan.total_steps:
         return  # nothing is left to train
+    say_changed_rate(run)
     bare_model = model.module if isinstance(model, DistributedDataParallel) else model
     modules = [bare_model, validate.model, *(part for _, part in existing(parts) if isinstance(part, nn.Module))]
     run.ranks.messages += refuse_untrained_task(task, parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,31 @@ def test_resume_extend_continues_and_records_the_change(tmp_path: Path) -> None:
     assert record["after_step"] == steps
     # The extended run is now the run of this name, and finished.
     assert "is finished" in train(tmp_path, [*small(tmp_path), "--train.epochs", "4"]).check().output
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_resume_extend_says_what_changes_and_what_becomes_of_the_learning_rate(tmp_path: Path, world_size: int) -> None:
+    own = {"log": {"every_steps": 1}, "checkpoint": {"every_steps": 2}, "schedule": "constant", "optim": {"lr": 0.0003}}
+    words, run = small(tmp_path, train={"steps": 4}, **own), tmp_path / "runs" / "run"
+    train(tmp_path, words, world_size).check()
+    shutil.rmtree(run / "checkpoints" / "step_00000004")  # as if it had been killed after step 2
+    (run / "status.json").write_text(json.dumps({**status(run), "state": "running"}))
+    outcome = train(tmp_path, [*words, "--optim.lr", "0.0009", "--resume", "extend"], world_size).check()
+    assert outcome.output.count("--resume extend: optim.lr goes from 0.0003 to 0.0009\n") == 1
+    assert outcome.output.count("the learning rate at step 3 goes from 0.0003 to 0.0009\n") == 1
+    assert [row["lr"] for row in rows(run, "train")] == [0.0003] * 2 + [0.0009] * 2
+
+    # Only where it changes: a longer run of a constant rate, and then one that falls.
+    words = [*words, "--optim.lr", "0.0009"]
+    outcome = train(tmp_path, [*words, "--train.steps", "6", "--resume", "extend"], world_size).check()
+    assert outcome.output.count("--resume extend: train.steps goes from 4 to 6\n") == 1
+    assert "the learning rate at" not in outcome.output
+    words = [*words, "--train.steps", "8", "--schedule", "linear"]
+    outcome = train(tmp_path, [*words, "--resume", "extend"], world_size).check()
+    lr = rows(run, "train")[6]["lr"]
+    assert f"the learning rate at step 7 goes from 0.0009, that of step 6, to {lr:.4g}\n" in outcome.output
+    assert lr < 0.0003
+    assert "--resume extend: " not in train(tmp_path, [*words, "--resume", "extend"], world_size).check().output
 
 
 def test_resume_extend_refuses_what_would_change_the_meaning_of_the_steps(tmp_path: Path) -> None:
