@@ -6,6 +6,7 @@ from distloop import hand_on
 
 if TYPE_CHECKING:
     from distloop.training.averaging import Average as Average
+    from distloop.training.buffers import broadcast_buffers as broadcast_buffers
     from distloop.training.due import due_after as due_after
     from distloop.training.gradients import divide_by_weight as divide_by_weight
     from distloop.training.gradients import norm_and_clip as norm_and_clip
@@ -22,6 +23,5 @@ if TYPE_CHECKING:
     from distloop.training.tasks import Task as Task
     from distloop.training.tasks import build_task as build_task
     from distloop.training.validation import Validation as Validation
-    from distloop.training.validation import broadcast_buffers as broadcast_buffers
 else:
     __getattr__ = hand_on(__name__, __file__)

@@ -19,31 +19,20 @@ from distloop.data.loader import make_loader
 from distloop.data.look import first_validation_batch
 from distloop.data.order import FixedBatchSampler
 from distloop.data.seeding import Place, generators_restored, seed_place
-from distloop.errors import RunFailed, UsageError
+from distloop.errors import RunFailed
 from distloop.ranks.places import Position
 from distloop.ranks.ranks import Ranks
-from distloop.ranks.sums import describe, plain_number
+from distloop.ranks.sums import plain_number
 from distloop.run.attempt import Attempt
 from distloop.run.checkpoint import LoopState
 from distloop.run.metrics import check_names, plain_values
 from distloop.run.parts import Parts
 from distloop.run.unvalidated import saved_if_it_fails
+from distloop.training.buffers import broadcast_buffers
 from distloop.training.details import Details
 from distloop.training.tasks import Task
+from distloop.training.validated_sums import ValidatedSums
 from distloop.training.weights import Weights
-
-Forms = dict[str, tuple[tuple[int, ...], bool]]  # name -> shape, whether it is floating
-
-EXCHANGED: tuple[torch.dtype, ...] = (
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.uint8,
-)
-EXCHANGED += (torch.int8, torch.bool, torch.complex64, torch.complex128)  # the dtypes that gloo and NCCL know
 
 
 class LogsRows(Protocol):
@@ -149,9 +138,7 @@ def validate(
     device = next(model.parameters()).device
     if details is not None:
         details.begin(device)
-    rows: list[dict[str, Tensor]] = []
-    counts: dict[str, Tensor] = {}
-    weights = Weights()
+    sums, weights = ValidatedSums(), Weights()
     if here is not None:
         position = 0
         here.samples = lambda: f"{listed(range(*sampler.span(position)))} of the validation data"
@@ -165,27 +152,19 @@ def validate(
             metrics = task.metrics(outputs, batch)
             check_names("metrics", metrics)
             sums_of_batch |= metrics
-            rows.append({})
-            for name, value in sums_of_batch.items():
-                tensor = exact_tensor(name, value)
-                if tensor.is_floating_point():
-                    rows[-1][name] = tensor
-                else:
-                    if name in counts:  # to add shapes that differ may broadcast
-                        merged([{name: (tuple(each.shape), False)} for each in (counts[name], tensor)])
-                    counts[name] = counts.get(name, 0) + tensor.to(torch.int64)
+            sums.add(sums_of_batch)
             if details is not None:
                 details.add(task.guesses(outputs, batch), *sampler.span(position))
     weights.read()
-    refuse_short_loader(len(rows), sampler)
+    refuse_short_loader(len(sums.rows), sampler)
     model.train(was_training)
     if here is not None:
         here.enter("adding up the validation")
-    sums = add_in_batch_order(rows, counts, sampler, device)
+    total = sums.total(sampler, device)
     if details is not None:
         details.gather(sampler)
     seed_place(Place.SUMMARY, seed, device)
-    return summary_of(task, sums)
+    return summary_of(task, total)
 
 
 def summary_of(task: Task, sums: dict[str, Tensor]) -> dict[str, Any]:
@@ -200,20 +179,6 @@ def summary_of(task: Task, sums: dict[str, Tensor]) -> dict[str, Any]:
     return {**plain_values("task.summary()", values), "samples": samples}
 
 
-def exact_tensor(name: str, value: Any) -> Tensor:
-    """A sum that a task gives as a tensor: Python's floats in float64, not in float32. Raises UsageError for what is
-    not made of real numbers."""
-    try:
-        # An array may have negative strides, which a tensor has not.
-        tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-    except (TypeError, ValueError):
-        tensor = None
-    if tensor is None or tensor.is_complex():
-        kind = f"complex {describe(value)}" if tensor is not None else describe(value)
-        raise UsageError(f"task.metrics(): {name} is a {kind}; give real numbers, as numbers, arrays or tensors.")
-    return tensor
-
-
 def refuse_short_loader(batches: int, sampler: FixedBatchSampler) -> None:
     """Raise RunFailed if this rank got fewer batches than the sampler has for it."""
     due = len(range(sampler.rank, sampler.batches, sampler.world_size))
@@ -222,79 +187,3 @@ def refuse_short_loader(batches: int, sampler: FixedBatchSampler) -> None:
             f"Validation on rank {sampler.rank} got {batches} batches in the place of {due}: something ended the "
             "loader, such as a StopIteration that left the data set. The samples behind it would not be counted."
         )
-
-
-def add_in_batch_order(
-    rows: list[dict[str, Tensor]], counts: dict[str, Tensor], sampler: FixedBatchSampler, device: torch.device
-) -> dict[str, Tensor]:
-    """The sums over all batches of all ranks, on the CPU. Collective.
-
-    `rows`: the float sums of each of this rank's batches; a table [batches, …] of them is added up. `counts`: the
-    integer sums over this rank's batches, which are exact in any order (a table of confusion matrices would not fit).
-    """
-    own = [{name: (tuple(value.shape), True) for name, value in row.items()} for row in rows]
-    found = [merged([*own, {name: (tuple(value.shape), False) for name, value in counts.items()}])]
-    distributed = sampler.world_size > 1
-    if distributed:  # a rank may have no batch at all, or none with a name that others have
-        found *= sampler.world_size
-        dist.all_gather_object(found, found[0])
-        for rank, there in enumerate(found):
-            refuse_other_shapes(there, found[0], rank)
-    forms = merged(found)
-    sums: dict[str, Tensor] = {}
-    for name, (shape, floating) in forms.items():
-        if floating:
-            table = torch.zeros((sampler.batches, *shape), dtype=torch.float64)
-            for position, row in enumerate(rows):
-                if name in row:
-                    table[sampler.rank + position * sampler.world_size] = row[name].cpu()
-            if name in counts:  # it was an integer in some batches, such as 0
-                table[sampler.rank] += counts[name].cpu()
-        else:
-            table = counts.get(name, torch.zeros(shape, dtype=torch.int64)).cpu()[None]
-        if distributed:
-            table = table.to(device)
-            dist.all_reduce(table)
-        sums[name] = table.cpu().sum(0)
-    return sums
-
-
-def refuse_other_shapes(there: Forms, forms: Forms, rank: int) -> None:
-    """Raise UsageError if sums of this rank, `there`, have other shapes than those of rank 0."""
-    for name, (shape, _) in there.items():
-        if name in forms and forms[name][0] != shape:
-            raise UsageError(
-                f"In validation the sum {name!r} is of shape {list(shape)} on rank {rank}, but of shape "
-                f"{list(forms[name][0])} on rank 0. The model's outputs and what task.metrics() makes of them must "
-                "have one form on all ranks: their code must not ask which rank it runs on."
-            )
-
-
-def merged(found: Iterable[Forms]) -> Forms:
-    """The form of each sum over all batches, in the order in which they are found. Raises UsageError for shapes that
-    differ."""
-    forms: Forms = {}
-    for name, (shape, floating) in (item for each in found for item in each.items()):
-        known, was_floating = forms.get(name, (shape, False))
-        if known != shape:
-            raise UsageError(
-                f"task.metrics(): {name} has the shape {list(known)} in one batch and {list(shape)} in another. Give "
-                "sums over the batch, of one shape."
-            )
-        forms[name] = (shape, floating or was_floating)
-    return forms
-
-
-def broadcast_buffers(*models: nn.Module | None) -> None:
-    """Give all ranks rank 0's buffers."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        for model in models:
-            for buffer in model.buffers() if model is not None else ():
-                if buffer.layout != torch.strided:
-                    continue  # not in a checkpoint either
-                if buffer.dtype in EXCHANGED:
-                    dist.broadcast(buffer, src=0)
-                else:  # no group sends int16 or float8: their bytes
-                    whole = buffer.contiguous()
-                    dist.broadcast(whole.reshape(-1).view(torch.uint8), src=0)
-                    buffer.copy_(whole)
