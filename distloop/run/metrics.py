@@ -43,7 +43,7 @@ LOGGED = ("train", "epoch", "validate")  # kinds of rows to which a loop adds va
 NO_METRICS = (*KEYS_OF_EVERY_ROW, *KEYS_OF_KIND["validate"])  # keys of a validate row beside the task's metrics
 # What a task may not name a value of its own: validation adds these sums up beside those of metrics(), and a row has
 # these keys beside what summary() gives.
-RESERVED = {"metrics": ("loss", "weight", "samples"), "summary": NO_METRICS}
+RESERVED: dict[str, tuple[str, ...]] = {"metrics": ("loss", "weight", "samples"), "collect": (), "summary": NO_METRICS}
 SET_ASIDE = "metrics.set_aside.jsonl"
 
 
@@ -58,7 +58,7 @@ def check_row(kind: str, names: Mapping[str, Any]) -> None:
         )
 
 
-def check_names(method: Literal["metrics", "summary"], values: Any) -> None:
+def check_names(method: Literal["metrics", "collect", "summary"], values: Any) -> None:
     """Raise UsageError unless what this method of a task has returned is a mapping whose names are texts, and none of
     RESERVED: another value would take the place of one of them."""
     if not isinstance(values, Mapping):

@@ -30,7 +30,7 @@ from distloop.training.untrained import refuse_unused_parameters
 from distloop.training.validation import Validation
 from distloop.training.weights import Weights
 
-METHODS = ("forward", "loss", "metrics", "guesses", "summary")  # of a task, as errors name them
+METHODS = ("forward", "loss", "metrics", "guesses", "collect", "summary")  # of a task, as errors name them
 MOST_ELEMENTS = 64  # of a metric that is compared
 NEARLY = 1e-3  # relative: losses that agree so far are the same up to rounding
 

@@ -29,8 +29,9 @@ from distloop.run.metrics import check_names, plain_values
 from distloop.run.parts import Parts
 from distloop.run.unvalidated import saved_if_it_fails
 from distloop.training.buffers import broadcast_buffers
+from distloop.training.collected import Collected
 from distloop.training.details import Details
-from distloop.training.tasks import Task
+from distloop.training.tasks import Task, collects
 from distloop.training.validated_sums import ValidatedSums
 from distloop.training.weights import Weights
 
@@ -138,7 +139,7 @@ def validate(
     device = next(model.parameters()).device
     if details is not None:
         details.begin(device)
-    sums, weights = ValidatedSums(), Weights()
+    sums, weights, collected = ValidatedSums(), Weights(), Collected() if collects(task) else None
     if here is not None:
         position = 0
         here.samples = lambda: f"{listed(range(*sampler.span(position)))} of the validation data"
@@ -153,6 +154,8 @@ def validate(
             check_names("metrics", metrics)
             sums_of_batch |= metrics
             sums.add(sums_of_batch)
+            if collected is not None:
+                collected.add(task.collect(outputs, batch), sampler.size(position))
             if details is not None:
                 details.add(task.guesses(outputs, batch), *sampler.span(position))
     weights.read()
@@ -160,17 +163,19 @@ def validate(
     model.train(was_training)
     if here is not None:
         here.enter("adding up the validation")
-    total = sums.total(sampler, device)
+    for_summary: list[Any] = [sums.total(sampler, device)]
+    if collected is not None:
+        for_summary.append(collected.whole(sampler))
     if details is not None:
         details.gather(sampler)
     seed_place(Place.SUMMARY, seed, device)
-    return summary_of(task, total)
+    return summary_of(task, *for_summary)
 
 
-def summary_of(task: Task, sums: dict[str, Tensor]) -> dict[str, Any]:
-    """The task's summary of these sums, with `samples`. Raises UsageError for names that distloop uses itself, and for
-    values that are no numbers."""
-    samples, values = int(sums["samples"]), task.summary(sums)
+def summary_of(task: Task, sums: dict[str, Tensor], *collected: dict[str, Any]) -> dict[str, Any]:
+    """The task's summary of these sums, with `samples`. `collected`: of a task that does so. Raises UsageError for
+    names that distloop uses itself, and for values that are no numbers."""
+    samples, values = int(sums["samples"]), task.summary(sums, *collected)
     if isinstance(values, Mapping) and plain_number(values.get("samples")) == samples:  # handed on as it came
         values = {name: value for name, value in values.items() if name != "samples"}
     check_names("summary", values)
