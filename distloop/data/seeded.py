@@ -12,6 +12,7 @@ from distloop.config.registry import import_callable
 from distloop.config.settings import Data
 from distloop.data.bad_samples import BadSample, listed, load_samples
 from distloop.data.datasets import DataSource, InMemory, gives_batches
+from distloop.data.halves import VALIDATION, halves, word_of
 from distloop.data.lengths import in_words
 from distloop.data.order import Half, MicroBatch
 from distloop.data.seeding import Place, seed_building, seed_sample, uniforms
@@ -151,7 +152,8 @@ def collate_of(config: Data) -> Callable[[list], Any]:
 
 def name_of(dataset: Any, source: DataSource, config: Data) -> str:
     """Which half of the data this is, in words."""
-    return f"the {'training' if dataset is source.train else 'validation'} data (data.name = {config.name!r})"
+    word = next((word_of(half) for half, each in halves(source).items() if each is dataset), VALIDATION)
+    return f"the {word} data (data.name = {config.name!r})"
 
 
 def check_of(task: ChecksBatches | None, dataset: Any) -> Callable[..., None]:

@@ -5,6 +5,7 @@ from numbers import Real
 from typing import Any
 
 from distloop.errors import UsageError
+from distloop.run.metrics import is_metric
 
 Rule = tuple[str, str]  # (name of a metric, min | max)
 
@@ -45,7 +46,7 @@ class Best:
         may be of fewer."""
         metric, _ = self.rule
         if metric not in metrics:
-            known = [name for name in metrics if name != "samples"]
+            known = [name for name in metrics if is_metric(name)]
             where = "checkpoint.best" if self.is_named else f"the task's best = {self.rule!r}"
             message = (
                 f"{where}: validation gives no {metric!r}, but {', '.join(known)}. Let summary() return it (what "

@@ -41,10 +41,22 @@ KEYS_OF_KIND = {
 }
 LOGGED = ("train", "epoch", "validate")  # kinds of rows to which a loop adds values of its own
 NO_METRICS = (*KEYS_OF_EVERY_ROW, *KEYS_OF_KIND["validate"])  # keys of a validate row beside the task's metrics
+SAMPLES_OF = "samples/"  # and the name of a further validation set: how many samples it has
 # What a task may not name a value of its own: validation adds these sums up beside those of metrics(), and a row has
 # these keys beside what summary() gives.
 RESERVED: dict[str, tuple[str, ...]] = {"metrics": ("loss", "weight", "samples"), "collect": (), "summary": NO_METRICS}
 SET_ASIDE = "metrics.set_aside.jsonl"
+
+
+def is_metric(key: str) -> bool:
+    """Whether a key of a validate row is a metric of the task."""
+    return key not in NO_METRICS and not key.startswith(SAMPLES_OF)
+
+
+def samples_in(row: Mapping[str, Any]) -> str:
+    """How many samples were validated, in words: "360 samples", "360 samples, 100 of night"."""
+    others = (f", {row[key]} of {key.removeprefix(SAMPLES_OF)}" for key in row if key.startswith(SAMPLES_OF))
+    return f"{row['samples']} samples{''.join(others)}"
 
 
 def check_row(kind: str, names: Mapping[str, Any]) -> None:

@@ -69,7 +69,7 @@ def rehearse(
             run.ranks.from_main(lambda: run.saver.rehearse(parts, LoopState(first)))
         try:
             with _rehearsing(task, position, "the first batch of validation"):
-                run.best.check(validate.first_batch(), validate.sampler.samples)
+                run.best.check(validate.first_batch(), validate.sets[0].sampler.samples)
         except (ArithmeticError, ValueError, RuntimeError, AssertionError) as error:
             if _method(error, task) != "summary":
                 raise

@@ -15,7 +15,6 @@ from distloop.config.settings import Config
 from distloop.data.bad_samples import listed
 from distloop.data.datasets import DataSource
 from distloop.data.lengths import refuse_other_length
-from distloop.data.loader import make_loader
 from distloop.data.look import first_validation_batch
 from distloop.data.order import FixedBatchSampler
 from distloop.data.seeding import Place, generators_restored, seed_place
@@ -33,6 +32,7 @@ from distloop.training.collected import Collected
 from distloop.training.details import Details
 from distloop.training.tasks import Task, collects
 from distloop.training.validated_sums import ValidatedSums
+from distloop.training.validation_sets import in_one_row, load_sets
 from distloop.training.weights import Weights
 
 
@@ -59,12 +59,8 @@ class Validation:
         self.model, self.task, self.run, self.position = model, task, run, ranks.position
         self.config, self.source, self.seed = config, source, config.seed
         self.ranks, self.trackers = ranks, trackers
-        device, dtype, data = run.clock.device, getattr(torch, config.dtype), source.validation
-        self.dataset = data
-        self.sampler = FixedBatchSampler(len(data), config.validate.batch_size, ranks.rank, ranks.world_size)
-        self.loader = make_loader(
-            config.data, source, task, config.seed, device, dtype, data, self.sampler, persistent=True
-        )
+        place = (run.clock.device, ranks.rank, ranks.world_size)
+        self.sets = load_sets(config, source, task, *place, persistent=True)
         self.details = Details(task, source, config.data, config.seed)
 
     def __call__(self, step: int, parts: Parts | None = None, state: LoopState | None = None) -> dict[str, float]:
@@ -91,28 +87,37 @@ class Validation:
         return metrics
 
     def _validate(self, step: int) -> dict[str, float]:
-        refuse_other_length("validation", self.dataset, self.sampler.samples)
-        batches = self._until_verdict()
-        metrics = validate(self.model, self.task, batches, self.sampler, self.position, self.details, self.seed)
+        found: dict[str, dict[str, float]] = {}
+        for each in self.sets:
+            refuse_other_length(each.half, each.dataset, each.sampler.samples)
+            details = None if found else self.details
+            batches = self._until_verdict(each.loader)
+            found[each.suffix] = validate(
+                self.model, self.task, batches, each.sampler, self.position, details, self.seed, each.half
+            )
         self.position.enter("keeping what was validated")  # one that is still in summary() is behind
         self.details.write(self.run.path, step, self.run.start.attempt)
-        return metrics
+        return in_one_row(found)
 
-    def _until_verdict(self) -> Iterator[Any]:
+    def _until_verdict(self, loader: Iterable[Any]) -> Iterator[Any]:
         """The batches, as long as no rank has failed. Raises RunFailed: the run is over, and this rank may have many
         batches left, without a collective that would tell it."""
-        for batch in self.loader:
+        for batch in loader:
             if (verdict := self.ranks.roll_call.verdict) is not None:
                 raise RunFailed(verdict.reason)
             yield batch
 
     def first_batch(self) -> dict[str, float]:
-        """The metrics of one batch, this rank's first, for the rehearsal. Collective, although ranks differ in it."""
-        batch, samples = first_validation_batch(
-            self.config, self.source, self.task, self.sampler, self.run.clock.device
-        )
-        alone = FixedBatchSampler(samples, samples, 0, 1)
-        return validate(self.model, self.task, [batch], alone, None, self.details, self.seed)
+        """The metrics of one batch of each set, this rank's first, for the rehearsal. Collective, although ranks differ
+        in it."""
+        found: dict[str, dict[str, float]] = {}
+        for each in self.sets:
+            batch, samples = first_validation_batch(
+                self.config, self.source, self.task, each.dataset, each.sampler, self.run.clock.device
+            )
+            alone, details = FixedBatchSampler(samples, samples, 0, 1), None if found else self.details
+            found[each.suffix] = validate(self.model, self.task, [batch], alone, None, details, self.seed)
+        return in_one_row(found)
 
 
 @generators_restored()  # so that no numbers of training depend on when it validates
@@ -124,14 +129,15 @@ def validate(
     here: Position | None = None,
     details: Details | None = None,
     seed: int = 0,
+    half: str = "validation",
 ) -> dict[str, float]:
     """The task's summary over the whole validation set, with `samples`; the same on all ranks.
 
     `model`: the bare module, since DDP's forward waits for other ranks, which may have fewer batches. `loader`: yields
     the batches that `sampler` gives this rank. `here`: this rank's position. `details`: collects the details. `seed`:
-    the run's; the global generators are seeded for each batch by its number, and for the summary. The sums of all
-    batches are added in the order of the batches, in float64, so that the result does not depend on which rank computed
-    which batch.
+    the run's; the global generators are seeded for each batch by its number, and for the summary. `half`: of the
+    data. The sums of all batches are added in the order of the batches, in float64, so that the result does not depend
+    on which rank computed which batch.
     """
     broadcast_buffers(model)  # BatchNorm's statistics differ between ranks: all validate rank 0's
     was_training = model.training
@@ -142,7 +148,7 @@ def validate(
     sums, weights, collected = ValidatedSums(), Weights(), Collected() if collects(task) else None
     if here is not None:
         position = 0
-        here.samples = lambda: f"{listed(range(*sampler.span(position)))} of the validation data"
+        here.samples = lambda: f"{listed(range(*sampler.span(position)))} of the {half} data"
     with torch.no_grad():
         for position, batch in enumerate(loader):
             seed_place(Place.VALIDATION, seed, device, sampler.rank + position * sampler.world_size)
