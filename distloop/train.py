@@ -86,7 +86,7 @@ def train(config: Config, ranks: Ranks) -> None:
         losses = LossSums(device, state.epoch_sums)
         finite = FiniteCheck(config.train.on_nonfinite, model, optimizer, scaler, plan, state.skipped_steps)
         trackers.begin(bare_model, device)
-        if state.unvalidated:  # its validation has failed, in an attempt before
+        if state.unvalidated:  # its validation failed in an attempt before, or is that at the start of the run
             metrics = validate(step, parts, state)
 
         # ==== THE LOOP ==========================================================================================

@@ -166,6 +166,12 @@ def check(config: Config) -> None:
         if values.count(None) != 1:
             have = "both are given" if None not in values else "neither is given"
             raise UsageError(f"{one} and {other}: {have}; set exactly one of them.")
+    if config.validate.at_end == "only" and (config.validate.every_steps or config.validate.every_epochs != 1):
+        key = "every_steps" if config.validate.every_steps else "every_epochs"
+        raise UsageError(
+            f"validate.{key} = {getattr(config.validate, key)} and validate.at_end = 'only', which leaves out all "
+            f"validations but the last: set one of them. On a command line, --validate.every-epochs 1 takes {key} back."
+        )
     if config.precision != "no" and config.dtype == "float64":
         raise UsageError(
             f"precision = {config.precision!r} with dtype = 'float64': mixed precision is for float32 "

@@ -71,7 +71,8 @@ class Attempt(AttemptBase):
         """Load the newest good checkpoint, else the weights of --init-from, else none; returns the loop's state.
         `parts`: modules, optimizers, objects with state_dict(), None. Raises UsageError for what does not fit."""
         self.start.messages.extend(check_parts(parts))
-        state, self.finished_because = load_start(self.start, parts, self.source.bad_samples)
+        begins = (self.source.bad_samples, self.config.validate.at_start)
+        state, self.finished_because = load_start(self.start, parts, *begins)
         self.best.row = self.status.best = state.best
         if self.start.changes and self.ranks.is_main:
             record_start(self.start, self.config, self.ranks.world_size, self.loop)

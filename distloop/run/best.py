@@ -60,8 +60,9 @@ class Best:
             raise UsageError(message)
 
     def update(self, step: int, metrics: dict[str, Any]) -> None:
-        """Take up the validation after `step`. Raises UsageError when it has no such metric."""
+        """Take up the validation after `step`; that before the first step, which no checkpoint has, is never the best.
+        Raises UsageError when it has no such metric."""
         self.check(metrics)
         metric, _ = self.rule
-        if is_better(self.rule, metrics[metric], (self.row or {}).get(metric)):
+        if step and is_better(self.rule, metrics[metric], (self.row or {}).get(metric)):
             self.row = {"step": step, **metrics}

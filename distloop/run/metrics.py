@@ -161,8 +161,8 @@ def count_rows(path: Path) -> int:
 
 
 def set_aside_until(path: Path) -> int:
-    """The last step whose row was set aside; 0 if none was."""
-    last = 0
+    """The last step whose row was set aside; -1 if none was."""
+    last = -1
     with contextlib.suppress(FileNotFoundError), open(path.with_name(SET_ASIDE), encoding="utf-8") as file:
         for line in file:
             with contextlib.suppress(ValueError, KeyError, TypeError):

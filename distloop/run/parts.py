@@ -162,10 +162,12 @@ def contents_of(parts: Parts, buffers: Any) -> tuple[dict[str, Weights], dict[st
     return weights, others, state
 
 
-def load_start(start: Start, parts: Parts, bad_samples: BadSamples | None = None) -> tuple[LoopState, str | None]:
+def load_start(
+    start: Start, parts: Parts, bad_samples: BadSamples | None = None, at_start: bool = False
+) -> tuple[LoopState, str | None]:
     """Load the checkpoint or the weights from which an attempt starts, and which samples were left out. Returns the
     loop's state and, if the loop had finished early and the process was killed before status.json said so, why it
-    had."""
+    had. `at_start`: a run that begins is validated first."""
     if start.checkpoint:
         stored = read_json(start.checkpoint / STATE)
         load_parts(start.checkpoint, parts, stored)
@@ -186,7 +188,7 @@ def load_start(start: Start, parts: Parts, bad_samples: BadSamples | None = None
             raise UsageError(f"init_from: this loop has no part named model, but {', '.join(parts)}.")
         make_whole(model)
         load_weights(start.weights, model)
-    return LoopState(), None
+    return LoopState(unvalidated=at_start), None
 
 
 def load_parts(path: Path, parts: Parts, state: Mapping[str, Any]) -> None:

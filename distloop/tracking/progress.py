@@ -67,7 +67,7 @@ class Progress:
         elif row["kind"] == "validate":
             metric = self.best_rule[0]
             self.latest = row
-            if is_better(self.best_rule, row.get(metric), (self.best or {}).get(metric)):
+            if row["step"] and is_better(self.best_rule, row.get(metric), (self.best or {}).get(metric)):
                 self.best = row
 
     def seconds_left(self) -> float | None:

@@ -68,13 +68,12 @@ class Validation:
 
         With `parts` and the loop's `state`, what a checkpoint of this step holds: log the row, update run's Best, and
         where that fails, let rank 0 save them, for the next attempt to validate. Of a step that comes from such a
-        checkpoint, save them as validated.
+        checkpoint, save them as validated. Before the first step, only log the row.
         """
         if self.trackers is None or parts is None or state is None:
             return self._validate(step)
         self.position.step = step
-        is_saved = state.unvalidated
-        with contextlib.nullcontext() if is_saved else saved_if_it_fails(self.run, parts, state):
+        with contextlib.nullcontext() if state.unvalidated else saved_if_it_fails(self.run, parts, state):
             with self.run.phase("validation"):
                 metrics = self._validate(step)
             if self.ranks.world_size > 1:
@@ -82,7 +81,7 @@ class Validation:
                 dist.all_reduce(torch.zeros(()))  # rank 0 waits here for all, to save if one of them fails
             self.run.best.update(step, metrics)
             self.trackers.log("validate", step, **metrics)
-        if is_saved:
+        if state.unvalidated and step:
             self.run.save(parts, dataclasses.replace(state, unvalidated=False, best=self.run.best.row))
         return metrics
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.tools.ranks import command, train, write_config
-from tests.tools.records import found, largest_difference, rows, status, weights
+from tests.tools.records import all_rows, found, largest_difference, rows, status, weights
 
 LAB = "tests.lab.day_and_night"
 SETTINGS: dict[str, Any] = {
@@ -78,3 +78,36 @@ def test_a_metric_of_no_set_is_refused_before_the_first_step_with_those_that_the
     assert outcome.codes == [2, 2]
     known = "loss, accuracy, auroc, digest, loss/night, accuracy/night, auroc/night, digest/night"
     assert outcome.output.count(f"checkpoint.best: validation gives no 'accuracy/dusk', but {known}.") == 1
+
+
+# ---- at the start and at the end -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_validation_at_the_start_is_done_once_in_a_runs_life(tmp_path: Path, world_size: int) -> None:
+    validate = {"batch_size": 50, "at_start": True, "at_end": "only"}
+    whole = run(tmp_path, "whole", world_size, validate=validate)
+    assert [row["step"] for row in metrics(whole)] == [0, 60]
+    first, *_ = all_rows(whole)
+    assert (first["kind"], first["step"], first["epoch"]) == ("validate", 0, 0)
+    words = ["--config", str(write_config(tmp_path, {**SETTINGS, "name": "parts", "validate": validate}))]
+    killed = train(tmp_path, words, world_size, {"STOP": "SIGKILL 3 0"}, loop="tests.lab.interrupted")
+    parts = tmp_path / "runs" / "parts"
+    assert killed.codes[0] == -9
+    assert [row["step"] for row in metrics(parts)] == [0]
+    train(tmp_path, words, world_size, {"STOP": "SIGTERM 3 0"}, loop="tests.lab.interrupted").check()
+    assert status(parts)["state"] == "stopped"
+    assert [(row["step"], row["attempt"]) for row in rows(parts, "validate")] == [(0, 2)]  # no step was kept
+    train(tmp_path, words, world_size).check()
+    assert [(row["step"], row["attempt"]) for row in rows(parts, "validate")] == [(0, 2), (60, 3)]
+    assert metrics(parts) == metrics(whole)
+    assert status(parts)["best"] == metrics(whole)[-1]
+    assert largest_difference(weights(parts), weights(whole)) == 0
+
+
+def test_the_weights_before_the_first_step_are_never_the_best(tmp_path: Path) -> None:
+    validate = {"batch_size": 50, "at_start": True, "every_steps": 1}
+    path = run(tmp_path, "one", 1, **{**UNTRAINED, "train": {"steps": 2}}, validate=validate)
+    first, second, third = metrics(path)
+    assert {**first, "step": 1} == second == {**third, "step": 1}
+    assert status(path)["best"] == second  # of equal ones the earliest that a checkpoint has
