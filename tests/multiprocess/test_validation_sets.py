@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.tools.ranks import command, train, write_config
-from tests.tools.records import all_rows, found, largest_difference, rows, status, weights
+from tests.tools.records import all_rows, found, largest_difference, rows, status, steps_saved, weights
 
 LAB = "tests.lab.day_and_night"
 SETTINGS: dict[str, Any] = {
@@ -98,6 +98,7 @@ def test_a_validation_at_the_start_is_done_once_in_a_runs_life(tmp_path: Path, w
     train(tmp_path, words, world_size, {"STOP": "SIGTERM 3 0"}, loop="tests.lab.interrupted").check()
     assert status(parts)["state"] == "stopped"
     assert [(row["step"], row["attempt"]) for row in rows(parts, "validate")] == [(0, 2)]  # no step was kept
+    assert 0 not in steps_saved(parts)
     train(tmp_path, words, world_size).check()
     assert [(row["step"], row["attempt"]) for row in rows(parts, "validate")] == [(0, 2), (60, 3)]
     assert metrics(parts) == metrics(whole)
