@@ -86,7 +86,7 @@ def train(config: Config, ranks: Ranks) -> None:
         losses = LossSums(device, state.epoch_sums)
         finite = FiniteCheck(config.train.on_nonfinite, model, optimizer, scaler, plan, state.skipped_steps, task)
         trackers.begin(bare_model, device, optimizer=optimizer)
-        if state.unvalidated:  # its validation has failed, in an attempt before
+        if state.unvalidated:  # its validation failed in an attempt before, or is that at the start of the run
             metrics, stop_reason = validate(step, parts, state), run.stop_reason
 
         # ==== THE LOOP ==========================================================================================

@@ -25,6 +25,7 @@ from distloop.ranks.ranks import Ranks
 from distloop.ranks.stopping import WatchWithoutSaving
 from distloop.ranks.talking import let_others_speak, speaks
 from distloop.run.files import CHECKPOINTS, CONFIG
+from distloop.run.metrics import is_metric, samples_in
 from distloop.tracking.wording import number
 
 USAGE = "usage: distloop evaluate RUN_OR_CHECKPOINT [--json] [--data.root DIR] [any setting of the run] …"
@@ -35,18 +36,17 @@ def evaluate(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
 
     `path`: of a run or a checkpoint. If the run averages its weights, the averaged ones are validated, as by the run.
     """
-    import torch  # only now: it reads the thread count
-
+    # Imported only now, since torch reads the thread count.
     from distloop.data.datasets import load_data
-    from distloop.data.loader import make_loader
     from distloop.data.now import now_at
-    from distloop.data.order import FixedBatchSampler, Plan
+    from distloop.data.order import Plan
     from distloop.ranks.accelerator import build_accelerator
     from distloop.run.checkpoint import AVERAGED, MODEL, load_weights, step_of
     from distloop.run.parts import load_task
     from distloop.training.builtin_tasks import build_task
     from distloop.training.models import build_model
     from distloop.training.validation import validate
+    from distloop.training.validation_sets import in_one_row, load_sets
 
     ranks.position.enter("meeting the other ranks")
     accelerator = build_accelerator(config, ranks)
@@ -68,11 +68,11 @@ def evaluate(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
         plan = Plan(len(source.train), config.batch.global_size, remainder=config.batch.remainder)
         plan.total_steps = plan.steps_of(config)
         task.now = now_at(step_of(checkpoint), plan, training=False)
-    device, dtype = accelerator.device, getattr(torch, config.dtype)
-    sampler = FixedBatchSampler(len(source.validation), config.validate.batch_size, ranks.rank, ranks.world_size)
-    loader = make_loader(config.data, source, task, config.seed, device, dtype, source.validation, sampler)
-    metrics = validate(model, task, loader, sampler, ranks.position, seed=config.seed)
-    return {"step": step_of(checkpoint), **metrics}
+    found = {
+        each.suffix: validate(model, task, each.loader, each.sampler, ranks.position, seed=config.seed, half=each.half)
+        for each in load_sets(config, source, task, accelerator.device, ranks.rank, ranks.world_size)
+    }
+    return {"step": step_of(checkpoint), **in_one_row(found)}
 
 
 def checkpoint_of(path: Path) -> Path:
@@ -128,5 +128,5 @@ def show(path: Path, metrics: dict[str, Any], as_json: bool, ranks: Ranks) -> No
     if ranks.is_main and as_json:
         print(json.dumps(metrics))
     elif ranks.is_main:
-        texts = [f"{name} {number(metrics[name])}" for name in metrics if name not in ("step", "samples")]
-        print(f"{path} · step {metrics['step']} · {' · '.join(texts)}  ({metrics['samples']} samples)")
+        texts = [f"{name} {number(metrics[name])}" for name in metrics if is_metric(name)]
+        print(f"{path} · step {metrics['step']} · {' · '.join(texts)}  ({samples_in(metrics)})")

@@ -71,7 +71,7 @@ def rank(runs: list[Run], by: str, reverse: bool = False) -> Ranking:
         for row in validation_rows(run.path):
             metrics = metrics_in(row)
             metric_names.update(metrics)
-            if by in metrics:
+            if by in metrics and row["step"]:  # that before the first step has no checkpoint
                 best, _ = values.get(run.path, (None, 0))
                 if is_better((by, direction), metrics[by], best):
                     values[run.path] = (metrics[by], row["step"])

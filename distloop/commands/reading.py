@@ -15,7 +15,7 @@ from typing import Any
 from distloop.run.best import Rule
 from distloop.run.files import CHECKPOINTS, FAILURES, METRICS, RANKS, STATUS
 from distloop.run.lock import LOCK, owner_of, why_gone
-from distloop.run.metrics import NO_METRICS
+from distloop.run.metrics import is_metric
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def last_validation(path: Path) -> dict[str, Any] | None:
 
 def metrics_in(row: dict[str, Any]) -> dict[str, float]:
     """The metrics of a validation row that are finite numbers."""
-    return {name: value for name, value in row.items() if name not in NO_METRICS and _is_number(value)}
+    return {name: value for name, value in row.items() if is_metric(name) and _is_number(value)}
 
 
 def checkpoint_steps(path: Path) -> list[int]:

@@ -169,6 +169,17 @@ def check(config: Config) -> None:
         if values.count(None) != 1:
             have = "both are given" if None not in values else "neither is given"
             raise UsageError(f"{one} and {other}: {have}; set exactly one of them.")
+    if config.validate.at_end == "only" and config.train.early_stop is not None:
+        raise UsageError(
+            "train.early_stop decides after validations, and validate.at_end = 'only' leaves out all but the last one. "
+            "Take one of them away."
+        )
+    if config.validate.at_end == "only" and (config.validate.every_steps or config.validate.every_epochs != 1):
+        key = "every_steps" if config.validate.every_steps else "every_epochs"
+        raise UsageError(
+            f"validate.{key} = {getattr(config.validate, key)} and validate.at_end = 'only', which leaves out all "
+            f"validations but the last: set one of them. On a command line, --validate.every-epochs 1 takes {key} back."
+        )
     if config.precision != "no" and config.dtype == "float64":
         raise UsageError(
             f"precision = {config.precision!r} with dtype = 'float64': mixed precision is for float32 "

@@ -109,6 +109,11 @@ class Validate:
     """Validate after every so many epochs, and at the end. Give this or every_steps."""
     every_steps: PositiveInt | None = None
     """Validate after every so many steps, and at the end."""
+    at_start: bool = False
+    """Validate before the first step of the run, too: a row at step 0, which is never the best, since no checkpoint
+    has that step."""
+    at_end: Literal["also", "only"] = "also"
+    """only: no validation but the one at the end of the run (and at its start, with at_start)."""
     batch_size: PositiveInt = 256
     """Samples per validation batch. Their contents are fixed; whole batches are dealt to the ranks."""
 

@@ -81,7 +81,11 @@ def bad_sample(error: Exception, dataset: Any, index: int, data: str, skips: boo
             "--data.on-bad-sample skip trains without such samples; a validation needs all of its own."
         ) from None
     # A validation counts all of its samples.
-    more = "; --data.on-bad-sample skip trains without samples that cannot be loaded" if "training" in data else ""
+    more = (
+        "; --data.on-bad-sample skip trains without samples that cannot be loaded"
+        if data.startswith("the training data")
+        else ""
+    )
     add_note(error, f"loading sample {index} of {data}{f', {path}' if path else ''}{more}")
     raise _one_that_travels(error)
 

@@ -23,6 +23,7 @@ from distloop.config.settings import Data
 from distloop.data.augment import check_augment, transform_of
 from distloop.data.bad_samples import BadSamples
 from distloop.data.download import load_or_download
+from distloop.data.halves import TRAIN, VALIDATION, validation_sets
 from distloop.data.pictures import load_picture
 from distloop.data.seeding import Place, building
 from distloop.data.whole_batches import InMemory, Transformed, WholeBatches, gives_batches
@@ -35,7 +36,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 @dataclasses.dataclass(frozen=True)
 class DataSource:
     """The two halves of a data set, the names of its classes, and the normalisation of its images. With mean and std of
-    each channel, uint8 inputs [batch, channels, height, width] are scaled to 0 … 1 and normalised on the device."""
+    each channel, uint8 inputs [batch, channels, height, width] are scaled to 0 … 1 and normalised on the device.
+    `validation`: a data set, or a mapping of names to several; the metrics of the first one carry no name."""
 
     train: Any
     validation: Any
@@ -49,6 +51,7 @@ class DataSource:
 
     def __post_init__(self) -> None:
         """Keeps tuples, also of lists and arrays. Raises UsageError for values that mean something else."""
+        validation_sets(self.validation)  # refuses other names
         if isinstance(self.classes, (str, bytes, dict)) or not isinstance(self.classes, (Iterable, NoneType)):
             raise UsageError(f'DataSource(classes={self.classes!r}): give the names in order, as ("cat", "dog").')
         if (self.mean is None) != (self.std is None):
@@ -232,8 +235,9 @@ def load_data(config: Data, seed: int | None = None) -> DataSource:
             f"data.name = {config.name!r} returned a {type(source).__name__}{of}; return (train, validation) or a "
             "distloop.data.DataSource. tuple(torch.utils.data.random_split(data, [0.9, 0.1])) makes two of one."
         )
-    for half in ("train", "validation"):
-        _check_half(f"data.name = {config.name!r}: its {half} half", getattr(source, half))
+    sets = {f"{VALIDATION}{name and f'[{name!r}]'}": each for name, each in validation_sets(source.validation).items()}
+    for half, dataset in {TRAIN: source.train, **sets}.items():
+        _check_half(f"data.name = {config.name!r}: its {half} half", dataset)
     has_names = _are_names(getattr(source.train, "classes", None))
     if source.classes is None and has_names and not _is_of_torchvision(source.train) and speaks(os.environ):
         say(

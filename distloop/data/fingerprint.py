@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 from distloop.config.places import root_for_code
 from distloop.config.settings import Data
 from distloop.data.datasets import DataSource
-from distloop.data.lengths import WORDS, in_words, short
+from distloop.data.halves import halves, word_of
+from distloop.data.lengths import in_words, short
 from distloop.data.loader import worker_count
 from distloop.data.look import look
 from distloop.data.seeded import SeedFirst
@@ -31,12 +32,11 @@ LONGEST_ERROR = 300  # letters
 
 
 def fingerprint_of(source: DataSource, half: str, config: Data, device: torch.device, seed: int = 0) -> dict[str, Any]:
-    """The fingerprint of the train or validation half, which is found once. Loads samples as training does: in a loader
-    process if there are any, or from a copy, so that no file of the user's is opened by what others are copies of.
-    `seed`: the run's, for what a loader process draws as it imports the user's module."""
+    """The fingerprint of a half of the data (halves.py), which is found once. Loads samples as training does: in a
+    loader process if there are any, or from a copy: what others are copies of opens no file of the user's. `seed`: the
+    run's, for what a loader process draws as it imports the user's module."""
     if half not in source.fingerprints:
-        dataset = getattr(source, half)
-        source.fingerprints[half] = fingerprint(dataset, config, device, seed)
+        source.fingerprints[half] = fingerprint(halves(source)[half], config, device, seed)
     return source.fingerprints[half]
 
 
@@ -76,12 +76,12 @@ def without_errors(found: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_short(source: DataSource, config: Data, device: torch.device) -> None:
     """Raise UsageError if one of the samples that the fingerprints look at, the last one among them, is not there."""
-    for half, word in WORDS.items():
-        if not isinstance(getattr(source, half), InMemory):
+    for half, dataset in halves(source).items():
+        if not isinstance(dataset, InMemory):
             found = fingerprint_of(source, half, config, device)
             for index, digest in found.get("contents", {}).items():
                 if digest.startswith((f"{RAISES}IndexError", f"{RAISES}StopIteration")):
-                    raise short(f"The {word} data", found["samples"], int(index), digest.removeprefix(RAISES))
+                    raise short(f"The {word_of(half)} data", found["samples"], int(index), digest.removeprefix(RAISES))
 
 
 def is_other(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

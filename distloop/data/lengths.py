@@ -3,9 +3,8 @@
 import traceback
 from typing import Any
 
+from distloop.data.halves import word_of
 from distloop.errors import UsageError
-
-WORDS = {"train": "training", "validation": "validation"}
 
 
 def short(what: str, length: int, index: int, raises: str) -> UsageError:
@@ -25,9 +24,9 @@ def in_words(error: Exception) -> str:
 
 
 def refuse_other_length(half: str, dataset: Any, length: int) -> None:
-    """Raise UsageError if the train or validation half has another length than at the start."""
+    """Raise UsageError if this half of the data (halves.py) has another length than at the start."""
     if (now := len(dataset)) != length:
         raise UsageError(
-            f"The {WORDS[half]} data had {length} samples at the start, and have {now} now. The order of the samples "
+            f"The {word_of(half)} data had {length} samples at the start, and have {now} now. The order of the samples "
             "follows from their number: let __len__() return the same all the time, and leave samples out before it."
         )

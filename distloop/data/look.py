@@ -98,12 +98,12 @@ def _refuse_what_cannot_be_sent(loaded: Any) -> None:
 
 
 def first_validation_batch(
-    config: Config, source: DataSource, task: ChecksBatches, sampler: FixedBatchSampler, device: torch.device
+    config: Config, source: DataSource, task: ChecksBatches, data: Any, sampler: FixedBatchSampler, device: torch.device
 ) -> tuple[Any, int]:
-    """The first batch that the sampler gives this rank, or rank 0's if it gives none, on `device` in the form that the
-    model takes; and the number of samples that were asked for."""
+    """The first batch of the validation set `data` that the sampler gives this rank, or rank 0's if it gives none, on
+    `device` in the form that the model takes; and the number of samples that were asked for."""
     first = next(iter(sampler), None) or MicroBatch(0, np.arange(min(sampler.samples, sampler.batch_size)))
-    data, settings = source.validation, config.data
+    settings = config.data
     name = name_of(data, source, settings)
     dataset = SeededDataset(data, config.seed, collate_of(settings), check_of(task, data), name)
     [batch] = look(dataset, [first], worker_count(settings, data), settings, device)

@@ -14,6 +14,7 @@ from distloop.config.registry import import_callable
 from distloop.config.settings import Data
 from distloop.data.bad_samples import BadSample, listed, load_samples
 from distloop.data.datasets import DataSource
+from distloop.data.halves import VALIDATION, halves, word_of
 from distloop.data.lengths import in_words
 from distloop.data.now import Now
 from distloop.data.order import Half, MicroBatch
@@ -157,7 +158,8 @@ def collate_of(config: Data) -> Callable[[list], Any]:
 
 def name_of(dataset: Any, source: DataSource, config: Data) -> str:
     """Which half of the data this is, in words."""
-    return f"the {'training' if dataset is source.train else 'validation'} data (data.name = {config.name!r})"
+    word = next((word_of(half) for half, each in halves(source).items() if each is dataset), VALIDATION)
+    return f"the {word} data (data.name = {config.name!r})"
 
 
 def check_of(task: ChecksBatches | None, dataset: Any) -> Callable[..., None]:

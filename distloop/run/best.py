@@ -8,6 +8,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from distloop.errors import UsageError
+from distloop.run.metrics import is_metric
 
 if TYPE_CHECKING:
     from distloop.config.settings import EarlyStop
@@ -119,7 +120,7 @@ class Best:
         for metric, where in ((self.rule[0], best), (self.early_end.rule[0], "train.early_stop.metric")):
             if metric in metrics:
                 continue
-            known = [name for name in metrics if name != "samples"]
+            known = [name for name in metrics if is_metric(name)]
             message = (
                 f"{where}: validation gives no {metric!r}, but {', '.join(known)}. Let summary() return it (what "
                 "metrics() gives is handed to summary(), and not shown by itself), or name one of these."
@@ -132,8 +133,11 @@ class Best:
             raise UsageError(message)
 
     def update(self, step: int, metrics: dict[str, Any]) -> None:
-        """Take up the validation after `step`. Raises UsageError when it has no such metric."""
+        """Take up the validation after `step`; that before the first step, which no checkpoint has, is never the best.
+        Raises UsageError when it has no such metric."""
         self.check(metrics)
+        if step == 0:
+            return
         metric, _ = self.rule
         if is_better(self.rule, metrics[metric], (self.row or {}).get(metric)):
             self.row = {"step": step, **metrics}

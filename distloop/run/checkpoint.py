@@ -56,7 +56,7 @@ class LoopState:
     epoch_sums: tuple[float, float] = (0.0, 0.0)  # Σ loss and Σ weight of the epoch so far, over all ranks
     best: dict[str, Any] | None = None  # the best validation row so far, with its step
     skipped_steps: int = 0  # steps that were left out, by a GradScaler or by train.on_nonfinite
-    unvalidated: bool = False  # the validation after this step has failed, and comes first in the next attempt
+    unvalidated: bool = False  # its validation comes first: it failed in an attempt before, or is that at the start
 
 
 class Snapshot(NamedTuple):

@@ -63,7 +63,7 @@ def open_directory(
             changes.update(_changes_of_code(manifest, identity, messages))
             changes.update(_changes_of_loop(path, loop, messages))
         unvalidated = bool(checkpoint and read_json(checkpoint / STATE).get("unvalidated"))
-        if redone := set_rows_aside(path / files.METRICS, step, is_validated=not unvalidated):
+        if redone := set_rows_aside(path / files.METRICS, step, is_validated=bool(checkpoint) and not unvalidated):
             messages.append(f"metrics after step {step}, {redone} of them, were set aside: these steps are done again")
         if unvalidated:
             messages.append(f"step {step} is not validated yet: its validation comes first")

@@ -19,6 +19,7 @@ from distloop.config.secrets import clean_mapping
 from distloop.config.settings import Config
 from distloop.data.datasets import DataSource
 from distloop.data.fingerprint import fingerprint_of, without_errors
+from distloop.data.halves import halves, word_of
 from distloop.run.provenance import LoopSource
 
 Facts = dict[str, dict[str, Any]]  # kind -> name -> value
@@ -145,10 +146,9 @@ def _torch_value(dotted_name: str) -> str | None:
 
 
 def _data(config: Config, source: DataSource, device: torch.device) -> Iterator[tuple[str, Any]]:
-    for half, word in (("train", "training"), ("validation", "validation")):
-        if getattr(source, half) is None:  # of a loop of the user's own, which does not validate
-            continue
+    for half in halves(source):
         found: Mapping[str, Any] = fingerprint_of(source, half, config.data, device, config.seed)
+        word = word_of(half)
         yield f"{word} samples", found["samples"]
         yield f"{word} data", found.get("sha256")
         yield from ((f"{word} sample {index}", digest) for index, digest in found.get("contents", {}).items())

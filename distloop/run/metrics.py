@@ -41,14 +41,27 @@ KEYS_OF_KIND = {
 }
 LOGGED = ("train", "epoch", "validate")  # kinds of rows to which a loop adds values of its own
 NO_METRICS = (*KEYS_OF_EVERY_ROW, *KEYS_OF_KIND["validate"])  # keys of a validate row beside the task's metrics
+SAMPLES_OF = "samples/"  # and the name of a further validation set: how many samples it has
 # What a task may not name a value of its own: validation adds these sums up beside those of metrics(), and a row has
 # these keys beside what summary() gives.
-RESERVED = {
+RESERVED: dict[str, tuple[str, ...]] = {
     "metrics": ("loss", "weight", "samples"),
+    "collect": (),
     "summary": NO_METRICS,
     "loss": (*NO_METRICS, "weight", *KEYS_OF_KIND["train"]),
 }
 SET_ASIDE = "metrics.set_aside.jsonl"
+
+
+def is_metric(key: str) -> bool:
+    """Whether a key of a validate row is a metric of the task."""
+    return key not in NO_METRICS and not key.startswith(SAMPLES_OF)
+
+
+def samples_in(row: Mapping[str, Any]) -> str:
+    """How many samples were validated, in words: "360 samples", "360 samples, 100 of night"."""
+    others = (f", {row[key]} of {key.removeprefix(SAMPLES_OF)}" for key in row if key.startswith(SAMPLES_OF))
+    return f"{row['samples']} samples{''.join(others)}"
 
 
 def check_row(kind: str, names: Mapping[str, Any]) -> None:
@@ -62,7 +75,7 @@ def check_row(kind: str, names: Mapping[str, Any]) -> None:
         )
 
 
-def check_names(method: Literal["metrics", "summary", "loss"], values: Any) -> None:
+def check_names(method: Literal["metrics", "collect", "summary", "loss"], values: Any) -> None:
     """Raise UsageError unless what this method of a task has returned is a mapping whose names are texts, and none of
     RESERVED: another value would take the place of one of them."""
     if not isinstance(values, Mapping):
@@ -154,8 +167,8 @@ def count_rows(path: Path) -> int:
 
 
 def set_aside_until(path: Path) -> int:
-    """The last step whose row was set aside; 0 if none was."""
-    last = 0
+    """The last step whose row was set aside; -1 if none was."""
+    last = -1
     with contextlib.suppress(FileNotFoundError), open(path.with_name(SET_ASIDE), encoding="utf-8") as file:
         for line in file:
             with contextlib.suppress(ValueError, KeyError, TypeError):

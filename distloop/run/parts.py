@@ -187,10 +187,11 @@ def load_start(
     bad_samples: BadSamples | None = None,
     early_end: EarlyEnd | None = None,
     init_fit: bool = False,
+    at_start: bool = False,
 ) -> LoopState:
     """Load the checkpoint or the weights from which an attempt starts, which samples were left out, and whether the
     loop had finished early, if the process was killed before status.json said so. Returns the loop's state. The start's
-    messages get lines on weights that do not fit, with `init_fit`."""
+    messages get lines on weights that do not fit, with `init_fit`. `at_start`: a run that begins is validated first."""
     if start.checkpoint:
         stored = read_json(start.checkpoint / STATE)
         start.messages.extend(load_parts(start.checkpoint, parts, stored))
@@ -211,7 +212,7 @@ def load_start(
             raise UsageError(f"init_from: this loop has no part named model, but {', '.join(parts)}.")
         make_whole(model)
         start.messages.extend(load_initial_weights(start.weights, model, init_fit))
-    return LoopState()
+    return LoopState(unvalidated=at_start)
 
 
 def load_parts(path: Path, parts: Parts, state: Mapping[str, Any]) -> list[str]:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distloop.run.best import Rule, is_better
-from distloop.run.metrics import NO_METRICS
+from distloop.run.metrics import is_metric
 from distloop.tracking.wording import number
 
 
 def metrics_of(row: dict[str, Any]) -> dict[str, Any]:
     """The metrics of a validation row, or the mean loss of an epoch row; nan in the place of None."""
-    return {name: math.nan if value is None else value for name, value in row.items() if name not in NO_METRICS}
+    return {name: math.nan if value is None else value for name, value in row.items() if is_metric(name)}
 
 
 def number_in(row: dict[str, Any], key: str, form: str = "") -> str | None:
@@ -67,7 +67,7 @@ class Progress:
         elif row["kind"] == "validate":
             metric = self.best_rule[0]
             self.latest = row
-            if is_better(self.best_rule, row.get(metric), (self.best or {}).get(metric)):
+            if row["step"] and is_better(self.best_rule, row.get(metric), (self.best or {}).get(metric)):
                 self.best = row
 
     def seconds_left(self) -> float | None:

@@ -12,6 +12,7 @@ from distloop.data.order import Plan
 from distloop.run.accounts import attempts, goodput, totals
 from distloop.run.checkpoint import AVERAGED, MODEL, published_in, step_of
 from distloop.run.files import CHECKPOINTS, METRICS, Start
+from distloop.run.metrics import is_metric, samples_in
 from distloop.tracking.wording import duration, number
 from distloop.training.optimizers import in_words as optimizer_in_words
 
@@ -64,13 +65,13 @@ def ending(
         return [f"stopped after step {step} of {total_steps} ({why}), saved in {path}; the same command continues"]
 
     def values(row: dict[str, Any]) -> str:
-        return " · ".join(f"{name} {number(row[name])}" for name in row if name not in ("step", "samples"))
+        return " · ".join(f"{name} {number(row[name])}" for name in row if is_metric(name))
 
     lines = [f"finished: {path}"]
     if step < total_steps:
         lines.append(f"  after step {step} of {total_steps}: {why}")
     if last:
-        lines.append(f"  last validation: {values(last)}  ({last['samples']} samples)")
+        lines.append(f"  last validation: {values(last)}  ({samples_in(last)})")
     if best:
         lines.append(f"  best validation: {values(best)}  (step {best['step']})")
     return [

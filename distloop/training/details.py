@@ -19,6 +19,7 @@ from torch import Tensor
 from distloop.config.settings import Data
 from distloop.data.batches import inputs_of
 from distloop.data.datasets import DataSource, class_names
+from distloop.data.halves import validation_sets
 from distloop.data.order import FixedBatchSampler, MicroBatch
 from distloop.data.seeded import SeededDataset, collate_of, no_check
 from distloop.data.seeding import generators_restored
@@ -40,14 +41,16 @@ class Details:
     """
 
     def __init__(self, task: Task, source: DataSource, config: Data, seed: int) -> None:
-        """`seed`: the run's, so that the samples in the pictures are the ones that were validated."""
+        """`seed`: the run's, so that the samples in the pictures are the ones that were validated. `source`: of its
+        validation sets the details are those of the first."""
         self.counts_samples = task.weight == "samples"
         names = class_names(source)
         self.classes = task.classes if isinstance(task.classes, int) and task.classes else len(names)
         self.names = list(names)
         # Columns of the table: predictions, or wrong and right.
         self.width = self.classes if self.classes <= LARGEST_CONFUSION else 2
-        self.dataset = SeededDataset(source.validation, seed, collate_of(config), no_check)
+        first = next(iter(validation_sets(source.validation).values()))
+        self.dataset = SeededDataset(first, seed, collate_of(config), no_check)
         self.mean, self.std = source.mean, source.std
         self.details: dict[str, Any] | None = None
         self.pictures: dict[int, str | None] = {}

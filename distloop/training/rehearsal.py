@@ -34,7 +34,7 @@ from distloop.training.untrained import refuse_untrained_task, refuse_unused_in_
 from distloop.training.validation import Validation
 from distloop.training.weights import Weights
 
-METHODS = ("augment_batch", "forward", "loss", "metrics", "guesses", "summary")  # of a task, as errors name them
+METHODS = ("augment_batch", "forward", "loss", "metrics", "guesses", "collect", "summary")  # as errors name them
 MOST_ELEMENTS = 64  # of a metric that is compared
 NEARLY = 1e-3  # relative: losses that agree so far are the same up to rounding
 
@@ -80,7 +80,7 @@ def rehearse(
             run.ranks.from_main(lambda: run.saver.rehearse(parts, LoopState(first)))
         try:
             with _rehearsing(task, position, "the first batch of validation"):
-                run.best.check(validate.first_batch(), validate.sampler.samples)
+                run.best.check(validate.first_batch(), validate.sets[0].sampler.samples)
         except (ArithmeticError, ValueError, RuntimeError, AssertionError) as error:
             if _method(error, task) != "summary":
                 raise

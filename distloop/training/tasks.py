@@ -5,7 +5,8 @@ micro-batch and divides by no batch size. Metrics are sums, too, so that validat
 and counts every sample once.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -81,8 +82,16 @@ class Task:
         """
         return None
 
+    def collect(self, outputs: Any, batch: Any) -> dict[str, Any]:
+        """What metrics that are no sums (AUC, mAP, BLEU) need of each sample of a validation batch, by name: a tensor
+        or an array [batch, …], or a list of length batch of texts, or of tensors of different shapes. Where a task
+        defines it, summary(sums, collected) gets the whole: tensors [samples, …] on the CPU, and lists, of each sample
+        once and in the data's order. Each rank holds all of it in the CPU's memory."""
+        return {}
+
     def summary(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """The metrics of a validation, from sums over the whole set: those of metrics(), and loss, weight, samples."""
+        """The metrics of a validation, from sums over the whole set: those of metrics(), and loss, weight, samples.
+        With a collect() it is summary(sums, collected). Called on all ranks alike, at the end of a validation."""
         return {"loss": float(sums["loss"] / sums["weight"])}
 
     def probe(self, outputs: Any) -> None:
@@ -103,7 +112,15 @@ class Task:
         """Check all targets of a data set in memory, before training. Raises UsageError if they do not fit."""
 
 
-METHODS = ("forward", "augment_batch", "loss", "metrics", "guesses", "summary", "probe", "check", "check_targets")
+METHODS = (
+    *("forward", "augment_batch", "loss", "metrics", "guesses", "collect", "summary"),
+    *("probe", "check", "check_targets"),
+)
+
+
+def collects(task: Task) -> bool:
+    """Whether the task defines collect()."""
+    return getattr(task.collect, "__func__", None) is not Task.collect
 
 
 def check_attributes(task: Task) -> None:
@@ -115,6 +132,11 @@ def check_attributes(task: Task) -> None:
                 f"{kind}.{name} is a {type(value).__name__}, and distloop calls {name}() of a task. Give the value "
                 f"another name, such as self.own_{name}, and use it in the method {name}()."
             )
+    if collects(task) and not _takes_two(task.summary):
+        raise UsageError(
+            f"{kind} defines collect(), and its summary() takes no second value, in which it would get what was "
+            "collected. Write: def summary(self, sums, collected):"
+        )
     if not (isinstance(task.weight, str) and task.weight.isidentifier()):
         raise UsageError(
             f"{kind}.weight = {_shown(task.weight)}: distloop reads there what the weight of loss() counts, in a word: "
@@ -143,6 +165,13 @@ def check_attributes(task: Task) -> None:
             f"{kind}.classes = {_shown(task.classes)}: distloop keeps the number of classes there. Give names of "
             "classes another name, such as self.class_names; DataSource(…, classes=…) shows them in the report."
         )
+
+
+def _takes_two(method: Callable[..., Any]) -> bool:
+    try:
+        return bool(inspect.signature(method).bind(None, None))
+    except TypeError:
+        return False
 
 
 def _shown(value: Any) -> str:

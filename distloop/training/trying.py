@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distloop.data.batches import inputs_of, targets_of
+from distloop.data.halves import halves, word_of
 from distloop.data.whole_batches import InMemory, gives_batches
 from distloop.errors import UsageError
 from distloop.training.putting_back import put_back
@@ -37,13 +38,13 @@ def try_out(task: Task, model: nn.Module, example: Any, source: Any) -> None:
         check_guesses(guesses, 1 if task.weight == "samples" or guesses is None else len(guesses[0]))
     for module in modules:
         module.train()
-    for name, half in (("training", source.train), ("validation", source.validation)):
+    for name, half in halves(source).items():
         # Other data sets may change their targets as they load samples: the loader checks their batches.
         if isinstance(half, InMemory) and gives_batches(half):
             try:
                 task.check_targets(half.targets)
             except UsageError as error:
-                raise UsageError(f"In the {name} data: {error}") from None
+                raise UsageError(f"In the {word_of(name)} data: {error}") from None
 
 
 def _of_dtypes(model: nn.Module, example: Any, error: Exception) -> str:

@@ -15,7 +15,6 @@ from distloop.config.settings import Config
 from distloop.data.bad_samples import listed
 from distloop.data.datasets import DataSource
 from distloop.data.lengths import refuse_other_length
-from distloop.data.loader import make_loader
 from distloop.data.look import first_validation_batch
 from distloop.data.now import now_at
 from distloop.data.order import FixedBatchSampler
@@ -30,10 +29,12 @@ from distloop.run.metrics import check_names, plain_values
 from distloop.run.parts import Parts
 from distloop.run.unvalidated import saved_if_it_fails
 from distloop.training.buffers import broadcast_buffers
+from distloop.training.collected import Collected
 from distloop.training.details import Details
 from distloop.training.named_sums import marked, split
-from distloop.training.tasks import Task
+from distloop.training.tasks import Task, collects
 from distloop.training.validated_sums import ValidatedSums
+from distloop.training.validation_sets import in_one_row, load_sets
 from distloop.training.weights import Weights
 
 
@@ -60,12 +61,8 @@ class Validation:
         self.model, self.task, self.run, self.position = model, task, run, ranks.position
         self.config, self.source, self.seed = config, source, config.seed
         self.ranks, self.trackers = ranks, trackers
-        device, dtype, data = run.clock.device, getattr(torch, config.dtype), source.validation
-        self.dataset = data
-        self.sampler = FixedBatchSampler(len(data), config.validate.batch_size, ranks.rank, ranks.world_size)
-        self.loader = make_loader(
-            config.data, source, task, config.seed, device, dtype, data, self.sampler, persistent=True
-        )
+        place = (run.clock.device, ranks.rank, ranks.world_size)
+        self.sets = load_sets(config, source, task, *place, persistent=True)
         self.details = Details(task, source, config.data, config.seed)
 
     def __call__(self, step: int, parts: Parts | None = None, state: LoopState | None = None) -> dict[str, float]:
@@ -73,13 +70,12 @@ class Validation:
 
         With `parts` and the loop's `state`, what a checkpoint of this step holds: log the row, update run's Best, and
         where that fails, let rank 0 save them, for the next attempt to validate. Of a step that comes from such a
-        checkpoint, save them as validated.
+        checkpoint, save them as validated. Before the first step, only log the row.
         """
         if self.trackers is None or parts is None or state is None:
             return self._validate(step)
         self.position.step = step
-        is_saved = state.unvalidated
-        with contextlib.nullcontext() if is_saved else saved_if_it_fails(self.run, parts, state):
+        with contextlib.nullcontext() if state.unvalidated else saved_if_it_fails(self.run, parts, state):
             with self.run.phase("validation"):
                 metrics = self._validate(step)
             if self.ranks.world_size > 1:
@@ -87,35 +83,44 @@ class Validation:
                 dist.all_reduce(torch.zeros(()))  # rank 0 waits here for all, to save if one of them fails
             self.run.best.update(step, metrics)
             self.trackers.log("validate", step, **metrics)
-        if is_saved:
+        if state.unvalidated and step:
             self.run.save(parts, dataclasses.replace(state, unvalidated=False, best=self.run.best.row))
         return metrics
 
     def _validate(self, step: int) -> dict[str, float]:
-        refuse_other_length("validation", self.dataset, self.sampler.samples)
-        batches = self._until_verdict()
         self.task.now = now_at(step, self.run.plan, training=False)
-        metrics = validate(self.model, self.task, batches, self.sampler, self.position, self.details, self.seed)
+        found: dict[str, dict[str, float]] = {}
+        for each in self.sets:
+            refuse_other_length(each.half, each.dataset, each.sampler.samples)
+            details = None if found else self.details
+            batches = self._until_verdict(each.loader)
+            found[each.suffix] = validate(
+                self.model, self.task, batches, each.sampler, self.position, details, self.seed, each.half
+            )
         self.position.enter("keeping what was validated")  # one that is still in summary() is behind
         self.details.write(self.run.path, step, self.run.start.attempt)
-        return metrics
+        return in_one_row(found)
 
-    def _until_verdict(self) -> Iterator[Any]:
+    def _until_verdict(self, loader: Iterable[Any]) -> Iterator[Any]:
         """The batches, as long as no rank has failed. Raises RunFailed: the run is over, and this rank may have many
         batches left, without a collective that would tell it."""
-        for batch in self.loader:
+        for batch in loader:
             if (verdict := self.ranks.roll_call.verdict) is not None:
                 raise RunFailed(verdict.reason)
             yield batch
 
     def first_batch(self) -> dict[str, float]:
-        """The metrics of one batch, this rank's first, for the rehearsal. Collective, although ranks differ in it."""
-        batch, samples = first_validation_batch(
-            self.config, self.source, self.task, self.sampler, self.run.clock.device
-        )
-        alone = FixedBatchSampler(samples, samples, 0, 1)
+        """The metrics of one batch of each set, this rank's first, for the rehearsal. Collective, although ranks differ
+        in it."""
         self.task.now = now_at(self.run.start.step, self.run.plan, training=False)
-        return validate(self.model, self.task, [batch], alone, None, self.details, self.seed)
+        found: dict[str, dict[str, float]] = {}
+        for each in self.sets:
+            batch, samples = first_validation_batch(
+                self.config, self.source, self.task, each.dataset, each.sampler, self.run.clock.device
+            )
+            alone, details = FixedBatchSampler(samples, samples, 0, 1), None if found else self.details
+            found[each.suffix] = validate(self.model, self.task, [batch], alone, None, details, self.seed)
+        return in_one_row(found)
 
 
 @generators_restored()  # so that no numbers of training depend on when it validates
@@ -127,14 +132,15 @@ def validate(
     here: Position | None = None,
     details: Details | None = None,
     seed: int = 0,
+    half: str = "validation",
 ) -> dict[str, float]:
     """The task's summary over the whole validation set, with `samples`; the same on all ranks.
 
     `model`: the bare module, since DDP's forward waits for other ranks, which may have fewer batches. `loader`: yields
     the batches that `sampler` gives this rank. `here`: this rank's position. `details`: collects the details. `seed`:
-    the run's; the global generators are seeded for each batch by its number, and for the summary. The sums of all
-    batches are added in the order of the batches, in float64, so that the result does not depend on which rank computed
-    which batch.
+    the run's; the global generators are seeded for each batch by its number, and for the summary. `half`: of the
+    data. The sums of all batches are added in the order of the batches, in float64, so that the result does not depend
+    on which rank computed which batch.
     """
     broadcast_buffers(model, task)  # BatchNorm's statistics differ between ranks: all validate rank 0's
     modules = [(module, module.training) for module in (model, task.as_module)]
@@ -143,10 +149,10 @@ def validate(
     device = next(model.parameters()).device
     if details is not None:
         details.begin(device)
-    sums, weights = ValidatedSums(), Weights()
+    sums, weights, collected = ValidatedSums(), Weights(), Collected() if collects(task) else None
     if here is not None:
         position = 0
-        here.samples = lambda: f"{listed(range(*sampler.span(position)))} of the validation data"
+        here.samples = lambda: f"{listed(range(*sampler.span(position)))} of the {half} data"
     with torch.no_grad():
         for position, batch in enumerate(loader):
             seed_place(Place.VALIDATION, seed, device, sampler.rank + position * sampler.world_size)
@@ -157,6 +163,8 @@ def validate(
             metrics = task.metrics(outputs, batch)
             check_names("metrics", metrics)
             sums.add(sums_of_batch | metrics | marked(named[0] if named else {}, metrics))
+            if collected is not None:
+                collected.add(task.collect(outputs, batch), sampler.size(position))
             if details is not None:
                 details.add(task.guesses(outputs, batch), *sampler.span(position))
     weights.read()
@@ -165,18 +173,20 @@ def validate(
         module.train(was_training)
     if here is not None:
         here.enter("adding up the validation")
-    total = sums.total(sampler, device)
+    for_summary: list[Any] = [sums.total(sampler, device)]
+    if collected is not None:
+        for_summary.append(collected.whole(sampler))
     if details is not None:
         details.gather(sampler)
     seed_place(Place.SUMMARY, seed, device)
-    return summary_of(task, total)
+    return summary_of(task, *for_summary)
 
 
-def summary_of(task: Task, sums: dict[str, Tensor]) -> dict[str, Any]:
-    """The task's summary of these sums, with `samples`. Raises UsageError for names that distloop uses itself, and for
-    values that are no numbers."""
+def summary_of(task: Task, sums: dict[str, Tensor], *collected: dict[str, Any]) -> dict[str, Any]:
+    """The task's summary of these sums, with `samples`. `collected`: of a task that does so. Raises UsageError for
+    names that distloop uses itself, and for values that are no numbers."""
     sums, means = split(sums)
-    samples, values = int(sums["samples"]), task.summary(sums)
+    samples, values = int(sums["samples"]), task.summary(sums, *collected)
     if isinstance(values, Mapping) and plain_number(values.get("samples")) == samples:  # handed on as it came
         values = {name: value for name, value in values.items() if name != "samples"}
     check_names("summary", values)

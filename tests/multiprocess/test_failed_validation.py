@@ -233,8 +233,8 @@ def test_a_stop_during_the_later_validation_stops_in_order(tmp_path: Path, world
 def test_no_batch_is_validated_once_another_rank_has_failed() -> None:
     roll_call = SimpleNamespace(verdict=None)
     validation = Validation.__new__(Validation)
-    validation.loader, validation.ranks = [1, 2, 3], SimpleNamespace(roll_call=roll_call)  # type: ignore[assignment]
-    batches = validation._until_verdict()
+    validation.ranks = SimpleNamespace(roll_call=roll_call)  # type: ignore[assignment]
+    batches = validation._until_verdict([1, 2, 3])
     assert next(batches) == 1
     roll_call.verdict = Verdict(1, "rank 1 failed first", "")
     with pytest.raises(RunFailed, match="rank 1 failed first"):

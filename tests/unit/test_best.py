@@ -46,6 +46,12 @@ def test_a_validation_that_is_not_a_number_is_never_the_best() -> None:
         assert best_after(("loss", "max"), good, {"step": 3, "loss": infinite}) == good
 
 
+def test_a_validation_before_the_first_step_is_never_the_best() -> None:
+    good, worse = {"step": 0, "loss": 1.0}, {"step": 5, "loss": 2.0}
+    assert best_after(("loss", "min"), good) is None
+    assert best_after(("loss", "min"), good, worse) == worse
+
+
 @reproducible
 @given(st.lists(values, max_size=12), st.sampled_from(["min", "max"]))
 def test_the_best_is_the_first_of_the_finite_extremes(found: list[float], direction: str) -> None:

@@ -284,6 +284,16 @@ def test_both_of_a_pair_in_one_place_are_refused(tmp_path: Path, one: str, other
     )
 
 
+@pytest.mark.parametrize(("key", "value"), [("every_steps", 100), ("every_epochs", 2)])
+def test_validating_at_the_end_only_and_every_so_often_is_refused(tmp_path: Path, key: str, value: int) -> None:
+    message = refusal(tmp_path, f"validate: {{at_end: only, {key}: {value}}}")
+    assert f"validate.{key} = {value} and validate.at_end = 'only'" in message
+    assert "--validate.every-epochs 1 takes" in message
+    file = f"validate: {{{key}: {value}}}"
+    validate = load(tmp_path, file, "--validate.at-end", "only", "--validate.every-epochs", "1").validate
+    assert (validate.at_end, validate.every_steps, validate.at_start) == ("only", None, False)
+
+
 def test_neither_of_a_pair_is_refused(tmp_path: Path) -> None:
     assert "neither is given" in refusal(tmp_path, "train: {epochs: null}")
 
@@ -423,6 +433,8 @@ FREE = {
     "batch.micro_size",
     "validate.every_epochs",
     "validate.every_steps",
+    "validate.at_start",
+    "validate.at_end",
     "validate.batch_size",
     "checkpoint.every_steps",
     "checkpoint.keep_last",

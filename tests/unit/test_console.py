@@ -45,6 +45,15 @@ TRAIN = {
 VALIDATE = {"kind": "validate", "step": 22, "epoch": 1, "attempt": 1, "time": 1.5, "loss": 1.018, "accuracy": 0.8222}
 
 
+def test_a_validation_before_the_first_step_is_the_latest_and_never_the_best() -> None:
+    shown = console().progress
+    shown.add({**VALIDATE, "step": 0, "epoch": 0, "accuracy": 0.99})
+    assert (shown.latest or {})["step"] == 0
+    assert shown.best is None
+    shown.add(VALIDATE)
+    assert shown.best == VALIDATE
+
+
 def console(**changes: Any) -> Console:
     values: dict[str, Any] = {
         "name": "digits",

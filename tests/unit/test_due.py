@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,6 +85,16 @@ def test_validation_counts_steps_where_given_and_else_epochs() -> None:
     assert due_steps(plan, by_steps, "validation") == [15, 30, 41]
     assert due_steps(plan, Config(validate=Validate(every_epochs=2)), "validation") == [20, 40, 41]
     assert due_steps(plan, Config(), "validation") == [10, 20, 30, 40, 41]
+
+
+@reproducible
+@given(runs())
+def test_with_at_end_only_nothing_is_validated_before_the_end(run: tuple[Plan, Config]) -> None:
+    plan, config = run
+    only = dataclasses.replace(config, validate=Validate(at_end="only"))
+    assert due_steps(plan, only, "validation") == [plan.total_steps]
+    for what in ("log", "end_of_epoch", "save"):
+        assert due_steps(plan, only, what) == due_steps(plan, config, what)
 
 
 def test_anything_is_due_where_one_thing_is() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from distloop.run.metrics import MetricsFile, set_rows_aside
+from distloop.run.metrics import MetricsFile, set_aside_until, set_rows_aside
 
 
 @contextmanager
@@ -100,6 +100,16 @@ def test_rows_beyond_a_step_and_torn_ones_are_set_aside_and_those_of_earlier_tim
     assert rows(path) == [1]
     assert aside.read_text().splitlines()[-1] == '{"step": 2}'
     assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl", "metrics.set_aside.jsonl"]
+
+
+def test_the_row_before_the_first_step_is_set_aside_like_others(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "kind": "validate"}\n{"step": 1}\n')
+    assert set_aside_until(path) == -1
+    assert set_rows_aside(path, 0, is_validated=True) == 1
+    assert rows(path) == [0]
+    assert set_rows_aside(path, 0, is_validated=False) == 1
+    assert (rows(path), set_aside_until(path)) == ([], 1)
 
 
 def test_where_nothing_is_to_be_set_aside_nothing_is_touched(tmp_path: Path) -> None:

@@ -309,6 +309,14 @@ def test_the_rule_of_the_runs_decides_what_is_best(tmp_path: Path, capsys: pytes
     assert names(capsys, str(tmp_path), "--sort", "perplexity") == ["b", "a", "c"]
 
 
+def test_a_validation_before_the_first_step_ranks_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("a", 2.0), ("b", 1.0)):
+        path = validated(make_run(tmp_path, name, best_rule=["perplexity", "min"]), perplexity=[value])
+        with open(path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"kind": "validate", "step": 0, "perplexity": 0.5 if name == "a" else 3.0}) + "\n")
+    assert names(capsys, str(tmp_path), "--sort", "perplexity") == ["b", "a"]
+
+
 @pytest.mark.parametrize(
     ("by", "order"),
     [

@@ -12,7 +12,7 @@ import numpy as np
 
 from distloop.commands.report.rows import MEMORY, SECONDS, TRAIN, Floats, column, read_block
 from distloop.run.files import METRICS
-from distloop.run.metrics import NO_METRICS
+from distloop.run.metrics import is_metric
 
 MOST_OWN = 20  # values of the loop's own that get a curve
 MOST_FIGURES = 400  # names of pictures; a run directory has fewer files of them
@@ -139,7 +139,7 @@ def _add_block(metrics: Metrics, lines: list[bytes], stretches: int) -> None:
         metrics.epochs.add(column(epochs, "step"), column(epochs, "loss"), stretches)
     if validation:
         steps = column(validation, "step")
-        for key in dict.fromkeys(key for row in validation for key in row if key not in NO_METRICS):
+        for key in dict.fromkeys(key for row in validation for key in row if is_metric(key)):
             metrics.validation.setdefault(key, Curve()).add(steps, column(validation, key), stretches)
         metrics.last_validation = validation[-1]
         metrics.last_step = max(metrics.last_step, int(steps[-1]))

@@ -50,7 +50,7 @@ class WandbRun:
         self.reader: RowReader | None = None
         self.next_row = 0  # of metrics.jsonl, to give to W&B
         self.start_of_batch = 0  # the first of the rows that W&B was given last
-        self.redone_until = 0  # W&B has the rows up to this step twice, since it could not take back the first ones
+        self.redone_until = -1  # W&B has the rows up to this step twice, since it could not take back the first ones
 
     def start(self, seconds: float, or_offline: bool = True) -> str | None:
         """Begin or continue the W&B run within so many seconds. Returns why it is offline instead of online, or None.
