@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from distloop.config.settings import Task as TaskConfig
 from distloop.data.order import FixedBatchSampler
 from distloop.errors import UsageError
-from distloop.tasks import Classification, build_task
+from distloop.tasks import Classification
+from distloop.training.builtin_tasks import build_task
 from distloop.training.collected import Collected
 from distloop.training.validation import validate
 from tests.tools.documents import blocks_of
@@ -33,7 +34,7 @@ class Scores(Classification):
     def collect(self, outputs: Tensor, batch: Any) -> dict[str, Any]:
         return {"scores": outputs, "labels": batch[1]}
 
-    def summary(self, sums: dict[str, Tensor], collected: dict[str, Any]) -> dict[str, float]:
+    def summary(self, sums: dict[str, Tensor], collected: dict[str, Any]) -> dict[str, float]:  # type: ignore[override]
         self.seen = collected
         return super().summary(sums)
 

@@ -35,6 +35,7 @@ from distloop.training import (
     divide_by_weight,
     due_after,
     exchange_gradients,
+    leave_out_frozen,
     norm_and_clip,
     offered_to_task,
     rehearse,
@@ -68,11 +69,10 @@ def train(config: Config, ranks: Ranks) -> None:
         # ---- prepared by Accelerate ----------------------------------------------------------------------------
         model, optimizer = accelerator.prepare(bare_model, optimizer)  # DDP around the model, mixed precision
         scaler = accelerator.scaler  # of fp16; else None
-        optimizer = optimizer if scaler else optimizer.optimizer  # the wrapper serves the scaler, for 0.15 ms a step
+        if scaler is None:
+            optimizer = optimizer.optimizer  # Accelerate's wrapper serves the scaler only, and costs 0.15 ms a step
         task_model = offered_to_task(model, bare_model)  # calls model; names are those of bare_model
-        validated_model = bare_model
-        if average.module is not None:
-            validated_model = accelerator.prepare_model(average.module, evaluation_mode=True)
+        validated_model = average.prepared(accelerator, bare_model)  # the averaged one, if there is one
         validate = Validation(config, validated_model, average.task, data, run, ranks, trackers)
         batches = TrainBatches(config, data, task, plan, device, run.start.step, ranks.position, run.clock.waiting)
 
@@ -86,8 +86,8 @@ def train(config: Config, ranks: Ranks) -> None:
         parameters = [p for p in (*bare_model.parameters(), *task.as_module.parameters()) if p.requires_grad]
         losses = LossSums(device, state.epoch_sums)
         finite = FiniteCheck(config.train.on_nonfinite, model, optimizer, scaler, plan, state.skipped_steps, task)
-        trackers.begin(bare_model, device)
-        if state.unvalidated:  # its validation has failed, in an attempt before
+        trackers.begin(bare_model, device, optimizer=optimizer)
+        if state.unvalidated:  # its validation failed in an attempt before, or is that at the start of the run
             metrics, stop_reason = validate(step, parts, state), run.stop_reason
 
         # ==== THE LOOP ==========================================================================================
@@ -110,9 +110,10 @@ def train(config: Config, ranks: Ranks) -> None:
                 losses.add(loss, weight, micro.is_empty, micro.samples, *sums)
 
             exchange_gradients(task)  # of a task with parameters of its own, as DDP does for the model's
-            accelerator.unscale_gradients(optimizer)  # of fp16
+            accelerator.unscale_gradients(optimizer)  # of fp16; else nothing
             if task.weight != "samples":  # tokens, pixels: how many they were is known only now
                 divide_by_weight(model, losses.step_weight, plan.sample_count(step), task)
+            leave_out_frozen(optimizer, step)  # groups that are frozen until a later step
             gradient_norm = norm_and_clip(parameters, config.optim.clip_norm)  # the norm before clipping
             left_out = finite.before_update(step, gradient_norm, losses.step_losses)  # a flag, on the device
             losses.end_step(left_out)
