@@ -73,8 +73,7 @@ class Attempt(AttemptBase):
         """Load the newest good checkpoint, else the weights of --init-from, else none; returns the loop's state.
         `parts`: modules, optimizers, objects with state_dict(), None. Raises UsageError for what does not fit."""
         self.start.messages.extend(check_parts(parts))
-        early = (self.best.early_end, self.config.init_fit, self.config.validate.at_start)
-        state = load_start(self.start, parts, self.source.bad_samples, *early)
+        state = load_start(self.start, parts, self.source.bad_samples, self.best.early_end, self.config)
         self.best.row = self.status.best = state.best
         if self.start.changes and self.ranks.is_main:
             record_start(self.start, self.config, self.ranks.world_size, self.loop)

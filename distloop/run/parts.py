@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
+from distloop.config.settings import Config
 from distloop.data.bad_samples import BadSamples
 from distloop.errors import UsageError
 from distloop.run.best import EarlyEnd
@@ -36,6 +37,7 @@ from distloop.run.checkpoint import (
 from distloop.run.files import Start, read_json
 from distloop.run.initial_weights import load_initial_weights
 from distloop.run.module_state import check_tensors, make_whole, tensors_and_extra
+from distloop.run.optimizer_state import groups_of, kind_of, load_optimizer
 
 Parts = Mapping[str, Any]
 EXTRA_STATE = "get_extra_state()"
@@ -136,26 +138,6 @@ def without_average(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, AveragedModel) else module
 
 
-def groups_of(optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str]]:
-    """The names of the parameters in each of the optimizer's groups."""
-    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-
-
-def kind_of(optimizer: Optimizer) -> str:
-    """The optimizer's class, also inside Accelerate's wrapper; the classes of several, as one."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return " and ".join(type(one).__name__ for one in getattr(inner, "optimizers", [inner]))
-
-
-def _groups_in_words(groups: list[dict[str, Any]]) -> str:
-    """Such as "'^head' (2 parameters), default (4 parameters)"."""
-    texts = []
-    for group in groups:
-        name, count = repr(group["name"]) if "name" in group else "default", len(group["params"])
-        texts.append(f"{name} ({count} parameter{'' if count == 1 else 's'})")
-    return ", ".join(texts)
-
-
 def contents_of(parts: Parts, buffers: Any) -> tuple[dict[str, Weights], dict[str, Any], dict[str, Any]]:
     """Copies of all parts: the weights of modules; the state of optimizers and others; what belongs to state.json."""
     weights: dict[str, Weights] = {}
@@ -186,20 +168,20 @@ def load_start(
     parts: Parts,
     bad_samples: BadSamples | None = None,
     early_end: EarlyEnd | None = None,
-    init_fit: bool = False,
-    at_start: bool = False,
+    config: Config | None = None,
 ) -> LoopState:
     """Load the checkpoint or the weights from which an attempt starts, which samples were left out, and whether the
     loop had finished early, if the process was killed before status.json said so. Returns the loop's state. The start's
-    messages get lines on weights that do not fit, with `init_fit`. `at_start`: a run that begins is validated first."""
+    messages get lines on weights that do not fit, with init_fit."""
+    config = config or Config()
     if start.checkpoint:
         stored = read_json(start.checkpoint / STATE)
         start.messages.extend(load_parts(start.checkpoint, parts, stored))
         if bad_samples is not None:
             bad_samples.load(stored)
         if early_end is not None:
-            config = read_manifest(start.checkpoint)["config_sha256"]
-            early_end.load(stored, config == start.identity["config_sha256"])
+            trained_with = read_manifest(start.checkpoint)["config_sha256"]
+            early_end.load(stored, trained_with == start.identity["config_sha256"])
         return LoopState(
             stored["step"],
             tuple(stored["epoch_sums"]),
@@ -211,8 +193,8 @@ def load_start(
         if (model := dict(existing(parts)).get("model")) is None:
             raise UsageError(f"init_from: this loop has no part named model, but {', '.join(parts)}.")
         make_whole(model)
-        start.messages.extend(load_initial_weights(start.weights, model, init_fit))
-    return LoopState(unvalidated=at_start)
+        start.messages.extend(load_initial_weights(start.weights, model, config.init_fit))
+    return LoopState(unvalidated=config.validate.at_start)
 
 
 def load_parts(path: Path, parts: Parts, state: Mapping[str, Any]) -> list[str]:
@@ -256,33 +238,6 @@ def load_parts(path: Path, parts: Parts, state: Mapping[str, Any]) -> list[str]:
         else:
             part.load_state_dict(read_plain(path / f"{name}.pt"))
     return lines
-
-
-def load_optimizer(path: Path, optimizer: Optimizer, names: Mapping[int, str]) -> None:
-    """Copy the moments in `path` into the optimizer. Its hyperparameters stay those of the config. Raises UsageError
-    for a file of another optimizer, or of other parameters or groups."""
-    stored = read_plain(path)
-    groups = optimizer.state_dict()["param_groups"]
-    there, here = stored.get("parameters"), groups_of(optimizer, names)
-    if (kind := stored.get("kind", kind_of(optimizer))) != kind_of(optimizer):
-        raise UsageError(f"{path} belongs to another optimizer: {kind} there, {kind_of(optimizer)} here.")
-    sizes = [len(group["params"]) for group in stored["param_groups"]]
-    if there is not None and (changed := sorted({n for g in there for n in g} ^ {n for g in here for n in g})):
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise UsageError(f"{path} belongs to other parameters: {', '.join(changed[:3])}{more} only there or only here.")
-    if there is None and sum(sizes) != sum(map(len, here)):
-        raise UsageError(f"{path} belongs to other parameters than this model's.")
-    if sizes != [len(group) for group in here] or there not in (None, here):
-        raise UsageError(
-            f"{path} belongs to other groups of parameters (optim.groups, optim.layer_decay): "
-            f"{_groups_in_words(stored['param_groups'])} there; {_groups_in_words(groups)} here, or in another order."
-        )
-    optimizer.load_state_dict({"state": stored["state"], "param_groups": groups})
-    for parameter, values in optimizer.state.items():
-        for name, value in values.items():
-            # Fused optimizers need moments with their parameter's memory format, such as channels_last.
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
-                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def load_task(path: Path, part: Any, averaged: bool) -> None:

@@ -15,7 +15,8 @@ from distloop.config.optim_settings import Group, OptimizerOfGroup
 from distloop.config.settings import Config, Optim, Schedule, Train
 from distloop.data.order import Plan
 from distloop.errors import UsageError
-from distloop.run.parts import contents_of, load_optimizer, names_of_parameters
+from distloop.run.optimizer_state import load_optimizer
+from distloop.run.parts import contents_of, names_of_parameters
 from distloop.run.saving import HostBuffers
 from distloop.training.nonfinite import FiniteCheck
 from distloop.training.optimizers import SeveralOptimizers, build_optimizer, in_words, known_optimizers
