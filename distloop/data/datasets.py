@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from distloop.config.places import root_for_code
 from distloop.config.registry import call, resolve
@@ -249,11 +250,17 @@ def load_data(config: Data, seed: int | None = None) -> DataSource:
 
 
 def _check_half(what: str, dataset: Any) -> None:
-    if not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")):
-        raise UsageError(
-            f"{what} needs __len__ and __getitem__, which a {type(dataset).__name__} lacks: return data sets. distloop "
-            "makes the loaders itself (data.workers, batch.global_size)."
-        )
+    inherited = getattr(type(dataset), "__getitem__", None) is Dataset.__getitem__  # torch's, which raises an error
+    if inherited or not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")):
+        why = "return data sets. distloop makes the loaders itself (data.workers, batch.global_size)."
+        if isinstance(dataset, Iterable) and not isinstance(dataset, DataLoader):
+            why = (
+                "with them each rank gets its own samples, and a run that is continued finds its place. What can only "
+                "be iterated over has three ways out: list(it), if that fits into memory; a class whose __getitem__(i) "
+                "reads sample i where it lies (a file mapped into memory, a member of a tar whose place is known); or "
+                "write its samples to such a file, once."
+            )
+        raise UsageError(f"{what} needs __len__ and __getitem__, which a {type(dataset).__name__} lacks: {why}")
     if len(dataset) == 0:
         raise UsageError(f"{what} is empty.")
     kind = type(dataset).__name__

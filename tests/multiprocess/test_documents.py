@@ -61,9 +61,14 @@ def test_a_reader_can_stop_continue_extend_and_move_a_run(tmp_path: Path) -> Non
 @pytest.mark.long
 def test_a_reader_can_train_the_examples_of_own_code(tmp_path: Path) -> None:
     run_page(DOCS / "own-code.md", working_copy(tmp_path, digits_epochs=4))
-    names = ("letters", "on-two", "pictures", "trivial", "unsplit", "unlabelled", "tokens", "focal", "auroc")
+    built_in = ("mixup", "pictures", "trivial", "unsplit")
+    names = ("letters", "on-two", "auroc", "parts", "night", "prototypes", "tokens", *built_in)
     finished(tmp_path, *names)
-    assert rows(tmp_path / "runs" / "letters", "validate")[-1]["accuracy"] > 0.5
+    last = {name: rows(tmp_path / "runs" / name, "validate")[-1] for name in names}
+    assert min(last[name]["accuracy"] for name in ("letters", "prototypes", "mixup", "night")) > 0.5
+    assert last["auroc"]["auroc"] > 0.9
+    assert status(tmp_path / "runs" / "parts")["reason"].startswith("no better accuracy than")
+    assert {"accuracy/night", "samples/night"} <= set(last["night"])
 
 
 @pytest.mark.long

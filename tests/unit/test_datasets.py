@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, random_split
+from torch.utils.data import DataLoader, Dataset, IterableDataset, random_split
 from torchvision.datasets import CIFAR10, FashionMNIST
 
 from distloop.config.settings import Data
@@ -421,6 +421,27 @@ def generators() -> tuple[Iterator[int], Iterator[int]]:
     return iter([1]), iter([2])
 
 
+class Stream(IterableDataset):
+    def __len__(self) -> int:  # perhaps: it is of no use without an index
+        return 2
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([1, 2])
+
+
+class NoIndex(Dataset):
+    def __len__(self) -> int:
+        return 2
+
+
+def stream() -> tuple[Stream, list[int]]:
+    return Stream(), [2]
+
+
+def no_index() -> tuple[NoIndex, list[int]]:
+    return NoIndex(), [2]
+
+
 def no_validation() -> tuple[list[int], list[int]]:
     return [1, 2], []
 
@@ -445,7 +466,9 @@ def test_a_users_callable_may_return_a_source() -> None:
         ("three", "returned a tuple of 3; return \\(train, validation\\)"),
         ("whole", "returned a InMemory; return \\(train, validation\\).*tuple\\(.*random_split"),
         ("listed", "returned a list; .*tuple\\(.*random_split"),
-        ("generators", "train half needs __len__ and __getitem__, which a list_iterator lacks"),
+        ("generators", "train half needs __len__ and __getitem__, which a list_iterator lacks: .*three ways out"),
+        ("stream", "train half needs __len__ and __getitem__, which a Stream lacks: .*three ways out: list"),
+        ("no_index", "train half needs __len__ and __getitem__, which a NoIndex lacks: return data sets"),
         ("loaders", "train half needs __len__ and __getitem__, which a DataLoader lacks: .*makes the loaders"),
         ("no_validation", "validation half is empty"),
         ("digit", "no callable 'digit'.*'digits'"),
