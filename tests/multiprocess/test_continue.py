@@ -223,7 +223,7 @@ def test_data_of_another_size_is_refused(tmp_path: Path) -> None:
 def test_a_mistake_before_anything_was_saved_can_be_corrected_under_the_same_name(tmp_path: Path) -> None:
     outcome = train(tmp_path, [*small(tmp_path), "--init-from", str(tmp_path / "nowhere")])
     assert outcome.codes == [2]
-    assert "no run, checkpoint or .safetensors file there" in outcome.output
+    assert "no run, checkpoint or .safetensors, .pt or .pth file there" in outcome.output
     train(tmp_path, small(tmp_path)).check()
 
 
