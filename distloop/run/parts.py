@@ -37,7 +37,7 @@ from distloop.run.checkpoint import (
 from distloop.run.files import Start, read_json
 from distloop.run.initial_weights import load_initial_weights
 from distloop.run.module_state import check_tensors, make_whole, tensors_and_extra
-from distloop.run.optimizer_state import groups_of, kind_of, load_optimizer
+from distloop.run.optimizer_state import groups_of, kept_in_groups, kind_of, load_optimizer
 
 Parts = Mapping[str, Any]
 EXTRA_STATE = "get_extra_state()"
@@ -158,6 +158,7 @@ def contents_of(parts: Parts, buffers: Any) -> tuple[dict[str, Weights], dict[st
             others[name] = buffers.copy_tree(name, part.state_dict())
             if isinstance(part, Optimizer):
                 others[name] |= {"kind": kind_of(part), "parameters": groups_of(part, names)}
+                others[name] |= {"kept_in_groups": kept_in_groups(part)}
             else:
                 check_plain(name, others[name])  # at each save: a number may have become NumPy's
     return weights, others, state

@@ -2,7 +2,6 @@
 
 import contextlib
 
-from distloop.errors import UsageError
 from distloop.run.attempt import Attempt
 from distloop.run.directory import config_before
 from distloop.training.schedules import LearningRate
@@ -13,7 +12,7 @@ def say_changed_rate(run: Attempt) -> None:
     before gave it. Call it before the run is loaded, which records the new config."""
     if not (run.ranks.is_main and run.start.checkpoint and run.start.changes):
         return
-    with contextlib.suppress(UsageError):  # what the old schedule was cannot be known any more
+    with contextlib.suppress(Exception):  # an old schedule of the user's own may be gone by now, or raise anything
         old, step, plan = config_before(run.path, run.config), run.start.step, run.plan
         old_total = old.train.steps or (old.train.epochs or 0) * plan.steps_per_epoch
         before = min(step, old_total - 1)  # a run that had taken all its steps has no rate for the next one

@@ -136,7 +136,8 @@ def freeze(model: nn.Module, groups: Sequence[Group], task: nn.Module | None = N
         if group_of(name, groups)[0].freeze:
             parameter.requires_grad_(False)
     if any(group.freeze for group in groups):
-        _keep_frozen_statistics(model)
+        for module in (model,) if task is None else (model, task):
+            _keep_frozen_statistics(module)
 
 
 def _keep_frozen_statistics(module: nn.Module, above: bool = False) -> None:

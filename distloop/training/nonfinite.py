@@ -76,8 +76,12 @@ class FiniteCheck:
         self.model, self.parameters, self.is_first = model, list(model.parameters()), True
         self.skips = policy == "skip" and scaler is None  # a GradScaler skips by itself
         self.buffers_before: list[Tensor] = []
-        for optimizer in self.optimizers:
-            if self.skips and isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["momentum"]:
+        for optimizer in self.optimizers if self.skips else ():
+            if (
+                isinstance(optimizer, torch.optim.SGD)
+                and optimizer.defaults["fused"]
+                and optimizer.defaults["momentum"]
+            ):
                 # Fused SGD takes its first step's moments from uninitialised memory when it leaves that step out.
                 for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                     if parameter not in optimizer.state:

@@ -1,6 +1,6 @@
 """The optimizer that the config names: one of torch.optim, the user's own, or several for the parts of a model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from distloop.training.sparse import check_sparse, sparse_gradients
 # Settings of optim that belong to torch's optimizers of these names; for others they are written in optim.args.
 SHORTCUTS = {"sgd": ("momentum", "nesterov"), "adam": ("betas", "eps"), "adamw": ("betas", "eps")}
 SINCE = {"adafactor": "2.5", "muon": "2.9"}  # the first version of torch that has the optimizer
-TAKEN = ("params", "lr", "weight_decay", "fused")
 FUSED = {"sgd": ("cpu", "cuda"), "adam": ("cpu", "cuda"), "adamw": ("cpu", "cuda"), "adagrad": ("cpu",)}  # devices
 
 
@@ -71,9 +70,9 @@ def build_optimizer(
         raise UsageError(
             "optim.groups freeze all parameters in the first steps (until_step): nothing would be trained."
         )
-    by_optimizer: dict[str, list[Member]] = {}
+    by_optimizer: dict[str | None, list[Member]] = {}
     for member in trained:
-        by_optimizer.setdefault(member.label if member.group.optimizer else "", []).append(member)
+        by_optimizer.setdefault(member.label if member.group.optimizer else None, []).append(member)
     optimizers = []
     for label, some in by_optimizer.items():
         own, key, settings = some[0].group.optimizer, "optim", config
@@ -82,10 +81,11 @@ def build_optimizer(
             key, settings = f"optim.groups[{place}].optimizer", Optim(own.name, own.args, lr=config.lr)
         sparse = [member.name for member in some if member.name in sparse_gradients(model)]
         _check_fit(key, settings.name, some, sparse)
-        if sparse:
-            check_sparse(key, sparse[0], settings, device)
         fuses = precision != "fp16" and not sparse
         optimizers.append(_build(key, settings, groups_of_members(some), device, fuses))
+        for member in some:
+            if member.name in sparse:
+                check_sparse(key, settings.name, member, optimizers[-1], device)
     return optimizers[0] if len(optimizers) == 1 else SeveralOptimizers(optimizers)
 
 
@@ -101,13 +101,13 @@ def _build(key: str, config: Optim, groups: list[dict], device: torch.device, fu
     """One optimizer. `key`: of its settings, for messages. `fuses`: whether it may be fused."""
     kind = optimizer_kind(f"{key}.name", config.name)
     shortcuts = {name: getattr(config, name) for name in SHORTCUTS.get(config.name, ())}
-    if taken := [name for name in config.args if name in TAKEN or name in shortcuts]:
-        other = "lr_scale" if taken[0] == "lr" and "groups" in key else taken[0]
-        raise UsageError(f"{key}.args.{taken[0]}: give it as {key.removesuffix('.optimizer')}.{other}.")
+    _refuse_taken(key, config.args, () if "groups" in key else tuple(shortcuts))  # a group has no such settings itself
     # Fused: one pass over the parameters instead of one operation each. Not with fp16, where the fused optimizers
     # leave a step out by themselves, so that nobody could count it. None: PyTorch chooses; False is its slowest way.
-    # Fused ones take no complex parameters and no sparse gradients.
+    # Fused ones take no complex parameters and no sparse gradients; and SGD's moments begin undampened, which a fused
+    # one that leaves its first step out would not know.
     is_plain = all(parameter.is_floating_point() for group in groups for parameter in group["params"])
+    is_plain = is_plain and not config.args.get("dampening")
     offered: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if fuses and is_plain and device.type in FUSED.get(config.name, ()):
         offered["fused"] = True
@@ -123,6 +123,16 @@ def _build(key: str, config: Optim, groups: list[dict], device: torch.device, fu
             "its first argument, the groups of parameters, to the optimizer as they are; optim.groups makes others."
         )
     return optimizer
+
+
+def _refuse_taken(key: str, arguments: Mapping[str, Any], shortcuts: Sequence[str]) -> None:
+    """Raise UsageError for arguments that belong to other settings, or that the run gives itself."""
+    for name in arguments:
+        if name in ("params", "fused"):
+            raise UsageError(f"{key}.args.{name}: leave it out, the run gives it where the optimizer takes it.")
+        if name in ("lr", "weight_decay", *shortcuts):
+            other = "lr_scale" if name == "lr" and "groups" in key else name
+            raise UsageError(f"{key}.args.{name}: give it as {key.removesuffix('.optimizer')}.{other}.")
 
 
 def optimizer_kind(key: str, name: str) -> Callable[..., Any]:

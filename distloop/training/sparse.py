@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distloop.config.settings import Optim
 from distloop.errors import UsageError
+from distloop.training.groups import Member
 
 
 def sparse_gradients(model: nn.Module) -> list[str]:
@@ -16,21 +16,25 @@ def sparse_gradients(model: nn.Module) -> list[str]:
     return [f"{name}.weight" if name else "weight" for name in names]
 
 
-def check_sparse(key: str, name: str, config: Optim, device: torch.device) -> None:
-    """Raise UsageError unless the config's optimizer and the device can take the sparse gradient of `name`. `key`: of
-    the optimizer's settings."""
-    takes = {"sgd": not config.momentum and not config.weight_decay, "adagrad": not config.weight_decay}
-    if takes.get(config.name, config.name == "sparseadam" or ":" in config.name):
+def check_sparse(key: str, kind: str, member: Member, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Raise UsageError unless the optimizer and the device can take the sparse gradient of `member`. `key`: of the
+    optimizer's settings; `kind`: its name there."""
+    group = next(g for g in optimizer.param_groups if any(each is member.parameter for each in g["params"]))
+    hindering = {"sgd": ("momentum", "weight_decay"), "adagrad": ("weight_decay",)}.get(kind, ())
+    given = [f"{name.replace('_', ' ')} {group[name]:g}" for name in hindering if group[name]]
+    if kind == "sparseadam" or ":" in kind or (hindering and not given):
         if device.type == "cpu" or not (dist.is_initialized() and dist.get_world_size() > 1):
             return
         problem, way_out = "GPUs do not exchange sparse gradients", "Train on one GPU"
     else:
-        settings = f" with momentum {config.momentum:g} and weight decay {config.weight_decay:g}"
-        problem = f"{key}.name = {config.name!r}{settings if config.name == 'sgd' else ''} cannot take it"
-        way_out = "Use --optim.name sgd --optim.momentum 0 --optim.weight-decay 0"
+        problem = f"{key}.name = {kind!r}{' with ' if given else ''}{' and '.join(given)} cannot take it"
+        way_out = (
+            "Use --optim.name sgd --optim.momentum 0 --optim.weight-decay 0, or in optim.groups "
+            f"{{match: {member.name}, optimizer: {{name: sparseadam}}}}"
+        )
     raise UsageError(
-        f"The gradient of the model's {name} is sparse (its embedding has sparse=True), and {problem}. {way_out}, or "
-        "leave out sparse=True: the updates are then those of whole tensors."
+        f"The gradient of the model's {member.name} is sparse (its embedding has sparse=True), and {problem}. "
+        f"{way_out}, or leave out sparse=True: the updates are then those of whole tensors."
     )
 
 

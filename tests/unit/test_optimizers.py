@@ -43,6 +43,7 @@ def model_of(seed: int = 0) -> nn.Sequential:
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
     for step in range(first, last):
         inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
+        inputs = inputs.to(next(model.parameters()).dtype)
         model(inputs).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
