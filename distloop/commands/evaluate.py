@@ -38,7 +38,7 @@ def evaluate(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
     """
     # Imported only now, since torch reads the thread count.
     from distloop.data.datasets import load_data
-    from distloop.data.now import now_at
+    from distloop.data.now import now_at, tell
     from distloop.data.order import Plan
     from distloop.ranks.accelerator import build_accelerator
     from distloop.run.checkpoint import AVERAGED, MODEL, load_weights, step_of
@@ -67,7 +67,7 @@ def evaluate(path: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
     with contextlib.suppress(UsageError):  # as in the run; of other data, training samples may be too few for a step
         plan = Plan(len(source.train), config.batch.global_size, remainder=config.batch.remainder)
         plan.total_steps = plan.steps_of(config)
-        task.now = now_at(step_of(checkpoint), plan, training=False)
+        tell(task, now_at(step_of(checkpoint), plan, training=False))
     found = {
         each.suffix: validate(model, task, each.loader, each.sampler, ranks.position, seed=config.seed, half=each.half)
         for each in load_sets(config, source, task, accelerator.device, ranks.rank, ranks.world_size)

@@ -12,8 +12,11 @@ TRAIN, VALIDATION = "train", "validation"
 
 def validation_sets(validation: Any) -> dict[str, Any]:
     """The validation sets by their names, from a mapping of them; a single data set has the name "". A dict whose keys
-    are numbers is a data set. Raises UsageError for other names than letters, digits, _ and -, and without any set."""
-    if not isinstance(validation, Mapping) or isinstance(next(iter(validation), None), Integral):
+    are numbers is a data set, and so is a mapping whose length is not the number of its keys, such as one of columns.
+    Raises UsageError for other names than letters, digits, _ and -, and without any set."""
+    if not isinstance(validation, Mapping) or len(validation) != len(validation.keys()):
+        return {"": validation}
+    if isinstance(next(iter(validation), None), Integral):
         return {"": validation}
     if not validation:
         raise UsageError('validation is an empty mapping: give a data set, or several as {"day": …, "night": …}.')

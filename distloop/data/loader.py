@@ -21,7 +21,7 @@ from distloop.data.bad_samples import listed, without_bad
 from distloop.data.batches import inputs_of, targets_of, to_model
 from distloop.data.datasets import DataSource, class_names
 from distloop.data.lengths import refuse_other_length
-from distloop.data.now import now_at
+from distloop.data.now import now_at, tell
 from distloop.data.order import MicroBatch, MicroBatchSampler, Part, Plan
 from distloop.data.seeded import ChecksBatches, SeededDataset, check_of, collate_of, identity, name_of
 from distloop.data.seeding import Place, seed_forward, seed_place
@@ -213,7 +213,7 @@ class TrainBatches:
     def tell_task(self, step: int, training: bool = True) -> None:
         """Set `now` of the task."""
         if self.task is not None:
-            self.task.now = now_at(step, self.plan, training)
+            tell(self.task, now_at(step, self.plan, training))
 
     def _loaded(self, step: int) -> Iterable[tuple[Any, Part, int]]:
         """(batch, part, its number of samples) of this rank's micro-batches of `step`."""

@@ -1,6 +1,6 @@
 """Where a run is, as a task sees it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from distloop.data.order import Plan
 
@@ -16,6 +16,11 @@ class Now(NamedTuple):
     """The steps of the whole run."""
     training: bool = False
     """Whether a step of training is computed; False in validation, as model.training."""
+
+
+def tell(task: Any, now: Now) -> None:
+    """Set `now` of a task, also of a frozen dataclass."""
+    object.__setattr__(task, "now", now)
 
 
 def now_at(step: int, plan: Plan, training: bool) -> Now:

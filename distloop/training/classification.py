@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distloop.data.batches import targets_of
 from distloop.errors import UsageError
@@ -46,7 +46,8 @@ class Classification(Task):
         """`label_smoothing`: the share of each target that all classes get alike (Szegedy et al. 2016). `top_k`: the
         metrics have accuracy_topK, too. `class_weights`: one number for each class, as in torch's CrossEntropyLoss.
         `mixup`, `cutmix`: their alphas; 0: off. Raises UsageError."""
-        super().__init__()  # of a subclass that is an nn.Module as well
+        if isinstance(self, nn.Module):  # a subclass; of another one, this calls no __init__() of its other bases
+            super().__init__()
         if not is_number(label_smoothing, 0, 1):
             raise UsageError(
                 f"task.args.label_smoothing = {label_smoothing!r}: give a number from 0 to 1, such as 0.1."

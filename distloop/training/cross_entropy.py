@@ -21,6 +21,7 @@ def summed_loss(
     `outputs`: [batch, classes, …]. `targets`: integers [batch, …], or probabilities [batch, classes, …]. `options`:
     ignore_index and label_smoothing, as torch has them.
     """
+    outputs = outputs.to(_exact(outputs.dtype))
     weights = None if class_weights is None else _on(class_weights, outputs.dtype, outputs.device)
     targets = targets.to(outputs.dtype) if targets.is_floating_point() else targets.long()
     return functional.cross_entropy(outputs, targets, weights, reduction="sum", **options)
@@ -37,8 +38,14 @@ def summed_weight(
     counted = targets != ignore_index
     if class_weights is None:
         return counted.sum()
-    weights = _on(class_weights, outputs.dtype, outputs.device)
+    weights = _on(class_weights, _exact(outputs.dtype), outputs.device)
     return torch.where(counted, weights[torch.where(counted, targets, 0)], 0).sum()
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """float32 for outputs of 16 bits, in which a sum would have 3 digits. (Accelerate makes them float32, but for those
+    in objects that it does not know, such as a dataclass.)"""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 @functools.cache  # by value: a copy to the device in each step would cost time

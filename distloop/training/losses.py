@@ -67,8 +67,10 @@ class LossSums:
         for name, value in sums.items():
             if is_empty:
                 value = 0
-            elif isinstance(value, Tensor):  # a sum of its own, which does not keep the batch; and in float64
-                value = self.zero + value.detach().reshape(())
+            elif isinstance(value, Tensor) and value.numel() == 1:
+                value = self.zero + value.detach().reshape(())  # of its own: does not keep the batch; and in float64
+            elif not isinstance(value, (int, float)):  # of NumPy, or in a later step no number
+                check_sums(sums)
             self.step_sums[name] = self.step_sums[name] + value if name in self.step_sums else value
 
     def end_step(self, left_out: Tensor | None = None) -> None:
@@ -91,18 +93,16 @@ class LossSums:
         checksum = zlib.crc32("\n".join(names).encode()) % 2**24  # exact in float32, too
         sums = [step_loss, self.step_weight, self.epoch_loss, self.epoch_weight, memory_gib, checksum]
         sums += [self.step_sums[name] for name in names]
-        sums += [0.0] * (-len(sums) % BLOCK)  # as many on all ranks, also if they disagree
+        sums += [0.0] * (BLOCK - len(sums))  # as many on all ranks, also if they disagree
         values = torch.stack([torch.as_tensor(value, dtype=self.dtype, device=self.device) for value in sums])
-        ranks = [values]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            ranks = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-            dist.all_gather(ranks, values)
-        by_rank = torch.stack(ranks).tolist()
+        by_rank = _gathered(values[:BLOCK])
         if any(row[5] != checksum for row in by_rank):
             raise UsageError(
                 "task.loss() gives sums of other names on some ranks. Let all ranks give the same ones in each step, "
                 f"if need be with 0; rank {dist.get_rank()} gives {', '.join(names) or 'none'}."
             )
+        if len(values) > BLOCK:  # only now: all ranks have as many
+            by_rank = [row + more for row, more in zip(by_rank, _gathered(values[BLOCK:]), strict=True)]
         loss, weight, epoch_loss, epoch_weight, _, _, *others = (sum(column) for column in zip(*by_rank, strict=True))
         self.epoch_sums = (self.earlier[0] + epoch_loss, self.earlier[1] + epoch_weight)
         return {
@@ -111,3 +111,12 @@ class LossSums:
             "memory_gib": [row[4] for row in by_rank],
             **{name: value / (weight or 1) for name, value in zip(names, others, strict=False)},
         }
+
+
+def _gathered(values: Tensor) -> list[list[float]]:
+    """These values of each rank. Collective; waits for the device."""
+    ranks = [values]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        ranks = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+        dist.all_gather(ranks, values.contiguous())
+    return torch.stack(ranks).tolist()

@@ -160,6 +160,7 @@ def _train(
                 refuse_bypass(type(task).__name__, offered)
             raise
         refuse_bypass(type(task).__name__, offered)
+        _refuse_kept_model(task, bare_model)
         if late := [name for name, parameter in held.named_parameters() if id(parameter) not in known]:
             which = ", ".join(name.partition(".")[2] for name in late[:3])
             raise UsageError(
@@ -181,6 +182,18 @@ def _train(
             refuse_unforeseen_sparse(bare_model)
         refuse_unused_parameters(model, bare_model.parameters(), "in the rehearsal")
         refuse_unused_in_task(task)
+
+
+def _refuse_kept_model(task: Task, model: nn.Module) -> None:
+    """Raise UsageError for a task that is a module, and has made the model a part of itself: its parameters would be
+    divided by the weight twice, and saved as the task's."""
+    of_model = set(map(id, model.parameters()))
+    if names := [name for name, parameter in task.as_module.named_parameters() if id(parameter) in of_model]:
+        raise UsageError(
+            f"The task {type(task).__name__} keeps the model, or a part of it, as an attribute ({names[0]}), by which "
+            "torch counts its parameters as the task's. Return what loss() needs of the model from forward(), or keep "
+            f"the model in a tuple: self.{names[0].partition('.')[0]} = (model,)."
+        )
 
 
 def _checked(task: Task, result: Any) -> tuple[Tensor, Any]:

@@ -126,6 +126,8 @@ def collects(task: Task) -> bool:
 def check_attributes(task: Task) -> None:
     """Raise UsageError if the task keeps a value of its own under a name that means something to distloop."""
     kind, best = type(task).__name__, task.best
+    if isinstance(task, nn.Module):
+        _check_module(task, kind)
     for name in METHODS:
         if not callable(value := getattr(task, name)) or isinstance(value, nn.modules.loss._Loss):
             raise UsageError(
@@ -165,6 +167,28 @@ def check_attributes(task: Task) -> None:
             f"{kind}.classes = {_shown(task.classes)}: distloop keeps the number of classes there. Give names of "
             "classes another name, such as self.class_names; DataSource(…, classes=…) shows them in the report."
         )
+
+
+def _check_module(task: nn.Module, kind: str) -> None:
+    """The same for what torch keeps apart from other attributes: the task's own ones would be used in its place."""
+    if "_modules" not in vars(task):
+        raise UsageError(f"{kind} is a torch.nn.Module: let its __init__() begin with super().__init__().")
+    if type(task).forward is nn.Module.forward:
+        raise UsageError(
+            f"{kind} takes the forward() of torch.nn.Module in the place of a task's: name the task first, "
+            f"class {kind}(distloop.tasks.Task, torch.nn.Module)."
+        )
+    for name, value in {**task._modules, **task._buffers}.items():
+        if hasattr(Task, name) and not hasattr(nn.Module, name):
+            raise taken_by_task(kind, name, type(value).__name__)
+
+
+def taken_by_task(kind: str, name: str, value: str) -> UsageError:
+    """The error for a module, parameter or buffer of a task under a name that a task has."""
+    return UsageError(
+        f"{kind}.{name} is a {value}; each task has a {name} that distloop uses, and self.{name} would be that one. "
+        f"Give the value another name, such as self.own_{name}."
+    )
 
 
 def _takes_two(method: Callable[..., Any]) -> bool:

@@ -16,7 +16,7 @@ from distloop.data.bad_samples import listed
 from distloop.data.datasets import DataSource
 from distloop.data.lengths import refuse_other_length
 from distloop.data.look import first_validation_batch
-from distloop.data.now import now_at
+from distloop.data.now import now_at, tell
 from distloop.data.order import FixedBatchSampler
 from distloop.data.seeding import Place, generators_restored, seed_place
 from distloop.errors import RunFailed
@@ -88,7 +88,7 @@ class Validation:
         return metrics
 
     def _validate(self, step: int) -> dict[str, float]:
-        self.task.now = now_at(step, self.run.plan, training=False)
+        tell(self.task, now_at(step, self.run.plan, training=False))
         found: dict[str, dict[str, float]] = {}
         for each in self.sets:
             refuse_other_length(each.half, each.dataset, each.sampler.samples)
@@ -112,7 +112,7 @@ class Validation:
     def first_batch(self) -> dict[str, float]:
         """The metrics of one batch of each set, this rank's first, for the rehearsal. Collective, although ranks differ
         in it."""
-        self.task.now = now_at(self.run.start.step, self.run.plan, training=False)
+        tell(self.task, now_at(self.run.start.step, self.run.plan, training=False))
         found: dict[str, dict[str, float]] = {}
         for each in self.sets:
             batch, samples = first_validation_batch(

@@ -205,6 +205,7 @@ def test_a_step_that_is_left_out_leaves_a_tasks_parameters_and_buffers_as_they_w
     ("task", "args", "words"),
     [
         ("Learning", {"where": "unused"}, "The task's spare got no gradient in the rehearsal"),
+        ("Learning", {"where": "the model"}, "Learning keeps the model, or a part of it, as an attribute (kept."),
         ("Learning", {"where": "own values"}, "the task's proxies.weight begins with other values on rank 1"),
         ("Remembering", {"kind": "of its rank"}, "Remembering.state_dict() gives something else on rank 1"),
     ],

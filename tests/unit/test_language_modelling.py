@@ -61,6 +61,17 @@ def sums_over(task: LanguageModelling, outputs: Tensor, targets: Tensor, split: 
 # ---- loss and metrics --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sum_of_outputs_of_16_bits_has_more_digits_than_these(
+    scores: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> None:
+    outputs, targets = scores[0].detach().to(dtype), scores[1]
+    loss, _ = probed().loss(types.SimpleNamespace(logits=outputs), (None, targets))
+    exact, _ = probed().loss(outputs.double(), (None, targets))
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(exact), rel=1e-6)
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_loss_is_torchs_mean_over_the_tokens_that_count_however_the_batch_is_split(
     scores: tuple[Tensor, Tensor], split: list[int]

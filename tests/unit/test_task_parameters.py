@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 from torch import nn
 
 from distloop.config.optim_settings import Group, Optim
-from distloop.data.now import Now
+from distloop.config.settings import Task as TaskConfig
+from distloop.data.now import Now, tell
 from distloop.errors import UsageError
+from distloop.tasks import Classification
 from distloop.training.averaging import Average
+from distloop.training.builtin_tasks import build_task
 from distloop.training.gradients import exchange_gradients
 from distloop.training.optimizers import build_optimizer
 from distloop.training.tasks import Task, check_attributes
@@ -100,3 +104,62 @@ def test_names_that_mean_something_are_kept(name: str, value: Any, words: str) -
     setattr(Mine, name, value)
     with pytest.raises(UsageError, match=words):
         check_attributes(Mine())
+
+
+class OwnLoss(Classification, nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = nn.CrossEntropyLoss()
+
+
+class OwnWeight(Task, nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))  # type: ignore[misc, assignment]
+
+
+class NoInit(Task, nn.Module):
+    def __init__(self) -> None:
+        self.level = 1
+
+
+class Turned(nn.Module, Task):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (OwnLoss, r"OwnLoss\.loss is a CrossEntropyLoss.+self\.own_loss"),
+        (OwnWeight, r"OwnWeight\.weight is a parameter.+self\.own_weight"),
+        (NoInit, r"super\(\)\.__init__\(\)"),
+        (Turned, r"class Turned\(distloop\.tasks\.Task, torch\.nn\.Module\)"),
+    ],
+)
+def test_a_module_or_parameter_that_would_not_be_used_is_refused(kind: type, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        build_task(TaskConfig(f"{__name__}:{kind.__name__}"))
+
+
+class Scale:
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+
+class TwoBases(Classification, Scale):
+    def __init__(self) -> None:
+        Classification.__init__(self, label_smoothing=0.5)
+        Scale.__init__(self, 3.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Task):
+    scale: float = 1.0
+
+
+def test_tasks_with_other_bases_and_frozen_dataclasses_work() -> None:
+    two = build_task(TaskConfig(f"{__name__}:TwoBases"))
+    assert (two.scale, two.label_smoothing) == (3.0, 0.5)  # type: ignore[attr-defined]
+    frozen = build_task(TaskConfig(f"{__name__}:Frozen"))
+    tell(frozen, Now(step=3))
+    assert frozen.now.step == 3

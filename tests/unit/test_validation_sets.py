@@ -89,6 +89,23 @@ def test_other_names_are_refused(name: Any) -> None:
         DataSource(pictures([0]), {"day": pictures([0]), name: pictures([0])})
 
 
+class Columns(dict):
+    """A data set of rows, which keeps its columns as a dict does."""
+
+    def __len__(self) -> int:
+        return len(self["inputs"])
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        return tuple(column[key] for column in self.values())
+
+
+def test_a_mapping_of_columns_is_a_data_set() -> None:
+    columns = Columns(inputs=torch.zeros(7, 2), targets=torch.arange(7))
+    assert list(halves(DataSource(pictures([0, 1]), columns))) == ["train", "validation"]
+
+
 def test_a_mapping_without_a_set_and_a_set_without_samples_are_refused() -> None:
     with pytest.raises(UsageError, match="validation is an empty mapping"):
         loaded((pictures([0]), {}))

@@ -118,3 +118,12 @@ def test_sums_by_name_are_divided_by_the_weight_of_the_step_whatever_their_form(
 def test_other_sums_and_names_of_a_row_are_refused_at_once(wrong: Any) -> None:
     with pytest.raises(UsageError, match=r"task\.loss\(\)"):
         LossSums(CPU).add(torch.tensor(1.0), 4, sums=wrong)
+
+
+@pytest.mark.parametrize("wrong", ["1", torch.ones(2), torch.ones(0), None])
+def test_a_sum_that_becomes_something_else_in_a_later_step_is_named(wrong: Any) -> None:
+    losses = LossSums(CPU)
+    losses.add(torch.tensor(1.0), 4, sums={"hits": 1})
+    losses.begin_step()
+    with pytest.raises(UsageError, match=r"task\.loss\(\): hits is a "):
+        losses.add(torch.tensor(1.0), 4, sums={"hits": wrong})
