@@ -67,8 +67,8 @@ def test_the_table_of_parameters_is_printed_once_and_nothing_begins(tmp_path: Pa
 def test_a_mistake_in_a_group_is_named_by_its_place(tmp_path: Path) -> None:
     for groups, said in (
         ("[{match: a, lr_scales: 2}]", "optim.groups.0.lr_scales"),
-        ("[{lr_scale: 2}]", "optim.groups.0.match"),
-        ("[{match: a, optimizer: {nam: sgd}}]", "optim.groups.0.optimizer"),
+        ("[{lr_scale: 2}]", "optim.groups.0 = {'lr_scale': 2}: match is missing"),
+        ("[{match: a, optimizer: {nam: sgd}}]", "optim.groups.0.optimizer.nam"),
     ):
         ended = train(tmp_path, ["--optim.groups", groups])
         assert ended.codes == [2], ended.output

@@ -215,7 +215,7 @@ def test_own_settings_reach_the_loop_and_belong_to_what_the_run_trains(tmp_path:
 
 
 def test_an_extension_that_does_not_fit_the_checkpoint_changes_nothing(tmp_path: Path) -> None:
-    parts = "        state = run.load(parts)\n"
+    parts = "        state = run.load(parts)"
     more = '        if config.own["more"]:\n            parts["more"] = build_model(config, data, task, device)\n'
     file = loop_file(tmp_path, own('{"more": False}'), (parts, more + parts))
     assert start(file).returncode == 0
