@@ -109,7 +109,7 @@ class Base(torch.optim.Optimizer):
 class KeepsInGroups(Base):
     def update_of(self, group: dict[str, Any], parameter: nn.Parameter) -> torch.Tensor:
         group["factor"] *= 0.9
-        return parameter.grad * group["factor"]  # type: ignore[operator]
+        return parameter.grad * group["factor"]
 
 
 class KeepsShortMoments(Base):
@@ -120,8 +120,9 @@ class KeepsShortMoments(Base):
 
 class KeepsForAll(Base):
     def update_of(self, group: dict[str, Any], parameter: nn.Parameter) -> torch.Tensor:
-        self.state["count"] = self.state.get("count", 0) + 1  # type: ignore[index]
-        return parameter.grad / self.state["count"]  # type: ignore[index,operator]
+        state: Any = self.state
+        state["count"] = state.get("count", 0) + 1
+        return parameter.grad / state["count"]
 
 
 @pytest.mark.parametrize("name", [*TAKES_ANY, *(f"{__name__}:Keeps{each}" for each in ("InGroups", "ForAll"))])
@@ -166,7 +167,7 @@ def test_a_dampened_first_step_is_the_same_where_bad_steps_are_left_out() -> Non
     for policy in ("stop", "skip"):
         model = model_of()
         optimizer = build(model, name="sgd", lr=0.01, args={"dampening": 0.5})
-        finite = FiniteCheck(policy, model, optimizer, None, Plan(8, 4))  # type: ignore[arg-type]
+        finite = FiniteCheck(policy, model, optimizer, None, Plan(8, 4))
         model(torch.ones(2, 3)).sum().backward()
         finite.begin_step()
         finite.before_update(0, torch.tensor(1.0), [])
