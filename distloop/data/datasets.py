@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from distloop.config.places import root_for_code
 from distloop.config.registry import call, resolve
@@ -26,11 +27,18 @@ from distloop.data.download import load_or_download
 from distloop.data.halves import TRAIN, VALIDATION, validation_sets
 from distloop.data.pictures import load_picture
 from distloop.data.seeding import Place, building
+from distloop.data.tokens import tokens
 from distloop.data.whole_batches import InMemory, Transformed, WholeBatches, gives_batches
 from distloop.errors import UsageError
 from distloop.ranks.talking import say, speaks
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+WAYS_OUT = (  # for samples without an index
+    "by a sample's index its step, its rank and its random numbers are known, so that a run goes on exactly. Write a "
+    "data set with __len__ and a __getitem__(index) that reads this sample where it lies; for shards and tar files "
+    "look up (file, offset, size) in a list that you make once; for text, take --data tokens on what `distloop "
+    "tokens` writes (docs/own-code.md, Samples without an index)."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,12 +214,13 @@ def image_folder(
     return DataSource(train, validation, tuple(train.classes), IMAGENET_MEAN, IMAGENET_STD)
 
 
-DATASETS: dict[str, Callable[..., DataSource]] = {
+DATASETS: dict[str, Callable[..., DataSource | tuple[Any, Any]]] = {
     "digits": digits,
     "diabetes": diabetes,
     "fashion_mnist": fashion_mnist,
     "cifar10": cifar10,
     "image_folder": image_folder,
+    "tokens": tokens,
 }
 
 
@@ -249,14 +258,18 @@ def load_data(config: Data, seed: int | None = None) -> DataSource:
 
 
 def _check_half(what: str, dataset: Any) -> None:
-    if not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")):
+    kind = type(dataset).__name__
+    if isinstance(dataset, IterableDataset):  # may have a length, and inherits an index that raises
+        raise UsageError(f"{what} is a {kind}, an IterableDataset: {WAYS_OUT}")
+    has_index = hasattr(dataset, "__getitem__") or gives_batches(dataset)
+    if not (isinstance(dataset, Sized) and has_index):
+        more = "" if isinstance(dataset, DataLoader) else f" Or if samples come one after the other: {WAYS_OUT}"
         raise UsageError(
-            f"{what} needs __len__ and __getitem__, which a {type(dataset).__name__} lacks: return data sets. distloop "
-            "makes the loaders itself (data.workers, batch.global_size)."
+            f"{what} needs __len__ and __getitem__, which a {kind} lacks: return data sets. distloop makes the "
+            f"loaders itself (data.workers, batch.global_size).{more}"
         )
     if len(dataset) == 0:
         raise UsageError(f"{what} is empty.")
-    kind = type(dataset).__name__
     looks_like_it = callable(getattr(type(dataset), "batch", None)) and isinstance(getattr(dataset, "draws", None), int)
     if looks_like_it and not isinstance(dataset, WholeBatches):
         raise UsageError(
