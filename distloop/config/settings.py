@@ -50,7 +50,7 @@ class Data:
 @section
 class Model:
     name: str = "cnn"
-    """linear | mlp | cnn | resnet18_small, any torchvision classifier by name, or module:callable."""
+    """linear | mlp | cnn | resnet18_small | gpt, any torchvision classifier by name, or module:callable."""
     pretrained: bool = False
     """Start from torchvision's weights; layers whose shape differs (the head) start fresh."""
     args: Arguments = no_arguments()
