@@ -125,7 +125,7 @@ def test_an_object_in_place_of_its_class_is_refused() -> None:
 # ---- gpt ---------------------------------------------------------------------------------------------------------
 
 
-def small_gpt(**arguments: Any) -> nn.Module:
+def small_gpt(**arguments: Any) -> Any:
     torch.manual_seed(0)
     return gpt(11, (6,), **{"width": 8, "layers": 2, "heads": 2, **arguments})
 
