@@ -13,6 +13,7 @@ COMMANDS = {
     "status": ("status", "a table of runs, or one run in detail"),
     "report": ("report.page", "a run, or several side by side, as one HTML file"),
     "doctor": ("doctor.main", "check machines, devices and network before a big job"),
+    "tokens": ("tokens", "make a data set for a language model from text files"),
     "copy": ("copy", "write the loop to a file of your own, to change it"),
 }
 USAGE = (

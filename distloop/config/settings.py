@@ -30,7 +30,7 @@ from distloop.config.places import absolute
 @section
 class Data:
     name: str = "digits"
-    """diabetes | digits | fashion_mnist | cifar10 | image_folder, or module:callable of your own."""
+    """diabetes | digits | fashion_mnist | cifar10 | image_folder | tokens, or module:callable of your own."""
     root: Text = "data"
     """Folder of data sets that live in files."""
     workers: NonNegativeInt | Literal["auto"] = "auto"
@@ -50,7 +50,7 @@ class Data:
 @section
 class Model:
     name: str = "cnn"
-    """linear | mlp | cnn | resnet18_small, any torchvision classifier by name, or module:callable."""
+    """linear | mlp | cnn | resnet18_small | gpt, any torchvision classifier by name, or module:callable."""
     pretrained: bool = False
     """Start from torchvision's weights; layers whose shape differs (the head) start fresh."""
     args: Arguments = no_arguments()

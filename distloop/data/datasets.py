@@ -27,11 +27,18 @@ from distloop.data.download import load_or_download
 from distloop.data.halves import TRAIN, VALIDATION, validation_sets
 from distloop.data.pictures import load_picture
 from distloop.data.seeding import Place, building
+from distloop.data.tokens import tokens
 from distloop.data.whole_batches import InMemory, Transformed, WholeBatches, gives_batches
 from distloop.errors import UsageError
 from distloop.ranks.talking import say, speaks
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+WAYS_OUT = (  # for samples without an index
+    "with them each rank gets its own samples, and a run that is continued finds its place. What can only be iterated "
+    "over has three ways out: list(it), if that fits into memory; a class whose __getitem__(i) reads sample i where it "
+    "lies, such as a member of a tar by (file, offset, size); for text, --data tokens on what `distloop tokens` writes "
+    "(docs/own-code.md, Samples without an index)."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,12 +214,13 @@ def image_folder(
     return DataSource(train, validation, tuple(train.classes), IMAGENET_MEAN, IMAGENET_STD)
 
 
-DATASETS: dict[str, Callable[..., DataSource]] = {
+DATASETS: dict[str, Callable[..., DataSource | tuple[Any, Any]]] = {
     "digits": digits,
     "diabetes": diabetes,
     "fashion_mnist": fashion_mnist,
     "cifar10": cifar10,
     "image_folder": image_folder,
+    "tokens": tokens,
 }
 
 
@@ -251,19 +259,15 @@ def load_data(config: Data, seed: int | None = None) -> DataSource:
 
 def _check_half(what: str, dataset: Any) -> None:
     inherited = getattr(type(dataset), "__getitem__", None) is Dataset.__getitem__  # torch's, which raises an error
-    if inherited or not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")):
+    has_index = gives_batches(dataset) or (hasattr(dataset, "__getitem__") and not inherited)
+    kind = type(dataset).__name__
+    if not (isinstance(dataset, Sized) and has_index):
         why = "return data sets. distloop makes the loaders itself (data.workers, batch.global_size)."
         if isinstance(dataset, Iterable) and not isinstance(dataset, DataLoader):
-            why = (
-                "with them each rank gets its own samples, and a run that is continued finds its place. What can only "
-                "be iterated over has three ways out: list(it), if that fits into memory; a class whose __getitem__(i) "
-                "reads sample i where it lies (a file mapped into memory, a member of a tar whose place is known); or "
-                "write its samples to such a file, once."
-            )
-        raise UsageError(f"{what} needs __len__ and __getitem__, which a {type(dataset).__name__} lacks: {why}")
+            why = WAYS_OUT
+        raise UsageError(f"{what} needs __len__ and __getitem__, which a {kind} lacks: {why}")
     if len(dataset) == 0:
         raise UsageError(f"{what} is empty.")
-    kind = type(dataset).__name__
     looks_like_it = callable(getattr(type(dataset), "batch", None)) and isinstance(getattr(dataset, "draws", None), int)
     if looks_like_it and not isinstance(dataset, WholeBatches):
         raise UsageError(

@@ -25,6 +25,7 @@ from distloop.data.now import now_at, tell
 from distloop.data.order import MicroBatch, MicroBatchSampler, Part, Plan
 from distloop.data.seeded import ChecksBatches, SeededDataset, check_of, collate_of, identity, name_of
 from distloop.data.seeding import Place, seed_forward, seed_place
+from distloop.data.tokens import Tokens
 from distloop.data.whole_batches import gives_batches
 from distloop.data.workers import leave_signals_to_parent, signals_blocked, start_forkserver
 from distloop.errors import UsageError
@@ -51,6 +52,8 @@ def offers_to_model(example: Any, source: DataSource) -> dict[str, Any]:
     offers: dict[str, Any] = {}
     if classes := class_names(source):
         offers["num_classes"] = offers["num_outputs"] = len(classes)
+    if isinstance(source.train, Tokens) and source.train.vocabulary:  # tokens have no names
+        offers["num_classes"] = offers["num_outputs"] = source.train.vocabulary
     try:
         inputs, targets = inputs_of(example), targets_of(example)
     except UsageError:  # batches of another form, for a task and a model that know it

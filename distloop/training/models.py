@@ -28,6 +28,7 @@ from distloop.ranks.places import Position
 from distloop.run.module_state import check_tensors
 from distloop.run.same import refuse_unlike_ranks
 from distloop.training.conversion import convert
+from distloop.training.gpt import gpt
 from distloop.training.tasks import Task
 from distloop.training.trying import try_out
 from distloop.training.untrained import refuse_parameters_of_task
@@ -93,7 +94,7 @@ def resnet18_small(num_classes: int) -> nn.Module:
     return model
 
 
-MODELS: dict[str, Builder] = {"linear": linear, "mlp": mlp, "cnn": cnn, "resnet18_small": resnet18_small}
+MODELS: dict[str, Builder] = {"linear": linear, "mlp": mlp, "cnn": cnn, "resnet18_small": resnet18_small, "gpt": gpt}
 
 
 def build_model(

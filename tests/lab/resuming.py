@@ -13,7 +13,7 @@ from torch import nn
 
 from distloop.data.datasets import DataSource, digits
 from distloop.data.whole_batches import InMemory
-from distloop.tasks import Classification, Regression
+from distloop.tasks import Classification, LanguageModelling, Regression
 from distloop.training.models import cnn
 from tests.lab import stage
 from tests.lab.user_code import NextLetter, digest
@@ -36,6 +36,10 @@ class StoppedClassification(StopsItself, Classification):
 
 
 class StoppedRegression(StopsItself, Regression):
+    pass
+
+
+class StoppedLanguageModelling(StopsItself, LanguageModelling):
     pass
 
 

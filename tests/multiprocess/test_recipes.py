@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from distloop.commands import tokens
+from tests.multiprocess.test_exact_resume import check_same, go_on, stop
 from tests.tools.image_files import write_cifar10
 from tests.tools.ranks import REPOSITORY, accelerate_launch, command, train
 from tests.tools.records import losses, rows, status
@@ -19,7 +21,7 @@ SAMPLE = Path(os.environ.get("DISTLOOP_FASHION_MNIST", REPOSITORY.parent / "shar
 
 
 def test_every_recipe_is_tested_here() -> None:
-    tested = {"digits", "linear_regression", "fashion_mnist", "cifar10", "imagenet"}
+    tested = {"digits", "linear_regression", "fashion_mnist", "cifar10", "imagenet", "gpt"}
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == tested
 
 
@@ -83,6 +85,43 @@ def test_imagenet_trains_on_folders_of_pictures(tmp_path: Path) -> None:
     arguments += ["--schedule.warmup-steps", "1", "--train.steps", "2", "--log.every-steps", "1"]
     train(tmp_path, arguments).check()
     check_two_steps(tmp_path / "runs" / "imagenet", 4, 2)
+
+
+# As the recipe, but small; and one that may be stopped.
+GPT = {
+    "data.args.length": "16",
+    "model.args": "{width: 32, layers: 2, heads: 2, dropout: 0.1}",
+    "task": "tests.lab.resuming:StoppedLanguageModelling",
+    "batch.global-size": "16",
+    "batch.micro-size": "4",
+    "optim.lr": "0.01",
+    "schedule.warmup-steps": "4",
+    "train.steps": "24",
+    "validate.every-steps": "8",
+    "log.every-steps": "1",
+    "precision": "no",
+}
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
+def test_gpt_learns_a_text_and_a_stop_does_not_change_it(tmp_path: Path, ranks: int) -> None:
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "how", "far", "its", "dog", "ran"]
+    lines = [" ".join(words[(line * step) % 13] for step in range(1, 9)) for line in range(90)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    assert tokens.main([str(tmp_path / "text.txt"), str(tmp_path / "data")]) == 0
+    settings = [word for name, value in GPT.items() for word in (f"--{name}", value)]
+    arguments = ["--config", str(CONFIGS / "gpt.yaml"), "--data.root", "data", *settings, "--name"]
+    train(tmp_path, [*arguments, "whole", "--data.workers", "0"], ranks).check()
+    stopped = [*arguments, "stopped", "--data.workers", "2"]
+    go_on(tmp_path, stopped, ranks, stop(tmp_path, stopped, ranks, 10 * (4 // ranks), rank=ranks - 1))
+    whole = tmp_path / "runs" / "whole"
+    check_same(tmp_path / "runs" / "stopped", whole)
+    assert abs(losses(whole)[0] - np.log(256)) < 0.2
+    assert final(whole)["bits_per_byte"] < 6  # as many as there are bytes: 8
+    assert final(whole)["samples"] == (len((tmp_path / "data" / "val.bin").read_bytes()) // 2 - 1) // 16
+    if ranks == 2:
+        train(tmp_path, [*arguments, "alone"]).check()
+        assert losses(tmp_path / "runs" / "alone") == pytest.approx(losses(whole), rel=1e-5)
 
 
 def check_two_steps(run: Path, samples: int, classes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from distloop.config.settings import Config, Model
 from distloop.data.datasets import digits
 from distloop.errors import UsageError
 from distloop.tasks import Classification
+from distloop.training.gpt import gpt
 from distloop.training.models import build_model, cnn, make_model, resnet18_small
 
 CPU = torch.device("cpu")
@@ -118,3 +120,66 @@ ready = nn.Linear(3, 2)
 def test_an_object_in_place_of_its_class_is_refused() -> None:
     with pytest.raises(UsageError, match=r":ready' is a model already \(a Linear\).*a function that returns the model"):
         make_model(Model(f"{__name__}:ready"), {})
+
+
+# ---- gpt ---------------------------------------------------------------------------------------------------------
+
+
+def small_gpt(**arguments: Any) -> Any:
+    torch.manual_seed(0)
+    return gpt(11, (6,), **{"width": 8, "layers": 2, "heads": 2, **arguments})
+
+
+def test_gpt_is_pytorchs_transformer_with_a_causal_mask_and_tied_embeddings() -> None:
+    model = small_gpt().double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    layer = nn.TransformerEncoderLayer(8, 2, 32, 0.0, "gelu", batch_first=True, norm_first=True, bias=False)
+    names = {"norm1": "norm_1", "norm2": "norm_2", "self_attn.in_proj_": "attend.", "self_attn.out_proj": "attended"}
+    names |= {"linear1": "expand", "linear2": "contract"}
+    tokens = torch.randint(11, (3, 6))
+    hidden = model.tokens(tokens) + model.places.weight
+    mask = nn.Transformer.generate_square_subsequent_mask(6, dtype=torch.float64)
+    for block in model.blocks:
+        own = block.state_dict()
+        state = {}
+        for theirs in layer.state_dict():
+            name = theirs
+            for before, after in names.items():
+                name = name.replace(before, after)
+            state[theirs] = own.pop(name)
+        assert own == {}
+        layer.double().load_state_dict(state)
+        hidden = layer(hidden, src_mask=mask, is_causal=True)
+    torch.testing.assert_close(model(tokens), model.norm(hidden) @ model.tokens.weight.T)
+
+
+def test_gpt_begins_near_the_loss_of_guessing_and_drops_out_in_training_only() -> None:
+    model = small_gpt(dropout=0.5, length=9)
+    assert model.places.weight.shape == (9, 8)
+    tokens = torch.randint(11, (64, 6))
+    loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.roll(1, 1).flatten())
+    assert abs(float(loss.detach()) - math.log(11)) < 0.05
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+    wide = small_gpt(width=256, layers=8)
+    added = [block.contract.weight for block in wide.blocks] + [block.attended.weight for block in wide.blocks]
+    assert [float(weight.std()) for weight in added] == pytest.approx([0.02 / 4] * 16, rel=0.02)
+    assert float(wide.blocks[0].expand.weight.std()) == pytest.approx(0.02, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "offered", "said"),
+    [
+        ({"width": 10, "heads": 4}, {}, "width = 10 cannot be divided among 4 heads"),
+        ({"length": 5}, {}, r"samples have the shape \[6\]; gpt takes 5 tokens at most"),
+        ({}, {"input_shape": (3, 8, 8)}, r"samples have the shape \[3, 8, 8\]; gpt takes"),
+        ({}, {"num_classes": None}, "missing a required argument: 'num_classes'.*--model.args.num_classes VALUE"),
+    ],
+)
+def test_what_gpt_cannot_be_made_of_is_said(arguments: dict[str, Any], offered: dict[str, Any], said: str) -> None:
+    given = {"input_shape": (6,), "num_classes": 11, **offered}
+    given = {name: value for name, value in given.items() if value is not None}
+    with pytest.raises(UsageError, match=said):
+        make_model(Model("gpt", args=arguments), given)
