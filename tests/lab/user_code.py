@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
+from distloop.data.batches import targets_of
 from distloop.data.datasets import DataSource, cifar10, digits
 from distloop.data.whole_batches import InMemory
 from distloop.errors import UsageError
@@ -259,6 +260,15 @@ class HalfUsed(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.used(inputs.flatten(1))
+
+
+class SaysMixed(Classification):
+    """Classification that logs the share of samples that have several classes."""
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        targets = targets_of(batch)
+        several = (targets.amax(1) < 1).sum() if targets.is_floating_point() else torch.tensor(0)
+        return *super().loss(outputs, batch), {"mixed": several}
 
 
 def digest(tensor: Tensor) -> str:

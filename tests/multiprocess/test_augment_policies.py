@@ -5,20 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from tests.tools.image_files import write_pictures
 from tests.tools.ranks import train, write_config
-from tests.tools.records import largest_difference, losses, weights
+from tests.tools.records import largest_difference, losses, status, weights
 
 
 def test_one_rank_and_two_that_are_stopped_and_continued_with_workers_see_the_same_images(tmp_path: Path) -> None:
-    generator = np.random.default_rng(0)
-    for half, count in (("train", 24), ("val", 2)):
-        for name in ("cat", "dog"):
-            (tmp_path / "pictures" / half / name).mkdir(parents=True)
-            for number in range(count):
-                picture = generator.integers(0, 256, (30, 36, 3), dtype=np.uint8)
-                Image.fromarray(picture).save(tmp_path / "pictures" / half / name / f"{number:02}.png")
+    write_pictures(tmp_path / "pictures", 24, 2, ending="png")
     settings = {
         "data": {
             "name": "image_folder",
@@ -35,13 +29,17 @@ def test_one_rank_and_two_that_are_stopped_and_continued_with_workers_see_the_sa
         "device": "cpu",
     }
     arguments = ["--config", str(write_config(tmp_path, settings))]
+    one, two, stopped, plain = (tmp_path / "runs" / name for name in ("one", "two", "stopped", "plain"))
     train(tmp_path, [*arguments, "--name", "one", "--data.workers", "0"]).check()
-    two = [*arguments, "--name", "two", "--data.workers", "2"]
-    train(tmp_path, [*two, "--train.steps", "4"], 2).check()
-    train(tmp_path, [*two, "--resume", "extend"], 2).check()
-    runs = [tmp_path / "runs" / name for name in ("one", "two")]
-    assert len(losses(runs[0])) == 9
-    assert np.allclose(losses(runs[0]), losses(runs[1]), rtol=1e-12)
-    assert largest_difference(*map(weights, runs)) < 1e-12
+    train(tmp_path, [*arguments, "--name", "two", "--data.workers", "0"], 2).check()
+    again = [*arguments, "--name", "stopped", "--data.workers", "2"]
+    train(tmp_path, [*again, "--train.steps", "4"], 2).check()
+    train(tmp_path, [*again, "--resume", "extend"], 2).check()
+    assert status(stopped)["first_step"] == 4
+    assert len(losses(one)) == 9
+    assert np.allclose(losses(one), losses(two), rtol=1e-12)
+    assert largest_difference(weights(one), weights(two)) < 1e-12
+    assert losses(stopped) == losses(two)
+    assert largest_difference(weights(stopped), weights(two)) == 0.0
     train(tmp_path, [*arguments, "--name", "plain", "--data.args", "{crop: 12, resize: 14}"]).check()
-    assert not np.allclose(losses(tmp_path / "runs" / "plain"), losses(runs[0]), rtol=1e-3)
+    assert not np.allclose(losses(plain), losses(one), rtol=1e-3)

@@ -129,7 +129,7 @@ MISTAKES = {
         ("command line: optim.lr = 'fast'", "valid number"), arguments=("--optim.lr", "fast")
     ),
     "unknown choice on the command line": Mistake(
-        ("command line: optim.name = 'sdg'", "'sgd', 'adam' or 'adamw'"), arguments=("--optim.name", "sdg")
+        ("command line: precision = 'bf61'", "'no', 'bf16' or 'fp16'"), arguments=("--precision", "bf61")
     ),
     "a word that is no setting": Mistake(("command line: 'everything'", "--help"), arguments=("everything",)),
     "a variable that is not set": Mistake(

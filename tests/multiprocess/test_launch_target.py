@@ -84,7 +84,7 @@ COPIED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_the_untouched_copy_trains_to_the_packages_bits_through_a_stop_and_a_resume(tmp_path: Path, ranks: int) -> None:
     config = str(write_config(tmp_path, COPIED))
     train(tmp_path, ["--config", config], ranks).check()
@@ -284,7 +284,7 @@ KILLED = (
 )
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_loop_may_end_early_as_finished(tmp_path: Path, ranks: int) -> None:
     file = loop_file(tmp_path, EARLY)
     run = tmp_path / "runs" / "run"

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from distloop.commands import tokens
 from tests.multiprocess.test_exact_resume import check_same, go_on, stop
-from tests.tools.image_files import write_cifar10
+from tests.tools.image_files import write_cifar10, write_pictures
 from tests.tools.ranks import REPOSITORY, accelerate_launch, command, train
-from tests.tools.records import losses, rows, status
+from tests.tools.records import largest_difference, losses, rows, status, weights
 
 CONFIGS = REPOSITORY / "configs"
 SAMPLE = Path(os.environ.get("DISTLOOP_FASHION_MNIST", REPOSITORY.parent / "shared" / "data" / "fashion_mnist_sample"))
+CLASSES = ("cat", "cow", "dog", "fox", "hen", "pig")
 
 
 def test_every_recipe_is_tested_here() -> None:
-    tested = {"digits", "linear_regression", "fashion_mnist", "cifar10", "imagenet", "gpt"}
+    tested = {"digits", "linear_regression", "fashion_mnist", "cifar10", "imagenet", "resnet50", "gpt"}
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == tested
 
 
@@ -51,7 +54,8 @@ def test_linear_regression_explains_a_quarter_of_the_variance(tmp_path: Path) ->
 
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"no {SAMPLE}; DISTLOOP_FASHION_MNIST says where it is")
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_sample_of_fashion_mnist_is_learnt(tmp_path: Path, processes: int) -> None:
     # 750 + 150 images. Eight seeds end between 0.81 and 0.85.
     arguments = ["--config", str(CONFIGS / "fashion_mnist.yaml"), "--data.root", str(SAMPLE), "--train.epochs", "25"]
@@ -63,28 +67,82 @@ def test_a_sample_of_fashion_mnist_is_learnt(tmp_path: Path, processes: int) -> 
     assert final(tmp_path / "runs" / "fashion_mnist")["samples"] == 150
 
 
-def test_cifar10_trains_on_its_files(tmp_path: Path) -> None:
-    write_cifar10(tmp_path / "data")
+def cifar10(folder: Path, name: str, *more: str, **how: Any) -> Path:
+    """Train on 20 images in the form of CIFAR-10's files; the run."""
+    if not (folder / "data").exists():
+        write_cifar10(folder / "data")
     arguments = ["--config", str(CONFIGS / "cifar10.yaml"), "--data", "tests.lab.user_code:small_cifar10"]
-    arguments += ["--batch.global-size", "8", "--train.steps", "2", "--log.every-steps", "1"]
-    train(tmp_path, [*arguments, "--schedule.warmup-steps", "1"]).check()
-    check_two_steps(tmp_path / "runs" / "cifar10", 4, 10)
+    arguments += ["--batch.global-size", "8", "--log.every-steps", "1", "--name", name]
+    train(folder, [*arguments, *more], **how).check()
+    return folder / "runs" / name
 
 
+def pictures(folder: Path, recipe: str, name: str, *more: str, **how: Any) -> Path:
+    """Train on 24 small JPEGs of 6 classes; the run. Its task says how many samples are mixed."""
+    if not (folder / "pictures").exists():
+        write_pictures(folder / "pictures", 4, 1, CLASSES)
+    arguments = ["--config", str(CONFIGS / f"{recipe}.yaml"), "--data.root", "pictures", "--name", name]
+    arguments += ["--data.args.crop", "32", "--data.args.resize", "40", "--task", "tests.lab.user_code:SaysMixed"]
+    arguments += ["--batch.global-size", "8", "--batch.micro-size", "4", "--schedule.warmup-steps", "1"]
+    train(folder, [*arguments, "--log.every-steps", "1", *more], **how).check()
+    return folder / "runs" / name
+
+
+def mixed(run: Path) -> list[float]:
+    """The share of samples with several classes, in each step."""
+    return [row["mixed"] for row in rows(run, "train")]
+
+
+def test_cifar10_trains_on_its_files(tmp_path: Path) -> None:
+    run = cifar10(tmp_path, "cifar10", "--train.steps", "2", "--schedule.warmup-steps", "1")
+    check_two_steps(run, 4, 10)
+
+
+def test_resnet50_trains_on_folders_of_pictures_that_it_mixes(tmp_path: Path) -> None:
+    run = pictures(tmp_path, "resnet50", "resnet50", "--train.steps", "2", "--data.args.validation-crop", "40")
+    check_two_steps(run, 6, 6)
+    assert max(mixed(run)) > 0.4
+    assert len(list((run / "checkpoints").glob("*/averaged.safetensors"))) == 1
+
+
+@pytest.mark.long
 def test_imagenet_trains_on_folders_of_pictures(tmp_path: Path) -> None:
-    generator = np.random.default_rng(0)
-    for half, count in (("train", 4), ("val", 2)):
-        for name in ("cat", "dog"):
-            folder = tmp_path / "pictures" / half / name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                picture = generator.integers(0, 256, (48, 60, 3), dtype=np.uint8)
-                Image.fromarray(picture).save(folder / f"{number}.jpg")
-    arguments = ["--config", str(CONFIGS / "imagenet.yaml"), "--data.root", "pictures"]
-    arguments += ["--data.args.crop", "32", "--data.args.resize", "40", "--batch.global-size", "4"]
-    arguments += ["--schedule.warmup-steps", "1", "--train.steps", "2", "--log.every-steps", "1"]
-    train(tmp_path, arguments).check()
-    check_two_steps(tmp_path / "runs" / "imagenet", 4, 2)
+    run = pictures(tmp_path, "imagenet", "imagenet", "--train.steps", "2")
+    check_two_steps(run, 6, 6)
+    assert mixed(run) == [0, 0]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["resnet50", "cifar10", "cifar10 as its source"])
+def test_a_recipe_that_mixes_is_the_same_on_one_rank_two_and_two_that_are_stopped(tmp_path: Path, recipe: str) -> None:
+    arguments = ["--precision", "no", "--dtype", "float64", "--batch.micro-size", "4"]
+    if recipe == "resnet50":
+        run = functools.partial(pictures, tmp_path, recipe)
+        arguments += ["--train.steps", "4", "--data.args.crop", "48", "--data.args.validation-crop", "40"]  # 3 an epoch
+    else:
+        run = functools.partial(cifar10, tmp_path)
+        arguments += ["--task", "tests.lab.user_code:SaysMixed", "--train.epochs", "2"]  # of 20 images each
+        arguments += ["--schedule.warmup-steps", "1", "--task.args.mixup", "0.2", "--task.args.cutmix", "1.0"]
+    if recipe == "cifar10 as its source":  # the words of its first lines
+        comments = " ".join(re.findall("^#.*", (CONFIGS / "cifar10.yaml").read_text(), re.MULTILINE))
+        arguments = arguments[:-4]
+        for words in re.findall(r"--(?!train)\S+(?: (?!-|#)\S+)?", comments):
+            arguments += shlex.split(words)
+    one, two = (run(str(world_size), *arguments, world_size=world_size) for world_size in (1, 2))
+    assert len(losses(one)) == (6 if recipe == "cifar10 as its source" else 4)
+    # An epoch's third step of 4 samples, which --batch.remainder trains, is normalised in other parts on two ranks.
+    alike = 2 if recipe == "cifar10 as its source" else 4
+    assert np.allclose(losses(one)[:alike], losses(two)[:alike], rtol=1e-6)
+    assert mixed(one) == mixed(two)
+    assert (max(mixed(one)) > 0.4) == (recipe != "cifar10 as its source")
+    stopping = {"world_size": 2, "loop": "tests.lab.interrupted"}
+    stopped = run("stopped", *arguments, environment={"STOP": "SIGTERM 1 1"}, **stopping)
+    assert status(stopped)["state"] == "stopped"
+    assert status(stopped)["step"] in (1, 2, 3)
+    run("stopped", *arguments, **stopping)
+    assert losses(stopped) == losses(two)
+    assert final(stopped)["loss"] == final(two)["loss"]
+    assert largest_difference(weights(stopped), weights(two)) == 0.0
 
 
 # As the recipe, but small; and one that may be stopped.

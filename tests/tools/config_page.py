@@ -40,7 +40,8 @@ python -m distloop.train --help
 
 ## The recipes
 
-Each recipe in `configs/` is a file with settings.
+Each recipe in `configs/` is a file with settings. The first lines of those from elsewhere name the source, and each
+difference from it.
 
 | config | what | needs |
 |---|---|---|
@@ -48,7 +49,8 @@ Each recipe in `configs/` is a file with settings.
 | `digits.yaml` | a small CNN on scikit-learn's digits: the default | seconds |
 | `fashion_mnist.yaml` | a small CNN on 60 000 garments | 30 MB download |
 | `cifar10.yaml` | ResNet-18 in its 32-pixel form | 170 MB download, a GPU |
-| `imagenet.yaml` | torchvision's ResNet-50 on `data/imagenet/{train,val}/CLASS/` | the pictures, GPUs |
+| `imagenet.yaml` | torchvision's ResNet-50, 90 epochs on `data/imagenet/{train,val}/CLASS/` | the pictures, GPUs |
+| `resnet50.yaml` | the same with torchvision's newer recipe, 600 epochs | the pictures, GPUs, days |
 
 ## Names, arguments, secrets
 

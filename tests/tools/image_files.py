@@ -1,4 +1,4 @@
-"""Files in the formats of Fashion-MNIST and CIFAR-10, as small or as large as a test wants them."""
+"""Files of Fashion-MNIST's and CIFAR-10's formats, and folders of pictures, as small or as large as a test wants."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 Uint8s = NDArray[np.uint8]
 CIFAR10_FILES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
@@ -69,3 +70,17 @@ def accept_cifar10(root: Path, set_attribute: Callable[[Any, str, Any], None] = 
     set_attribute(CIFAR10, "train_list", [[name, sums[name]] for name in CIFAR10_FILES[:5]])
     set_attribute(CIFAR10, "test_list", [[name, sums[name]] for name in CIFAR10_FILES[5:]])
     set_attribute(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
+
+
+def write_pictures(
+    root: Path, train: int, validation: int, names: tuple[str, ...] = ("cat", "dog"), ending: str = "jpg"
+) -> None:
+    """Write folders of random pictures as image_folder reads them: `train` and `validation` of them for each name."""
+    generator = np.random.default_rng(0)
+    for half, count in (("train", train), ("val", validation)):
+        for name in names:
+            folder = root / half / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                picture = generator.integers(0, 256, (48, 60, 3), dtype=np.uint8)
+                Image.fromarray(picture).save(folder / f"{number:02}.{ending}")

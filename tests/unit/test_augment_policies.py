@@ -88,7 +88,7 @@ def by_hand(root: Path, name: str, augment: str, erase: float, epoch: int, indic
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    ("augment", "erase"), [("trivial", 0.0), ("rand", 0.0), ("auto", 0.0), ("trivial", 0.5), ("crop_flip", 0.5)]
+    ("augment", "erase"), [("trivial", 0.0), ("rand", 0.0), ("auto", 0.0), ("trivial", 0.5), ("crop_flip", 0.1)]
 )
 def test_images_are_those_of_torchvisions_transforms(root: Path, name: str, augment: str, erase: float) -> None:
     train, validation = halves(root, name, augment=augment, erase=erase)
@@ -117,6 +117,14 @@ def test_without_arguments_images_are_augmented_as_they_always_were(root: Path, 
         expected = shift_and_flip(train.inputs[:12], uniforms(3, 1, np.arange(12), DRAWS), pad, True)
     assert torch.equal(batch(train, 1, indices), expected)
     assert torch.equal(batch(halves(root, name, augment="crop_flip", erase=0)[0], 1, indices), expected)
+
+
+def test_without_arguments_pictures_are_cropped_as_they_always_were(root: Path) -> None:
+    source = load_data(Data("image_folder", root=str(root)))
+    assert batch(source.train, 0, [0]).shape == (1, 3, 224, 224)
+    middle = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224), v2.PILToTensor()])
+    picture = Image.open(source.validation.samples[0][0])
+    assert torch.equal(batch(source.validation, 0, [0])[0], middle(picture))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -354,6 +354,6 @@ def test_samples_without_an_index_are_refused_with_the_ways_out(kind: str) -> No
     with pytest.raises(UsageError) as raised:
         load_data(Data("tests.unit.test_tokens:streamed", args={"kind": kind}))
     message = str(raised.value)
-    for words in (f"a {kind}", "__getitem__(i)", "shards and tar files", "(file, offset, size)", "--data tokens"):
+    for words in (f"a {kind}", "__getitem__(i)", "three ways out", "(file, offset, size)", "--data tokens"):
         assert words in message
     assert "docs/own-code.md, Samples without an index" in message
