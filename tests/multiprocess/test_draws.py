@@ -73,7 +73,12 @@ def numbers_of(run: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in found(row).items() if name not in left_out} for row in logged]
 
 
-@pytest.mark.parametrize("place", PLACES)
+SOME = ("import", "data", "memory model", "forward", "summary", "update")
+
+
+@pytest.mark.parametrize(
+    "place", [place if place in SOME else pytest.param(place, marks=pytest.mark.long) for place in PLACES]
+)
 def test_one_rank_and_two_that_are_stopped_and_continued_with_workers_draw_the_same(tmp_path: Path, place: str) -> None:
     runs = Runs(tmp_path, *place.split())
     one, two = runs.train("one", 1, 0), runs.stop_and_continue("two", 2, 2)

@@ -34,7 +34,7 @@ def start(folder: Path, model: str, *words: str, world_size: int = 1, **more: An
 @pytest.mark.parametrize(
     "model", ["Cached", "CachedInTraining", "Resized", "WeightNorm", "ExpandedLate", "ExpandedAnew"]
 )
-@pytest.mark.parametrize("decay", [None, 0.9])
+@pytest.mark.parametrize("decay", [pytest.param(None, marks=pytest.mark.long), 0.9])
 def test_what_a_forward_pass_makes_comes_back(tmp_path: Path, model: str, decay: float | None) -> None:
     optim = {"lr": 0.1, "ema_decay": decay}
     start(tmp_path, model, "--name", "whole", optim=optim, schedule="constant").check()
