@@ -187,9 +187,9 @@ class TrainBatches:
         return items, samples
 
     def of_step(self, step: int) -> Iterator[Micro]:
-        """This rank's micro-batches of `step`, counted from 0, as the task has augmented them; the task is told
-        the step. Before each, and after the last one, the global random
-        generators are seeded. Take all of them. Raises RuntimeError if the loader is at another step."""
+        """This rank's micro-batches of `step`, counted from 0, as the task has augmented them; the task is told the
+        step. Before each, and after the last one, the global random generators are seeded. Take all of them. Raises
+        RuntimeError if the loader is at another step."""
         part: Part
         self.position.start_step(step + 1)
         self.position.samples = lambda: f"{listed(self.plan.indices(part))} of {self.name}"

@@ -61,8 +61,7 @@ class FiniteCheck:
         task: Any = None,
     ) -> None:
         """`model` and, where it is a module, `task`: hold all that is trained; give DDP's model, so that gradients that
-        it lacks are named. `optimizers`: all
-        that update it. `skipped_steps`: those of earlier attempts."""
+        it lacks are named. `optimizers`: all that update it. `skipped_steps`: those of earlier attempts."""
         self.policy, self.scaler, self.plan = policy, scaler, plan
         given = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         self.optimizers = [inner for optimizer in given for inner in optimizers_of(optimizer)]

@@ -15,7 +15,7 @@ from distloop.training.sparse import check_sparse, sparse_gradients
 
 # Settings of optim that belong to torch's optimizers of these names; for others they are written in optim.args.
 SHORTCUTS = {"sgd": ("momentum", "nesterov"), "adam": ("betas", "eps"), "adamw": ("betas", "eps")}
-SINCE = {"adafactor": "2.5", "muon": "2.9"}  # the first version of torch that has the optimizer
+SINCE = {"muon": "2.9"}  # the first version of torch that has the optimizer
 FUSED = {"sgd": ("cpu", "cuda"), "adam": ("cpu", "cuda"), "adamw": ("cpu", "cuda"), "adagrad": ("cpu",)}  # devices
 
 
@@ -70,6 +70,7 @@ def build_optimizer(
         raise UsageError(
             "optim.groups freeze all parameters in the first steps (until_step): nothing would be trained."
         )
+    have_sparse = set(sparse_gradients(model))
     by_optimizer: dict[str | None, list[Member]] = {}
     for member in trained:
         by_optimizer.setdefault(member.label if member.group.optimizer else None, []).append(member)
@@ -79,7 +80,7 @@ def build_optimizer(
         if own is not None:
             place = next(place for place, group in enumerate(config.groups) if group.match == label)
             key, settings = f"optim.groups[{place}].optimizer", Optim(own.name, own.args, lr=config.lr)
-        sparse = [member.name for member in some if member.name in sparse_gradients(model)]
+        sparse = [member.name for member in some if member.name in have_sparse]
         _check_fit(key, settings.name, some, sparse)
         fuses = precision != "fp16" and not sparse
         optimizers.append(_build(key, settings, groups_of_members(some), device, fuses))
