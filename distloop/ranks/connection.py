@@ -102,6 +102,12 @@ class Connections:
             if connection.place is not None:
                 connection.send(**message)
 
+    def someone_waits(self) -> bool:
+        """True if read() would find a rank that has come, but has not been greeted: it would not receive a message."""
+        unknown: list[Any] = [connection for connection in list(self._connections) if connection.place is None]
+        listener = self._listener
+        return bool(wait([*unknown, *filter(None, (listener,))], 0))
+
     def wake(self) -> None:
         """Let read() return at once."""
         with contextlib.suppress(OSError):

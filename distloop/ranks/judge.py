@@ -42,7 +42,7 @@ class Judge:
         more: dict[str, Any] = {"connected": connected, "first_heard": self.first_heard, "limit_name": limit_name}
         more |= {"judge": rank, "listening_since": listening_since, "is_stopping": self.watch.wish is not None}
         first = first_failure(places, self.ends, time.monotonic(), limit, **more)
-        if first is not None:
+        if first is not None and not self.connections.someone_waits():  # who would not hear of it, and end by itself
             self.decide(first, places, rank)
 
     def interrupt(self) -> bool:

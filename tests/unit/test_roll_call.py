@@ -267,6 +267,29 @@ def test_a_mistake_has_exit_code_2_on_all_ranks(calls: Calls) -> None:
     assert [(verdict.code, verdict.reason) for verdict in calls.verdicts()] == [(2, "do it rightly")] * 2
 
 
+def test_a_rank_that_has_just_come_hears_of_a_mistake(calls: Calls) -> None:
+    """Its connection waits to be accepted, when rank 0 meets a mistake: all meet it, and one of them says it."""
+    calls.join(range(1), 2)
+    connections, (reads, may_go_on) = calls[0]._connections, (threading.Event(), threading.Event())
+    read = connections.read
+
+    def reads_nothing_yet(seconds: float) -> list[Any]:
+        connections.read = read  # type: ignore[method-assign]
+        reads.set()
+        may_go_on.wait(30)
+        return []
+
+    connections.read = reads_nothing_yet  # type: ignore[method-assign]
+    assert reads.wait(30)
+    calls.join(range(1, 2), 2)
+    reports = in_thread(lambda: calls[0].report_failure(UsageError("one GPU each")))
+    wait_until(lambda: bool(calls[0]._judge.ends), "the mistake")
+    may_go_on.set()
+    reports.join()
+    calls[0].ends()
+    assert [(verdict.code, verdict.reason) for verdict in calls.verdicts()] == [(2, "one GPU each")] * 2
+
+
 def test_two_that_fail_at_once_give_one_verdict(calls: Calls) -> None:
     gathered(calls, 4)
     threads = [in_thread(lambda rank=rank: calls[rank].report_failure(ValueError(f"{rank}"))) for rank in range(4)]  # type: ignore[misc]
