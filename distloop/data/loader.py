@@ -23,10 +23,10 @@ from distloop.data.datasets import DataSource, class_names
 from distloop.data.lengths import refuse_other_length
 from distloop.data.now import now_at, tell
 from distloop.data.order import MicroBatch, MicroBatchSampler, Part, Plan
-from distloop.data.seeded import ChecksBatches, SeededDataset, check_of, collate_of, identity, name_of
+from distloop.data.seeded import ChecksBatches, SeededDataset, check_of, collate_of, identity, name_of, no_check
 from distloop.data.seeding import Place, seed_forward, seed_place
 from distloop.data.tokens import Tokens
-from distloop.data.whole_batches import gives_batches
+from distloop.data.whole_batches import batches_together, gives_batches, takes_rows
 from distloop.data.workers import leave_signals_to_parent, signals_blocked, start_forkserver
 from distloop.errors import UsageError
 from distloop.ranks.environment import cpus_per_rank
@@ -138,6 +138,13 @@ def _to_device(batch: Any, source: DataSource, dtype: torch.dtype, device: torch
     return to_model(send_to_device(batch, device, non_blocking=True), source, dtype, device)
 
 
+def _apart(loader: Loader, sampler: MicroBatchSampler) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The micro-batches that the sampler has put together, one by one: views of the same memory."""
+    for batch in loader:
+        sizes = sampler.sizes.popleft()
+        yield from zip(*(rows.split(sizes) for rows in batch), strict=True)
+
+
 class TrainBatches:
     """This rank's micro-batches of the training data, step by step, in the plan's order."""
 
@@ -158,9 +165,12 @@ class TrainBatches:
         self.task, self.augment = task, getattr(task, "augment_batch", identity)
         self.dataset, self.length = source.train, len(source.train)
         self.counts_samples = task is not None and task.weight == "samples"
-        self.sampler = MicroBatchSampler(plan, first_step)
         dtype = getattr(torch, config.dtype)
         self.skips, self.bad_samples = config.data.on_bad_sample == "skip", source.bad_samples
+        together = 1
+        if takes_rows(self.dataset) and check_of(task, self.dataset) is no_check and not self.skips:
+            together = batches_together(self.dataset, plan.micro_batch_size)
+        self.sampler = MicroBatchSampler(plan, first_step, together)
         self.weight = "samples" if task is None else task.weight
         # Where all code is distloop's own, steps draw from torch alone: to seed the others too is 1 % of a small step.
         self.draws_from_torch = not named_modules(config) and position.code is not None and _is_own(position.code)
@@ -170,7 +180,8 @@ class TrainBatches:
         )
         kind = (config.seed, device, dtype, source.train, self.sampler)
         loader = make_loader(config.data, source, task, *kind, skips=self.skips)
-        self.batches = waiting(loader)  # one iterator through all epochs: loader workers start once
+        batches = loader if together == 1 else _apart(loader, self.sampler)
+        self.batches = waiting(batches)  # one iterator through all epochs: loader workers start once
         self.tell_task(first_step)  # for passes before the first step
 
     def rehearsal(self) -> tuple[list[Any], int]:

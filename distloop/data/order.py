@@ -7,6 +7,7 @@ accumulation decide which rank takes which slice of them.
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -201,21 +202,30 @@ class MicroBatchSampler:
 
     One iteration runs through all epochs, so that loader workers start once. An empty part gets the step's first
     sample, with weight zero, since DDP needs a backward pass. `parts` holds those of the micro-batches that the loader
-    has taken and the loop has not.
+    has taken and the loop has not. Up to `together` micro-batches of an epoch, one after the other, make one item;
+    `sizes` holds theirs, for each item that the loader has taken.
     """
 
-    def __init__(self, plan: Plan, start: int) -> None:
-        self.plan, self.start = plan, start
+    def __init__(self, plan: Plan, start: int, together: int = 1) -> None:
+        self.plan, self.start, self.together = plan, start, together
         self.parts: collections.deque[Part] = collections.deque()
+        self.sizes: collections.deque[list[int]] = collections.deque()
         self.rehearses = False  # True: begin with those of rehearsal()
 
     def __iter__(self) -> Iterator[MicroBatch]:
+        for items in self._items():
+            self.sizes.append([len(item.indices) for item in items])
+            yield items[0] if len(items) == 1 else MicroBatch(items[0].epoch, np.concatenate([i.indices for i in items]))
+
+    def _items(self) -> Iterator[list[MicroBatch]]:
         if self.rehearses:
-            yield from self.rehearsal()
-        for step in range(self.start, self.plan.total_steps):
-            for part in self.plan.window(step, self.plan.rank):
-                self.parts.append(part)
-                yield self._item(part)
+            yield from ([item] for item in self.rehearsal())
+        steps = range(self.start, self.plan.total_steps)
+        parts = (part for step in steps for part in self.plan.window(step, self.plan.rank))
+        for _, of_epoch in itertools.groupby(parts, lambda part: part.step // self.plan.steps_per_epoch):
+            while some := list(itertools.islice(of_epoch, self.together)):
+                self.parts.extend(some)
+                yield [self._item(part) for part in some]
 
     def rehearsal(self) -> list[MicroBatch]:
         """This rank's first micro-batch, its first half, and that half twice in one batch."""

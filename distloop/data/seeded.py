@@ -19,7 +19,7 @@ from distloop.data.lengths import in_words
 from distloop.data.now import Now
 from distloop.data.order import Half, MicroBatch
 from distloop.data.seeding import Place, seed_building, seed_sample, uniforms
-from distloop.data.whole_batches import InMemory, gives_batches
+from distloop.data.whole_batches import gives_batches, takes_rows
 from distloop.errors import UsageError, add_note
 
 
@@ -59,7 +59,7 @@ class SeededDataset(Dataset):
         self.dataset, self.seed, self.collate, self.check = dataset, seed, collate, check
         self.gives_batches = gives_batches(dataset)
         self.name, self.skips = name, skips
-        self.draws_nothing = _takes_rows(dataset) and check is no_check
+        self.draws_nothing = takes_rows(dataset) and check is no_check
 
     def __reduce__(self) -> Any:
         """For loader processes that are not forked: they import the user's module as they unpickle the data set. It
@@ -138,11 +138,6 @@ def _unpickled(seed: int, dataset: Any, *rest: Any) -> SeededDataset:
     return SeededDataset(dataset, seed, *rest)
 
 
-def _takes_rows(dataset: Any) -> bool:
-    """Whether batches are rows of two tensors: without code of the user's, which could draw, or change targets."""
-    return gives_batches(dataset) and type(dataset).batch is InMemory.batch
-
-
 def identity(batch: Any) -> Any:
     return batch
 
@@ -164,7 +159,7 @@ def name_of(dataset: Any, source: DataSource, config: Data) -> str:
 
 def check_of(task: ChecksBatches | None, dataset: Any) -> Callable[..., None]:
     """The check of the data set's batches; none of targets in memory, all of which try_out() has checked."""
-    if task is None or (_takes_rows(dataset) and task.checks_targets_only):
+    if task is None or (takes_rows(dataset) and task.checks_targets_only):
         return no_check
     if isinstance(task, nn.Module) and any(parameter.is_cuda for parameter in task.parameters()):
         return copy.deepcopy(task).cpu().check  # a loader process gets no tensors of a GPU

@@ -11,6 +11,9 @@ from torch import Tensor
 from distloop.data.augment import DRAWS, shift_and_flip
 
 
+TOGETHER_BYTES, MOST_TOGETHER = 2**18, 64  # more would not stay in a core's cache
+
+
 class WholeBatches:
     """Base class of a data set from which whole batches are taken by one call of batch(), not sample by sample."""
 
@@ -58,6 +61,17 @@ class Transformed(InMemory):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.transform(self.inputs[index]), self.targets[index]
+
+
+def takes_rows(dataset: Any) -> bool:
+    """Whether batches are rows of two tensors: without code of the user's, which could draw, or change targets."""
+    return gives_batches(dataset) and type(dataset).batch is InMemory.batch
+
+
+def batches_together(dataset: InMemory, size: int) -> int:
+    """How many batches of `size` rows are taken at once, and divided then: many small rows cost little more than a few."""
+    row = dataset.inputs[:1]
+    return max(1, min(MOST_TOGETHER, TOGETHER_BYTES // max(1, size * row.numel() * row.element_size())))
 
 
 def gives_batches(dataset: Any) -> bool:

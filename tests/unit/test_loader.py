@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.v2 import functional as reference
 
 from distloop.config.settings import Config, Data
+from distloop.data import whole_batches
 from distloop.data.batches import cast, to_model
 from distloop.data.datasets import DataSource, digits
 from distloop.data.loader import Micro, TrainBatches, make_loader, offers_to_model, worker_count
@@ -461,3 +462,49 @@ def test_for_a_gpu_batches_lie_in_pinned_memory_and_workers_are_not_forked(monke
         assert (made.pin_memory, made._non_blocking, made.device) == (True, True, gpu)
         found = made.multiprocessing_context
         assert (None if found is None else found.get_start_method()) == context
+
+
+# ---- micro-batches that are taken together ---------------------------------------------------------------------
+
+
+def of_steps(dataset: InMemory, plan: Plan, first: int, device: torch.device = CPU) -> list[tuple[list[Tensor], int]]:
+    """Inputs and targets of each step from `first` on, and how many micro-batches it had."""
+    config = Config()
+    source = DataSource(dataset, dataset, mean=(0.3,), std=(0.4,))
+    batches = TrainBatches(config, source, None, plan, device, first, Position())
+    steps = []
+    for step in range(first, plan.total_steps):
+        micros = list(batches.of_step(step))
+        steps.append(([torch.cat([micro.batch[part] for micro in micros]) for part in (0, 1)], len(micros)))
+    return steps
+
+
+@pytest.mark.parametrize("remainder", ["drop", "train"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_rows_in_memory_are_the_same_however_many_micro_batches_are_taken_at_once(
+    rank: int, remainder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the ends of epochs, of which a short last step has no sample for the last ranks, and from any step on."""
+    images = torch.randint(0, 256, (25, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    dataset = InMemory(images, torch.arange(25), pad=1, flip=True)
+    plan = Plan(25, 12, 3, 2, remainder, total_steps=11, rank=rank, seed=4)
+    asked: list[int] = []
+    batch = InMemory.batch
+    monkeypatch.setattr(InMemory, "batch", lambda self, at, random: asked.append(len(at)) or batch(self, at, random))
+    together = of_steps(dataset, plan, 0)
+    assert len(asked) == -(-11 // plan.steps_per_epoch)  # once an epoch
+    asked.clear()
+    monkeypatch.setattr(whole_batches, "MOST_TOGETHER", 1)
+    alone = of_steps(dataset, plan, 0)
+    assert len(asked) >= 11
+    monkeypatch.setattr(whole_batches, "MOST_TOGETHER", 3)
+    for first, others in ((0, together), (0, of_steps(dataset, plan, 0)), (4, of_steps(dataset, plan, 4))):
+        for (expected, count), (values, other_count) in zip(alone[first:], others, strict=True):
+            assert all(map(torch.equal, expected, values))
+            assert count == other_count
+
+
+def test_large_rows_are_taken_one_micro_batch_at_a_time() -> None:
+    images = InMemory(torch.zeros(8, 3, 224, 224), torch.zeros(8))
+    assert whole_batches.batches_together(images, 4) == 1
+    assert whole_batches.batches_together(InMemory(torch.zeros(8, 4, 4), torch.zeros(8)), 4) == 64
