@@ -4,10 +4,11 @@ torchvision's transforms, which draw from torch's global generator."""
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 DRAWS = 3  # random numbers per sample: vertical shift, horizontal shift, flip
 AUGMENTS = ("none", "crop_flip", "trivial", "rand", "auto")
@@ -19,16 +20,21 @@ def shift_and_flip(images: Tensor, random: NDArray, pad: int, flip: bool) -> Ten
     images: any type, [batch, channels, height, width]; random: numbers in [0, 1), [batch, DRAWS]. The same as
     torchvision's RandomCrop(size, padding=pad) and RandomHorizontalFlip.
     """
-    batch, _, height, width = images.shape
+    if images.dtype is torch.bfloat16:  # which NumPy does not know
+        return shift_and_flip(images.view(torch.int16), random, pad, flip).view(torch.bfloat16)
+    pixels = images.numpy()  # NumPy copies whole rows where torch would pick pixel by pixel
     if pad:
-        padded = functional.pad(images, (pad, pad, pad, pad))
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: [batch, channels, 2p+1, 2p+1, h, w]
-        offsets = torch.from_numpy((random[:, :2] * (2 * pad + 1)).astype("int64"))
-        images = windows[torch.arange(batch), :, offsets[:, 0], offsets[:, 1]]
+        batch, channels, height, width = pixels.shape
+        padded = np.zeros((batch, channels, height + 2 * pad, width + 2 * pad), pixels.dtype)
+        padded[:, :, pad:-pad, pad:-pad] = pixels
+        windows = sliding_window_view(padded, (height, width), (2, 3))  # [batch, channels, 2p+1, 2p+1, height, width]
+        rows, columns = (random[:, :2] * (2 * pad + 1)).astype(np.int64).T
+        pixels = windows[np.arange(batch), :, rows, columns]
     if flip:
-        mirrored = torch.from_numpy(random[:, 2] < 0.5)[:, None, None, None]
-        images = torch.where(mirrored, images.flip(3), images)
-    return images
+        mirrored = np.flatnonzero(random[:, 2] < 0.5)
+        pixels = pixels if pad else pixels.copy()
+        pixels[mirrored] = pixels[mirrored][..., ::-1]
+    return torch.from_numpy(pixels)
 
 
 def check_augment(augment: str, erase: float, pad: int | None = None, flip: bool | None = None) -> None:

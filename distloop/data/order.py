@@ -215,7 +215,9 @@ class MicroBatchSampler:
     def __iter__(self) -> Iterator[MicroBatch]:
         for items in self._items():
             self.sizes.append([len(item.indices) for item in items])
-            yield items[0] if len(items) == 1 else MicroBatch(items[0].epoch, np.concatenate([i.indices for i in items]))
+            yield (
+                items[0] if len(items) == 1 else MicroBatch(items[0].epoch, np.concatenate([i.indices for i in items]))
+            )
 
     def _items(self) -> Iterator[list[MicroBatch]]:
         if self.rehearses:

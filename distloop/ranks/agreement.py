@@ -6,7 +6,7 @@ from typing import Any
 
 from distloop.ranks.stopping import StopReason, Watch
 
-AGREE_SECONDS = 0.02  # between two exchanges, if steps are shorter
+AGREE_SECONDS = 0.25  # between two exchanges, if steps are shorter: a stop comes at most half a second later
 MOST_STEPS_BETWEEN = 16
 
 
