@@ -1,6 +1,7 @@
 # make train                                     set up .venv and train the default recipe
 # make train CONFIG=configs/x.yaml PROCS=2 ARGS='--optim.lr 0.1'
 # make test | test-all | lint
+# make bench                                     a step beside other loops: ARGS="--processes 2 --rounds 5"
 # make gpu                                       run the GPU parts here: ARGS='--only figures --minutes 3'
 # make gpu-kit GPU_PYTHON=3.12 GPU_HAS=list.txt  pack gpu-kit/ for a machine without a package index
 PYTHON ?= python3
@@ -18,7 +19,7 @@ LAUNCH   = $(if $(filter 1,$(PROCS)),$(BIN)/python,$(SEVERAL))
 # Accelerate starts several processes without a GPU only when it is told so.
 CPU      = $(BIN)/python -c 'import torch; print("false" if torch.cuda.is_available() else "true")'
 
-.PHONY: train test test-all lint setup gpu gpu-kit
+.PHONY: train test test-all lint setup bench gpu gpu-kit
 
 train: .venv/installed
 	PYTHONHASHSEED=$${PYTHONHASHSEED:-0} ACCELERATE_USE_CPU=$$($(CPU)) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(getconf _NPROCESSORS_ONLN) + $(PROCS) - 1) / $(PROCS) ))} \
@@ -38,6 +39,9 @@ in_two_parts = trap 'exit 130' INT; first=0 second=0; \
   $(BIN)/python -m pytest $(1) -n logical tests/unit || first=$$?; \
   $(BIN)/python -m pytest $(1) --ignore tests/unit || second=$$?; \
   case $$first$$second in 00 | 05 | 50) ;; *) exit 1 ;; esac
+
+bench: .venv/installed-dev
+	$(BIN)/python -m tests.bench.steps $(ARGS)
 
 # From a kit, which brings what it needs, or from .venv.
 gpu: $(if $(wildcard gpu-kit/wheels),,.venv/installed-dev)

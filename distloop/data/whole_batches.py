@@ -10,7 +10,6 @@ from torch import Tensor
 
 from distloop.data.augment import DRAWS, shift_and_flip
 
-
 TOGETHER_BYTES, MOST_TOGETHER = 2**18, 64  # more would not stay in a core's cache
 
 
@@ -72,7 +71,7 @@ def takes_rows(dataset: Any) -> bool:
 
 
 def batches_together(dataset: InMemory, size: int) -> int:
-    """How many batches of `size` rows are taken at once, and divided then: many small rows cost little more than a few."""
+    """How many batches of `size` rows are taken at once, and divided then: many cost little more than few."""
     row = dataset.inputs[:1]
     return max(1, min(MOST_TOGETHER, TOGETHER_BYTES // max(1, size * row.numel() * row.element_size())))
 

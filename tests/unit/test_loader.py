@@ -490,7 +490,12 @@ def test_rows_in_memory_are_the_same_however_many_micro_batches_are_taken_at_onc
     plan = Plan(25, 12, 3, 2, remainder, total_steps=11, rank=rank, seed=4)
     asked: list[int] = []
     batch = InMemory.batch
-    monkeypatch.setattr(InMemory, "batch", lambda self, at, random: asked.append(len(at)) or batch(self, at, random))
+
+    def counted(self: InMemory, indices: Any, random: Any) -> Any:
+        asked.append(len(indices))
+        return batch(self, indices, random)
+
+    monkeypatch.setattr(InMemory, "batch", counted)
     together = of_steps(dataset, plan, 0)
     assert len(asked) == -(-11 // plan.steps_per_epoch)  # once an epoch
     asked.clear()

@@ -411,8 +411,8 @@ def test_ranks_exchange_rarely_where_steps_are_short_and_always_at_the_same_step
 
 
 def test_ranks_exchange_after_each_step_where_steps_are_long() -> None:
-    one, other = of_two_ranks((0.05, 0.05), ({}, {}), 8)
-    assert one["exchanges"] == other["exchanges"] == list(range(1, 9))
+    one, other = of_two_ranks((0.2, 0.2), ({}, {}), 6)
+    assert one["exchanges"] == other["exchanges"] == list(range(1, 7))
 
 
 def alone(wish_at: int) -> list[StopReason | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,16 +39,16 @@ def train(job: Job) -> None:
         optimizer.zero_grad()
 
 
-def settle(model: nn.Module, bare: nn.Module, job: Job) -> None:
+def settle(model: nn.Module, bare: Any, job: Job) -> None:
     """Two passes of which nothing stays but the order of DDP's sums, as distloop does them."""
     state = {name: value.clone() for name, value in bare.state_dict().items()}
-    bare._counts = False  # type: ignore[assignment]
+    bare.counts = False
     inputs, targets = next(job.batches())
     for _ in range(2):
         functional.cross_entropy(model(inputs), targets).backward()
     model.zero_grad()
     bare.load_state_dict(state)
-    bare._counts = True  # type: ignore[assignment]
+    bare.counts = True
 
 
 if __name__ == "__main__":

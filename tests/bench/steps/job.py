@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from distloop.data.datasets import DataSource, digits
 from distloop.data.order import Order
@@ -62,37 +64,74 @@ class Job:
 
             model = resnet18(num_classes=10)
             model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-            model.maxpool = nn.Identity()  # type: ignore[assignment]
+            model.maxpool = nn.Identity()
         return timed(model, self)
 
-    def indices(self, first_step: int = 0) -> Iterator[tuple[int, Any]]:
+    def indices(self) -> Iterator[tuple[int, Any]]:
         """(epoch, indices of this rank's micro-batch) in distloop's order, without end."""
+        yield from itertools.islice(self.indices_of_all(), self.rank, None, self.processes)
+
+    def indices_of_all(self) -> Iterator[tuple[int, Any]]:
+        """The same for all ranks in turn."""
         samples = len(self.data().train)
         order, size = Order(samples, SEED), self.batch // self.accumulation
-        steps, step = samples // self.global_batch, first_step
-        while True:
+        steps = samples // self.global_batch
+        for step in itertools.count():
             epoch, within = divmod(step, steps)
-            for number in range(self.accumulation):
-                start = within * self.global_batch + (number * self.processes + self.rank) * size
+            for start in range(within * self.global_batch, (within + 1) * self.global_batch, size):
                 yield epoch, order(epoch, start, start + size)
-            step += 1
 
-    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's micro-batches, normalised, in distloop's order and with its augmentation, without end."""
-        train = self.data().train
-        scale, shift = torch.tensor(1 / (255 * STD)), torch.tensor(MEAN / STD)
-        for epoch, indices in self.indices():
-            images, targets = train.batch(indices, uniforms(SEED, epoch, indices, train.draws))
-            yield images.to(torch.float32).mul_(scale).sub_(shift), targets
+        rows = Rows(self.data().train)
+        return map(rows.__getitems__, self.indices())
+
+    def loader(self, of_all_ranks: bool = False) -> DataLoader:
+        """A DataLoader of the same."""
+        batches: Any = Sampler(self.indices_of_all if of_all_ranks else self.indices)
+        return DataLoader(Rows(self.data().train), batch_sampler=batches, collate_fn=lambda batch: batch)
 
 
-def timed(model: nn.Module, job: Job) -> nn.Module:
+class Rows(Dataset):
+    """Data in memory that gives whole batches, normalised: in the other loops, no sample is loaded alone either."""
+
+    def __init__(self, data: InMemory) -> None:
+        self.data = data
+        self.scale, self.shift = torch.tensor(1 / (255 * STD)), torch.tensor(MEAN / STD)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, item: tuple[int, Any]) -> tuple[Tensor, Tensor]:
+        epoch, indices = item
+        images, targets = self.data.batch(indices, uniforms(SEED, epoch, indices, self.data.draws))
+        return images.to(torch.float32).mul_(self.scale).sub_(self.shift), targets
+
+    __getitem__ = __getitems__
+
+
+class Sampler:
+    """A batch sampler that never ends, for those that ask for its length: more steps than any measurement has."""
+
+    batch_size, drop_last = None, False
+
+    def __init__(self, indices: Callable[[], Iterator[tuple[int, Any]]]) -> None:
+        self.indices = indices
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return self.indices()
+
+    def __len__(self) -> int:
+        return 10**9
+
+
+def timed(model: Any, job: Job) -> Any:
     """The model, which notes CPU and wall time as each measured step begins, and ends the process after the last."""
     forward, calls, times = model.forward, 0, [(0.0, 0.0)] * 0
 
     def clocked(*arguments: Any) -> Any:
         nonlocal calls
-        if model.training and model._counts:  # type: ignore[truthy-function]
+        if model.training and model.counts:
             step, micro = divmod(calls, job.accumulation)
             calls += 1
             if micro == 0 and step >= WARM_UP:
@@ -101,8 +140,8 @@ def timed(model: nn.Module, job: Job) -> nn.Module:
                     finish(model, job, times)
         return forward(*arguments)
 
-    model._counts = True  # type: ignore[assignment] # False in passes before training
-    model.forward = clocked  # type: ignore[method-assign]
+    model.counts = True  # False in passes before training
+    model.forward = clocked
     return model
 
 
@@ -110,12 +149,12 @@ def finish(model: nn.Module, job: Job, times: list[tuple[float, float]]) -> None
     """Print CPU and wall time of a step in microseconds, the mean CPU time of the two fifths of the steps that other
     programs disturbed least, and a checksum of the parameters; then end the process."""
     (cpu, wall), (cpu_end, wall_end) = times[0], times[-1]
-    gaps = sorted(after[0] - before[0] for before, after in zip(times, times[1:], strict=False))[: 2 * job.steps // 5]
-    micro = [1e6 * value for value in ((cpu_end - cpu) / job.steps, (wall_end - wall) / job.steps, sum(gaps) / len(gaps))]
+    gaps = sorted(after[0] - before[0] for before, after in itertools.pairwise(times))[: 2 * job.steps // 5]
+    seconds = (cpu_end - cpu) / job.steps, (wall_end - wall) / job.steps, sum(gaps) / len(gaps)
     digest = hashlib.sha256()
     for parameter in model.parameters():
         digest.update(parameter.detach().contiguous().numpy().tobytes())
-    print("RESULT", *(f"{value:.1f}" for value in micro), digest.hexdigest()[:16], flush=True)
+    print("RESULT", *(f"{1e6 * value:.1f}" for value in seconds), digest.hexdigest()[:16], flush=True)
     if job.processes > 1:
         torch.distributed.barrier()  # the others are at the same place
     os._exit(0)
@@ -133,6 +172,12 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of all contestants."""
     return torch.optim.SGD(groups(model), lr=LEARNING_RATE, momentum=MOMENTUM, fused=True)
+
+
+def start_group(job: Job) -> None:
+    """torch's process group, for loops that do not make it themselves."""
+    if job.processes > 1:
+        torch.distributed.init_process_group("gloo")
 
 
 def run(contestant: Callable[[Job], None]) -> None:
