@@ -57,6 +57,11 @@ def open_directory(
             messages.append(f"--resume extend: {', '.join(lines)}")
         checkpoint = _newest_checkpoint(path, status.total_steps, messages)
         step = step_of(checkpoint) if checkpoint else 0
+        if changes and step >= status.total_steps:
+            raise UsageError(
+                f"{path} has taken all its {step} steps: with {', '.join(changes)} changed, none would be trained. Give "
+                "it more steps, too: --train.epochs N."
+            )
         if checkpoint:
             manifest = read_manifest(checkpoint)
             changes.update(_changes_of_data(path, manifest, identity, config, messages))

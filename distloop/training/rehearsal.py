@@ -222,7 +222,7 @@ def _refuse_mean(model: nn.Module, task: Task, half: Any, twice: Any, seed: int,
     weighted by class, or that leave positions out.)"""
     if half is None or twice is None:
         return
-    found, metrics = [], []
+    found, named, metrics = [], [], []
     model.eval()
     task.as_module.eval()
     try:
@@ -230,7 +230,8 @@ def _refuse_mean(model: nn.Module, task: Task, half: Any, twice: Any, seed: int,
             for batch in (half, twice):
                 seed_place(Place.TRIAL, seed, device, 2)
                 outputs = task.forward(model, batch)
-                loss, weight = _checked(task, task.loss(outputs, batch))
+                loss, weight = _checked(task, result := task.loss(outputs, batch))
+                named.append(_numbers(result[2] if len(result) == 3 else {}))
                 found.append((float(loss), float(weight)))
                 with contextlib.suppress(Exception):  # of a task whose metrics need what only validation has
                     metrics.append(_numbers(task.metrics(outputs, batch)))
@@ -245,6 +246,13 @@ def _refuse_mean(model: nn.Module, task: Task, half: Any, twice: Any, seed: int,
             'small. Return sums: `cross_entropy(outputs, targets, reduction="sum"), len(targets)`, or the like.'
         )
     (_, weight), (_, weight_of_both) = found
+    if weight_of_both > weight and (same := _same_among(*named)):
+        value, name = float(named[0][same[0]]), same[0]
+        raise UsageError(
+            f"{type(task).__name__}.loss() returns {name!r} = {value:.6g} for some samples, and the same for a batch "
+            "that has each of them twice, where a sum would be twice as much. It is divided by the weights of the whole "
+            f"step: return a sum, or the mean times the weight, {{{name!r}: value * len(targets)}} or the like."
+        )
     if len(metrics) == 2 and weight_of_both > weight and (name := _mean_among(metrics[0], metrics[1])):
         value, both = (float(numbers[name].flatten()[0]) for numbers in metrics)
         raise UsageError(
@@ -258,7 +266,14 @@ def _refuse_mean(model: nn.Module, task: Task, half: Any, twice: Any, seed: int,
 def _mean_among(once: dict[str, Tensor], twice: dict[str, Tensor]) -> str | None:
     """The name of a metric that is the same for some samples and for these twice, and not 0; None if there is none, or
     if a count that is the same, too, such as of batches, is there for summary() to divide by."""
-    same = [
+    same = _same_among(once, twice)
+    has_count = any(bool((once[name] == once[name].round()).all()) for name in same)
+    return None if has_count or not same else same[0]
+
+
+def _same_among(once: dict[str, Tensor], twice: dict[str, Tensor]) -> list[str]:
+    """The names of the numbers that are the same in both, and not 0."""
+    return [
         name
         for name, values in once.items()
         if name in twice
@@ -266,8 +281,6 @@ def _mean_among(once: dict[str, Tensor], twice: dict[str, Tensor]) -> str | None
         and torch.allclose(twice[name], values, rtol=NEARLY, atol=1e-8)
         and float(values.abs().max()) > 1e-8
     ]
-    has_count = any(bool((once[name] == once[name].round()).all()) for name in same)
-    return None if has_count or not same else same[0]
 
 
 def _numbers(metrics: Any) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """The learning rate as a pure function of the step."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,12 +24,14 @@ class LearningRate:
             if group.until_step is not None and group.until_step >= total_steps:
                 raise UsageError(
                     f"optim.groups: the group '{group.match}' is frozen until step {group.until_step}, and the run has "
-                    f"{total_steps} steps: it would never be trained. Lower until_step, or write freeze: true."
+                    f"{total_steps} steps: it would never be trained. Lower until_step, write freeze: true, or take more "
+                    f"steps: --train.steps {2 * group.until_step}."
                 )
         self.total_steps, self.peak, self.schedule = total_steps, config.optim.lr, config.schedule
         self.share: Share | None = None
         if ":" in config.schedule.name:
             self.share = import_callable("schedule.name", config.schedule.name)
+            _refuse_other_signature(self.share, config.schedule.name)
             for step in {*range(0, total_steps, max(1, total_steps // MOST_TRIED)), total_steps - 1}:
                 if self(step) != self(step):
                     own = config.schedule.name
@@ -49,6 +52,17 @@ class LearningRate:
                 "it return the share of the peak rate (optim.lr) at that step, a number such as 0.5."
             )
         return self.peak * float(number)
+
+
+def _refuse_other_signature(share: Share, name: str) -> None:
+    try:
+        signature = inspect.signature(share)
+    except ValueError:  # a builtin without a signature
+        return
+    try:
+        signature.bind(0, 1)
+    except TypeError as error:
+        raise UsageError(f"schedule.name = {name!r} is called as (step, total_steps): {error}.") from None
 
 
 def lr_at(step: int, total_steps: int, peak: float, schedule: Schedule) -> float:

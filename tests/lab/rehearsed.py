@@ -102,6 +102,13 @@ class MeanMetric(distloop.tasks.Classification):
         return super().summary(sums) | {"confidence": float(sums["confidence"])}
 
 
+class MeanByName(distloop.tasks.Classification):
+    """A mean among the sums that loss() gives by name."""
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        return *super().loss(outputs, batch), {"logits": outputs.detach().square().mean()}
+
+
 class SummedMetric(MeanMetric):
     def metrics(self, outputs: Any, batch: Any) -> dict[str, Tensor]:
         return super().metrics(outputs, batch) | {"confidence": outputs.softmax(1).amax(1).sum()}

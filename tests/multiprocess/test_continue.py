@@ -182,6 +182,14 @@ def test_resume_extend_refuses_what_would_change_the_meaning_of_the_steps(tmp_pa
     assert "batch.global_size" in outcome.output
 
 
+def test_a_run_that_has_taken_all_its_steps_is_not_changed_without_more(tmp_path: Path) -> None:
+    train(tmp_path, small(tmp_path)).check()
+    outcome = train(tmp_path, [*small(tmp_path), "--optim.lr", "0.07", "--resume", "extend"])
+    assert outcome.codes == [2]
+    assert "has taken all its 10 steps: with optim.lr changed, none would be trained" in outcome.output
+    assert "is finished" in train(tmp_path, small(tmp_path)).check().output  # with the config that it had
+
+
 def test_a_run_cannot_be_extended_to_less_than_it_has_done(tmp_path: Path) -> None:
     train(tmp_path, small(tmp_path)).check()
     outcome = train(tmp_path, [*small(tmp_path), "--train.epochs", "1", "--resume", "extend"])

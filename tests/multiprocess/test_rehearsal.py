@@ -113,6 +113,7 @@ def test_a_metric_that_is_a_sum_or_beside_a_count_of_batches_trains(tmp_path: Pa
         ("Guesses", 1, ["task.guesses()", "[64]"], 2),
         ("MeanMetric", 1, ["MeanMetric.metrics() returns 'confidence'", "let summary(sums) divide them"], 2),
         ("MeanMetrics", 1, ["MeanMetrics.metrics() returns 'errors'"], 2),
+        ("MeanByName", 1, ["MeanByName.loss() returns 'logits' = ", "{'logits': value * len(targets)}"], 2),
         ("MeanBesideIds", 1, ["MeanBesideIds.loss() returns a mean"], 2),
         ("MeanMetric", 2, ["MeanMetric.metrics() returns 'confidence'", "let summary(sums) divide them"], 2),
         ("OnlyLoss", 2, ["OnlyLoss.loss() returned a tensor of shape []", "of how many samples"], 2),

@@ -297,6 +297,10 @@ def text(step: int, total_steps: int) -> str:
     return "0.5"
 
 
+def of_the_step_alone(step: int) -> float:
+    return 0.5
+
+
 def schedule(name: str) -> Config:
     return Config(optim=Optim(lr=0.2), schedule=Schedule(name=f"{__name__}:{name}"), train=Train(epochs=None, steps=10))
 
@@ -313,6 +317,7 @@ def test_a_schedule_of_ones_own_is_the_share_of_the_peak_rate() -> None:
         ("negative", "returned a number -0.1 for step 7 of 10"),
         ("text", "returned a str for step 0"),
         ("no_such", "has no callable 'no_such'"),
+        ("of_the_step_alone", r"of_the_step_alone' is called as \(step, total_steps\): too many positional"),
     ],
 )
 def test_a_schedule_of_ones_own_that_is_no_such_function_is_refused(name: str, said: str) -> None:
