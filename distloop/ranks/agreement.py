@@ -6,19 +6,21 @@ from typing import Any
 
 from distloop.ranks.stopping import StopReason, Watch
 
-AGREE_SECONDS = 0.25  # between two exchanges, if steps are shorter: a stop comes at most half a second later
+AGREE_SECONDS = 0.25  # between two exchanges, if steps are shorter: a stop comes half a second later at most
 MOST_STEPS_BETWEEN = 16
+SMOOTHING = 0.1  # the weight of the latest interval in the pace
 
 
 class Agreement:
     """Ranks exchange their wishes to stop over gloo, beside the training. An exchange that begins after one step is
     read some steps later, when it is done, so that no step waits. It also carries that number of steps, which depends
-    on the time that a step takes."""
+    on the pace: the time that a step takes, with its share of validations and saves."""
 
     def __init__(self, watch: Watch, world_size: int, timeout: datetime.timedelta) -> None:
         self.watch = watch
         self.interval = self.steps_left = 1
-        self.since: float | None = None
+        self.since: float | None = None  # by a clock that stands still in validations and saves
+        self.exchanged, self.pace = time.monotonic(), 1.0  # seconds a step
         self.exchange: Any = None  # of torch.distributed
         self.words: Any = None  # int64 [2]: a StopReason or 0, and the interval
         self.group: Any = None  # None: a single process
@@ -39,8 +41,10 @@ class Agreement:
         now = time.monotonic() - self.watch.between_steps
         step_seconds = 1.0 if self.since is None else (now - self.since) / self.interval
         self.watch.took("steps", (2 * self.interval + 1) * step_seconds)
+        latest, self.exchanged = (time.monotonic() - self.exchanged) / self.interval, time.monotonic()
+        self.pace = latest if self.since is None else (1 - SMOOTHING) * self.pace + SMOOTHING * latest
         self.since = now
-        interval = max(1, min(MOST_STEPS_BETWEEN, int(AGREE_SECONDS / max(step_seconds, 1e-6))))
+        interval = max(1, min(MOST_STEPS_BETWEEN, int(AGREE_SECONDS / max(self.pace, 1e-6))))
         if self.group is None:
             self.interval = self.steps_left = interval
             return None
