@@ -8,7 +8,7 @@ from distloop.ranks.stopping import StopReason, Watch
 
 AGREE_SECONDS = 0.25  # between two exchanges, if steps are shorter: a stop comes half a second later at most
 MOST_STEPS_BETWEEN = 16
-SMOOTHING = 0.1  # the weight of the latest interval in the pace
+SMOOTHING = 0.2  # the weight of the latest interval in the pace
 
 
 class Agreement:
@@ -20,7 +20,7 @@ class Agreement:
         self.watch = watch
         self.interval = self.steps_left = 1
         self.since: float | None = None  # by a clock that stands still in validations and saves
-        self.exchanged, self.pace = time.monotonic(), 1.0  # seconds a step
+        self.exchanged, self.pace = time.monotonic(), 1.0  # seconds a step; what comes in is not known at first
         self.exchange: Any = None  # of torch.distributed
         self.words: Any = None  # int64 [2]: a StopReason or 0, and the interval
         self.group: Any = None  # None: a single process
@@ -42,7 +42,7 @@ class Agreement:
         step_seconds = 1.0 if self.since is None else (now - self.since) / self.interval
         self.watch.took("steps", (2 * self.interval + 1) * step_seconds)
         latest, self.exchanged = (time.monotonic() - self.exchanged) / self.interval, time.monotonic()
-        self.pace = latest if self.since is None else (1 - SMOOTHING) * self.pace + SMOOTHING * latest
+        self.pace = (1 - SMOOTHING) * self.pace + SMOOTHING * latest
         self.since = now
         interval = max(1, min(MOST_STEPS_BETWEEN, int(AGREE_SECONDS / max(self.pace, 1e-6))))
         if self.group is None:
