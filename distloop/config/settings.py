@@ -53,6 +53,8 @@ class Model:
     """linear | mlp | cnn | resnet18_small | gpt, any torchvision classifier by name, or module:callable."""
     pretrained: bool = False
     """Start from torchvision's weights; layers whose shape differs (the head) start fresh."""
+    channels_last: bool = False
+    """Keep the weights of convolutions in the memory format channels_last, in which they then compute."""
     args: Arguments = no_arguments()
     """Arguments of the model."""
 
@@ -183,6 +185,18 @@ class Ddp:
     """How long ranks wait for one that is suspended, hangs or takes much longer; it is named then."""
     find_unused_parameters: bool = False
     """For models that leave parameters out of some forward passes."""
+    gradient_as_bucket_view: bool = False
+    """Keep gradients in the buffers in which they are exchanged: saves their size in memory, and a copy."""
+    bucket_cap_mb: PositiveInt = 25
+    """MiB of gradients that are exchanged at once, while others are still computed."""
+
+
+@section
+class Compile:
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """That of torch.compile."""
+    dynamic: bool | None = None
+    """True: compiled once for all shapes; false: for each shape; null: as torch.compile finds best."""
 
 
 @section
@@ -203,8 +217,8 @@ class Config:
     """Type of parameters and inputs."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """torch.set_float32_matmul_precision; high allows TF32 on NVIDIA GPUs. Convolutions keep PyTorch's default."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
+    compile: bool | Compile = False
+    """Compile the model with torch.compile: true, or {mode: max-autotune, dynamic: false}, as there."""
     resume: Literal["auto", "never", "extend"] = "auto"
     """auto: continue the run of this name. never: move it aside and start anew. extend: continue it although
     the config now trains differently."""
