@@ -26,7 +26,7 @@ ON = ["--model.channels-last", "--ddp.gradient-as-bucket-view", "--ddp.bucket-ca
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 2])
-def test_a_run_in_channels_last_is_continued_and_one_with_gradients_in_buckets_is_the_same_to_the_bit(
+def test_a_run_in_channels_last_continues_to_the_same_bits_with_and_without_gradients_in_buckets(
     tmp_path: Path, world_size: int
 ) -> None:
     config = ["--config", str(write_config(tmp_path, SETTINGS))]

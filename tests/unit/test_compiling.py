@@ -32,7 +32,7 @@ def test_weights_of_four_dimensions_are_put_into_channels_last_and_compute_the_s
     assert not weights[-1].is_contiguous()
     torch.testing.assert_close(model(images), expected)
     # What follows a convolution has its format, too, though the images have another one.
-    assert model[0](images).is_contiguous(memory_format=torch.channels_last)
+    assert next(model.children())(images).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_other_weights_stay_as_they_are() -> None:
