@@ -72,9 +72,10 @@ class Task:
 class Batch:
     global_size: PositiveInt = 64
     """Samples of one optimizer step, over all ranks and micro-batches."""
-    micro_size: PositiveInt | None = None
+    micro_size: PositiveInt | Literal["auto"] | None = None
     """Largest batch that one rank passes forward at once (memory). The least accumulation that fits is
-    chosen from the world size. null: no limit."""
+    chosen from the world size. null: no limit. auto: the largest that fits into memory, found before the first step and
+    recorded, so that later starts have the same."""
     remainder: Literal["drop", "train"] = "drop"
     """Samples of an epoch beyond the last whole global batch: dropped, or trained as a smaller step."""
 

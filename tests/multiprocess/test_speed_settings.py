@@ -46,7 +46,7 @@ def test_a_run_in_channels_last_continues_to_the_same_bits_with_and_without_grad
 
 @pytest.mark.long
 def test_a_run_goes_on_in_channels_last_that_was_begun_without(tmp_path: Path) -> None:
-    """What the optimizer holds takes the weights' new format: a fused update pairs numbers by their places in memory."""
+    """What the optimizer holds takes the new format: a fused update pairs numbers by their places in memory."""
     config = ["--config", str(write_config(tmp_path, {**SETTINGS, "dtype": "float64"}))]
     train(tmp_path, [*config, "--name", "whole"]).check()
     step = stop(tmp_path, [*config, "--name", "run"], 1, 20)
