@@ -14,6 +14,7 @@ from distloop.run.checkpoint import AVERAGED, MODEL, published_in, step_of
 from distloop.run.files import CHECKPOINTS, METRICS, Start
 from distloop.run.metrics import is_metric, samples_in
 from distloop.tracking.wording import duration, number
+from distloop.training.bf16 import advice_on_bf16
 from distloop.training.compiling import in_words as speed_in_words
 from distloop.training.optimizers import in_words as optimizer_in_words
 
@@ -44,6 +45,7 @@ def describe(
         f"{f', {dropped} samples of it dropped' if dropped else ''} · {total_steps} steps in all",
         " · ".join(_settings_of_speed(config, model, plan.world_size)),
     ]
+    lines += advice_on_bf16(config, model, device, step)
     if start.checkpoint:
         epoch, first, _ = plan.span(step) if step < total_steps else (total_steps // plan.steps_per_epoch, 0, 0)
         where = f"epoch {epoch + 1}" + (f", after {first:,} of its samples" if first else "")
