@@ -187,6 +187,11 @@ def check(config: Config) -> None:
             f"precision = {config.precision!r} with dtype = 'float64': mixed precision is for float32 "
             "parameters; set precision: no or dtype: float32."
         )
+    if config.model.checkpointing and config.compile:
+        raise UsageError(
+            "model.checkpointing and compile: torch.compile chooses by itself what it computes again in the backward "
+            "pass. Set one of them to false."
+        )
     if config.optim.nesterov and config.optim.momentum == 0:
         raise UsageError("optim.nesterov needs optim.momentum above 0.")
     rules = {"checkpoint.best": config.checkpoint.best}

@@ -55,6 +55,9 @@ class Model:
     """Start from torchvision's weights; layers whose shape differs (the head) start fresh."""
     channels_last: bool = False
     """Keep the weights of convolutions in the memory format channels_last, in which they then compute."""
+    checkpointing: bool = False
+    """Keep few activations of the model's nn.Sequential parts, and compute the others again in the backward pass: less
+    memory, a longer step, the same bits."""
     args: Arguments = no_arguments()
     """Arguments of the model."""
 

@@ -31,7 +31,7 @@ def advice(config: Config, plan: Plan, phase: str) -> str:
         return f"set --validate.batch-size {max(1, size // 2)}, and the same command goes on; {size} did not fit"
     share, size = plan.global_batch_size // plan.world_size, plan.micro_batch_size
     if size == 1:
-        return "a micro-batch is a single sample already: make samples or model smaller"
+        return "a micro-batch is a single sample already: make samples or model smaller, or set --model.checkpointing"
     return (
         f"set --batch.micro-size {share // accumulation_steps(share, size - 1)}, and the same command goes on; {size} "
         "samples at once did not fit. A step trains on the same global batch"

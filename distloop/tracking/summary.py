@@ -17,6 +17,7 @@ from distloop.tracking.wording import duration, number
 from distloop.training.bf16 import advice_on_bf16
 from distloop.training.compiling import in_words as speed_in_words
 from distloop.training.optimizers import in_words as optimizer_in_words
+from distloop.training.recomputing import in_words as recomputing_in_words
 
 
 def describe(
@@ -56,7 +57,7 @@ def describe(
 def _settings_of_speed(config: Config, model: nn.Module, world_size: int) -> list[str]:
     """What the config has switched on, and what not, of the settings that make steps faster or smaller."""
     texts = [config.dtype if config.precision == "no" else f"{config.dtype}, forward pass in {config.precision}"]
-    texts += speed_in_words(config.model.channels_last, config.compile, model)
+    texts += [*speed_in_words(config.model.channels_last, config.compile, model), recomputing_in_words(model)]
     if world_size > 1:
         switch = "on" if config.ddp.gradient_as_bucket_view else "off"
         texts.append(f"gradient_as_bucket_view {switch} (buckets of {config.ddp.bucket_cap_mb} MiB)")

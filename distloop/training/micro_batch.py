@@ -65,7 +65,8 @@ def settle_micro_size(
     if fits < 0:
         raise UsageError(
             f"batch.micro_size: auto: not even one sample at once fits into the memory of {failures[-1][1]} of "
-            f"{plan.world_size} ranks, beside model, gradients and optimizer. Make samples or model smaller."
+            f"{plan.world_size} ranks, beside model, gradients and optimizer. Make samples or model smaller, or set "
+            "--model.checkpointing."
         )
     plan.divide(sizes[fits])
     run.start = run.start._replace(micro_size=sizes[fits])

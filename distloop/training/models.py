@@ -30,6 +30,7 @@ from distloop.run.same import refuse_unlike_ranks
 from distloop.training.compiling import compile_model, to_channels_last
 from distloop.training.conversion import convert
 from distloop.training.gpt import gpt
+from distloop.training.recomputing import recompute
 from distloop.training.tasks import Task
 from distloop.training.trying import try_out
 from distloop.training.untrained import refuse_parameters_of_task
@@ -122,6 +123,8 @@ def build_model(
     check_tensors("The task's ", task.as_module)
     if config.model.channels_last:
         to_channels_last(model)
+    if config.model.checkpointing:
+        recompute(model)
     compile_model(model, config.compile)  # before DDP wraps it
     return model
 

@@ -22,11 +22,11 @@ SETTINGS: dict[str, Any] = {
     "log": {"every_steps": 1},
     "validate": {"every_steps": 8},
 }
-ON = ["--model.channels-last", "--ddp.gradient-as-bucket-view", "--ddp.bucket-cap-mb", "1"]
+ON = ["--model.channels-last", "--model.checkpointing", "--ddp.gradient-as-bucket-view", "--ddp.bucket-cap-mb", "1"]
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 2])
-def test_a_run_in_channels_last_continues_to_the_same_bits_with_and_without_gradients_in_buckets(
+def test_a_run_in_channels_last_continues_to_the_same_bits_with_gradients_in_buckets_and_checkpointing(
     tmp_path: Path, world_size: int
 ) -> None:
     config = ["--config", str(write_config(tmp_path, SETTINGS))]
@@ -36,6 +36,7 @@ def test_a_run_in_channels_last_continues_to_the_same_bits_with_and_without_grad
     calls = 5 * 64 // 16 // world_size
     step = stop(tmp_path, on, world_size, calls)
     outcome = go_on(tmp_path, on, world_size, step)
+    assert "compile off · activation checkpointing on (5 segments)" in outcome.output
     if world_size > 1:
         assert "gradient_as_bucket_view on (buckets of 1 MiB)" in outcome.output
     run, whole = (tmp_path / "runs" / name for name in ("stopped", "whole"))

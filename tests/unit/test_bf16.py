@@ -78,7 +78,7 @@ def test_precision_is_said_on_or_off() -> None:
     for config, said in (
         (
             Config(name="run"),
-            "float32 · channels_last off · compile off · gradient_as_bucket_view off (buckets of 25 MiB)",
+            "float32 · channels_last off · compile off · activation checkpointing off · gradient_as_bucket_view off (b",
         ),
         (Config(name="run", precision="bf16"), "float32, forward pass in bf16 · channels_last off · compile off"),
     ):

@@ -464,6 +464,7 @@ FREE = {
     "ddp.gradient_as_bucket_view",
     "ddp.bucket_cap_mb",
     "model.channels_last",
+    "model.checkpointing",
     "optim.show",
 }
 
