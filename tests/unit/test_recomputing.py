@@ -77,6 +77,18 @@ def test_losses_gradients_buffers_and_draws_are_the_same_to_the_bit(name: str) -
     assert all(torch.equal(one, two) for one, two in zip(expected, found, strict=True))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "densenet121", "shufflenet_v2_x0_5", "swin_t", "convnext_tiny"])
+def test_torchvisions_models_are_the_same_to_the_bit(name: str) -> None:
+    from torchvision.models import get_model
+
+    torch.manual_seed(0)
+    model = get_model(name, weights=None, num_classes=10)
+    other, images = copy.deepcopy(model), torch.randn(4, 3, 64, 64)
+    recompute(other)
+    assert all(torch.equal(*pair) for pair in zip(two_steps(model, images), two_steps(other, images), strict=True))
+
+
 def test_a_gradient_of_the_gradient_is_the_same() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 1))
