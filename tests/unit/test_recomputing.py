@@ -77,6 +77,15 @@ def test_losses_gradients_buffers_and_draws_are_the_same_to_the_bit(name: str) -
     assert all(torch.equal(one, two) for one, two in zip(expected, found, strict=True))
 
 
+def test_buffers_stay_the_same_tensors() -> None:
+    model = cnn((1, 8, 8), 10, width=4, norm="batch")
+    recompute(model)
+    before = list(model.buffers())
+    model(torch.randn(2, 1, 8, 8)).sum().backward()
+    assert all(one is other for one, other in zip(before, model.buffers(), strict=True)), "DDP and averages hold them"
+    assert [int(buffer) for name, buffer in model.named_buffers() if "num_batches" in name] == [1, 1, 1, 1]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "densenet121", "shufflenet_v2_x0_5", "swin_t", "convnext_tiny"])
 def test_torchvisions_models_are_the_same_to_the_bit(name: str) -> None:
