@@ -222,7 +222,7 @@ class Config:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """torch.set_float32_matmul_precision; high allows TF32 on NVIDIA GPUs. Convolutions keep PyTorch's default."""
     compile: bool | Compile = False
-    """Compile the model with torch.compile: true, or {mode: max-autotune, dynamic: false}, as there."""
+    """Use torch.compile: true, or its {mode: …, dynamic: …}."""
     resume: Literal["auto", "never", "extend"] = "auto"
     """auto: continue the run of this name. never: move it aside and start anew. extend: continue it although
     the config now trains differently."""
