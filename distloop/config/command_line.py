@@ -39,7 +39,7 @@ def read_command_line(words: list[str]) -> list[Given]:
         key = flag[2:].replace("-", "_")
         key = f"{key}.name" if key in NAMED else key
         switched_on = re.sub(r"(^|\.)no_(\w+)$", r"\1\2", key)
-        if switched_on != key and types_of_settings().get(switched_on) is bool and not equals:
+        if switched_on != key and _is_switch(types_of_settings().get(switched_on)) and not equals:
             given.append(Given(switched_on, False))
             continue
         kind = Any if IN_MAPPING.fullmatch(key) else types_of_settings().get(key)
@@ -47,7 +47,7 @@ def read_command_line(words: list[str]) -> list[Given]:
         takes_many = kind is None or typing.get_origin(kind) is tuple
         while queue and (takes_many or not texts) and (kind is Any or not queue[0].startswith("--")):
             texts.append(queue.popleft())
-        if not texts and kind not in (None, bool) and not takes_many:
+        if not texts and kind is not None and not _is_switch(kind) and not takes_many:
             raise UsageError(f"command line: {flag} needs a value.")
         if texts == [""] and kind is not None and not _is_mapping(kind) and not key.startswith("tracking."):
             none = "null stands for none" + (", and \"''\" for the empty text" if kind is Any else "")
@@ -70,6 +70,11 @@ def _checked(word: str) -> str:
         return os.fsencode(word).decode()
     except UnicodeDecodeError:
         return word
+
+
+def _is_switch(kind: Any) -> bool:
+    """True if settings of this type take true and false, so that a flag without a value is true."""
+    return kind is bool or bool in typing.get_args(kind)
 
 
 def _is_mapping(kind: Any) -> bool:

@@ -29,9 +29,11 @@ FREE_KEYS += ("data.root", "data.workers", "data.timeout_seconds", "train.detect
 FREE_KEYS += ("train.on_nonfinite",)  # the steps before the first non-finite one are the same with both values
 FREE_KEYS += ("data.on_bad_sample",)  # the same, for the first bad sample
 FREE_KEYS += ("validate", "checkpoint", "stop", "log", "tracking", "ddp")
+FREE_KEYS += ("model.channels_last",)  # other kernels: up to rounding the same, as with compile
+FREE_KEYS += ("model.checkpointing",)
 # --resume extend may not change these either: step 100 of a checkpoint means something else with another value.
-FIXED_KEYS: tuple[str, ...] = ("seed", "dtype", "data.name", "model", "optim.name", "batch.global_size")
-FIXED_KEYS += ("batch.remainder", "init_from", "init_fit")
+FIXED_KEYS: tuple[str, ...] = ("seed", "dtype", "data.name", "model.name", "model.pretrained", "model.args")
+FIXED_KEYS += ("optim.name", "batch.global_size", "batch.remainder", "init_from", "init_fit")
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -62,7 +62,11 @@ def help_text(config: Config) -> str:
             lines.append(f"\n{section}:")
         flag = "--" + key.replace("_", "-")
         off = flag.replace(".", ".no-") if "." in flag else f"--no-{flag[2:]}"
-        lines.append(f"  {flag}, {off}" if kind == WORDS[bool] else f"  {flag} {kind}")
+        takes = kind.removeprefix(WORDS[bool]).removeprefix(" | ")
+        if kind.startswith(WORDS[bool]):
+            lines.append(f"  {flag}, {off}" + (f", {flag} {takes}" if takes else ""))
+        else:
+            lines.append(f"  {flag} {kind}")
         lines += textwrap.wrap(f"{text} (default: {default})", width, initial_indent=INDENT, subsequent_indent=INDENT)
     return "\n".join(lines)
 

@@ -112,6 +112,8 @@ def config_from_mapping(settings: dict[str, Any], source: str, given: Sequence[G
     except pydantic.ValidationError as error:
         problems: dict[str, tuple[Any, list[str]]] = {}
         for problem in error.errors():
+            if problem["loc"] == ("compile", "bool") and isinstance(problem["input"], Mapping):
+                continue  # a mapping was meant
             key, names = _dotted_key(problem["loc"])
             if problem["type"] == "missing" and isinstance(problem["loc"][-1], str):
                 key, text = key.rpartition(".")[0], f"{problem['loc'][-1]} is missing"
@@ -185,6 +187,11 @@ def check(config: Config) -> None:
             f"precision = {config.precision!r} with dtype = 'float64': mixed precision is for float32 "
             "parameters; set precision: no or dtype: float32."
         )
+    if config.model.checkpointing and config.compile:
+        raise UsageError(
+            "model.checkpointing and compile: torch.compile chooses by itself what it computes again in the backward "
+            "pass. Set one of them to false."
+        )
     if config.optim.nesterov and config.optim.momentum == 0:
         raise UsageError("optim.nesterov needs optim.momentum above 0.")
     rules = {"checkpoint.best": config.checkpoint.best}
@@ -209,6 +216,8 @@ def _dotted_key(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
     owner: Any = Config
     types: dict[str, Any] = {}
     for part in location:
+        if owner is not Config and part in (owner.__name__, "bool"):
+            continue  # a union's branch
         names.append(str(part))
         if isinstance(part, int):  # a place in a list of sections
             continue
@@ -233,6 +242,8 @@ def _put(settings: dict[str, Any], key: str, value: Any, source: str) -> None:
         below = inner.get(part)
         if number == 0 and part in SECTIONS and isinstance(below, str):
             below = {"name": below}
+        if part == "compile" and isinstance(below, bool):
+            below = {}
         if not isinstance(below, dict | None):
             place = ".".join(outer[: number + 1])
             raise UsageError(f"{source}: {place} = {below!r}: input should be a mapping, so that --{key} can be set.")

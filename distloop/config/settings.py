@@ -53,6 +53,11 @@ class Model:
     """linear | mlp | cnn | resnet18_small | gpt, any torchvision classifier by name, or module:callable."""
     pretrained: bool = False
     """Start from torchvision's weights; layers whose shape differs (the head) start fresh."""
+    channels_last: bool = False
+    """Keep the weights of convolutions in the memory format channels_last, in which they then compute."""
+    checkpointing: bool = False
+    """Keep few activations of the model's nn.Sequential parts, and compute the others again in the backward pass: less
+    memory, a longer step, the same bits."""
     args: Arguments = no_arguments()
     """Arguments of the model."""
 
@@ -70,9 +75,10 @@ class Task:
 class Batch:
     global_size: PositiveInt = 64
     """Samples of one optimizer step, over all ranks and micro-batches."""
-    micro_size: PositiveInt | None = None
+    micro_size: PositiveInt | Literal["auto"] | None = None
     """Largest batch that one rank passes forward at once (memory). The least accumulation that fits is
-    chosen from the world size. null: no limit."""
+    chosen from the world size. null: no limit. auto: the largest that fits into memory, found before the first step and
+    recorded, so that later starts have the same."""
     remainder: Literal["drop", "train"] = "drop"
     """Samples of an epoch beyond the last whole global batch: dropped, or trained as a smaller step."""
 
@@ -183,6 +189,18 @@ class Ddp:
     """How long ranks wait for one that is suspended, hangs or takes much longer; it is named then."""
     find_unused_parameters: bool = False
     """For models that leave parameters out of some forward passes."""
+    gradient_as_bucket_view: bool = False
+    """Keep gradients in the buffers in which they are exchanged: saves their size in memory, and a copy."""
+    bucket_cap_mb: PositiveInt = 25
+    """MiB of gradients that are exchanged at once, while others are still computed."""
+
+
+@section
+class Compile:
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """That of torch.compile."""
+    dynamic: bool | None = None
+    """True: compiled once for all shapes; false: for each shape; null: as torch.compile finds best."""
 
 
 @section
@@ -203,8 +221,8 @@ class Config:
     """Type of parameters and inputs."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """torch.set_float32_matmul_precision; high allows TF32 on NVIDIA GPUs. Convolutions keep PyTorch's default."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
+    compile: bool | Compile = False
+    """Use torch.compile: true, or its {mode: …, dynamic: …}."""
     resume: Literal["auto", "never", "extend"] = "auto"
     """auto: continue the run of this name. never: move it aside and start anew. extend: continue it although
     the config now trains differently."""

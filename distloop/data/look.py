@@ -17,7 +17,7 @@ from distloop.data.batches import send, to_model
 from distloop.data.datasets import DataSource
 from distloop.data.handles import Watched
 from distloop.data.loader import worker_count
-from distloop.data.order import FixedBatchSampler, MicroBatch
+from distloop.data.order import FixedBatchSampler, MicroBatch, MicroBatchSampler, Plan
 from distloop.data.seeded import ChecksBatches, SeededDataset, check_of, collate_of, identity, name_of, no_check
 from distloop.data.workers import leave_signals_to_parent, signals_blocked, start_forkserver
 from distloop.errors import UsageError
@@ -109,6 +109,18 @@ def first_validation_batch(
     [batch] = look(dataset, [first], worker_count(settings, data), settings, device)
     batch = to_model(send(batch, device), source, getattr(torch, config.dtype), device)
     return batch, len(first.indices)
+
+
+def first_training_batch(config: Config, source: DataSource, plan: Plan, step: int, device: torch.device) -> Any:
+    """This rank's first micro-batch of `step`, as the plan divides it now, on `device` in the form that the model
+    takes. No loader of training has to run for it."""
+    settings, skips = config.data, config.data.on_bad_sample == "skip"
+    name = name_of(source.train, source, settings)
+    dataset = SeededDataset(source.train, config.seed, collate_of(settings), no_check, name, skips)
+    first = MicroBatchSampler(plan, step).rehearsal()[0]
+    [item] = look(dataset, [first], worker_count(settings, source.train), settings, device)
+    batch = send(item[0] if skips else item, device)
+    return to_model(batch, source, getattr(torch, config.dtype), device)
 
 
 def example_batch(

@@ -140,8 +140,7 @@ class Plan:
                 f"lower it, or set batch.remainder: train."
             )
         self.samples, self.global_batch_size, self.world_size = samples, global_batch_size, world_size
-        self.accumulation = accumulation_steps(global_batch_size // world_size, micro_batch_size)
-        self.micro_batch_size = global_batch_size // (world_size * self.accumulation)
+        self.divide(micro_batch_size)
         whole, rest = divmod(samples, global_batch_size)
         self.steps_per_epoch = whole + (rest > 0 and remainder == "train")
         self.total_steps, self.rank = total_steps, rank
@@ -151,9 +150,18 @@ class Plan:
     def of(cls, config: Config, samples: int, ranks: Ranks) -> Plan:
         """The plan of the config's run for this rank, with so many training samples."""
         batch, place = config.batch, {"rank": ranks.rank, "seed": config.seed}
-        plan = cls(samples, batch.global_size, ranks.world_size, batch.micro_size, batch.remainder, **place)
+        limit = None if batch.micro_size == "auto" else batch.micro_size  # found before the first step
+        plan = cls(samples, batch.global_size, ranks.world_size, limit, batch.remainder, **place)
         plan.total_steps = plan.steps_of(config)
+        plan.is_divided = batch.micro_size != "auto"
         return plan
+
+    def divide(self, micro_batch_size: int | None) -> None:
+        """Divide a rank's share of a step into the least number of equal micro-batches, none larger than this. Not once
+        a loader has taken batches."""
+        self.accumulation = accumulation_steps(self.global_batch_size // self.world_size, micro_batch_size)
+        self.micro_batch_size = self.global_batch_size // (self.world_size * self.accumulation)
+        self.is_divided = True
 
     def steps_of(self, config: Config) -> int:
         """The steps of the config's whole run."""

@@ -39,6 +39,8 @@ def build_accelerator(config: Config, ranks: Ranks) -> Accelerator:
         kwargs_handlers=[
             DistributedDataParallelKwargs(
                 find_unused_parameters=config.ddp.find_unused_parameters,
+                gradient_as_bucket_view=config.ddp.gradient_as_bucket_view,
+                bucket_cap_mb=config.ddp.bucket_cap_mb,
                 broadcast_buffers=False,  # train() does so before it validates and saves, not in each forward pass
             )
         ],

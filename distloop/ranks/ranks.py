@@ -7,7 +7,9 @@ from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
+from distloop.errors import add_note
 from distloop.ranks.attempt_base import AttemptBase
+from distloop.ranks.out_of_memory import is_out_of_memory
 from distloop.ranks.roll_call import RollCall
 from distloop.ranks.stopping import StopReason, Watch, end_launcher
 from distloop.ranks.talking import Result, from_main
@@ -38,6 +40,7 @@ class Ranks:
         self.position.code, self.position.compares = code, int(os.environ.get("WORLD_SIZE", 1)) > 1
         self.messages: list[str] = []  # for the console, which does not exist yet
         self.note: str | None = None  # on errors that a loop of another version may meet
+        self.on_memory: Callable[[], str] | None = None  # what to set once memory runs out
         self.stopped_by: StopReason | None = None
         self.names: dict[str, str] = {}  # of data, model and task in the config, by their keys
         self.noted: BaseException | None = None
@@ -71,6 +74,8 @@ class Ranks:
         if error is not self.noted:
             self.noted = error
             note_user_code(error, self.position, self.names)
+            if self.on_memory is not None and is_out_of_memory(error):
+                add_note(error, f"out of memory: {self.on_memory()}")
         return self.roll_call.report_failure(error)
 
     def __enter__(self) -> Ranks:

@@ -29,6 +29,7 @@ from distloop.run.failures import FailureRecords
 from distloop.run.files import CHECKPOINTS, FAILURES, METRICS
 from distloop.run.identity import facts_of, identity_of
 from distloop.run.lock import RunLock
+from distloop.run.micro_size import advice, refuse_unfound
 from distloop.run.parts import Parts, check_parts, load_start
 from distloop.run.provenance import LoopSource
 from distloop.run.same import refuse_unlike_rank_0
@@ -44,8 +45,7 @@ class Attempt(AttemptBase):
         self, config: Config, ranks: Ranks, plan: Plan, source: DataSource, device: torch.device, best: Best
     ) -> None:
         self.config, self.ranks, self.plan, self.source, self.best = config, ranks, plan, source, best
-        self.path, self.clock, self.device = path_of(config), Clock(device), device
-        self.lock = RunLock()
+        self.path, self.clock, self.device, self.lock = path_of(config), Clock(device), device, RunLock()
         self.status = RunStatus(ranks.is_main, plan.total_steps, best.rule, self.check_ownership)
         self.is_open = self.is_closed = False
         self.best.early_end = EarlyEnd(config.train.early_stop, best.rule)
@@ -72,6 +72,7 @@ class Attempt(AttemptBase):
     def load(self, parts: Parts) -> LoopState:
         """Load the newest good checkpoint, else the weights of --init-from, else none; returns the loop's state.
         `parts`: modules, optimizers, objects with state_dict(), None. Raises UsageError for what does not fit."""
+        refuse_unfound(self.start, self.plan)
         self.start.messages.extend(check_parts(parts))
         state = load_start(self.start, parts, self.source.bad_samples, self.best.early_end, self.config)
         self.best.row = self.status.best = state.best
@@ -130,7 +131,7 @@ class Attempt(AttemptBase):
         if self.is_finished:
             _say_finished(self)
             return
-        self.status.start = start
+        self.status.start, ranks.on_memory = start, lambda: advice(config, self.plan, ranks.position.phase)
         self.records = FailureRecords(self.path / FAILURES, start.attempt, ranks.rank)
         if ranks.world_size > 1:
             self.records.open()

@@ -59,8 +59,8 @@ def open_directory(
         step = step_of(checkpoint) if checkpoint else 0
         if changes and step >= status.total_steps:
             raise UsageError(
-                f"{path} has taken all its {step} steps: with {', '.join(changes)} changed, none would be trained. Give "
-                "it more steps, too: --train.epochs N."
+                f"{path} has taken all its {step} steps: with {', '.join(changes)} changed, none would be trained. "
+                "Give it more steps, too: --train.epochs N."
             )
         if checkpoint:
             manifest = read_manifest(checkpoint)
@@ -75,7 +75,8 @@ def open_directory(
         attempt = int(before.get("attempt", 0)) + 1
         loaded = checkpoint / MANIFEST if checkpoint else weights
         sha256 = digest_of_start(loaded) if loaded and world_size > 1 else ""
-        start = Start(path, attempt, checkpoint, weights, step, False, messages, identity, changes, sha256)
+        micro_size = _found_micro_size(path, config, messages) if begun else None
+        start = Start(path, attempt, checkpoint, weights, step, False, messages, identity, changes, micro_size, sha256)
         status.begin(start, before.get("best"))  # first: an extended run is not finished any more
         if not changes:  # else once the checkpoint is loaded, which may not fit the changed config
             record_start(start, config, world_size, loop)
@@ -151,8 +152,7 @@ def record_start(start: Start, config: Config, world_size: int, loop: LoopSource
         record = {"after_attempt": start.attempt - 1, "after_step": start.step, "changes": start.changes}
         with open(path / "config_changes.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-    # Without the two settings that belong to this start only: users start other attempts with this file.
-    write_text(path / files.CONFIG, dump_without_secrets(dataclasses.replace(config, expect_world=None, resume="auto")))
+    record_config(start, config)
     git = git_facts()
     write_json(path / files.ENVIRONMENT, environment(world_size, git, loop))
     for name, text in ((files.GIT_DIFF, git.diff), (files.LOOP, loop and loop.text)):
@@ -160,6 +160,24 @@ def record_start(start: Start, config: Config, world_size: int, loop: LoopSource
             write_text(path / name, text)
         else:
             (path / name).unlink(missing_ok=True)  # an earlier attempt's
+
+
+def record_config(start: Start, config: Config) -> None:
+    """Write config.yaml, with the size that batch.micro_size: auto has found. Raises OSError."""
+    # Without the two settings that belong to this start only: users start other attempts with this file.
+    config = dataclasses.replace(config, expect_world=None, resume="auto")
+    if config.batch.micro_size == "auto" and start.micro_size is not None:
+        config = dataclasses.replace(config, batch=dataclasses.replace(config.batch, micro_size=start.micro_size))
+    write_text(start.path / files.CONFIG, dump_without_secrets(config))
+
+
+def _found_micro_size(path: Path, config: Config, messages: list[str]) -> int | None:
+    """With batch.micro_size: auto, the size with which the begun run has trained so far. None: it had no limit."""
+    before = config_before(path, config).batch.micro_size if config.batch.micro_size == "auto" else None
+    if not isinstance(before, int):
+        return None
+    messages.append(f"batch.micro_size: auto: {before}, as in {path / files.CONFIG}")
+    return before
 
 
 def _is_finished(path: Path, config: Config) -> bool:

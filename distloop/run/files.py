@@ -29,6 +29,7 @@ class Start(NamedTuple):
     messages: list[str]  # for the console
     identity: dict[str, Any]  # what the run trains, for the manifest of each checkpoint
     changes: dict[str, Any] = {}  # noqa: RUF012 - of the config and the loop, against the attempt before; not changed
+    micro_size: int | None = None  # that batch.micro_size: auto has found, in this start or in one before
     sha256: str = ""  # of the checkpoint's manifest or the weights, if other ranks load them too
 
 

@@ -14,7 +14,10 @@ from distloop.run.checkpoint import AVERAGED, MODEL, published_in, step_of
 from distloop.run.files import CHECKPOINTS, METRICS, Start
 from distloop.run.metrics import is_metric, samples_in
 from distloop.tracking.wording import duration, number
+from distloop.training.bf16 import advice_on_bf16
+from distloop.training.compiling import in_words as speed_in_words
 from distloop.training.optimizers import in_words as optimizer_in_words
+from distloop.training.recomputing import in_words as recomputing_in_words
 
 
 def describe(
@@ -41,12 +44,24 @@ def describe(
         f"{'es' if plan.accumulation > 1 else ''} × {plan.micro_batch_size} samples · "
         f"{plan.steps_per_epoch} step{'s' if plan.steps_per_epoch > 1 else ''} an epoch"
         f"{f', {dropped} samples of it dropped' if dropped else ''} · {total_steps} steps in all",
+        " · ".join(_settings_of_speed(config, model, plan.world_size)),
     ]
+    lines += advice_on_bf16(config, model, device, step)
     if start.checkpoint:
         epoch, first, _ = plan.span(step) if step < total_steps else (total_steps // plan.steps_per_epoch, 0, 0)
         where = f"epoch {epoch + 1}" + (f", after {first:,} of its samples" if first else "")
         lines.append(f"continuing after step {step} of {total_steps} ({where}), from {start.checkpoint}")
     return lines
+
+
+def _settings_of_speed(config: Config, model: nn.Module, world_size: int) -> list[str]:
+    """What the config has switched on, and what not, of the settings that make steps faster or smaller."""
+    texts = [config.dtype if config.precision == "no" else f"{config.dtype}, forward pass in {config.precision}"]
+    texts += [*speed_in_words(config.model.channels_last, config.compile, model), recomputing_in_words(model)]
+    if world_size > 1:
+        switch = "on" if config.ddp.gradient_as_bucket_view else "off"
+        texts.append(f"gradient_as_bucket_view {switch} (buckets of {config.ddp.bucket_cap_mb} MiB)")
+    return texts
 
 
 def ending(

@@ -27,8 +27,10 @@ from distloop.errors import UsageError, suggest
 from distloop.ranks.places import Position
 from distloop.run.module_state import check_tensors
 from distloop.run.same import refuse_unlike_ranks
+from distloop.training.compiling import compile_model, to_channels_last
 from distloop.training.conversion import convert
 from distloop.training.gpt import gpt
+from distloop.training.recomputing import recompute
 from distloop.training.tasks import Task
 from distloop.training.trying import try_out
 from distloop.training.untrained import refuse_parameters_of_task
@@ -119,9 +121,11 @@ def build_model(
     try_out(task, model, example, source)
     check_tensors("The model's ", model)
     check_tensors("The task's ", task.as_module)
-    if config.compile:
-        # In place, before DDP wraps it: the names of its parameters stay. The model may have a compile() of its own.
-        nn.Module.compile(model)
+    if config.model.channels_last:
+        to_channels_last(model)
+    if config.model.checkpointing:
+        recompute(model)
+    compile_model(model, config.compile)  # before DDP wraps it
     return model
 
 

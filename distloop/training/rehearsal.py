@@ -4,10 +4,7 @@ A step without its update, a validation and a save. So a mistake that would end 
 """
 
 import contextlib
-import copy
 import time
-import types
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,26 +12,21 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distloop.data.batches import send
 from distloop.data.loader import TrainBatches
 from distloop.data.seeding import Place, generators_restored, seed_place
-from distloop.errors import UsageError, add_note
-from distloop.ranks.places import Position
+from distloop.errors import UsageError
 from distloop.run.attempt import Attempt
 from distloop.run.checkpoint import LoopState
 from distloop.run.parts import Parts, existing
 from distloop.training.averaging import adopt_buffers
 from distloop.training.changed_rate import say_changed_rate
-from distloop.training.named_sums import check_sums
+from distloop.training.micro_batch import depends_on_size, settle_micro_size
+from distloop.training.one_pass import checked, method_of, rehearsing, state_put_back, try_training
 from distloop.training.putting_back import put_back
-from distloop.training.sparse import refuse_unforeseen_sparse
-from distloop.training.task_model import TaskModel, refuse_bypass
 from distloop.training.tasks import Task
-from distloop.training.untrained import refuse_untrained_task, refuse_unused_in_task, refuse_unused_parameters
+from distloop.training.untrained import refuse_untrained_task
 from distloop.training.validation import Validation
-from distloop.training.weights import Weights
 
-METHODS = ("augment_batch", "forward", "loss", "metrics", "guesses", "collect", "summary")  # as errors name them
 MOST_ELEMENTS = 64  # of a metric that is compared
 NEARLY = 1e-3  # relative: losses that agree so far are the same up to rounding
 
@@ -64,25 +56,28 @@ def rehearse(
     bare_model = model.module if isinstance(model, DistributedDataParallel) else model
     modules = [bare_model, validate.model, *(part for _, part in existing(parts) if isinstance(part, nn.Module))]
     run.ranks.messages += refuse_untrained_task(task, parts)
+    settle_micro_size(accelerator, bare_model, task, modules, parts, run)
     with (
         generators_restored(),
-        _state_put_back(task),
+        state_put_back(task),
         put_back(*modules, task, keep_created=bool(run.start.checkpoint or run.start.weights)),
     ):
-        with _rehearsing(task, position, "loading the first batch"):
+        with rehearsing(task, position, "loading the first batch"):
             (whole, half, twice), samples = batches.rehearsal()
-        with _rehearsing(task, position, "a step of training"):
-            _train(accelerator, model, bare_model, task, whole, samples if batches.counts_samples else None, seed)
+        with rehearsing(task, position, "a step of training"):
+            try_training(accelerator, model, bare_model, task, whole, samples if batches.counts_samples else None, seed)
         batches.tell_task(first, training=False)  # as the model is there
-        with _rehearsing(task, position, "comparing the loss of some samples with that of the same ones twice"):
-            _refuse_mean(bare_model, task, half, twice, seed, batches.device)
-        with _rehearsing(task, position, "a save"):
+        with rehearsing(task, position, "comparing the loss of some samples with that of the same ones twice"):
+            found = _refuse_mean(bare_model, task, half, twice, seed, batches.device)
+            if run.config.batch.micro_size == "auto":
+                run.ranks.messages += depends_on_size(bare_model, task, is_no_sum(*found) if found else False, run.plan)
+        with rehearsing(task, position, "a save"):
             run.ranks.from_main(lambda: run.saver.rehearse(parts, LoopState(first)))
         try:
-            with _rehearsing(task, position, "the first batch of validation"):
+            with rehearsing(task, position, "the first batch of validation"):
                 run.best.check(validate.first_batch(), validate.sets[0].sampler.samples)
         except (ArithmeticError, ValueError, RuntimeError, AssertionError) as error:
-            if _method(error, task) != "summary":
+            if method_of(error, task) != "summary":
                 raise
             run.ranks.messages.append(
                 f"distloop: WARNING: task.summary() raises {type(error).__name__} ({error}) for the sums of one batch: "
@@ -94,134 +89,15 @@ def rehearse(
     run.clock.loop_began = time.perf_counter()  # the first row's samples per second are those of the loop
 
 
-@contextlib.contextmanager
-def _rehearsing(task: Task, position: Position, what: str) -> Iterator[None]:
-    """Name what is rehearsed: as this rank's position, and in a note on an error of the user's code."""
-    position.enter(f"in the rehearsal: {what}")
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, UsageError):
-            method = _method(error, task)
-            position.phase += f", task.{method}()" if method else ""
-            add_note(error, f"this is before the first step, {position.phase}: this start has trained nothing yet")
-        raise
-
-
-@contextlib.contextmanager
-def _state_put_back(task: Task) -> Iterator[None]:
-    """Afterwards a task that is no module has the state of before, also where objects of its own hold it."""
-    if isinstance(task, nn.Module) or task.as_part is None:
-        yield
-        return
-    before = copy.deepcopy(task.as_part.state_dict())
-    yield
-    task.as_part.load_state_dict(before)
-
-
-def _method(error: BaseException, task: Task) -> str | None:
-    """The method of the task that raised the error, directly or in what it calls."""
-    trace: types.TracebackType | None = error.__traceback__
-    while trace is not None:
-        frame = trace.tb_frame
-        if frame.f_code.co_name in METHODS and type(frame.f_locals.get("self")) is type(task):
-            return frame.f_code.co_name
-        trace = trace.tb_next
-    return None
-
-
-def _train(
-    accelerator: Accelerator,
-    model: nn.Module,
-    bare_model: nn.Module,
-    task: Task,
-    batch: Any,
-    samples: int | None,
-    seed: int,
-) -> None:
-    """`samples`: which the weight of the loss must count; None: it counts something else."""
-    device, held = accelerator.device, nn.ModuleDict({"model": bare_model, "task": task.as_module})
-    known = {id(parameter) for parameter in held.parameters()}
-    for number in range(2 if model is not bare_model else 1):
-        offered: Any = TaskModel(model, bare_model)
-        model.train()
-        task.as_module.train()
-        seed_place(Place.TRIAL, seed, device, number)
-        try:
-            augmented = task.augment_batch(send(batch, device))  # containers of its own: it may change them in place
-            if augmented is None:
-                raise UsageError(f"{type(task).__name__}.augment_batch() returned None. Let it return the batch.")
-            outputs = task.forward(offered, augmented)
-            result = task.loss(outputs, augmented)
-        except Exception as error:
-            if "'TaskModel' object" in str(error):  # is not subscriptable, not iterable, has no len()
-                offered._missed.append("model[…]")
-            if offered._missed:  # it comes of that
-                refuse_bypass(type(task).__name__, offered)
-            raise
-        refuse_bypass(type(task).__name__, offered)
-        _refuse_kept_model(task, bare_model)
-        if late := [name for name, parameter in held.named_parameters() if id(parameter) not in known]:
-            which = ", ".join(name.partition(".")[2] for name in late[:3])
-            raise UsageError(
-                f"The {late[0].partition('.')[0]} makes parameters in its first forward pass of training ({which}): no "
-                "optimizer would update them. Make them in __init__(), or with lazy modules such as nn.LazyLinear."
-            )
-        loss, weight = _checked(task, result)
-        if not loss.requires_grad:
-            raise UsageError(
-                f"{type(task).__name__}.loss() returned a loss without a gradient, from which nothing can be learned. "
-                "Compute it of the model's outputs, without detach(), .item(), .numpy(), argmax() or torch.no_grad()."
-            )
-        weights = Weights()
-        weights.check(weight, samples)
-        weights.read()
-        try:
-            accelerator.backward(loss)
-        finally:  # DDP fails in the backward pass
-            refuse_unforeseen_sparse(bare_model)
-        refuse_unused_parameters(model, bare_model.parameters(), "in the rehearsal")
-        refuse_unused_in_task(task)
-
-
-def _refuse_kept_model(task: Task, model: nn.Module) -> None:
-    """Raise UsageError for a task that is a module, and has made the model a part of itself: its parameters would be
-    divided by the weight twice, and saved as the task's."""
-    of_model = set(map(id, model.parameters()))
-    if names := [name for name, parameter in task.as_module.named_parameters() if id(parameter) in of_model]:
-        raise UsageError(
-            f"The task {type(task).__name__} keeps the model, or a part of it, as an attribute ({names[0]}), by which "
-            "torch counts its parameters as the task's. Return what loss() needs of the model from forward(), or keep "
-            f"the model in a tuple: self.{names[0].partition('.')[0]} = (model,)."
-        )
-
-
-def _checked(task: Task, result: Any) -> tuple[Tensor, Any]:
-    """The loss and the weight that loss() returned, if all has the right form. Raises UsageError."""
-    pair = result if isinstance(result, (tuple, list)) else (result,)
-    if len(pair) not in (2, 3) or not isinstance(pair[0], Tensor) or pair[0].numel() != 1:
-        found = " and ".join(
-            f"a tensor of shape {list(each.shape)}" if isinstance(each, Tensor) else f"a {type(each).__name__}"
-            for each in pair
-        )
-        raise UsageError(
-            f"{type(task).__name__}.loss() returned {found}. Return two: a tensor, the sum of the losses over the "
-            "batch (without .item()), and a number, of how many samples (or tokens) it is the sum: "
-            '`cross_entropy(outputs, targets, reduction="sum"), len(targets)`. A third value, if any, is a dict of '
-            "more sums by name."
-        )
-    if len(pair) == 3:
-        check_sums(pair[2])
-    return pair[0], pair[1]
-
-
-def _refuse_mean(model: nn.Module, task: Task, half: Any, twice: Any, seed: int, device: torch.device) -> None:
-    """Raise UsageError if the loss of some samples is also that of the same samples `twice`, in one batch, while its
-    weight is not: a mean, by which the gradient would be divided twice; or if a metric is. In eval mode and with the
-    same random numbers, so that dropout and BatchNorm change nothing. (Halves of a batch would not show means that are
-    weighted by class, or that leave positions out.)"""
+def _refuse_mean(
+    model: nn.Module, task: Task, half: Any, twice: Any, seed: int, device: torch.device
+) -> list[tuple[float, float]]:
+    """The (loss, weight) of some samples, and those of the same samples `twice`, in one batch; [] if they do not pass.
+    Raise UsageError if the loss is the same, while the weight is not: a mean, by which the gradient would be divided
+    twice; or if a metric is. In eval mode and with the same random numbers, so that dropout and BatchNorm change
+    nothing. (Halves of a batch would not show means that are weighted by class, or that leave positions out.)"""
     if half is None or twice is None:
-        return
+        return []
     found, named, metrics = [], [], []
     model.eval()
     task.as_module.eval()
@@ -230,13 +106,13 @@ def _refuse_mean(model: nn.Module, task: Task, half: Any, twice: Any, seed: int,
             for batch in (half, twice):
                 seed_place(Place.TRIAL, seed, device, 2)
                 outputs = task.forward(model, batch)
-                loss, weight = _checked(task, result := task.loss(outputs, batch))
+                loss, weight = checked(task, result := task.loss(outputs, batch))
                 named.append(_numbers(result[2] if len(result) == 3 else {}))
                 found.append((float(loss), float(weight)))
                 with contextlib.suppress(Exception):  # of a task whose metrics need what only validation has
                     metrics.append(_numbers(task.metrics(outputs, batch)))
     except Exception:  # of a task that takes no training batch in eval mode, or no half: it says nothing of the loss
-        return
+        return []
     if is_mean(*found):
         (once, weight), (of_both, weight_of_both) = found
         raise UsageError(
@@ -247,11 +123,10 @@ def _refuse_mean(model: nn.Module, task: Task, half: Any, twice: Any, seed: int,
         )
     (_, weight), (_, weight_of_both) = found
     if weight_of_both > weight and (same := _same_among(*named)):
-        value, name = float(named[0][same[0]]), same[0]
         raise UsageError(
-            f"{type(task).__name__}.loss() returns {name!r} = {value:.6g} for some samples, and the same for a batch "
-            "that has each of them twice, where a sum would be twice as much. It is divided by the weights of the whole "
-            f"step: return a sum, or the mean times the weight, {{{name!r}: value * len(targets)}} or the like."
+            f"{type(task).__name__}.loss() returns {same[0]!r} = {float(named[0][same[0]]):.6g} for some samples, and the "
+            "same for a batch that has each of them twice, where a sum would be twice as much. It is divided by the "
+            f"weights of the whole step: return a sum, as {{{same[0]!r}: value * len(targets)}} makes one of a mean."
         )
     if len(metrics) == 2 and weight_of_both > weight and (name := _mean_among(metrics[0], metrics[1])):
         value, both = (float(numbers[name].flatten()[0]) for numbers in metrics)
@@ -261,6 +136,7 @@ def _refuse_mean(model: nn.Module, task: Task, half: Any, twice: Any, seed: int,
             "batches and ranks: return sums, and let summary(sums) divide them, by sums['samples'], "
             "sums['weight'] or a sum of your own."
         )
+    return found
 
 
 def _mean_among(once: dict[str, Tensor], twice: dict[str, Tensor]) -> str | None:
@@ -297,3 +173,11 @@ def is_mean(once: tuple[float, float], twice: tuple[float, float]) -> bool:
         return abs(value - other) <= NEARLY * abs(other)
 
     return abs(loss) > 1e-8 and near(of_both, loss) and weight > 0 and near(weight_of_both, 2 * weight)
+
+
+def is_no_sum(once: tuple[float, float], twice: tuple[float, float]) -> bool:
+    """True if the loss of samples that are twice in a batch is not twice their loss, though the weight is: it compares
+    the samples of a batch with each other."""
+    (loss, weight), (of_both, weight_of_both) = once, twice
+    doubled = abs(weight_of_both - 2 * weight) <= NEARLY * weight
+    return doubled and abs(of_both - 2 * loss) > NEARLY * max(abs(of_both), abs(2 * loss))

@@ -24,8 +24,8 @@ class LearningRate:
             if group.until_step is not None and group.until_step >= total_steps:
                 raise UsageError(
                     f"optim.groups: the group '{group.match}' is frozen until step {group.until_step}, and the run has "
-                    f"{total_steps} steps: it would never be trained. Lower until_step, write freeze: true, or take more "
-                    f"steps: --train.steps {2 * group.until_step}."
+                    f"{total_steps} steps: it would never be trained. Lower until_step, write freeze: true, or take "
+                    f"more steps: --train.steps {2 * group.until_step}."
                 )
         self.total_steps, self.peak, self.schedule = total_steps, config.optim.lr, config.schedule
         self.share: Share | None = None

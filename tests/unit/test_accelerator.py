@@ -19,14 +19,15 @@ from distloop.ranks.stopping import Watch
 accelerator = build_accelerator(load_config(sys.argv[1:]), Ranks(Watch()))
 handler = accelerator.ddp_handler
 print(json.dumps([torch.get_float32_matmul_precision(), torch.is_anomaly_enabled(), accelerator.mixed_precision,
-                  handler.find_unused_parameters, handler.broadcast_buffers]))
+                  handler.find_unused_parameters, handler.broadcast_buffers,
+                  handler.gradient_as_bucket_view, handler.bucket_cap_mb]))
 """
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], ["highest", False, "no", False, False]),
+        ([], ["highest", False, "no", False, False, False, 25]),
         (
             [
                 "--matmul-precision",
@@ -35,8 +36,11 @@ print(json.dumps([torch.get_float32_matmul_precision(), torch.is_anomaly_enabled
                 "--precision",
                 "bf16",
                 "--ddp.find-unused-parameters",
+                "--ddp.gradient-as-bucket-view",
+                "--ddp.bucket-cap-mb",
+                "5",
             ],
-            ["high", True, "bf16", True, False],
+            ["high", True, "bf16", True, False, True, 5],
         ),
     ],
 )

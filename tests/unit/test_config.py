@@ -461,6 +461,10 @@ FREE = {
     "ddp.join_seconds",
     "ddp.timeout_seconds",
     "ddp.find_unused_parameters",
+    "ddp.gradient_as_bucket_view",
+    "ddp.bucket_cap_mb",
+    "model.channels_last",
+    "model.checkpointing",
     "optim.show",
 }
 
