@@ -124,8 +124,8 @@ def _refuse_mean(
     (_, weight), (_, weight_of_both) = found
     if weight_of_both > weight and (same := _same_among(*named)):
         raise UsageError(
-            f"{type(task).__name__}.loss() returns {same[0]!r} = {float(named[0][same[0]]):.6g} for some samples, and the "
-            "same for a batch that has each of them twice, where a sum would be twice as much. It is divided by the "
+            f"{type(task).__name__}.loss() returns {same[0]!r} = {float(named[0][same[0]]):.6g} for some samples, and "
+            "the same for a batch that has each of them twice, where a sum would be twice as much. It is divided by the "
             f"weights of the whole step: return a sum, as {{{same[0]!r}: value * len(targets)}} makes one of a mean."
         )
     if len(metrics) == 2 and weight_of_both > weight and (name := _mean_among(metrics[0], metrics[1])):
