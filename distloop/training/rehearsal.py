@@ -125,8 +125,8 @@ def _refuse_mean(
     if weight_of_both > weight and (same := _same_among(*named)):
         raise UsageError(
             f"{type(task).__name__}.loss() returns {same[0]!r} = {float(named[0][same[0]]):.6g} for some samples, and "
-            "the same for a batch that has each of them twice, where a sum would be twice as much. It is divided by the "
-            f"weights of the whole step: return a sum, as {{{same[0]!r}: value * len(targets)}} makes one of a mean."
+            "the same for a batch that has each of them twice, where a sum would be twice as much. It is divided by "
+            f"the weights of the step: return a sum, as {{{same[0]!r}: value * len(targets)}} makes one of a mean."
         )
     if len(metrics) == 2 and weight_of_both > weight and (name := _mean_among(metrics[0], metrics[1])):
         value, both = (float(numbers[name].flatten()[0]) for numbers in metrics)
