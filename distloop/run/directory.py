@@ -19,9 +19,9 @@ from distloop.run.checkpoint import MANIFEST, STATE, clean, newest_good, publish
 from distloop.run.files import Start, read_json, write_json, write_text
 from distloop.run.initial_weights import weights_file
 from distloop.run.lock import RunLock
-from distloop.run.metrics import set_rows_aside
 from distloop.run.provenance import LoopSource, environment, git_facts
 from distloop.run.same import digest_of_start
+from distloop.run.set_aside import set_rows_aside
 from distloop.run.status import RunStatus
 
 TRAINED_ON = "samples that were trained on"

@@ -16,7 +16,8 @@ from typing import Any
 
 from distloop.config.references import read_environment
 from distloop.run.files import METRICS, WANDB, read_json, write_text
-from distloop.run.metrics import count_rows, set_aside_until
+from distloop.run.metrics import count_rows
+from distloop.run.set_aside import set_aside_until
 from distloop.tracking.wandb import session
 from distloop.tracking.wandb.rows import RowReader, as_logged, parse_row
 from distloop.tracking.wandb.session import WandbError, one_line
