@@ -116,7 +116,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _add(aside: Path, file: BinaryIO, spans: list[Span], first: bytes) -> None:
-    """Add these parts of the file, whose first line is `first`, to the file `aside`; wait until they are on the disk."""
+    """Add these parts of the file, the first line of which is `first`, to `aside`; wait until they are on the disk."""
     is_new = not aside.exists()
     with open(aside, "a+b") as there:
         done = _added_before(there, file, spans, first)
