@@ -8,6 +8,7 @@ from types import CodeType
 from typing import Any
 
 from distloop.ranks.attempt_base import AttemptBase
+from distloop.ranks.digests import Digests
 from distloop.ranks.roll_call import RollCall
 from distloop.ranks.stopping import StopReason, Watch, end_launcher
 from distloop.ranks.talking import Result, from_main
@@ -36,6 +37,7 @@ class Ranks:
         watch.attempt = _NotOpen(self.roll_call)
         self.position = self.roll_call.position
         self.position.code, self.position.compares = code, int(os.environ.get("WORLD_SIZE", 1)) > 1
+        self.digests = Digests()  # on rank 0: of the checkpoint from which the run may go on
         self.messages: list[str] = []  # for the console, which does not exist yet
         self.note: str | None = None  # on errors that a loop of another version may meet
         self.stopped_by: StopReason | None = None

@@ -124,7 +124,9 @@ class Attempt(AttemptBase):
         self.loop = LoopSource.of(ranks.position.code)
         facts = facts_of(*data, self.loop) if ranks.world_size > 1 else {}
         opening = (config, self.lock, self.status, ranks.world_size)
-        start, of_rank_0 = ranks.from_main(lambda: (open_directory(*opening, identity_of(*data), self.loop), facts))
+        start, of_rank_0 = ranks.from_main(
+            lambda: (open_directory(*opening, identity_of(*data), self.loop, ranks.digests.of), facts)
+        )
         refuse_unlike_rank_0(ranks, of_rank_0, facts, start)
         self.start, self.is_finished = start, start.finished  # before this attempt
         if self.is_finished:

@@ -33,7 +33,7 @@ from tests.tools.ranks import REPOSITORY, clean_environment, free_port, rank_env
 
 SIZES = {
     "rows": [10**3, 10**4, 10**5, 10**6],
-    "samples": [10**3, 10**4, 10**5, 10**6, 10**7, 10**8, 10**9],
+    "samples": [10**3, 10**4, 10**5, 10**6, 1_281_167, 10**7, 10**8, 10**9],
     "parameters": [10**5, 10**6, 10**7, 10**8],
     "ranks": [1, 2, 4, 8, 16],
 }
@@ -151,7 +151,7 @@ def ranks(size: int, folder: Path) -> Found:
         "train": {"steps": STEPS},
         "log": {"every_steps": 1},
         "validate": {"every_epochs": None, "every_steps": never},
-        "checkpoint": {"every_epochs": None, "every_steps": never},
+        "checkpoint": {"every_steps": never},
         "tracking": {"report": False},
     }
     words = [sys.executable, "-m", "distloop.train", "--config", str(write_config(folder, config))]
