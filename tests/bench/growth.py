@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def parameters(size: int, folder: Path) -> Found:
     parts = {"model": model, "optimizer": optimizer}
     saver = Saver(folder, Checkpoint(), {}, listen(), lambda step, best: None, enabled=True)
     for step in (1, 2):  # the first one makes the buffers
-        stall, _ = timed(lambda step=step: saver.save(parts, LoopState(step), {}))
+        stall, _ = timed(partial(saver.save, parts, LoopState(step), {}))
         saver.wait()
     checksums, (path, _) = timed(lambda: newest_good(folder))
     load, _ = timed(lambda: load_parts(path, parts, read_json(path / STATE)))

@@ -127,7 +127,7 @@ def test_rows_are_on_the_disk_in_one_file_before_they_leave_the_other(
     path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.set_aside.jsonl"
     path.write_bytes(train_rows(4) + late)
     content, (_, moved) = path.read_bytes(), read_whole(path, 2, True)
-    real, synced = set_aside.sync, []
+    real, synced = files_module.sync, []
 
     def sync(file: Path) -> None:
         synced.append((file.name, path.read_bytes() == content, aside.read_bytes() == moved))
@@ -148,7 +148,12 @@ def test_rows_that_were_logged_late_are_found_and_no_row_far_in_front_is_looked_
     path.write_bytes(train_rows(1000) + row(1003) + row(999) + row(998) + row(1002) + row(990) * 5)
     looked_at: list[int] = []
     real: Callable[[bytes], Any] = set_aside._row
-    monkeypatch.setattr(set_aside, "_row", lambda line: looked_at.append(1) or real(line))
+
+    def look(line: bytes) -> Any:
+        looked_at.append(len(line))
+        return real(line)
+
+    monkeypatch.setattr(set_aside, "_row", look)
     assert set_rows_aside(path, 1000) == 2
     assert path.read_bytes() == train_rows(1000) + row(999) + row(998) + row(990) * 5
     assert len(looked_at) < 40
