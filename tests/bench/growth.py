@@ -6,10 +6,10 @@
 - rows (10^3 to 10^6) of metrics.jsonl: a start that sets 100 of them aside, `distloop status`, `distloop report`;
 - samples (10^3 to 10^9): until the first batch of 256, at the beginning of an epoch and at 90 % of it;
 - parameters (10^5 to 10^8) with AdamW: how long the second save holds training up, the checksums of a start, its load;
-- ranks (1 to 16): steps of an MLP on digits with 64 samples a rank, logged each; of all ranks together, since they
-  share this machine's cores.
+- ranks (1 to 16): the start and the steps of an MLP on digits with 64 samples a rank, of one of them.
 
-Each measurement is made in fresh processes with one thread. Prints medians over the rounds, of seconds and of MB.
+Each measurement is made in fresh processes with one thread. Prints medians over the rounds: seconds, of CPU where other
+programs on the machine would disturb them, and MB.
 `--largest N` leaves out the sizes above N. Memory is the growth of the process's peak, of a command the whole peak.
 """
 
@@ -38,7 +38,7 @@ SIZES = {
     "parameters": [10**5, 10**6, 10**7, 10**8],
     "ranks": [1, 2, 4, 8, 16],
 }
-BATCH, LAYERS, STEPS, ASIDE = 256, 24, 40, 100
+BATCH, LAYERS, STEPS, ASIDE = 256, 24, 200, 100
 Found = dict[str, float]
 
 
@@ -47,11 +47,11 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    """(seconds, what the function returned)."""
-    begun = time.perf_counter()
+def timed(function: Callable[[], Any], clock: Callable[[], float] = time.thread_time) -> tuple[float, Any]:
+    """(seconds, what the function returned); by default of this thread's CPU."""
+    begun = clock()
     value = function()
-    return time.perf_counter() - begun, value
+    return clock() - begun, value
 
 
 def of_command(words: list[str]) -> tuple[float, float]:
@@ -73,7 +73,7 @@ def rows(size: int, folder: Path) -> Found:
     run = folder / "run"
     write_long_run(run, size)
     before = peak()
-    seconds, moved = timed(lambda: set_rows_aside(run / "metrics.jsonl", size - ASIDE))
+    seconds, moved = timed(lambda: set_rows_aside(run / "metrics.jsonl", size - ASIDE), time.perf_counter)
     assert moved >= ASIDE, moved
     found = {"resume s": seconds, "resume MB": peak() - before}
     for name, command in (
@@ -104,16 +104,16 @@ def samples(size: int, folder: Path) -> Found:
 
     def first_batch(share: float) -> tuple[float, float]:
         source = DataSource(Numbers(), Numbers())
-        before, begun = peak(), time.perf_counter()
+        before, begun = peak(), time.thread_time()
         plan = Plan(size, BATCH, total_steps=10**9)
         step = int(share * plan.steps_per_epoch)
         batches = TrainBatches(Config(), source, None, plan, torch.device("cpu"), step, Position())
         next(iter(batches.of_step(step)))
-        return time.perf_counter() - begun, peak() - before
+        return time.thread_time() - begun, peak() - before
 
     first_batch(0.0)  # imports, and a sampler for once
     (fresh, memory), (continued, more) = first_batch(0.0), first_batch(0.9)
-    return {"fresh s": fresh, "at 90 % s": continued, "MB": max(memory, more)}
+    return {"fresh s of CPU": fresh, "at 90 % s of CPU": continued, "MB": max(memory, more)}
 
 
 def parameters(size: int, folder: Path) -> Found:
@@ -140,7 +140,7 @@ def parameters(size: int, folder: Path) -> Found:
         saver.wait()
     checksums, (path, _) = timed(lambda: newest_good(folder))
     load, _ = timed(lambda: load_parts(path, parts, read_json(path / STATE)))
-    return {"stall s": stall, "checksums s": checksums, "load s": load}
+    return {"stall s of CPU": stall, "checksums s of CPU": checksums, "load s of CPU": load}
 
 
 def ranks(size: int, folder: Path) -> Found:
@@ -150,32 +150,51 @@ def ranks(size: int, folder: Path) -> Found:
         "model": {"name": "mlp"},
         "batch": {"global_size": 64 * size},
         "train": {"steps": STEPS},
-        "log": {"every_steps": 1},
+        "log": {"every_steps": never},
         "validate": {"every_epochs": None, "every_steps": never},
         "checkpoint": {"every_steps": never},
         "tracking": {"report": False},
     }
-    words = [sys.executable, "-m", "distloop.train", "--config", str(write_config(folder, config))]
-    port, begun = free_port(), time.time()
+    words = [sys.executable, "-m", "tests.bench.growth", "--rank", "--config", str(write_config(folder, config))]
+    port = free_port()
     processes = [
         subprocess.Popen(
             words,
             cwd=folder,
             env={**clean_environment(), **rank_environment(rank, size, port)},
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for rank in range(size)
     ]
-    if codes := [code for process in processes if (code := process.wait())]:
-        raise SystemExit(f"training on {size} ranks failed with exit codes {codes}")
-    lines = (folder / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
-    trained = [row for row in map(json.loads, lines) if row["kind"] == "train"]
-    seconds = [row["compute_seconds"] + row["data_seconds"] for row in trained[STEPS // 4 :]]
-    return {
-        "first step s": trained[0]["time"] - begun,
-        "step ms": 1000 * statistics.median(seconds),
-        "MB a rank": 1074 * max(trained[-1]["memory_gib"]),
-    }
+    outputs = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise SystemExit(f"training on {size} ranks failed:\n{outputs[0]}")
+    found = [json.loads(output.splitlines()[-1]) for output in outputs]
+    return {name: statistics.median(one[name] for one in found) for name in found[0]}
+
+
+def one_rank(arguments: list[str]) -> Found:
+    """Train, and look at this process's clock in each forward pass."""
+    from distloop.ranks.start import main, prepare_process
+
+    prepare_process()
+    from distloop.tasks import Classification
+    from distloop.train import train
+
+    times: list[float] = []
+    forward = Classification.forward
+
+    def clocked(self: Any, model: Any, batch: Any) -> Any:
+        times.append(time.process_time())
+        return forward(self, model, batch)
+
+    Classification.forward = clocked  # type: ignore[method-assign]
+    if main(train, arguments):
+        raise SystemExit(1)
+    steady = times[-STEPS // 2 :]
+    step = (steady[-1] - steady[0]) / (len(steady) - 1)
+    return {"start s of CPU": times[0], "step ms of CPU": 1000 * step, "MB": peak()}
 
 
 PARTS: dict[str, Callable[[int, Path], Found]] = {
@@ -225,8 +244,12 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=10**12)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
+    parser.add_argument("--rank", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.rank:
+        print(json.dumps(one_rank(options.rank)), flush=True)
+        os._exit(0)
     if options.one:
         part, size, folder = options.one
         print(json.dumps(PARTS[part](int(size), Path(folder))), flush=True)
