@@ -3,7 +3,7 @@
 What is missing, damaged or of another version becomes None and raises no error, so that the other runs are shown.
 """
 
-import collections
+import contextlib
 import datetime
 import json
 import math
@@ -16,6 +16,9 @@ from distloop.run.best import Rule
 from distloop.run.files import CHECKPOINTS, FAILURES, METRICS, RANKS, STATUS
 from distloop.run.lock import LOCK, owner_of, why_gone
 from distloop.run.metrics import is_metric
+from distloop.run.set_aside import BLOCK_BYTES, blocks_from_end
+
+VALIDATE = b'"validate"'
 
 
 @dataclass(frozen=True)
@@ -99,22 +102,33 @@ def read_run(path: Path) -> Run:
 
 def validation_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The validation rows of the run in `path`, in order, without a line that is being written."""
-    try:
-        with open(path / METRICS, "rb") as file:
-            for line in file:
-                if b'"validate"' not in line:  # most of a million rows: parsing them would take seconds
-                    continue
-                row = parse_json(line)
-                if isinstance(row, dict) and row.get("kind") == "validate" and _whole(row.get("step")) is not None:
-                    yield row
-    except OSError:
-        return
+    rest = b""
+    with contextlib.suppress(OSError), open(path / METRICS, "rb") as file:
+        while chunk := file.read(BLOCK_BYTES):
+            lines, end, rest = (rest + chunk).rpartition(b"\n")
+            yield from _validations_in(lines + end)
+        yield from _validations_in(rest)
 
 
 def last_validation(path: Path) -> dict[str, Any] | None:
-    """The last validation row, or None."""
-    rows = collections.deque(validation_rows(path), maxlen=1)
-    return rows[0] if rows else None
+    """The last validation row, or None. It is looked for from the end of the file."""
+    with contextlib.suppress(OSError), open(path / METRICS, "rb") as file:
+        for _, lines in blocks_from_end(file):
+            if rows := list(_validations_in(lines)):
+                return rows[-1]
+    return None
+
+
+def _validations_in(lines: bytes) -> Iterator[dict[str, Any]]:
+    """The validation rows in some lines. The others, most of a million, are not even split: that would take seconds."""
+    place = lines.find(VALIDATE)
+    while place >= 0:
+        begin, end = lines.rfind(b"\n", 0, place) + 1, lines.find(b"\n", place)
+        end = len(lines) if end < 0 else end  # the last line, which may be being written
+        row = parse_json(lines[begin:end])
+        if isinstance(row, dict) and row.get("kind") == "validate" and _whole(row.get("step")) is not None:
+            yield row
+        place = lines.find(VALIDATE, end)
 
 
 def metrics_in(row: dict[str, Any]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from distloop.errors import add_note
 from distloop.ranks.attempt_base import AttemptBase
+from distloop.ranks.digests import Digests
 from distloop.ranks.out_of_memory import is_out_of_memory
 from distloop.ranks.roll_call import RollCall
 from distloop.ranks.stopping import StopReason, Watch, end_launcher
@@ -38,6 +39,7 @@ class Ranks:
         watch.attempt = _NotOpen(self.roll_call)
         self.position = self.roll_call.position
         self.position.code, self.position.compares = code, int(os.environ.get("WORLD_SIZE", 1)) > 1
+        self.digests = Digests()  # on rank 0: of the checkpoint from which the run may go on
         self.messages: list[str] = []  # for the console, which does not exist yet
         self.note: str | None = None  # on errors that a loop of another version may meet
         self.on_memory: Callable[[], str] | None = None  # what to set once memory runs out

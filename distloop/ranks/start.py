@@ -64,6 +64,7 @@ def main(train: Train, arguments: list[str], own: Mapping[str, Any] | None = Non
     """Call `train` with the config that `arguments` give; returns the exit code: 0 in order, 1 failed, 2 misuse.
     `own`: as for start(). `problem`: a mistake that forbids to train."""
     from distloop.config.load import load_config
+    from distloop.config.settings import path_of
 
     watch = stopping.listen()
     speak_clearly()
@@ -74,6 +75,8 @@ def main(train: Train, arguments: list[str], own: Mapping[str, Any] | None = Non
         config = load_config(arguments, not speaks(os.environ), own or {}, notes=ranks.messages)
     except UsageError as error:
         return ranks.report_failure(error).code
+    if config.resume != "never" and os.environ.get("RANK", "0") == "0":
+        ranks.digests.begin(path_of(config) / "checkpoints")
     ranks.names = {f"{key}.name": getattr(config, key).name for key in ("data", "model", "task")}
     if _copied_from not in (None, "", __version__):
         ranks.note = f"{train.__code__.co_filename} {_difference()}"

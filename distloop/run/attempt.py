@@ -124,8 +124,8 @@ class Attempt(AttemptBase):
         config, ranks, data = self.config, self.ranks, (self.config, self.source, self.device)
         self.loop = LoopSource.of(ranks.position.code)
         facts = facts_of(*data, self.loop) if ranks.world_size > 1 else {}
-        opening = (config, self.lock, self.status, ranks.world_size)
-        start, of_rank_0 = ranks.from_main(lambda: (open_directory(*opening, identity_of(*data), self.loop), facts))
+        opening, more = (config, self.lock, self.status, ranks.world_size), (self.loop, ranks.digests.of)
+        start, of_rank_0 = ranks.from_main(lambda: (open_directory(*opening, identity_of(*data), *more), facts))
         refuse_unlike_rank_0(ranks, of_rank_0, facts, start)
         self.start, self.is_finished = start, start.finished  # before this attempt
         if self.is_finished:

@@ -68,6 +68,12 @@ class Snapshot(NamedTuple):
     identity: dict[str, Any]  # what the run trains, for the manifest
 
 
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def publish(folder: Path, step: int, snapshot: Snapshot, check_ownership: Callable[[], None] = lambda: None) -> Path:
     """Write a checkpoint of `step` in `folder`; returns its path. Raises OSError, RuntimeError or SafetensorError,
     and publishes nothing, if it cannot be written. `check_ownership` is called before: it does not return if the folder
@@ -123,12 +129,12 @@ def clean(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
+def newest_good(folder: Path, sha256: Callable[[Path], str] = digest) -> tuple[Path | None, list[str]]:
     """The latest checkpoint in `folder` that verifies, and a line for each later one that does not."""
     passed_over: list[str] = []
     for path in reversed(published_in(folder)):
         try:
-            verify(path)
+            verify(path, sha256)
             return path, passed_over
         except DamagedCheckpoint as damage:
             passed_over.append(f"{path}: {damage}")
@@ -155,8 +161,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
 
 
-def verify(path: Path) -> None:
-    """Compare each file with the manifest. Raises DamagedCheckpoint with the reason."""
+def verify(path: Path, sha256: Callable[[Path], str] = digest) -> None:
+    """Compare each file with the manifest. Raises DamagedCheckpoint with the reason. `sha256`: gives that of a file."""
     try:
         manifest = read_manifest(path)
         files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
@@ -178,7 +184,7 @@ def verify(path: Path) -> None:
             found = (path / name).stat().st_size
             if found != size:
                 raise DamagedCheckpoint(f"{name} has {found} bytes instead of {size}")
-            if digest(path / name) != checksum:
+            if sha256(path / name) != checksum:
                 raise DamagedCheckpoint(f"{name} does not have the contents that were written")
         except OSError as error:
             raise DamagedCheckpoint(f"{name} cannot be read ({error.strerror})") from None
@@ -277,12 +283,6 @@ def read_plain(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"{path} cannot be read as plain data, and is not run: {reason}") from None
-
-
-def digest(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of(manifest: dict[str, Any]) -> str:

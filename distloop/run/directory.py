@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,29 @@ from distloop.config.settings import Config, path_of
 from distloop.data.fingerprint import is_other, likeness
 from distloop.errors import UsageError
 from distloop.run import files
-from distloop.run.checkpoint import MANIFEST, STATE, clean, newest_good, published_in, read_manifest, step_of
+from distloop.run.checkpoint import MANIFEST, STATE, clean, digest, newest_good, published_in, read_manifest, step_of
 from distloop.run.files import Start, read_json, write_json, write_text
 from distloop.run.initial_weights import weights_file
 from distloop.run.lock import RunLock
-from distloop.run.metrics import set_rows_aside
 from distloop.run.provenance import LoopSource, environment, git_facts
 from distloop.run.same import digest_of_start
+from distloop.run.set_aside import set_rows_aside
 from distloop.run.status import RunStatus
 
 TRAINED_ON = "samples that were trained on"
 
 
 def open_directory(
-    config: Config, lock: RunLock, status: RunStatus, world_size: int, identity: dict[str, Any], loop: LoopSource | None
+    config: Config,
+    lock: RunLock,
+    status: RunStatus,
+    world_size: int,
+    identity: dict[str, Any],
+    loop: LoopSource | None,
+    sha256: Callable[[Path], str] = digest,
 ) -> Start:
     """Create, or find and continue, the run's directory; rank 0 only. `identity`: what the run trains (identity.py).
+    `sha256`: gives that of a file.
     The setting `--resume never` moves a run of this name aside, but not one that this Slurm job has begun itself before
     it was requeued. Else a finished run is left as it is, and another run continues from its newest good checkpoint.
     Without one it begins, with --init-from from those weights. Changes nothing before it holds the lock. Raises
@@ -55,7 +63,7 @@ def open_directory(
         if changes:
             lines = (f"{key} goes from {old!r} to {new!r}" for key, (old, new) in changes.items())
             messages.append(f"--resume extend: {', '.join(lines)}")
-        checkpoint = _newest_checkpoint(path, status.total_steps, messages)
+        checkpoint = _newest_checkpoint(path, status.total_steps, messages, sha256)
         step = step_of(checkpoint) if checkpoint else 0
         if changes and step >= status.total_steps:
             raise UsageError(
@@ -74,9 +82,11 @@ def open_directory(
             messages.append(f"step {step} is not validated yet: its validation comes first")
         attempt = int(before.get("attempt", 0)) + 1
         loaded = checkpoint / MANIFEST if checkpoint else weights
-        sha256 = digest_of_start(loaded) if loaded and world_size > 1 else ""
         micro_size = _found_micro_size(path, config, messages) if begun else None
-        start = Start(path, attempt, checkpoint, weights, step, False, messages, identity, changes, micro_size, sha256)
+        of_start = digest_of_start(loaded) if loaded and world_size > 1 else ""
+        start = Start(
+            path, attempt, checkpoint, weights, step, False, messages, identity, changes, micro_size, of_start
+        )
         status.begin(start, before.get("best"))  # first: an extended run is not finished any more
         if not changes:  # else once the checkpoint is loaded, which may not fit the changed config
             record_start(start, config, world_size, loop)
@@ -128,9 +138,9 @@ def _own(path: Path, config: Config, lock: RunLock, weights: Path | None) -> tup
     return weights, messages
 
 
-def _newest_checkpoint(path: Path, total_steps: int, messages: list[str]) -> Path | None:
+def _newest_checkpoint(path: Path, total_steps: int, messages: list[str], sha256: Callable[[Path], str]) -> Path | None:
     """The checkpoint to continue from. Raises UsageError if all are damaged, or the run is longer than the config."""
-    checkpoint, passed_over = newest_good(path / files.CHECKPOINTS)
+    checkpoint, passed_over = newest_good(path / files.CHECKPOINTS, sha256)
     if passed_over and checkpoint is None:  # not the result of a killed save
         raise UsageError(
             f"None of the checkpoints in {path} is whole:\n"

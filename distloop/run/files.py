@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,10 +42,16 @@ def write_text(path: Path, text: str, synced: bool = True) -> None:
 
 def write_bytes(path: Path, content: bytes, synced: bool = True) -> None:
     """The same for bytes."""
+    write_blocks(path, [content], synced)
+
+
+def write_blocks(path: Path, blocks: Iterable[bytes], synced: bool = True) -> None:
+    """The same for a file that is not held in memory whole."""
     aside = path.with_name(f".{path.name}.writing")
     with _one_writer:
         try:
-            aside.write_bytes(content)
+            with open(aside, "wb") as file:
+                file.writelines(blocks)
             if synced:
                 sync(aside)
             aside.replace(path)

@@ -1,6 +1,5 @@
 """metrics.jsonl: one row per line, flushed as it is written; a run has one over all its attempts."""
 
-import contextlib
 import json
 import math
 import os
@@ -11,7 +10,6 @@ from typing import Any, Literal
 from distloop.errors import UsageError
 from distloop.ranks.sums import describe, plain_number
 from distloop.ranks.talking import say
-from distloop.run.files import write_text
 
 # The keys of a row, with what stands under each. null stands for a number that JSON lacks (nan, infinity).
 KEYS_OF_EVERY_ROW = {
@@ -50,7 +48,6 @@ RESERVED: dict[str, tuple[str, ...]] = {
     "summary": NO_METRICS,
     "loss": (*NO_METRICS, "weight", *KEYS_OF_KIND["train"]),
 }
-SET_ASIDE = "metrics.set_aside.jsonl"
 
 
 def is_metric(key: str) -> bool:
@@ -164,36 +161,3 @@ def count_rows(path: Path) -> int:
             return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
     except FileNotFoundError:
         return 0
-
-
-def set_aside_until(path: Path) -> int:
-    """The last step whose row was set aside; -1 if none was."""
-    last = -1
-    with contextlib.suppress(FileNotFoundError), open(path.with_name(SET_ASIDE), encoding="utf-8") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                last = max(last, int(json.loads(line)["step"]))
-    return last
-
-
-def set_rows_aside(path: Path, step: int, is_validated: bool = True) -> int:
-    """Move the rows of steps after `step`, and damaged lines, to metrics.set_aside.jsonl; returns how many.
-    `is_validated`: else the row of that step's validation is moved as well."""
-    if not path.exists():
-        return 0
-    kept: list[str] = []
-    aside: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-            is_redone = row["step"] > step or (
-                row["step"] == step and row.get("kind") == "validate" and not is_validated
-            )
-            (aside if is_redone else kept).append(line)
-        except (ValueError, KeyError, TypeError):
-            aside.append(line)
-    if aside:
-        with open(path.with_name(SET_ASIDE), "a", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in aside)
-        write_text(path, "".join(line + "\n" for line in kept))
-    return len(aside)

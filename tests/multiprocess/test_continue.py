@@ -250,6 +250,29 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(run, "epoch")] == [5]
 
 
+def test_checksums_are_made_beside_the_start_by_rank_0_and_find_a_single_byte(tmp_path: Path) -> None:
+    arguments = [*small(tmp_path, train={"steps": 9}, checkpoint={"every_steps": 3}), "--tracking.no-report"]
+    train(tmp_path, arguments, 2, loop="tests.lab.checksums").check()
+    assert json.loads((tmp_path / "checksums.0").read_text()) == [[], []]  # nothing was there
+    run = tmp_path / "runs" / "run"
+    newest = run / "checkpoints" / "step_00000009"
+    files = sorted(path.name for path in newest.iterdir())
+    content = bytearray((newest / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "model.safetensors").write_bytes(content)
+    (run / "status.json").unlink()  # as if it had been killed before it could say that it was finished
+    outcome = train(tmp_path, arguments, 2, loop="tests.lab.checksums").check()
+    assert "step_00000009: model.safetensors does not have the contents that were written" in outcome.output
+    assert status(run)["first_step"] == 6
+    begun, asked_for = json.loads((tmp_path / "checksums.0").read_text())
+    assert set(begun) <= set(files)
+    assert "model.safetensors" in begun
+    assert asked_for.count("model.safetensors") == 2  # of the newest, and of the one before
+    assert json.loads((tmp_path / "checksums.1").read_text()) == [[], []]
+    train(tmp_path, [*arguments, "--resume", "never"], loop="tests.lab.checksums").check()
+    assert json.loads((tmp_path / "checksums.0").read_text()) == [[], []]
+
+
 def test_a_run_that_fails_says_so_in_its_status(tmp_path: Path) -> None:
     outcome = train(tmp_path, small(tmp_path, task="tests.lab.failing:FailingTask", train={"steps": 5}))
     assert outcome.codes == [1]

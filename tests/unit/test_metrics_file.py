@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from distloop.run.metrics import MetricsFile, set_aside_until, set_rows_aside
+from distloop.run.metrics import MetricsFile
+from distloop.run.set_aside import set_aside_until, set_rows_aside
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from distloop.config.settings import Checkpoint, Config, EarlyStop
 from distloop.data.datasets import digits
 from distloop.data.order import Plan
 from distloop.errors import RunFailed
+from distloop.ranks.digests import Digests
 from distloop.ranks.places import Position
 from distloop.ranks.ranks import Ranks
 from distloop.ranks.stopping import StopReason, Watch
@@ -251,7 +252,7 @@ def test_whoever_waits_for_the_write_waits(
 
 def saving_attempt(folder: Path) -> Attempt:
     """An attempt at folder/run, of one process, that has begun to save its first step."""
-    ranks = SimpleNamespace(rank=0, world_size=1, is_main=True, position=Position(), watch=Heard())
+    ranks = SimpleNamespace(rank=0, world_size=1, is_main=True, position=Position(), watch=Heard(), digests=Digests())
     ranks.from_main = lambda function: function()
     ranks.report_failure = lambda error: Verdict(1, repr(error), "")
     data = digits()

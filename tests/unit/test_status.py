@@ -12,21 +12,24 @@ import re
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from distloop.commands import reading as runs
 from distloop.commands import tables
 from distloop.commands.reading import read_run
 from distloop.commands.status import main
-from distloop.run import checkpoint
+from distloop.run import checkpoint, set_aside
 from distloop.run.lock import LOCK, RunLock
 from tests.tools.ranks import REPOSITORY, clean_environment, command
 
@@ -450,6 +453,57 @@ def test_a_runs_own_directory_gives_its_row_and_its_details(tmp_path: Path, caps
     assert found[0]["checkpoints"] == [40]
     assert found[0]["failure"] == failure
     assert found[0]["last_validation"]["step"] == 20
+
+
+kinds = st.sampled_from(["train", "validate", "epoch", 'a "validate"', "validate"])
+line = st.one_of(
+    st.builds(
+        lambda kind, step, text: json.dumps({"kind": kind, "step": step, "x": text}), kinds, st.integers(), st.text()
+    ),
+    st.builds(
+        lambda n: json.dumps({"kind": "validate", "step": n, "long": "ü" * n}, ensure_ascii=False), st.integers(0, 60)
+    ),
+    st.sampled_from(
+        ["", '"validate"', '{"kind": "validate"}', '{"kind": "validate", "step": "x"}', '{"kind": "validate", "st']
+    ),
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(st.lists(line, max_size=8), st.integers(0, 3), st.sampled_from([1, 5, 50, 1 << 18]))
+def test_validations_are_those_of_a_line_by_line_reading(lines: list[str], torn: int, block: int) -> None:
+    content = "".join(each + "\n" for each in lines).encode()
+    content = content[: len(content) - torn * torn]
+    values = [runs.parse_json(each) for each in content.split(b"\n")]
+    rows = [row for row in values if isinstance(row, dict) and row.get("kind") == "validate"]
+    rows = [row for row in rows if type(row.get("step")) is int]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "BLOCK_BYTES", block)
+        patch.setattr(set_aside, "BLOCK_BYTES", block)
+        (Path(folder) / "metrics.jsonl").write_bytes(content)
+        assert list(runs.validation_rows(Path(folder))) == rows
+        assert runs.last_validation(Path(folder)) == (rows[-1] if rows else None)
+
+
+def test_the_last_validation_is_found_from_the_end_of_a_long_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, "run")
+    train = json.dumps({"kind": "train", "step": 1, "loss": 0.5}) + "\n"
+    validate = json.dumps({"kind": "validate", "step": 7, "loss": 2}) + "\n"
+    (run / "metrics.jsonl").write_text(train * 100_000 + validate + train * 100)
+    read: list[int] = []
+
+    def blocks(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+        for begin, lines in set_aside.blocks_from_end(file):
+            read.append(len(lines))
+            yield begin, lines
+
+    monkeypatch.setattr(runs, "blocks_from_end", blocks)
+    monkeypatch.setattr(runs, "validation_rows", pytest.fail)
+    assert main([str(run)]) == 0
+    assert "last validation  step 7 · loss 2" in capsys.readouterr().out
+    assert len(read) == 1
 
 
 def test_details_say_where_the_ranks_are(tmp_path: Path, capsys: pytest.CaptureFixture[str], locks: ExitStack) -> None:

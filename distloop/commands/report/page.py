@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("runs", nargs="+", metavar="RUN", help="a run's directory, such as runs/digits")
     add("--output", metavar="FILE", help=f"where to write it (default: {REPORT} in the run, or here for several)")
     options = parser.parse_intermixed_args(arguments)
+    gc.freeze()  # else what is imported is looked through for garbage again and again, while a million rows are read
     try:
         runs = _runs(options.runs)
         output = Path(options.output) if options.output else runs[0] / REPORT if len(runs) == 1 else Path(REPORT)

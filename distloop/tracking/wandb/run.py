@@ -6,7 +6,6 @@ are missing. wandb.json in the run directory keeps the W&B run's id.
 
 import contextlib
 import io
-import itertools
 import json
 import secrets
 import time
@@ -16,7 +15,8 @@ from typing import Any
 
 from distloop.config.references import read_environment
 from distloop.run.files import METRICS, WANDB, read_json, write_text
-from distloop.run.metrics import count_rows, set_aside_until
+from distloop.run.metrics import count_rows
+from distloop.run.set_aside import lines_from_end, set_aside_until
 from distloop.tracking.wandb import session
 from distloop.tracking.wandb.rows import RowReader, as_logged, parse_row
 from distloop.tracking.wandb.session import WandbError, one_line
@@ -113,14 +113,15 @@ class WandbRun:
         self.run = session.begin(self.wandb, self.path, self.settings, mode, seconds, **resume)
 
     def _rows_still_right(self) -> int:
-        """How many of the uploaded rows are still in the file: no later attempt has done their steps again."""
-        count = 0
+        """How many of the uploaded rows are still in the file: no later attempt has done their steps again. Rows are in
+        the order of attempts, and looked at from the end."""
+        right = count_rows(self.path / METRICS)
         with contextlib.suppress(FileNotFoundError), open(self.path / METRICS, "rb") as file:
-            for line in itertools.islice(file, self.state["uploaded"]):
-                if int(parse_row(line).get("attempt") or 0) > self.state["attempt"]:
+            for _, line in lines_from_end(file):
+                if int(parse_row(line).get("attempt") or 0) <= self.state["attempt"]:
                     break
-                count += 1
-        return count
+                right -= line.endswith(b"\n")  # as count_rows() counts
+        return min(right, self.state["uploaded"])
 
     def log_new_rows(self) -> None:
         """Log the rows that were written since the last call."""
