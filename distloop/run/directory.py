@@ -38,11 +38,10 @@ def open_directory(
     sha256: Callable[[Path], str] = digest,
 ) -> Start:
     """Create, or find and continue, the run's directory; rank 0 only. `identity`: what the run trains (identity.py).
-    `sha256`: gives that of a file.
-    The setting `--resume never` moves a run of this name aside, but not one that this Slurm job has begun itself before
-    it was requeued. Else a finished run is left as it is, and another run continues from its newest good checkpoint.
-    Without one it begins, with --init-from from those weights. Changes nothing before it holds the lock. Raises
-    UsageError if the directory is in use, has a run that trains differently, or cannot be written."""
+    `sha256`: gives that of a file. With --resume never a run of this name is moved aside, but not one that this Slurm
+    job has begun itself before it was requeued. Else a finished run is left as it is, and another run continues from its
+    newest good checkpoint. Without one it begins, with --init-from from those weights. Changes nothing before it holds
+    the lock. Raises UsageError if the directory is in use, has a run that trains differently, or cannot be written."""
     path = path_of(config)
     if config.resume == "never" and _is_restart(path):
         config = dataclasses.replace(config, resume="auto")
@@ -63,13 +62,8 @@ def open_directory(
         if changes:
             lines = (f"{key} goes from {old!r} to {new!r}" for key, (old, new) in changes.items())
             messages.append(f"--resume extend: {', '.join(lines)}")
-        checkpoint = _newest_checkpoint(path, status.total_steps, messages, sha256)
+        checkpoint = _newest_checkpoint(path, status.total_steps, changes, messages, sha256)
         step = step_of(checkpoint) if checkpoint else 0
-        if changes and step >= status.total_steps:
-            raise UsageError(
-                f"{path} has taken all its {step} steps: with {', '.join(changes)} changed, none would be trained. "
-                "Give it more steps, too: --train.epochs N."
-            )
         if checkpoint:
             manifest = read_manifest(checkpoint)
             changes.update(_changes_of_data(path, manifest, identity, config, messages))
@@ -83,10 +77,8 @@ def open_directory(
         attempt = int(before.get("attempt", 0)) + 1
         loaded = checkpoint / MANIFEST if checkpoint else weights
         micro_size = _found_micro_size(path, config, messages) if begun else None
-        of_start = digest_of_start(loaded) if loaded and world_size > 1 else ""
-        start = Start(
-            path, attempt, checkpoint, weights, step, False, messages, identity, changes, micro_size, of_start
-        )
+        known = digest_of_start(loaded) if loaded and world_size > 1 else ""
+        start = Start(path, attempt, checkpoint, weights, step, False, messages, identity, changes, micro_size, known)
         status.begin(start, before.get("best"))  # first: an extended run is not finished any more
         if not changes:  # else once the checkpoint is loaded, which may not fit the changed config
             record_start(start, config, world_size, loop)
@@ -138,8 +130,11 @@ def _own(path: Path, config: Config, lock: RunLock, weights: Path | None) -> tup
     return weights, messages
 
 
-def _newest_checkpoint(path: Path, total_steps: int, messages: list[str], sha256: Callable[[Path], str]) -> Path | None:
-    """The checkpoint to continue from. Raises UsageError if all are damaged, or the run is longer than the config."""
+def _newest_checkpoint(
+    path: Path, total_steps: int, changes: dict[str, Any], messages: list[str], sha256: Callable[[Path], str]
+) -> Path | None:
+    """The checkpoint to continue from. Raises UsageError if all are damaged, if the run is longer than the config, or
+    if it has no step left that the `changes` could change."""
     checkpoint, passed_over = newest_good(path / files.CHECKPOINTS, sha256)
     if passed_over and checkpoint is None:  # not the result of a killed save
         raise UsageError(
@@ -151,6 +146,11 @@ def _newest_checkpoint(path: Path, total_steps: int, messages: list[str], sha256
     if checkpoint and step_of(checkpoint) > total_steps:
         raise UsageError(
             f"{path} is already at step {step_of(checkpoint)}; it cannot end at step {total_steps}. Train longer."
+        )
+    if checkpoint and changes and step_of(checkpoint) == total_steps:
+        raise UsageError(
+            f"{path} has taken all its {total_steps} steps: with {', '.join(changes)} changed, none would be trained. "
+            "Give it more steps, too: --train.epochs N."
         )
     return checkpoint
 
