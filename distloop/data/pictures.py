@@ -66,13 +66,14 @@ def check_decoder(decoder: str) -> None:
 def decode(path: str) -> Any:
     """The picture as a tensor of bytes, [3, height, width]: JPEGs by torchvision's decoder, which takes less time
     than PIL and gives the same pixels. What it refuses, and what has no 1 or 3 channels (CMYK), is loaded, or refused,
-    by load_picture()."""
-    from torchvision.io import decode_jpeg, read_file
+    by load_picture(), and so is all in a version of torchvision that has no decoder any more (0.29 announces it)."""
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     try:
+        from torchvision.io import decode_jpeg, read_file
+
         picture = decode_jpeg(read_file(path))
-    except RuntimeError:  # no JPEG, a damaged one, or no file: the other one says which
+    except (ImportError, RuntimeError):  # no JPEG, a damaged one, or no file: load_picture() says which
         picture = None
     if picture is None or picture.shape[0] not in (1, 3):
         return pil_to_tensor(load_picture(path))
