@@ -55,9 +55,14 @@ def workers(count: int | None) -> Iterator[Executor]:
 def leave_with_parent() -> None:
     """In a process of the pool: Ctrl-C is the parent's, and nobody waits for a parent that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_after_parent, daemon=True).start()
+
+
+def _leave_after_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        parent.join()
+        os._exit(1)
 
 
 def all_made(pool: Executor, jobs: list[Job], words: str) -> list[Made]:

@@ -272,7 +272,7 @@ def test_what_cannot_be_meant_is_refused_and_leaves_everything_as_it_is(
     (folder / "begun" / "packing.json").write_text('{"format": 1, "size": 25}\n')
     (folder / "locked").mkdir()
     (folder / "locked" / "packing.json").write_text('{"format": 1, "size": 24}\n')
-    cases = {
+    cases: dict[tuple[Any, ...], str] = {
         (source, "file", "--size", "24"): "file is a file",
         (source, "source", "--size", "24"): "has files already, and stays as it is",
         (source, "store", "--size", "24"): "is packed to its end, and stays as it is",
@@ -338,4 +338,4 @@ def test_a_store_that_is_damaged_is_refused(
 @pytest.mark.parametrize("name", ["crop", "resize", "validation_crop"])
 def test_more_pixels_than_a_store_has_are_refused(store: Path, name: str) -> None:
     with pytest.raises(UsageError, match=rf"data.args = .*: {name} is 25, and the pictures of .* to 24 pixels"):
-        loaded(store, **{name: 25})
+        loaded(store, **{name: 25})  # type: ignore[arg-type]
