@@ -169,7 +169,7 @@ def test_a_store_is_known_again_and_told_from_another(source: Path, store: Path)
     assert known == fingerprint(loaded(store, augment="trivial").train)
     assert pack(source, "again") == 0
     assert known == fingerprint(loaded(source.parent / "again").train)
-    (source / "train" / "cat" / "3.jpg").write_bytes((source / "train" / "cat" / "6.jpg").read_bytes())
+    Image.new("RGB", (60, 40), "red").save(source / "train" / "cat" / "0.png")  # of the same size
     assert pack(source, "other") == 0
     assert known != fingerprint(loaded(source.parent / "other").train)
 
@@ -205,7 +205,11 @@ def test_a_pack_that_is_killed_leaves_no_process_and_goes_on_where_it_was(source
     assert of_pool
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
-    wait_until(lambda: not any(map(runs, of_pool)), "the end of its processes")
+    try:
+        wait_until(lambda: not any(map(runs, of_pool)), "the end of its processes")
+    finally:
+        for each in filter(runs, of_pool):
+            each.kill()
     with pytest.raises(UsageError, match="is not packed to its end"):
         loaded(killed)
 
