@@ -14,6 +14,7 @@ COMMANDS = {
     "report": ("report.page", "a run, or several side by side, as one HTML file"),
     "doctor": ("doctor.main", "check machines, devices and network before a big job"),
     "tokens": ("tokens", "make a data set for a language model from text files"),
+    "pack": ("pack", "make a store of small pictures of a folder of pictures"),
     "copy": ("copy", "write the loop to a file of your own, to change it"),
 }
 USAGE = (

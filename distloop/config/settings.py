@@ -30,7 +30,7 @@ from distloop.config.places import absolute
 @section
 class Data:
     name: str = "digits"
-    """diabetes | digits | fashion_mnist | cifar10 | image_folder | tokens, or module:callable of your own."""
+    """diabetes | digits | fashion_mnist | cifar10 | image_folder | packed | tokens, or module:callable of your own."""
     root: Text = "data"
     """Folder of data sets that live in files."""
     workers: NonNegativeInt | Literal["auto"] = "auto"

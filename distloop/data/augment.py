@@ -52,9 +52,9 @@ def check_augment(augment: str, erase: float, pad: int | None = None, flip: bool
 
 
 def transform_of(first: Sequence[Any], augment: str, erase: float, mean: Sequence[float], policy: str) -> Any:
-    """A transform from a picture of PIL to bytes [channels, height, width]: `first`, torchvision's transforms that crop
-    and flip; the policy that `augment` names; erasing with the probability `erase`. In the order, and with the values,
-    of torchvision's references/classification/presets.py.
+    """A transform from a picture of PIL, or a tensor of bytes, to bytes [channels, height, width]: `first`, transforms
+    that crop and flip; the policy that `augment` names; erasing with the probability `erase`. In the order, and with
+    the values, of torchvision's references/classification/presets.py.
 
     trivial: Müller and Hutter 2021, TrivialAugment (wide); rand: Cubuk et al. 2020, RandAugment (two operations of
     magnitude 9); auto: Cubuk et al. 2019, AutoAugment, with the `policy` that was found on "imagenet" or "cifar10";

@@ -25,7 +25,8 @@ from distloop.data.augment import check_augment, transform_of
 from distloop.data.bad_samples import BadSamples
 from distloop.data.download import load_or_download
 from distloop.data.halves import TRAIN, VALIDATION, validation_sets
-from distloop.data.pictures import load_picture
+from distloop.data.packed import HALVES, Packed, read_store, refuse_larger
+from distloop.data.pictures import check_decoder, decode, load_picture, open_folders, transforms_of_pictures
 from distloop.data.seeding import Place, building
 from distloop.data.tokens import tokens
 from distloop.data.whole_batches import InMemory, Transformed, WholeBatches, gives_batches
@@ -184,34 +185,36 @@ def image_folder(
     augment: str = "crop_flip",
     erase: float = 0.0,
     validation_crop: int | None = None,
+    decoder: str = "pil",
 ) -> DataSource:
     """Images in ROOT/train/CLASS/ and ROOT/val/CLASS/, as in ImageNet. Raises UsageError for other folders.
     `validation_crop`: `crop` by default. With augment: none training pictures are cropped as those of validation, to
-    `crop` pixels."""
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms import v2
-
-    folders = [Path(root) / half for half in ("train", "val")]
+    `crop` pixels. `decoder`: pil, or torchvision, which takes less time; their pixels differ a little."""
     check_augment(augment, erase)
-    in_the_middle = [v2.Resize(resize, antialias=True), v2.CenterCrop(crop)]
-    at_random = [v2.RandomResizedCrop(crop, antialias=True), v2.RandomHorizontalFlip()]
-    first = in_the_middle if augment == "none" else at_random
-    only_crop = [v2.Resize(resize, antialias=True), v2.CenterCrop(validation_crop or crop), v2.PILToTensor()]
-    try:
-        transform = transform_of(first, augment, erase, IMAGENET_MEAN, "imagenet")
-        train = ImageFolder(str(folders[0]), transform, loader=load_picture)
-        validation = ImageFolder(str(folders[1]), v2.Compose(only_crop), loader=load_picture)
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"data.name = 'image_folder': {error} (looked in {folders[0].resolve()} and {folders[1].resolve()}). "
-            "Put one folder of pictures per class in each, or point --data.root to where they are."
-        ) from None
-    if train.classes != validation.classes:
-        differing = sorted(set(train.classes) ^ set(validation.classes))
-        raise UsageError(
-            f"{folders[0]} and {folders[1]} do not have the same classes; in one only: {', '.join(differing[:10])}"
-        )
+    check_decoder(decoder)
+    policy, crops = (augment, erase, IMAGENET_MEAN), (crop, resize, validation_crop or crop)
+    transforms = transforms_of_pictures(*crops, policy, of_tensors=decoder == "torchvision")
+    train, validation = open_folders(root, transforms, load_picture if decoder == "pil" else decode)
     return DataSource(train, validation, tuple(train.classes), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def packed(
+    root: str,
+    crop: int = 224,
+    resize: int = 256,
+    augment: str = "crop_flip",
+    erase: float = 0.0,
+    validation_crop: int | None = None,
+) -> DataSource:
+    """The store of pictures in ROOT that `distloop pack` has made; arguments as for image_folder. Raises UsageError if
+    there is none, or its pictures are too small."""
+    check_augment(augment, erase)
+    store = read_store(Path(root))
+    policy, crops = (augment, erase, IMAGENET_MEAN), (crop, resize, validation_crop or crop)
+    refuse_larger(store, dict(zip(("crop", "resize", "validation_crop"), crops, strict=True)))
+    transforms = transforms_of_pictures(*crops, policy, of_tensors=True)
+    train, validation = (Packed(store, *each) for each in zip(HALVES, transforms, strict=True))
+    return DataSource(train, validation, store.classes, IMAGENET_MEAN, IMAGENET_STD)
 
 
 DATASETS: dict[str, Callable[..., DataSource | tuple[Any, Any]]] = {
@@ -220,6 +223,7 @@ DATASETS: dict[str, Callable[..., DataSource | tuple[Any, Any]]] = {
     "fashion_mnist": fashion_mnist,
     "cifar10": cifar10,
     "image_folder": image_folder,
+    "packed": packed,
     "tokens": tokens,
 }
 

@@ -20,6 +20,7 @@ from distloop.data.halves import halves, word_of
 from distloop.data.lengths import in_words, short
 from distloop.data.loader import worker_count
 from distloop.data.look import look
+from distloop.data.packed import Packed
 from distloop.data.seeded import SeedFirst
 from distloop.data.seeding import generators_restored, seed_sample, uniforms
 from distloop.data.whole_batches import InMemory, gives_batches
@@ -49,6 +50,8 @@ def fingerprint(
     if isinstance(dataset, InMemory):
         for tensor in (dataset.inputs, dataset.targets):
             add(digest, tensor)
+    elif isinstance(dataset, Packed):
+        digest.update(dataset.digest.encode())
     elif (samples := _names_in_folder(dataset)) is not None:
         for path, label in samples:
             digest.update(f"{os.path.relpath(path, dataset.root)} {label}\n".encode())

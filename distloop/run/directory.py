@@ -39,7 +39,7 @@ def open_directory(
 ) -> Start:
     """Create, or find and continue, the run's directory; rank 0 only. `identity`: what the run trains (identity.py).
     `sha256`: gives that of a file. With --resume never a run of this name is moved aside, but not one that this Slurm
-    job has begun itself before it was requeued. Else a finished run is left as it is, and another run continues from its
+    job has begun itself before it was requeued. Else a finished run is left as it is, and another continues from its
     newest good checkpoint. Without one it begins, with --init-from from those weights. Changes nothing before it holds
     the lock. Raises UsageError if the directory is in use, has a run that trains differently, or cannot be written."""
     path = path_of(config)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from distloop.config.settings import Config
+from distloop.data.advice import advice
 from distloop.ranks.ranks import Ranks
 from distloop.ranks.stopping import StopReason
 from distloop.run.attempt import Attempt
@@ -116,10 +117,10 @@ class Trackers:
         self._close()
         finished = step == self.run.plan.total_steps or stop is StopReason.FINISHED
         why = self.run.best.early_end.reason if stop is StopReason.FINISHED else stop.text if stop else None
-        total_steps, best = self.run.plan.total_steps, self.run.best
+        total_steps, best, source = self.run.plan.total_steps, self.run.best, self.run.source
         longer = best.early_end.longer if step < total_steps else "--train.epochs N"
         self.say(*ending(self.run.path, step, total_steps, finished, why, best.row, metrics, longer))
-        self.say(*self.run.source.bad_samples.lines())
+        self.say(*source.bad_samples.lines(), *advice(self.run.clock.seconds, self.config.data, source))
         report = None
         if finished and self.config.tracking.report:
             command, environment = own_python("distloop.commands.report", str(self.run.path))

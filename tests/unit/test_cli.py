@@ -20,7 +20,7 @@ def test_help_has_a_line_for_each_command(tmp_path: Path) -> None:
     done = distloop(tmp_path, "--help")
     assert done.returncode == 0
     lines = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")]
-    assert lines == ["init", "train", "evaluate", "sync", "status", "report", "doctor", "tokens", "copy"]
+    assert lines == ["init", "train", "evaluate", "sync", "status", "report", "doctor", "tokens", "pack", "copy"]
 
 
 def test_the_version_is_said(tmp_path: Path) -> None:
