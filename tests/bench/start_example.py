@@ -1,8 +1,10 @@
-"""Accelerate's bare example, for tests/bench/start_time.py; and the model with the clock, which distloop trains, too."""
+"""Accelerate's bare example, for start_time.py, and the model with the clock, which distloop trains, too."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import sys
 import time
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 CLOCKED_PASSES = 4  # more than distloop's rehearsal and the first step have
+passes = itertools.count(1)  # global, since the rehearsal puts a model's attributes back
 
 
 class Clocked(nn.Module):
@@ -20,12 +23,10 @@ class Clocked(nn.Module):
         first = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())
         second = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU())
         self.layers = nn.Sequential(first, second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-        self.passes = 0
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self.training and self.passes < CLOCKED_PASSES:
-            self.passes += 1
-            print(json.dumps({"clock": time.time(), "pass": self.passes}), flush=True)
+        if self.training and (number := next(passes)) <= CLOCKED_PASSES:
+            os.write(1, b"%s\n" % json.dumps({"clock": time.time(), "pass": number}).encode())  # at once, among ranks
         return self.layers(inputs)
 
 

@@ -13,14 +13,16 @@ save and a report.
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +31,7 @@ import psutil
 from tests.tools.ranks import REPOSITORY, accelerate_launch, clean_environment
 
 EXAMPLE = Path(__file__).with_name("start_example.py")
+CLOCK = re.compile(r'\{"clock": ([\d.]+), "pass": (\d+)\}')
 STEPS = 22  # of an epoch of the digits
 
 
@@ -43,25 +46,25 @@ class Times(NamedTuple):
 
 def words_of(contestant: str, tree: Path, options: argparse.Namespace, folder: Path) -> list[str]:
     """The command of a contestant."""
+    runs = str(folder / "runs")
     if options.make:
-        program = f"PYTHON={sys.executable}"
-        return ["make", "-o", ".venv/installed", "-C", str(tree), "train", program, f"ARGS=--runs-dir {folder / 'runs'}"]
-    script = folder / EXAMPLE.name if contestant == "accelerate" else tree / "distloop" / "train.py"
-    arguments = [str(STEPS)]
-    if contestant != "accelerate":
-        arguments = ["--config", str(tree / "configs" / "digits.yaml"), "--train.epochs", "1"]
-        arguments += ["--model", f"{EXAMPLE.stem}:Clocked", "--model.args", "{}", "--runs-dir", str(folder / "runs")]
-    return [*([sys.executable, str(script)] if options.python else accelerate_launch(options.processes, str(script))), *arguments]
+        return ["make", "-o", ".venv/installed", "-C", str(tree), "train", f"ARGS=--runs-dir {runs}"]
+    if contestant == "accelerate":
+        script, arguments = folder / EXAMPLE.name, [str(STEPS)]
+    else:
+        script = tree / "distloop" / "train.py"
+        arguments = ["--config", str(tree / "configs" / "digits.yaml"), "--train.epochs", "1", "--runs-dir", runs]
+        arguments += ["--model", f"{EXAMPLE.stem}:Clocked", "--model.args", "{}"]
+    starter = [sys.executable, str(script)] if options.python else accelerate_launch(options.processes, str(script))
+    return [*starter, *arguments]
 
 
 def cpu_seconds(process: psutil.Process) -> float:
     """CPU time of the process, its descendants, and those of them that have ended."""
     total = 0.0
     for one in (process, *process.children(recursive=True)):
-        try:
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
             total += sum(one.cpu_times()[:4])
-        except psutil.Error:  # it has ended meanwhile
-            pass
     return total
 
 
@@ -87,10 +90,10 @@ def measure(contestant: str, tree: Path, options: argparse.Namespace) -> Times:
         assert started.stdout is not None
         for line in started.stdout:
             lines.append(line)
-            if line.startswith('{"clock"') and json.loads(line)["pass"] == before + 1:
-                clocks += 1
-                if clocks == options.processes:  # the last rank
-                    first = json.loads(line)["clock"] - begun, cpu_seconds(tree_of_processes)
+            for clock, number in CLOCK.findall(line):  # in a line of another rank's, perhaps
+                clocks += int(number) == before + 1
+                if int(number) == before + 1 and clocks == options.processes:  # the last rank
+                    first = float(clock) - begun, cpu_seconds(tree_of_processes)
         _, status, usage = os.wait4(started.pid, 0)
         end = time.time() - begun, usage.ru_utime + usage.ru_stime
         if status != 0 or not (first[0] or options.make):
@@ -115,19 +118,15 @@ def main() -> None:
             if number:
                 found[name].append(times)
     for name, all_times in found.items():
-        medians = Times(*(statistics.median(values) for values in zip(*all_times, strict=True)))
-        first = "" if options.make else f"first step {medians.first_wall:5.2f} s, CPU {medians.first_cpu:5.2f} s · "
-        print(f"{name:10} {first}end {medians.end_wall:5.2f} s, CPU {medians.end_cpu:5.2f} s")
+        print(f"{name:24}{in_words(statistics.median(values) for values in zip(*all_times, strict=True))}")
     for other in contestants[1:]:
-        ratios = [
-            statistics.median(one[place] / two[place] for one, two in zip(found["now"], found[other], strict=True) if two[place])
-            if not (options.make and place < 2)
-            else float("nan")
-            for place in range(4)
-        ]
-        print(
-            f"now / {other:10} first step {ratios[0]:.2f}, CPU {ratios[1]:.2f} · end {ratios[2]:.2f}, CPU {ratios[3]:.2f}"
-        )
+        pairs = list(zip(found["now"], found[other], strict=True))
+        ratios = (statistics.median(one[place] / (two[place] or 1) for one, two in pairs) for place in range(4))
+        print(f"{'now / ' + other:24}{in_words(ratios)}")
+
+
+def in_words(values: Iterable[float]) -> str:
+    return "first step {:6.2f}, CPU {:6.2f} · end {:6.2f}, CPU {:6.2f}".format(*values)
 
 
 if __name__ == "__main__":
