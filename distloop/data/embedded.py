@@ -84,7 +84,7 @@ def _shares(counts: np.ndarray[Any, Any], total: int, random: np.random.RandomSt
     exact = counts / counts.sum() * total
     dealt = np.floor(exact)
     left = int(total - dealt.sum())
-    for remainder in np.unique(exact - dealt)[::-1]:
+    for remainder in sorted(set(exact - dealt), reverse=True):
         if not left:
             break
         (equal,) = np.where(exact - np.floor(exact) == remainder)
