@@ -278,7 +278,7 @@ def test_ranks_look_again_after_a_twentieth_of_the_wait_so_far(
         slept.append((max(0.001, (time.monotonic() - begun) / 20), seconds))
         sleep(seconds)
 
-    monkeypatch.setattr(meeting.time, "sleep", record)
+    monkeypatch.setattr(time, "sleep", record)
     port, waiting = str(free_port()), [meeting.Wait("rank", 60) for _ in range(members)]
     stores: dict[int, TCPStore] = {}
 
