@@ -61,7 +61,7 @@ def test_the_wait_for_the_last_checkpoint_is_said_where_it_takes_long(
     written = threading.Event()
     saver.thread = threading.Thread(target=written.wait if takes_long else written.set, daemon=True)
     saver.thread.start()
-    ending = threading.Thread(target=saver.finish)
+    ending = threading.Thread(target=saver.finish, daemon=True)
     ending.start()
     if takes_long:
         wait_until(lambda: said, "the line")
