@@ -16,13 +16,14 @@ SHELL_SCRIPTS := launch/*.sh slurm/*.sbatch slurm/common.sh tests/gpu/run.sh .ci
 SEVERAL := $(BIN)/accelerate launch --quiet --num_machines 1 --main_process_port 0 --mixed_precision no \
            --dynamo_backend no --multi_gpu --num_processes $(PROCS)
 LAUNCH   = $(if $(filter 1,$(PROCS)),$(BIN)/python,$(SEVERAL))
-# Accelerate starts several processes without a GPU only when it is told so.
-CPU      = $(BIN)/python -c 'import torch; print("false" if torch.cuda.is_available() else "true")'
+# Accelerate starts several processes without a GPU only when it is told so. To ask torch takes seconds: not for one.
+HAS_NONE = import torch; print("false" if torch.cuda.is_available() else "true")
+CPU      = $(if $(filter 1,$(PROCS)),,ACCELERATE_USE_CPU=$$($(BIN)/python -c '$(HAS_NONE)'))
 
 .PHONY: train test test-all lint setup bench gpu gpu-kit
 
 train: .venv/installed
-	PYTHONHASHSEED=$${PYTHONHASHSEED:-0} ACCELERATE_USE_CPU=$$($(CPU)) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(getconf _NPROCESSORS_ONLN) + $(PROCS) - 1) / $(PROCS) ))} \
+	PYTHONHASHSEED=$${PYTHONHASHSEED:-0} $(CPU) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(getconf _NPROCESSORS_ONLN) + $(PROCS) - 1) / $(PROCS) ))} \
 	  $(LAUNCH) distloop/train.py --config $(CONFIG) --expect-world $(PROCS) $(ARGS)
 
 # In two parts, and both to their end: tests/unit on all cores, then the rest, whose ranks use them by themselves.

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -24,6 +23,7 @@ from distloop.config.settings import Data
 from distloop.data.augment import check_augment, transform_of
 from distloop.data.bad_samples import BadSamples
 from distloop.data.download import load_or_download
+from distloop.data.embedded import diabetes_halves, digits_halves
 from distloop.data.halves import TRAIN, VALIDATION, validation_sets
 from distloop.data.packed import HALVES, Packed, read_store, refuse_larger
 from distloop.data.pictures import check_decoder, decode, load_picture, open_folders, transforms_of_pictures
@@ -95,29 +95,15 @@ def _is_of_torchvision(dataset: Any) -> bool:
 
 def digits(shift: int = 1) -> DataSource:
     """The digits of scikit-learn: 1797 images, 8 × 8 pixels; a stratified 80/20 split."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, targets = load_digits(return_X_y=True)
-    pixels = torch.from_numpy((images * (255 / 16)).round().astype(np.uint8)).reshape(-1, 1, 8, 8)
-    train, validation = train_test_split(np.arange(len(targets)), test_size=0.2, stratify=targets, random_state=0)
-    labels = torch.from_numpy(targets.astype(np.int64))
-    halves = InMemory(pixels[train], labels[train], pad=shift), InMemory(pixels[validation], labels[validation])
+    (pixels, labels), validation = digits_halves()
+    halves = InMemory(pixels, labels, pad=shift), InMemory(*validation)
     return DataSource(*halves, classes=tuple("0123456789"), mean=(0.305,), std=(0.376,))
 
 
 def diabetes() -> DataSource:
     """The diabetes data of scikit-learn: 442 rows, 10 numbers and one target, standardised; an 80/20 split."""
-    from sklearn.datasets import load_diabetes
-    from sklearn.model_selection import train_test_split
-
-    inputs, targets = load_diabetes(return_X_y=True)
-    train, validation = train_test_split(np.arange(len(targets)), test_size=0.2, random_state=0)
-    columns = np.concatenate([inputs, targets[:, None]], axis=1)
-    columns = (columns - columns[train].mean(0)) / columns[train].std(0)  # statistics of the training rows only
-    tensor = torch.from_numpy(columns.astype(np.float32))
-    halves = [InMemory(tensor[half, :10], tensor[half, 10:]) for half in (train, validation)]
-    return DataSource(halves[0], halves[1])
+    train, validation = diabetes_halves()
+    return DataSource(InMemory(*train), InMemory(*validation))
 
 
 def fashion_mnist(

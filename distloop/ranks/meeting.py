@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -52,15 +52,21 @@ class Wait:
         self._end_at = min(self._end_at, time.monotonic() + GRACE_SECONDS)
         return self._watch.wish.text if time.monotonic() >= self._end_at else ""
 
-    def sleep(self, seconds: float, missing: str, ends_early: bool = True) -> None:
-        """Sleep while `missing` is. `ends_early`: raise StoppedEarly if there is a wish to stop."""
+    def sleep(self, begun: float, missing: str, longest: float = 0.05, ends_early: bool = True) -> None:
+        """Sleep for a moment, `longest` seconds at most, while `missing` is: since `begun`, by time.monotonic().
+        `ends_early`: raise StoppedEarly if there is a wish to stop."""
         if ends_early and self.wish:
             raise StoppedEarly(stopped_early(self.wish, missing))
         if time.monotonic() > self._say_at:
             self._say_at = math.inf
             if speaks(os.environ):
                 say(f"distloop: waiting for {missing}, {self.limit:.0f} s at most", sys.stderr)
-        time.sleep(seconds)
+        nap(begun, longest)
+
+
+def nap(begun: float, longest: float = 0.05) -> None:
+    """Sleep for a twentieth of the wait so far: it ends late by that part at most, and a long one asks seldom."""
+    time.sleep(min(longest, max(0.001, (time.monotonic() - begun) / 20)))
 
 
 def stopped_early(why: str, missing: str) -> str:
@@ -108,9 +114,9 @@ def open_store(host: str, port: str, is_master: bool, wait: Wait) -> Any:
     # In a thread, since torch waits without a limit if another program listens there.
     thread = threading.Thread(target=open_it, name="distloop-store", daemon=True)
     thread.start()
-    until = time.monotonic() + wait.limit
-    while thread.is_alive() and time.monotonic() < until:
-        wait.sleep(0.05, f"{wait.members} 0 at {address_text(host, port)}")
+    begun = time.monotonic()
+    while thread.is_alive() and time.monotonic() < begun + wait.limit:
+        wait.sleep(begun, f"{wait.members} 0 at {address_text(host, port)}")
     result = results[0] if results else TimeoutError("it does not answer")
     if isinstance(result, Exception):
         text, here = str(result).splitlines()[0], node_name()
@@ -155,7 +161,7 @@ def _wait_for_address(host: str, port: int, is_master: bool, wait: Wait) -> None
                     f"No answer from {where} within {wait.limit:.0f} s, asked from {here} ({reason}). "
                     f"Is the address right, was {first} started, is there a firewall?" + own * is_loopback(host)
                 ) from None
-        wait.sleep(0.2, where)
+        wait.sleep(begun, where, 0.2)
 
 
 def wait_for_all(store: Any, number: int, expected: int, wait: Wait) -> None:
@@ -175,7 +181,9 @@ def wait_for_all(store: Any, number: int, expected: int, wait: Wait) -> None:
         store.set("result", answer)
         # The store ends with this process: the others must have read the result before.
         present = sum(store.check([key]) for key in keys)
-        _within(RESULT_SECONDS, lambda: store.add("told", 0) >= present - 1)
+        begun = time.monotonic()
+        while store.add("told", 0) < present - 1 and time.monotonic() < begun + RESULT_SECONDS:
+            nap(begun)
     if answer.startswith(ENDED):
         raise StoppedEarly(answer)
     if answer:
@@ -184,14 +192,14 @@ def wait_for_all(store: Any, number: int, expected: int, wait: Wait) -> None:
 
 def _answer_of_first(store: Any, number: int, wait: Wait) -> str | None:
     """What member 0 says: "" if all came, else why the run ends; None if it does not answer."""
-    until, asks = time.monotonic() + wait.limit + RESULT_SECONDS, False
+    asks, until = False, (begun := time.monotonic()) + wait.limit + RESULT_SECONDS
     while not store.check(["result"]):
         if wait.wish and not asks:
             asks, until = True, time.monotonic() + RESULT_SECONDS
             store.set("asks", f"{wait.wish} to {wait.members} {number}")
         if time.monotonic() > until:
             return None
-        wait.sleep(0.05, f"the {wait.members}s that are missing", ends_early=False)
+        wait.sleep(begun, f"the {wait.members}s that are missing", ends_early=False)
     answer: str = store.get("result").decode()
     store.add("told", 1)
     return answer
@@ -199,29 +207,21 @@ def _answer_of_first(store: Any, number: int, wait: Wait) -> str | None:
 
 def _wait_as_first(store: Any, keys: list[str], wait: Wait) -> str:
     """As member 0, wait for the others; returns the answer for all: "" if all came, else why the run ends."""
-    until = time.monotonic() + wait.limit
+    begun = time.monotonic()
     while not store.check(keys):
         here = [number for number, key in enumerate(keys) if store.check([key])]
         missing = f"{', '.join(str(number) for number in range(len(keys)) if number not in here)} of {len(keys)}"
         if (who := wait.wish) or store.check(["asks"]):
             return stopped_early(who or store.get("asks").decode(), f"{wait.members} {missing}")
-        if time.monotonic() > until:
+        if time.monotonic() > begun + wait.limit:
             came = ", ".join(f"{number} ({store.get(keys[number]).decode()})" for number in here)
             return (
                 f"{wait.members.capitalize()} {missing} did not come within {wait.limit:.0f} s; here are "
                 f"{came}. Was each started, with the same address, port and number of {wait.members}s, and what does "
                 "its own output say?"
             )
-        wait.sleep(0.05, f"{wait.members} {missing}", ends_early=False)
+        wait.sleep(begun, f"{wait.members} {missing}", ends_early=False)
     return ""
-
-
-def _within(seconds: float, condition: Callable[[], bool]) -> bool:
-    """Wait until the condition holds, so many seconds at most; returns True if it holds."""
-    until = time.monotonic() + seconds
-    while not (holds := condition()) and time.monotonic() <= until:
-        time.sleep(0.05)
-    return holds
 
 
 def start_group(environ: Mapping[str, str], settings: Ddp, cuda_device: int | None, roll_call: RollCall) -> None:

@@ -23,6 +23,8 @@ from distloop.ranks.stopping import StopReason, Watch
 from distloop.run.checkpoint import STATE, LoopState, Snapshot, Weights, as_stored, newest_published, prune, publish
 from distloop.run.parts import Parts, check_parts, contents_of
 
+SILENT_SECONDS = 5.0  # then it is said that the last checkpoint is what the end waits for
+
 
 class HostBuffers:
     """Copies tensors into host memory that is used again for the next save. A GPU copies in the queue of its own work,
@@ -163,7 +165,11 @@ class Saver:
             self.thread = None
 
     def finish(self) -> None:
-        """Wait for the last checkpoint. Raises RunFailed if it could not be written."""
+        """Wait for the last checkpoint, and say so if that takes long. Raises RunFailed if it could not be written."""
+        if self.thread is not None:
+            self.thread.join(SILENT_SECONDS)
+            if self.thread.is_alive():
+                self.watch.say("the last checkpoint is being written; the run ends when it is whole")
         self.wait()
         if self.failure:
             raise RunFailed(f"The run's last checkpoint is missing. {self.failure}")

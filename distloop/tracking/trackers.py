@@ -6,6 +6,8 @@ import contextlib
 import os
 import subprocess
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from distloop.tracking.summary import describe, ending
 from distloop.tracking.wandb.process import WandbProcess, own_python, wandb_mode
 
 REPORT_SECONDS = 60.0
+SILENT_SECONDS = 5.0  # then it is said that the report is what the end waits for
 STOPPED_SECONDS = 15.0  # for W&B when the run is stopped: those who stopped it may not wait long, and it continues
 FAILED_SECONDS = 8.0  # less than ranks wait for each other after a failure
 
@@ -128,23 +131,7 @@ class Trackers:
         seconds = self.config.tracking.end_seconds
         self._end_wandb("finished" if finished else "stopped", seconds if finished else min(seconds, STOPPED_SECONDS))
         if report is not None:
-            self._wait_for_report(report)
-
-    def _wait_for_report(self, report: subprocess.Popen[bytes]) -> None:
-        """A process of its own draws the report, so that no failure of its libraries is one of the run."""
-        until = time.monotonic() + REPORT_SECONDS
-        output = None
-        while output is None and time.monotonic() < until:
-            self.ranks.still_at_work()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                output = report.communicate(timeout=0.2)[0].decode(errors="replace").strip()
-        if output is not None and report.returncode == 0:
-            self.say(f"  report: {self.run.path / 'report.html'}")
-            return
-        report.kill()
-        output = f"not ready after {REPORT_SECONDS:g} s" if output is None else output or "no reason given"
-        problem, again = output.splitlines()[-1], f"`distloop report {self.run.path}` tries again"
-        self.say(f"distloop: WARNING: the report was not written ({problem}); {again}")
+            self.say(drawn(report, self.run.path, self.ranks.still_at_work, self.say))
 
     def _wandb_started(self) -> list[str]:
         if self.wandb is None:
@@ -179,3 +166,23 @@ class Trackers:
             self.file = None
         if self.console is not None:
             self.console.close()
+
+
+def drawn(report: subprocess.Popen[bytes], run: Path, waiting: Callable[[], Any], say: Callable[[str], Any]) -> str:
+    """Wait for the process that draws the report, REPORT_SECONDS at most; returns a line about it for people. It is a
+    process of its own, so that no failure of its libraries is one of the run. `waiting` is called several times a
+    second; `say`, where it takes long."""
+    begun, output, is_said = time.monotonic(), None, False
+    while output is None and time.monotonic() < begun + REPORT_SECONDS:
+        waiting()
+        if not is_said and time.monotonic() > begun + SILENT_SECONDS:
+            is_said = True
+            say(f"  the report is being drawn: {REPORT_SECONDS:g} s at most")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            output = report.communicate(timeout=0.2)[0].decode(errors="replace").strip()
+    if output is not None and report.returncode == 0:
+        return f"  report: {run / 'report.html'}"
+    report.kill()
+    output = f"not ready after {REPORT_SECONDS:g} s" if output is None else output or "no reason given"
+    problem, again = output.splitlines()[-1], f"`distloop report {run}` tries again"
+    return f"distloop: WARNING: the report was not written ({problem}); {again}"

@@ -26,8 +26,7 @@ LOOP = "distloop.train"
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as prepare_process() does, before torch is imported
 forkserver = multiprocessing.get_context("forkserver")
 # torch._dynamo comes with the first optimizer and takes longer to import than most runs here take.
-SKLEARN = [] if "GPU_DATA" in os.environ else ["sklearn.datasets", "sklearn.model_selection"]  # not with the GPU kit
-forkserver.set_forkserver_preload([LOOP, *SKLEARN, "torch._dynamo"])
+forkserver.set_forkserver_preload([LOOP, "torch._dynamo"])
 
 
 @dataclass

@@ -72,3 +72,18 @@ def test_make_test_runs_both_parts_and_fails_if_one_does(tmp_path: Path, unit: i
     first, second = (tmp_path / "parts").read_text().splitlines()
     assert first.endswith("tests/unit")
     assert second.endswith("--ignore tests/unit")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_make_train_asks_torch_for_gpus_only_where_the_launcher_has_to_know(tmp_path: Path, processes: int) -> None:
+    """To import torch for the answer takes seconds; one process finds its GPU by itself."""
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    note = '#!/bin/sh\necho "$(basename $0) $1 ${ACCELERATE_USE_CPU:-unset}" >>notes\n[ "$1" != -c ] || echo true\n'
+    for name in ("python", "accelerate"):
+        (programs / name).write_text(note)
+        (programs / name).chmod(0o755)
+    command(["make", "-o", ".venv/installed", "train", f"PROCS={processes}"], tmp_path)
+    alone, several = "python distloop/train.py unset\n", "python -c unset\naccelerate launch true\n"
+    assert (tmp_path / "notes").read_text() == (alone if processes == 1 else several)

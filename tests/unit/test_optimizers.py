@@ -3,7 +3,9 @@ says of them."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -323,3 +325,25 @@ def test_a_schedule_of_ones_own_is_the_share_of_the_peak_rate() -> None:
 def test_a_schedule_of_ones_own_that_is_no_such_function_is_refused(name: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         LearningRate(schedule(name), 10)
+
+
+# ---- the start ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_garbage_is_looked_for_in_what_the_first_optimizer_imports(
+    monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    found: list[bool] = []
+
+    def build(params: Any, lr: float) -> torch.optim.Optimizer:
+        found.append(gc.isenabled())
+        if fails:
+            raise ValueError("no")
+        return torch.optim.SGD(params, lr=lr)
+
+    monkeypatch.setattr("distloop.training.optimizers.optimizer_kind", lambda key, name: build)
+    with pytest.raises(ValueError, match="no") if fails else contextlib.nullcontext():
+        build_optimizer(model_of(), Optim("own"), CPU, "no")
+    assert found == [False]
+    assert gc.isenabled()

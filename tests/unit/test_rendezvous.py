@@ -9,6 +9,7 @@ import socketserver
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -264,6 +265,39 @@ def test_many_ranks_meet() -> None:
     for thread in [meet(store, number, 32, 60, said) for number in range(32)]:
         thread.join()
     assert said == dict.fromkeys(range(32), "")
+
+
+@pytest.mark.parametrize("members", [2, 3])
+def test_ranks_look_again_after_a_twentieth_of_the_wait_so_far(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, members: int
+) -> None:
+    begun, slept = time.monotonic(), list[tuple[float, float]]()  # (how long it may be, how long it was)
+    sleep = time.sleep
+
+    def record(seconds: float) -> None:
+        slept.append((max(0.001, (time.monotonic() - begun) / 20), seconds))
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", record)
+    port, waiting = str(free_port()), [meeting.Wait("rank", 60) for _ in range(members)]
+    stores: dict[int, TCPStore] = {}
+
+    def come(number: int) -> None:
+        stores[number] = meeting.open_store("127.0.0.1", port, number == 0, waiting[number])
+        meeting.wait_for_all(stores[number], number, members, waiting[number])
+
+    threads = [threading.Thread(target=come, args=(number,)) for number in range(members)]
+    for thread in reversed(threads):  # rank 0 comes last: the others wait for its address, then for its store
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(stores) == members
+    assert slept
+    assert all(seconds <= most for most, seconds in slept)
+    slept.clear()
+    meeting.nap(begun - 1000)
+    meeting.nap(begun - 1000, 0.2)
+    assert [seconds for _, seconds in slept] == [0.05, 0.2]  # in a long wait the store is asked seldom
 
 
 def test_each_that_came_hears_the_same_of_those_that_did_not() -> None:
