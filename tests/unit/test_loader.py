@@ -467,11 +467,11 @@ def test_for_a_gpu_batches_lie_in_pinned_memory_and_workers_are_not_forked(monke
 # ---- micro-batches that are taken together ---------------------------------------------------------------------
 
 
-def of_steps(dataset: InMemory, plan: Plan, first: int, device: torch.device = CPU) -> list[tuple[list[Tensor], int]]:
+def of_steps(dataset: InMemory, plan: Plan, first: int, workers: int = 0) -> list[tuple[list[Tensor], int]]:
     """Inputs and targets of each step from `first` on, and how many micro-batches it had."""
-    config = Config()
+    config = Config(data=Data(workers=workers))
     source = DataSource(dataset, dataset, mean=(0.3,), std=(0.4,))
-    batches = TrainBatches(config, source, None, plan, device, first, Position())
+    batches = TrainBatches(config, source, None, plan, CPU, first, Position())
     steps = []
     for step in range(first, plan.total_steps):
         micros = list(batches.of_step(step))
@@ -503,7 +503,8 @@ def test_rows_in_memory_are_the_same_however_many_micro_batches_are_taken_at_onc
     alone = of_steps(dataset, plan, 0)
     assert len(asked) >= 11
     monkeypatch.setattr(whole_batches, "MOST_TOGETHER", 3)
-    for first, others in ((0, together), (0, of_steps(dataset, plan, 0)), (4, of_steps(dataset, plan, 4))):
+    three, from_4, by_workers = of_steps(dataset, plan, 0), of_steps(dataset, plan, 4), of_steps(dataset, plan, 4, 2)
+    for first, others in ((0, together), (0, three), (4, from_4), (4, by_workers)):
         for (expected, count), (values, other_count) in zip(alone[first:], others, strict=True):
             assert all(map(torch.equal, expected, values))
             assert count == other_count
