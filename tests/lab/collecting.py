@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import Any
 
 import torch
@@ -46,3 +47,13 @@ class Collecting(Classification):
 class OneTooFew(Collecting):
     def collect(self, outputs: Tensor, batch: Any) -> dict[str, Any]:
         return {"scores": outputs[1:]}
+
+
+class OfTheRank(Collecting):
+    """The ranks collect under other names, where they are asked which they are."""
+
+    def collect(self, outputs: Tensor, batch: Any) -> dict[str, Any]:
+        return {f"scores_{os.environ['RANK']}": outputs}
+
+    def summary(self, sums: dict[str, Tensor], collected: dict[str, Any]) -> dict[str, float]:  # type: ignore[override]
+        return {**super(Collecting, self).summary(sums), "auroc": 0.5}

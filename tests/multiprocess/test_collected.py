@@ -49,3 +49,11 @@ def test_a_collection_that_leaves_samples_out_is_refused_before_the_first_step(t
     assert outcome.codes == [2, 2]
     assert outcome.output.count("scores has 49 values for a batch of 50 samples") == 1, outcome.output
     assert not list(tmp_path.glob("runs/*/metrics.jsonl"))
+
+
+def test_ranks_that_collect_something_else_are_named(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "task": "tests.lab.collecting:OfTheRank"}
+    outcome = train(tmp_path, ["--config", str(write_config(tmp_path, settings))], 2)
+    assert outcome.codes == [2, 2], outcome.output
+    assert outcome.output.count("task.collect() gives scores_1") == 1, outcome.output
+    assert "on rank 1, but scores_0" in outcome.output
