@@ -49,7 +49,7 @@ def _read(name: str) -> np.ndarray[Any, Any]:
         )
     path = Path(found.submodule_search_locations[0]) / "datasets" / "data" / name
     try:
-        with gzip.open(path, "rt") as file:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
             return np.loadtxt(file, delimiter="," if name.startswith("digits") else None)
     except OSError as error:
         raise UsageError(
