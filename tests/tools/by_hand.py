@@ -140,14 +140,15 @@ class ByHand:
         torch.manual_seed(self.seed)
         self.model: nn.Module = module.Net()
         # Not model.to(dtype), which drops the imaginary part of complex numbers.
-        self.model._apply(lambda tensor: tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
+        self.trained = nn.ModuleList([self.model, *([self.task] if isinstance(self.task, nn.Module) else [])])
+        self.trained._apply(lambda tensor: tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
         self.optimizer = self._make_optimizer()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         optim = self.settings["optim"]
         decayed: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
-        for module in self.model.modules():
+        for module in self.trained.modules():
             for parameter in module.parameters(recurse=False):
                 if parameter.requires_grad and not any(parameter is each for each in (*decayed, *others)):
                     vector = parameter.ndim < 2 or isinstance(module, NORMS)
@@ -188,7 +189,7 @@ class ByHand:
         total = self.settings["train"]["epochs"] * per_epoch
         schedule, validate = Schedule(**self.settings["schedule"]), self.settings["validate"]["every_epochs"]
         order = Order(samples, self.seed)
-        self.model.train()
+        self.trained.train()
         for step in range(total):
             epoch, start = step // per_epoch, step % per_epoch * size
             if start == 0:
@@ -222,7 +223,7 @@ class ByHand:
                 loss.backward()
             loss_sum, weight_sum = loss_sum + float(loss.detach()), weight_sum + float(weight)
         divisor = len(indices) if self.task.weight == "samples" else weight_sum
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        parameters = [parameter for parameter in self.trained.parameters() if parameter.grad is not None]
         for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
             gradient /= divisor
         limit = self.settings["optim"].get("clip_norm") or float("inf")
@@ -235,7 +236,7 @@ class ByHand:
         """A validation's numbers: sums over all batches, and what the task makes of them."""
         data, size = self.source.validation, self.settings["validate"]["batch_size"]
         sums: dict[str, Any] = {}
-        self.model.eval()
+        self.trained.eval()
         with torch.no_grad():
             for number, start in enumerate(range(0, len(data), size)):
                 indices = range(start, min(start + size, len(data)))
@@ -252,6 +253,6 @@ class ByHand:
                     sums[name] = sums.get(name, 0) + value.to(
                         torch.float64 if value.is_floating_point() else torch.int64
                     )
-        self.model.train()
+        self.trained.train()
         seed(self.seed, 0, 0, Place.SUMMARY)
         return {**self.task.summary(sums), "samples": len(data)}

@@ -143,8 +143,11 @@ class TrainingHabits(DataHabits):
 
     def _task_parts(self) -> list[str]:
         if self.wrong_habit == "task parameters":
-            self.expect("refused", "a task with parameters of its own", "parameter|task")
             init = self.one_of("", "    super().__init__()\n")
+            if init:  # an nn.Module, whose parameters are trained
+                self.has("task with parameters of its own")
+            else:
+                self.expect("refused", "a task that is no module, with parameters", "parameter|task")
             return [f"def __init__(self):\n{init}    self.factor = nn.Parameter(torch.ones(()))"]
         return []
 
