@@ -62,8 +62,8 @@ class Wrong(Stopped):
             "no number": {"texts": "many"},
             "vector": {"each": outputs.sum(0)},
             "list": [1.0],
-            "twice": {"correct": 1},
-            "of one rank": {f"alone {place}": 1.0 for place in range(40)} if RANK == "1" else {},  # of many blocks
+            "twice": {"correct": count},
+            "of one rank": {f"alone {place}": count for place in range(40)} if RANK == "1" else {},  # of many blocks
         }.get(self.kind, {})
         return (loss, count, sums, sums) if self.kind == "four" else (loss, count, sums)
 

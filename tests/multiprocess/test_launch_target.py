@@ -221,7 +221,7 @@ def test_an_extension_that_does_not_fit_the_checkpoint_changes_nothing(tmp_path:
     assert start(file).returncode == 0
     run = tmp_path / "runs" / "run"
     before = (run / "config.yaml").read_text()
-    outcome = start(file, "--own.more", "true", "--resume", "extend")
+    outcome = start(file, "--own.more", "true", "--train.steps", "30", "--resume", "extend")
     assert outcome.returncode == 2
     assert "does not hold more, which this loop loads" in outcome.stdout
     assert (run / "config.yaml").read_text() == before
