@@ -1,6 +1,8 @@
 """Augment images: whole batches of small ones, with random numbers that the caller passes; others one by one, with
 torchvision's transforms, which draw from torch's global generator."""
 
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +11,10 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 DRAWS = 3  # random numbers per sample: vertical shift, horizontal shift, flip
+ALIGNMENT = 64  # bytes: where torch lets the memory of a tensor begin
 AUGMENTS = ("none", "crop_flip", "trivial", "rand", "auto")
 
 
@@ -20,6 +24,8 @@ def shift_and_flip(images: Tensor, random: NDArray, pad: int, flip: bool) -> Ten
     images: any type, [batch, channels, height, width]; random: numbers in [0, 1), [batch, DRAWS]. The same as
     torchvision's RandomCrop(size, padding=pad) and RandomHorizontalFlip.
     """
+    if not is_plain(images) or images.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return _shift_and_flip_by_torch(images, random, pad, flip)
     if images.dtype is torch.bfloat16:  # which NumPy does not know
         return shift_and_flip(images.view(torch.int16), random, pad, flip).view(torch.bfloat16)
     pixels = images.numpy()  # NumPy copies whole rows where torch would pick pixel by pixel
@@ -34,7 +40,34 @@ def shift_and_flip(images: Tensor, random: NDArray, pad: int, flip: bool) -> Ten
         mirrored = np.flatnonzero(random[:, 2] < 0.5)
         pixels = pixels if pad else pixels.copy()
         pixels[mirrored] = pixels[mirrored][..., ::-1]
-    return torch.from_numpy(pixels)
+    moved = torch.from_numpy(pixels)
+    # NumPy aligns memory less, and the last bits of a matrix product depend on that.
+    return moved.clone() if moved.data_ptr() % ALIGNMENT else moved
+
+
+def _shift_and_flip_by_torch(images: Tensor, random: NDArray, pad: int, flip: bool) -> Tensor:
+    """The same for tensors that NumPy does not know, and for those whose memory format would be lost there."""
+    if pad:
+        padded = functional.pad(images, (pad, pad, pad, pad))
+        windows = padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
+        rows, columns = torch.from_numpy((random[:, :2] * (2 * pad + 1)).astype("int64")).T
+        images = windows[torch.arange(len(images)), :, rows, columns]
+    if flip:
+        mirrored = torch.from_numpy(random[:, 2] < 0.5)[:, None, None, None].to(images.device)
+        images = torch.where(mirrored, images.flip(3), images)
+    return images
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is an ordinary one on the CPU, without a gradient, its numbers in the order of its indices.
+    is_contiguous() says so of channels_last with one channel, too, with which a convolution gives other bits."""
+    strides = itertools.accumulate(reversed(tensor.shape[1:]), operator.mul, initial=1)
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not (tensor.requires_grad or tensor.is_conj() or tensor.is_neg())
+        and tensor.stride() == tuple(strides)[::-1]
+    )
 
 
 def check_augment(augment: str, erase: float, pad: int | None = None, flip: bool | None = None) -> None:

@@ -33,6 +33,8 @@ from distloop.ranks.environment import cpus_per_rank
 from distloop.ranks.leaving import kill_workers
 from distloop.ranks.places import Position
 
+ALIGNMENT = 256  # bytes: more than torch's libraries distinguish
+
 
 class Loader:
     """Iterates over the batches of a prepared DataLoader and calls `finish` on each."""
@@ -139,10 +141,16 @@ def _to_device(batch: Any, source: DataSource, dtype: torch.dtype, device: torch
 
 
 def _apart(loader: Loader, sampler: MicroBatchSampler) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The micro-batches that the sampler has put together, one by one: views of the same memory."""
+    """The micro-batches that the sampler has put together, one by one."""
     for batch in loader:
         sizes = sampler.sizes.popleft()
-        yield from zip(*(rows.split(sizes) for rows in batch), strict=True)
+        yield from zip(*(_divided(rows, sizes) for rows in batch), strict=True)
+
+
+def _divided(rows: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+    """Views of the rows; copies where a view begins at another address than memory of its own would: the last bits of a
+    matrix product depend on it, and would depend on the step from which a run was continued."""
+    return [part.clone() if (part.data_ptr() - rows.data_ptr()) % ALIGNMENT else part for part in rows.split(sizes)]
 
 
 class TrainBatches:

@@ -131,9 +131,15 @@ class Packed(Dataset):
                 str(file), shared=False, size=self.parts[number].size, dtype=torch.uint8
             )
         pixels = self.mapped[number][start : start + 3 * height * width]
-        return self.transform(pixels.view(height, width, 3).permute(2, 0, 1)), label
+        picture = self.transform(pixels.view(height, width, 3).permute(2, 0, 1))
+        # Who changes a sample in place must not change the picture for the epochs to come.
+        return picture.clone() if _same_memory(picture, pixels) else picture, label
 
     @property
     def digest(self) -> str:
         """Changes with the data: made of the checksums of all files."""
         return hashlib.sha256(json.dumps([digest_of(self.rows), self.parts]).encode()).hexdigest()
+
+
+def _same_memory(picture: Any, pixels: Tensor) -> bool:
+    return isinstance(picture, Tensor) and picture.untyped_storage().data_ptr() == pixels.untyped_storage().data_ptr()

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distloop.data.augment import DRAWS, shift_and_flip
+from distloop.data.augment import DRAWS, is_plain, shift_and_flip
 
 TOGETHER_BYTES, MOST_TOGETHER = 2**18, 64  # more would not stay in a core's cache
 
@@ -47,10 +47,7 @@ class InMemory(WholeBatches):
     def batch(self, indices: NDArray[np.int64], random: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
         """(inputs, targets) at `indices`, augmented with `random`: numbers in [0, 1), [len(indices), draws]."""
         chosen = torch.from_numpy(indices)
-        inputs, targets = (
-            self.inputs.index_select(0, chosen),
-            self.targets.index_select(0, chosen),
-        )  # 7 times sooner than []
+        inputs, targets = _rows(self.inputs, chosen), _rows(self.targets, chosen)
         return (shift_and_flip(inputs, random, self.pad, self.flip) if self.draws else inputs), targets
 
 
@@ -70,10 +67,20 @@ def takes_rows(dataset: Any) -> bool:
     return gives_batches(dataset) and type(dataset).batch is InMemory.batch
 
 
+def _rows(tensor: Tensor, chosen: Tensor) -> Tensor:
+    """tensor[chosen], in the same memory format: by index_select, in a seventh of the time, where that keeps it."""
+    return tensor.index_select(0, chosen) if is_plain(tensor) else tensor[chosen]
+
+
 def batches_together(dataset: InMemory, size: int) -> int:
-    """How many batches of `size` rows are taken at once, and divided then: many cost little more than few."""
-    row = dataset.inputs[:1]
-    return max(1, min(MOST_TOGETHER, TOGETHER_BYTES // max(1, size * row.numel() * row.element_size())))
+    """How many batches of `size` rows are taken at once, and divided then: many cost little more than few. One, where
+    a part of more rows would be another tensor than those rows alone: of other strides, or with a shared history."""
+    two = torch.arange(min(2, len(dataset)))
+    rows = [_rows(tensor, two) for tensor in (dataset.inputs, dataset.targets)]
+    if not all(map(is_plain, rows)):
+        return 1
+    row_bytes = sum(each[:1].numel() * each.element_size() for each in rows)
+    return max(1, min(MOST_TOGETHER, TOGETHER_BYTES // max(1, size * row_bytes)))
 
 
 def gives_batches(dataset: Any) -> bool:

@@ -74,3 +74,28 @@ def test_the_images_handed_in_are_left_alone() -> None:
     before = images.clone()
     shift_and_flip(images, uniforms(0, 0, np.arange(40), DRAWS), 2, True)
     assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize(("pad", "flip"), [(1, False), (2, True), (0, True)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_memory_format_of_images_stays(channels: int, pad: int, flip: bool) -> None:
+    """A convolution of images in channels_last has other last bits."""
+    images = torch.rand(9, 6, 5, channels).permute(0, 3, 1, 2)
+    draws = uniforms(0, 0, np.arange(9), DRAWS)
+    moved = shift_and_flip(images, draws, pad, flip)
+    assert moved.stride() == images.stride()
+    assert torch.equal(moved, shift_and_flip(torch.stack(list(images)), draws, pad, flip))
+
+
+@pytest.mark.parametrize(("pad", "flip"), [(1, False), (2, True), (0, True)])
+def test_moved_images_begin_where_torch_lets_tensors_begin(pad: int, flip: bool) -> None:
+    """The last bits of a matrix product depend on it; NumPy's memory begins at any multiple of 16 bytes."""
+    some = [
+        shift_and_flip(torch.rand(n, 1, 3, 5), uniforms(0, 0, np.arange(n), DRAWS), pad, flip) for n in range(1, 60)
+    ]
+    assert {moved.data_ptr() % 64 for moved in some} == {0}
+
+
+def test_types_that_numpy_does_not_know_are_shifted() -> None:
+    images, draws = torch.rand(9, 1, 3, 5).to(torch.float8_e4m3fn), uniforms(0, 0, np.arange(9), DRAWS)
+    assert torch.equal(shift_and_flip(images, draws, 1, False).float(), shift_and_flip(images.float(), draws, 1, False))

@@ -514,3 +514,34 @@ def test_large_rows_are_taken_one_micro_batch_at_a_time() -> None:
     images = InMemory(torch.zeros(8, 3, 224, 224), torch.zeros(8))
     assert whole_batches.batches_together(images, 4) == 1
     assert whole_batches.batches_together(InMemory(torch.zeros(8, 4, 4), torch.zeros(8)), 4) == 64
+    targets_are_large = InMemory(torch.zeros(8, 2), torch.zeros(8, 3, 224, 224))
+    assert whole_batches.batches_together(targets_are_large, 4) == 1
+
+
+def first_batches(dataset: InMemory, size: int, first: int = 0) -> list[Any]:
+    plan = Plan(len(dataset), size, total_steps=first + 6)
+    batches = TrainBatches(Config(), DataSource(dataset, dataset), None, plan, CPU, first, Position())
+    return [micro.batch for step in range(first, first + 6) for micro in batches.of_step(step)]
+
+
+def test_micro_batches_begin_where_memory_of_their_own_would() -> None:
+    """Else the last bits of a matrix product would depend on the step from which a run was continued."""
+    dataset = InMemory(torch.randn(60, 10), torch.randn(60))
+    for size in (1, 2, 3, 16):
+        for batch in first_batches(dataset, size) + first_batches(dataset, size, 1):
+            assert [part.data_ptr() % 64 for part in batch] == [0, 0]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("pad", [0, 1])
+def test_batches_keep_the_memory_format_of_the_data(channels: int, pad: int) -> None:
+    images = torch.rand(60, 8, 8, channels).permute(0, 3, 1, 2)
+    for inputs, _ in first_batches(InMemory(images, torch.arange(60), pad), 4):
+        assert inputs.stride() == images.stride()
+
+
+def test_a_micro_batch_has_no_history_in_common_with_others() -> None:
+    learned = torch.rand(60, 10, requires_grad=True)
+    for inputs, _ in first_batches(InMemory(learned, torch.arange(60)), 4):
+        inputs.square().sum().backward()  # frees what a common history would need again
+    assert learned.grad is not None

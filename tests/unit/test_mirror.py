@@ -148,6 +148,13 @@ def test_rows_that_a_later_attempt_wrote_are_not_the_uploaded_ones(
     assert WandbRun(tmp_path, {}, "online")._rows_still_right() == right
 
 
+def test_a_damaged_line_among_the_rows_of_a_later_attempt_hides_none_of_them(tmp_path: Path) -> None:
+    row = '{{"attempt": {}}}\n'.format
+    (tmp_path / "metrics.jsonl").write_text("".join([row(1), row(1), row(2), '{"atte\n', row(2)]))
+    (tmp_path / "wandb.json").write_text(json.dumps({"id": "abc", "uploaded": 4, "attempt": 1}))
+    assert WandbRun(tmp_path, {}, "online")._rows_still_right() == 2
+
+
 def test_only_one_mirrors_a_run(tmp_path: Path) -> None:
     with only_mirror(tmp_path, 0.0) as first, only_mirror(tmp_path, 0.2) as second:
         assert (first, second) == (True, False)

@@ -191,6 +191,16 @@ def test_files_are_mapped_not_kept_open_and_are_read_only(store: Path) -> None:
 # ---- a store that is begun ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("half", ["train", "validation"])
+def test_a_sample_that_is_changed_in_place_is_whole_in_the_next_epoch(store: Path, half: str) -> None:
+    """As a collate function of the user's may do, which erases a part of each picture."""
+    dataset = getattr(loaded(store, augment="none"), half)
+    picture = dataset[0][0]
+    before = picture.clone()
+    picture[:, :4] = 255 - picture[:, :4]
+    assert torch.equal(dataset[0][0], before)
+
+
 def test_a_pack_that_is_killed_leaves_no_process_and_goes_on_where_it_was(source: Path, store: Path) -> None:
     undisturbed = contents(store)
     last = source / "train" / "dog" / "6.jpg"

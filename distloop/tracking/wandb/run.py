@@ -118,7 +118,8 @@ class WandbRun:
         right = count_rows(self.path / METRICS)
         with contextlib.suppress(FileNotFoundError), open(self.path / METRICS, "rb") as file:
             for _, line in lines_from_end(file):
-                if int(parse_row(line).get("attempt") or 0) <= self.state["attempt"]:
+                row = parse_row(line)
+                if row and int(row.get("attempt") or 0) <= self.state["attempt"]:  # a damaged line says nothing
                     break
                 right -= line.endswith(b"\n")  # as count_rows() counts
         return min(right, self.state["uploaded"])
