@@ -172,6 +172,11 @@ class Watch:
         """From now on a stop saves, however long it takes. Call it in the main thread."""
         self.arm()
         self._begin_loop_by = math.inf
+        self._look_for_stop_file()  # not only in half a second, in which a short run may be over
+
+    def _look_for_stop_file(self) -> None:
+        if self.stop_file and os.path.exists(self.stop_file):
+            self.ask(StopReason.STOP_FILE)
 
     def _in_main_thread(self, number: int) -> None:
         if number == signal.SIGINT and self._interrupted and not self._raised:
@@ -211,8 +216,7 @@ class Watch:
         if self._launcher is not None and os.getppid() != self._launcher:
             self.ask(StopReason.LAUNCHER_GONE)
             self._leave = self._leave or (time.monotonic() + ORPHAN_SECONDS, 1, None)
-        if self.stop_file and os.path.exists(self.stop_file):
-            self.ask(StopReason.STOP_FILE)
+        self._look_for_stop_file()
         for reason, deadline in self.deadlines.items():
             if time.time() + self.reserve() >= deadline:
                 self.ask(reason)
