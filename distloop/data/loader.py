@@ -34,6 +34,9 @@ from distloop.ranks.leaving import kill_workers
 from distloop.ranks.places import Position
 
 
+ALIGNED_BYTES = 64  # torch's tensors begin at multiples of it
+
+
 class Loader:
     """Iterates over the batches of a prepared DataLoader and calls `finish` on each."""
 
@@ -139,10 +142,13 @@ def _to_device(batch: Any, source: DataSource, dtype: torch.dtype, device: torch
 
 
 def _apart(loader: Loader, sampler: MicroBatchSampler) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The micro-batches that the sampler has put together, one by one: views of the same memory."""
+    """The micro-batches that the sampler has put together, one by one: views of the same memory, or copies, where such
+    a view would not begin as memory of its own does. Matrix products round by where their numbers lie, and a run that
+    is continued puts others together."""
     for batch in loader:
         sizes = sampler.sizes.popleft()
-        yield from zip(*(rows.split(sizes) for rows in batch), strict=True)
+        for parts in zip(*(rows.split(sizes) for rows in batch), strict=True):
+            yield tuple(part if part.data_ptr() % ALIGNED_BYTES == 0 else part.clone() for part in parts)
 
 
 class TrainBatches:
