@@ -33,7 +33,6 @@ from distloop.ranks.environment import cpus_per_rank
 from distloop.ranks.leaving import kill_workers
 from distloop.ranks.places import Position
 
-
 ALIGNED_BYTES = 64  # torch's tensors begin at multiples of it
 
 
