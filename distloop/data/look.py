@@ -112,12 +112,12 @@ def first_validation_batch(
 
 
 def first_training_batch(config: Config, source: DataSource, plan: Plan, step: int, device: torch.device) -> Any:
-    """This rank's first micro-batch of `step`, as the plan divides it now, on `device` in the form that the model
-    takes. No loader of training has to run for it."""
+    """This rank's first micro-batch of the epoch of `step`, whose last step may be a short one, as the plan divides it
+    now, on `device` in the form that the model takes. No loader of training has to run for it."""
     settings, skips = config.data, config.data.on_bad_sample == "skip"
     name = name_of(source.train, source, settings)
     dataset = SeededDataset(source.train, config.seed, collate_of(settings), no_check, name, skips)
-    first = MicroBatchSampler(plan, step).rehearsal()[0]
+    first = MicroBatchSampler(plan, step - step % plan.steps_per_epoch).rehearsal()[0]
     [item] = look(dataset, [first], worker_count(settings, source.train), settings, device)
     batch = send(item[0] if skips else item, device)
     return to_model(batch, source, getattr(torch, config.dtype), device)

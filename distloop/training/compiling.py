@@ -12,6 +12,7 @@ from torch import nn
 from distloop.config.settings import Compile
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+NOT_BUILT = "left to this loop, whose model is not one of build_model()"  # which applies the settings
 KEPT = Path("/var/tmp")  # on the machine's own disk, and kept from one job to the next (FHS 3.0, chapter 5.15)
 
 
@@ -53,13 +54,17 @@ def keep_compiled(environ: MutableMapping[str, str], kept: Path = KEPT) -> None:
 
 def in_words(channels_last: bool, settings: bool | Compile, model: nn.Module) -> list[str]:
     """Such as ["channels_last on (20 weights)", "compile on (max-autotune, code in /var/tmp/…)"]."""
-    weights = sum(parameter.dim() == 4 for parameter in model.parameters())
-    effect = (
-        f"{weights} weight{'s' if weights > 1 else ''}" if weights else "without effect: no weight has 4 dimensions"
-    )
+    formats = [one.is_contiguous(memory_format=torch.channels_last) for one in model.parameters() if one.dim() == 4]
+    effect = f"{len(formats)} weight{'s' if len(formats) > 1 else ''}"
+    if not all(formats):
+        effect = NOT_BUILT
+    elif not formats:
+        effect = "without effect: no weight has 4 dimensions"
     texts = [f"channels_last on ({effect})" if channels_last else "channels_last off"]
     if not settings:
         return [*texts, "compile off"]
+    if model._compiled_call_impl is None:
+        return [*texts, f"compile on ({NOT_BUILT})"]
     settings = Compile() if settings is True else settings
     shapes = {None: [], True: ["dynamic shapes"], False: ["fixed shapes"]}[settings.dynamic]
     kept = [f"code kept in {os.environ[CACHE]}"] if os.environ.get(CACHE) else []

@@ -82,7 +82,7 @@ class _Before:
                 self.modules.append(value)
                 tensors = (*value.parameters(recurse=False), *value.buffers(recurse=False))
                 return (vars(value), *value.children(), *tensors)  # a ScriptModule's attributes do not hold these
-        elif restore := _restore_of(value):
+        elif restore := restore_of(value):
             self.generators.append(restore)
         return ()
 
@@ -130,7 +130,7 @@ class _Before:
         return self.containers[id(container)][1] if id(container) in self.containers else {}
 
 
-def _restore_of(value: Any) -> Callable[[], Any] | None:
+def restore_of(value: Any) -> Callable[[], Any] | None:
     """A function that gives a random generator its present state again; None for other values, and for generators that
     have no state, such as random.SystemRandom."""
     with contextlib.suppress(NotImplementedError):

@@ -56,8 +56,8 @@ class LearningRate:
 
 def _refuse_other_signature(share: Share, name: str) -> None:
     try:
-        signature = inspect.signature(share)
-    except ValueError:  # a builtin without a signature
+        signature = inspect.signature(share, follow_wrapped=False)  # a decorator may take other arguments
+    except (ValueError, TypeError):  # a builtin without a signature
         return
     try:
         signature.bind(0, 1)

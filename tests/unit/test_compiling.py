@@ -107,9 +107,18 @@ def test_a_folder_of_another_user_is_not_taken(tmp_path: Path, monkeypatch: pyte
 def test_the_start_says_what_is_on_and_what_that_means(tmp_path: Path) -> None:
     model, kept = cnn((1, 8, 8), 10, width=8), f"code kept in {tmp_path}"
     assert in_words(False, False, model) == ["channels_last off", "compile off"]
+    to_channels_last(model)
+    nn.Module.compile(model)
     assert in_words(True, True, model) == ["channels_last on (4 weights)", f"compile on (default, {kept})"]
     settings = dataclasses.replace(Compile(), mode="max-autotune", dynamic=True)
-    assert in_words(True, settings, nn.Linear(1, 1)) == [
+    flat = nn.Linear(1, 1)
+    nn.Module.compile(flat)
+    assert in_words(True, settings, flat) == [
         "channels_last on (without effect: no weight has 4 dimensions)",
         f"compile on (max-autotune, dynamic shapes, {kept})",
     ]
+
+
+def test_the_start_does_not_claim_what_a_loop_with_a_model_of_its_own_has_not_done() -> None:
+    left = "left to this loop, whose model is not one of build_model()"
+    assert in_words(True, True, cnn((3, 8, 8), 10)) == [f"channels_last on ({left})", f"compile on ({left})"]

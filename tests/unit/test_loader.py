@@ -510,6 +510,19 @@ def test_rows_in_memory_are_the_same_however_many_micro_batches_are_taken_at_onc
             assert count == other_count
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_divided_lies_in_memory_as_what_was_taken_alone(workers: int) -> None:
+    """Matrix products round by where their numbers lie: a run that is continued takes others together."""
+    dataset = InMemory(torch.randn(25, 10), torch.arange(25.0))
+    plan = Plan(25, 6, micro_batch_size=3, total_steps=7)
+    batches = TrainBatches(
+        Config(data=Data(workers=workers)), DataSource(dataset, dataset), None, plan, CPU, 0, Position()
+    )
+    micros = [micro for step in range(7) for micro in batches.of_step(step)]
+    assert [len(micro.batch[0]) for micro in micros] == [3] * 14
+    assert {part.data_ptr() % 64 for micro in micros for part in micro.batch} == {0}
+
+
 def test_large_rows_are_taken_one_micro_batch_at_a_time() -> None:
     images = InMemory(torch.zeros(8, 3, 224, 224), torch.zeros(8))
     assert whole_batches.batches_together(images, 4) == 1

@@ -11,7 +11,10 @@ from torch import nn
 import distloop.tasks
 from distloop.config.load import load_config
 from distloop.config.settings import Batch, Config, Validate
+from distloop.data.datasets import DataSource
+from distloop.data.look import first_training_batch
 from distloop.data.order import Plan
+from distloop.data.whole_batches import InMemory
 from distloop.ranks import Ranks
 from distloop.ranks.out_of_memory import is_out_of_memory
 from distloop.ranks.stopping import Watch
@@ -131,6 +134,15 @@ def test_a_plan_is_divided_again_once_the_size_is_found() -> None:
     plan.divide(20)
     assert (plan.is_divided, plan.micro_batch_size, plan.accumulation) == (True, 16, 4)
     assert len(plan.window(0, 0)) == 4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_tried_is_a_whole_micro_batch_also_if_the_next_step_is_a_short_one(rank: int) -> None:
+    dataset = InMemory(torch.zeros(17, 2), torch.arange(17.0))  # the third step has one sample, and rank 1 has none
+    plan = Plan(17, 8, 2, 4, "train", total_steps=6, rank=rank)
+    for step in range(6):
+        inputs, _ = first_training_batch(Config(), DataSource(dataset, dataset), plan, step, torch.device("cpu"))
+        assert len(inputs) == 4
 
 
 def test_auto_is_a_size_on_the_command_line() -> None:

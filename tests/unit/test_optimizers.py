@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +286,19 @@ def half_cosine(step: int, total_steps: int) -> float:
     return 1 - step / total_steps / 2
 
 
+def of_progress(share: Callable[[float], float]) -> Callable[[int, int], float]:
+    @functools.wraps(share)
+    def of_step(step: int, total_steps: int) -> float:
+        return share(step / total_steps)
+
+    return of_step
+
+
+@of_progress
+def decorated(progress: float) -> float:
+    return 1 - progress / 2
+
+
 counted = iter(range(10**9))
 
 
@@ -307,8 +322,9 @@ def schedule(name: str) -> Config:
     return Config(optim=Optim(lr=0.2), schedule=Schedule(name=f"{__name__}:{name}"), train=Train(epochs=None, steps=10))
 
 
-def test_a_schedule_of_ones_own_is_the_share_of_the_peak_rate() -> None:
-    learning_rate = LearningRate(schedule("half_cosine"), 10)
+@pytest.mark.parametrize("name", ["half_cosine", "decorated"])
+def test_a_schedule_of_ones_own_is_the_share_of_the_peak_rate(name: str) -> None:
+    learning_rate = LearningRate(schedule(name), 10)
     assert [learning_rate(step) for step in range(10)] == [0.2 * (1 - step / 20) for step in range(10)]
 
 

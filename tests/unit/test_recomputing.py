@@ -208,6 +208,61 @@ def test_a_model_without_a_sequence_is_refused() -> None:
             recompute(model)
 
 
+class KeepsItself(nn.Module):
+    """Has a number, tensors and generators that are no buffers, and change in each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes, self.mean, self.share = 0, torch.zeros(()), torch.ones(())
+        self.generators = torch.Generator().manual_seed(0)
+        self.of_numpy, self.of_python = np.random.default_rng(0), random.Random(0)
+
+    def forward(self, values: Tensor) -> Tensor:
+        self.passes += 1
+        self.mean = 0.9 * self.mean + 0.1 * values.detach().mean()
+        self.share.mul_(0.9)
+        drawn = torch.rand(values.shape, generator=self.generators) + self.of_numpy.random() + self.of_python.random()
+        return (values * drawn).tanh() * (self.passes + self.mean + self.share)
+
+
+def test_a_state_in_attributes_is_that_of_the_first_pass() -> None:
+    results = []
+    for is_recomputed in (False, True):
+        torch.manual_seed(0)
+        first, second = KeepsItself(), KeepsItself()
+        model = nn.Sequential(
+            first, nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Tanh(), second, nn.Tanh(), nn.Linear(8, 4)
+        )
+        if is_recomputed:
+            recompute(model)
+        kept = two_steps(model, torch.randn(4, 8))
+        results.append([*kept, *(torch.tensor([one.passes, one.mean, one.share]) for one in (first, second))])
+        results[-1].append(torch.tensor([one.of_numpy.random() for one in (first, second)]))
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+class Beside(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values + self.inner(values)
+
+
+def test_nothing_is_recomputed_within_a_sequence_that_two_modules_share() -> None:
+    shared = nn.Sequential(Beside(nn.Sequential(nn.Linear(2, 2), nn.Tanh())), nn.Linear(2, 2))
+    model = Beside(nn.ModuleList([Beside(shared), Beside(shared)]))
+    recompute(model)
+    assert [module for module in model.modules() if isinstance(module, Recomputed)] == [shared]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_script_module_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"the model has a ScriptModule"):
+        recompute(nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2))))
+
+
 def test_compiled_models_are_refused() -> None:
     with pytest.raises(UsageError, match=r"model\.checkpointing and compile: "):
         load_config(["--compile", "--model.checkpointing"])
