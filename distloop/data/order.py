@@ -211,7 +211,7 @@ class MicroBatchSampler:
     One iteration runs through all epochs, so that loader workers start once. An empty part gets the step's first
     sample, with weight zero, since DDP needs a backward pass. `parts` holds those of the micro-batches that the loader
     has taken and the loop has not. Up to `together` micro-batches of an epoch, one after the other, make one item;
-    `sizes` holds theirs, for each item that the loader has taken.
+    `sizes` holds theirs, for each item that the loader has taken and nobody has divided; nothing, if `together` is 1.
     """
 
     def __init__(self, plan: Plan, start: int, together: int = 1) -> None:
@@ -222,10 +222,11 @@ class MicroBatchSampler:
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for items in self._items():
+            if self.together == 1:
+                yield items[0]
+                continue
             self.sizes.append([len(item.indices) for item in items])
-            yield (
-                items[0] if len(items) == 1 else MicroBatch(items[0].epoch, np.concatenate([i.indices for i in items]))
-            )
+            yield MicroBatch(items[0].epoch, np.concatenate([item.indices for item in items]))
 
     def _items(self) -> Iterator[list[MicroBatch]]:
         if self.rehearses:

@@ -523,6 +523,19 @@ def test_what_is_divided_lies_in_memory_as_what_was_taken_alone(workers: int) ->
     assert {part.data_ptr() % 64 for micro in micros for part in micro.batch} == {0}
 
 
+@pytest.mark.parametrize("rows", [True, False])
+def test_what_is_noted_of_a_micro_batch_does_not_outlive_it(rows: bool) -> None:
+    """A run may have millions of them."""
+    dataset = InMemory(torch.zeros(20, 4), torch.arange(20)) if rows else Noisy()
+    plan = Plan(20, 4, total_steps=20)
+    batches = TrainBatches(Config(), DataSource(dataset, dataset), None, plan, CPU, 0, Position())
+    batches.rehearsal()
+    for step in range(plan.total_steps):
+        list(batches.of_step(step))
+    assert not batches.sampler.parts
+    assert not batches.sampler.sizes
+
+
 def test_large_rows_are_taken_one_micro_batch_at_a_time() -> None:
     images = InMemory(torch.zeros(8, 3, 224, 224), torch.zeros(8))
     assert whole_batches.batches_together(images, 4) == 1
