@@ -7,7 +7,7 @@ from typing import Any
 from distloop.ranks.stopping import StopReason, Watch
 
 AGREE_SECONDS = 0.25  # between two exchanges, if steps are shorter: a stop comes half a second later at most
-MOST_STEPS_BETWEEN = 16
+MOST_STEPS_BETWEEN = 32
 SMOOTHING = 0.2  # the weight of the latest interval in the pace
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import yaml
 
 from tests.lab.crashing import make_read_only, make_writable, mount_is_allowed
 from tests.multiprocess.test_launch_forms import ACCELERATE, QUIET, WRONG_FORMS
+from tests.tools.image_files import write_pictures
 from tests.tools.ranks import (
     REPOSITORY,
     accelerate_launch,
@@ -337,3 +339,19 @@ def test_a_signal_ends_it_and_shows_what_was_found(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 60
     assert "  ok    versions" in output
     assert "ended by SIGTERM" in output
+
+
+def test_pictures_are_measured_with_each_decoder(tmp_path: Path) -> None:
+    """A broken one is named, and fails."""
+    write_pictures(tmp_path / "data", train=3, validation=1)
+    (done,) = start(tmp_path, 1, "--pictures", "data", "--json")
+    assert done.returncode == 0, done.stdout
+    (rank,) = json.loads(done.stdout)["ranks"]
+    assert set(rank["pictures"]["seconds"]) == {"pil", "torchvision"}
+    assert all(0 < seconds < 10 for seconds in rank["pictures"]["seconds"].values())
+
+    broken = tmp_path / "data" / "train" / "cat" / "00.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    (done,) = start(tmp_path, 1, "--pictures", "data")
+    assert done.returncode == 1
+    assert re.search("fail +pictures +rank 0 .*cat/00.jpg cannot be loaded", done.stdout), done.stdout

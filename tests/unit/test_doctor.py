@@ -296,3 +296,26 @@ def test_on_a_terminal_the_table_fits_and_nothing_is_cut(
     assert r"[red]\x1b[2J" in words
     assert "".join(lines).count("x") == 200 + 1
     assert words.index("last") > words.index("->")
+
+
+@pytest.mark.parametrize(
+    ("torchvision", "choice"),
+    [(0.002, "take --data.args.decoder torchvision: 2,000 a second"), (0.0039, "take the default decoder, pil: 1,000")],
+)
+def test_pictures_name_the_decoder_that_is_faster_by_a_tenth(torchvision: float, choice: str) -> None:
+    """Eight CPUs for two ranks: four of them load a rank's pictures. The slowest rank counts."""
+    found = facts(4, pictures={"seconds": {"pil": 0.001, "torchvision": 0.001}, "problem": ""})
+    found[2]["pictures"] = {"seconds": {"pil": 0.004, "torchvision": torchvision}, "problem": ""}
+    (result,) = checks.pictures(found)
+    assert result.verdict == OK
+    assert choice in result.found
+    assert "4 ms with pil" in result.found
+    assert "rank 2 on n2" in result.found
+
+
+def test_a_picture_that_cannot_be_loaded_fails_with_its_rank() -> None:
+    found = facts(2, pictures={"seconds": {"pil": 0.001, "torchvision": 0.001}, "problem": ""})
+    found[1]["pictures"] = {"seconds": {}, "problem": "/data/train/a/1.jpg cannot be loaded: OSError: truncated"}
+    (result,) = checks.pictures(found)
+    assert result.verdict == FAIL
+    assert "rank 1 on n1: /data/train/a/1.jpg" in result.found

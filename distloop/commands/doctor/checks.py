@@ -28,6 +28,7 @@ LEAST_MEMORY_PER_RANK = GIB
 LEAST_FREE = {"run directory": 10 * GIB, "/tmp": GIB}
 LEAST_LIMITS = {"open files": (4096, "ulimit -n 65536"), "processes": (4096, "ulimit -u 65536")}
 SLOW_RATIO = 1.3  # of the slowest rank's time to the median: all ranks of a run wait for the slowest
+LEAST_GAIN = 0.9  # of the default decoder's time: for less, pixels need not change
 LEAST_GPU_BANDWIDTH = 1e9  # bytes a second between GPUs; plain Ethernet gives less
 
 
@@ -231,6 +232,22 @@ def speed(facts: Facts) -> list[Result]:
     return [warn_if(slowest / median > SLOW_RATIO, found, advice)]
 
 
+def pictures(facts: Facts) -> list[Result]:
+    """How long a training picture takes with each decoder. A picture that cannot be loaded fails."""
+    if bad := [fact for fact in facts if fact["pictures"]["problem"]]:
+        return [fail(f"{where(bad)}: {bad[0]['pictures']['problem']}", "Mend or remove it, or give another folder.")]
+    slowest = max(facts, key=lambda fact: fact["pictures"]["seconds"]["pil"])
+    seconds = slowest["pictures"]["seconds"]
+    times = ", ".join(f"{short_duration(each)} with {decoder}" for decoder, each in seconds.items())
+    cpus_each = len(slowest["cpus"]) / sum(fact["host"] == slowest["host"] for fact in facts)
+    on_slowest = f" on the slowest, {where([slowest])}" if len(facts) > 1 else ""
+    is_faster = seconds["torchvision"] < LEAST_GAIN * seconds["pil"]
+    choice = "--data.args.decoder torchvision" if is_faster else "the default decoder, pil"
+    rate = cpus_each / seconds["torchvision" if is_faster else "pil"]
+    found = f"a training picture takes {times} of CPU time{on_slowest}; take {choice}: {rate:,.0f} a second for a rank"
+    return [ok(f"{found}. `distloop pack` makes them faster yet.")]
+
+
 def all_reduce(facts: Facts) -> list[Result]:
     """Whether sums over several ranks are right, and how fast they are."""
     if wrong := [fact for fact in facts if not fact["all_reduce"]["is_right"]]:
@@ -262,5 +279,10 @@ CHECKS: dict[str, Check] = {
 }
 """Of what each rank finds alone."""
 
-MEASUREMENTS: dict[str, Check] = {"run directory": runs_dir, "speed": speed, "all-reduce": all_reduce}
+MEASUREMENTS: dict[str, Check] = {
+    "run directory": runs_dir,
+    "speed": speed,
+    "pictures": pictures,
+    "all-reduce": all_reduce,
+}
 """Of what the ranks measure together."""

@@ -123,12 +123,13 @@ def examine(options: argparse.Namespace, given: dict[str, str], roll_call: RollC
     for fact in facts:
         fact["measured_on"] = device
     add("speed", "product_seconds", gather("matrix product", lambda: measure.matrix_product_seconds(device)))
+    if options.pictures:
+        add("pictures", "pictures", gather("loading pictures", lambda: measure.picture_seconds(options.pictures)))
     if world_size > 1:
         group = dist.new_group(backend="nccl" if device == "cuda" else "gloo", timeout=meeting.group_timeout(limits))
         add("all-reduce", "all_reduce", gather("all-reduce", lambda: measure.all_reduce_seconds(device, group)))
     else:
         report.results.append(Result(OK, "all-reduce", not_measured))
-
     report.show()
     # The exit code comes last: a launcher ends all ranks when the first one fails.
     return gather("finishing", lambda: int(report.verdict == FAIL))[0]
@@ -151,9 +152,9 @@ def parse(arguments: list[str], quiet: bool) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
         return int(text)
 
-    def place(text: str) -> str:
+    def place(option: str, text: str) -> str:
         try:
-            check_place("--runs-dir", text)
+            check_place(option, text)
         except UsageError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
         return str(absolute(text))
@@ -161,7 +162,11 @@ def parse(arguments: list[str], quiet: bool) -> argparse.Namespace:
     seconds: dict[str, Any] = {"type": positive, "metavar": "S"}
     parser = argparse.ArgumentParser(prog="distloop doctor", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--runs-dir", type=place, default="runs", metavar="DIR", help="folder of run directories (%(default)s)")
+    folder = functools.partial(functools.partial, place)
+    add("--runs-dir", type=folder("--runs-dir"), default="runs", metavar="DIR", help="of run directories (%(default)s)")
+    add(
+        "--pictures", type=folder("--pictures"), metavar="DIR", help="measure decoders on the pictures of data.root DIR"
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what a run would compute on")
     add("--expect-world", type=positive, metavar="N", help="how many ranks there should be")
     add("--join-seconds", default=120, **seconds, help="limit of the wait for all ranks (%(default)s)")

@@ -9,12 +9,14 @@ import os
 import secrets
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from distloop.ranks.places import Position
 
+PICTURES = 24  # of a folder, each loaded with each decoder
 REDUCED_BYTES = {4 * 2**10: 20, 2**20: 10, 32 * 2**20: 5}  # bytes of an all-reduce -> how often it is timed
 MATRIX_SIZES = {"cpu": 1024, "cuda": 8192}  # a product takes about 30 ms on a core and on a large GPU
 PRODUCTS = 10
@@ -132,6 +134,39 @@ def all_reduce_seconds(device: str, group: Any) -> dict[str, Any]:
         reduce = functools.partial(dist.all_reduce, tensor, group=group)
         seconds[size] = _median_seconds(reduce, times, device)
     return {"seconds": seconds, "is_right": is_right}
+
+
+def picture_seconds(root: str) -> dict[str, Any]:
+    """`seconds`: decoder -> median CPU seconds of a training picture of the folder ROOT, as `image_folder` loads it;
+    `problem`: why there are none, or ""."""
+    import torch
+
+    from distloop.data.datasets import image_folder
+    from distloop.data.pictures import DECODERS
+    from distloop.errors import UsageError
+
+    seconds: dict[str, list[float]] = {decoder: [] for decoder in DECODERS}
+    threads, path = torch.get_num_threads(), ""
+    torch.set_num_threads(1)  # as in a loader's process
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of decoders, about single pictures
+            halves = {decoder: image_folder(root, decoder=decoder).train for decoder in DECODERS}
+            count = len(halves[DECODERS[0]])
+            for number in range(0, count, max(1, count // PICTURES)):
+                path = halves[DECODERS[0]].samples[number][0]
+                for decoder, pictures in halves.items():
+                    pictures[number]  # reads the file, so that the disk is not measured
+                    start = time.process_time()
+                    pictures[number]
+                    seconds[decoder].append(time.process_time() - start)
+    except UsageError as error:
+        return {"seconds": {}, "problem": str(error)}
+    except Exception as error:  # of a broken file, decoders raise many kinds
+        return {"seconds": {}, "problem": f"{path} cannot be loaded: {type(error).__name__}: {error}"}
+    finally:
+        torch.set_num_threads(threads)
+    return {"seconds": {decoder: statistics.median(each) for decoder, each in seconds.items()}, "problem": ""}
 
 
 def _median_seconds(work: Callable[[], Any], times: int, device: str) -> float:

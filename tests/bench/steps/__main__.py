@@ -1,17 +1,19 @@
 """Time of a training step of distloop beside other loops that do the same work, interleaved: `make bench`.
 
-    python -m tests.bench.steps [--processes 2] [--accumulation 4] [--model resnet18] [--steps 600] [--rounds 40]
+    python -m tests.bench.steps [--processes 2] [--accumulation 4] [--model resnet18 --turn 5] [--rounds 40]
 
 All contestants train one model on the same samples in the same order, one thread a process, without logging,
-validation or saving, and end with the same parameters, which is checked. Each round runs each of them in fresh
-processes. A ratio is that of one round's CPU time to the hand-written loop's of that round; "by hand again" is the
-control. Rounds go on until the 95 % interval of distloop's mean ratio is narrower than ±0.015, or until --rounds.
-Lightning and Fabric take part where they are installed, timm where $TIMM_TRAIN is the train.py of its repository.
+validation or saving, and end with the same parameters, which is checked. In each round, fresh processes of all of
+them take turns of some steps, while the others stand still, so that what slows the machine for a second slows all of
+them. A ratio is that of one round's CPU time to the hand-written loop's of that round; "by hand again" is the control.
+Rounds go on until the 95 % interval of distloop's mean ratio is narrower than ±0.015, or until --rounds. Lightning and
+Fabric take part where they are installed, timm where $TIMM_TRAIN is the train.py of its repository.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import math
@@ -31,8 +33,8 @@ from tests.bench.steps.job import Job
 from tests.tools.ranks import clean_environment, free_port, rank_environment
 
 FLOOR, CONTROL = "by_hand", "by_hand again"
-NARROW = 0.015
-MEASURES = ("cpu", "wall", "quiet_cpu")  # microseconds a step; quiet: of the least disturbed two fifths of the steps
+NARROW, FEWEST = 0.015, 10  # rounds: three that happen to agree say little
+MEASURES = ("cpu", "wall")  # microseconds a step
 
 
 def contestants() -> list[str]:
@@ -45,34 +47,72 @@ def contestants() -> list[str]:
     return found
 
 
-def measure(name: str, job: Job) -> dict[str, Any]:
-    """One run in fresh processes: the measures, CPU time summed over the ranks, and a checksum of the parameters."""
-    module = f"tests.bench.steps.{name.split()[0]}"
-    options = [f"--{key}={getattr(job, key)}" for key in ("model", "steps", "processes", "accumulation", "batch")]
-    root = Path(__file__).resolve().parents[3]
-    threads = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONHASHSEED": "0"}
-    port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        shared = {**clean_environment(), **threads, "BENCH_FOLDER": folder}
+class Contestant:
+    """The processes of one loop, which stand still but for their turns."""
+
+    def __init__(self, name: str, job: Job) -> None:
+        self.name = name
+        module = f"tests.bench.steps.{name.split()[0]}"
+        options = [f"--{key}={value}" for key, value in vars(job).items()]
+        threads = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONHASHSEED": "0"}
+        self.folder = tempfile.TemporaryDirectory()
+        self.errors = Path(self.folder.name, "errors.txt")
+        shared = {**clean_environment(), **threads, "BENCH_FOLDER": self.folder.name}
         shared |= {"TIMM_TRAIN": os.environ.get("TIMM_TRAIN", "")}
+        port = free_port()
         places = [rank_environment(rank, job.processes, port) for rank in range(job.processes)]
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-m", module, *options],
-                cwd=root,
-                env={**shared, **(place if job.processes > 1 else {})},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for place in places
-        ]
-        outputs = [process.communicate() for process in started]
-    rows = [line.split()[1:] for output, _ in outputs for line in output.splitlines() if line.startswith("RESULT")]
-    if len(rows) != job.processes:
-        raise SystemExit(f"{name} failed:\n" + "\n".join(error[-3000:] for _, error in outputs))
-    values = [[float(row[place]) for row in rows] for place in range(len(MEASURES))]
-    return {"cpu": sum(values[0]), "wall": max(values[1]), "quiet_cpu": sum(values[2]), "parameters": rows[0][3]}
+        with self.errors.open("w") as errors:
+            self.processes = [
+                subprocess.Popen(
+                    [sys.executable, "-m", module, *options],
+                    cwd=Path(__file__).resolve().parents[3],
+                    env={**shared, **(place if job.processes > 1 else {})},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                )
+                for place in places
+            ]
+
+    def turn(self) -> dict[str, Any]:
+        """One turn: the measures, CPU time summed over the ranks, and a checksum of the parameters."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write("go on\n")
+            process.stdin.flush()
+        rows = [self._result(process) for process in self.processes]
+        values = [[float(row[place]) for row in rows] for place in range(len(MEASURES))]
+        return {"cpu": sum(values[0]), "wall": max(values[1]), "parameters": rows[0][2]}
+
+    def _result(self, process: subprocess.Popen[str]) -> list[str]:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("RESULT"):
+                return line.split()[1:]
+        raise SystemExit(f"{self.name} failed:\n{self.errors.read_text()[-3000:]}")
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+        self.folder.cleanup()
+
+
+def one_round(names: list[str], job: Job, turns: int, order: random.Random) -> dict[str, Any]:
+    """Fresh processes of all contestants take turns; of each, the mean of its turns and the last checksum. The first
+    turn is not counted: until it, processes start, and wait for each other's ranks."""
+    contestants = {name: Contestant(name, job) for name in names}
+    taken: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    try:
+        for _ in range(turns + 1):
+            for name in order.sample(names, len(names)):
+                taken[name].append(contestants[name].turn())
+    finally:
+        for contestant in contestants.values():
+            contestant.end()
+    means = {name: {key: statistics.fmean(turn[key] for turn in taken[name][1:]) for key in MEASURES} for name in names}
+    return {name: {**means[name], "parameters": taken[name][-1]["parameters"], "turns": taken[name]} for name in names}
 
 
 def interval(values: list[float]) -> float:
@@ -105,9 +145,9 @@ def table(rounds: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print(f"\n{'loop':20} {'CPU us':>8} {'ratio':>6} {'±95 %':>6} {'quiet':>6} {'wall':>6}  same parameters")
+    print(f"\n{'loop':20} {'CPU us':>8} {'ratio':>6} {'±95 %':>6} {'wall':>6}  same parameters")
     for row in rows:
-        numbers = f"{row['cpu']:8.0f} {row['cpu_ratio']:6.3f} {row['cpu_interval']:6.3f} {row['quiet_cpu_ratio']:6.3f}"
+        numbers = f"{row['cpu']:8.0f} {row['cpu_ratio']:6.3f} {row['cpu_interval']:6.3f}"
         print(f"{row['loop']:20} {numbers} {row['wall_ratio']:6.3f}  {'yes' if row['same_parameters'] else 'NO'}")
 
 
@@ -131,21 +171,21 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for key, value in {"model": "tiny", "steps": 600, "processes": 1, "accumulation": 1, "batch": 64}.items():
-        parser.add_argument(f"--{key}", type=type(value), default=value)
+    for field in dataclasses.fields(Job):
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+    parser.add_argument("--turns", type=int, default=4, help="of each contestant in a round")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--only", nargs="*", help="names of contestants beside the floor and its control")
     parser.add_argument("--out", type=Path, help="a folder for results.json and plot.png")
     options = parser.parse_args()
-    job = Job(options.model, options.steps, options.processes, options.accumulation, options.batch)
+    job = Job(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Job)})
     names = [name for name in contestants() if not options.only or name in (FLOOR, CONTROL, *options.only)]
     rounds: list[dict[str, Any]] = []
     for number in range(options.rounds):
-        order = random.Random(number).sample(names, len(names))
-        rounds.append({name: measure(name, job) for name in order})
+        rounds.append(one_round(names, job, options.turns, random.Random(number)))
         half = interval(ratios(rounds, "distloop_train", "cpu")) if "distloop_train" in names else math.inf
         print(f"round {number + 1}: distloop {ratios(rounds, names[2], 'cpu')[-1]:.3f}, mean ±{half:.3f}", flush=True)
-        if half < NARROW:
+        if half < NARROW and len(rounds) >= FEWEST:
             break
     rows = table(rounds, names)
     show(rows)

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +22,6 @@ from distloop.data.seeding import uniforms
 from distloop.data.whole_batches import InMemory
 from distloop.training.models import cnn
 
-WARM_UP = 100  # steps before the clock starts
 MEAN, STD = 0.305, 0.376
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 3e-3, 0.9, 0.05
 SEED = 0
@@ -29,13 +29,19 @@ SEED = 0
 
 @dataclasses.dataclass
 class Job:
-    """One measurement: `steps` of `batch` samples a process, in `accumulation` micro-batches each."""
+    """One measurement: turns of `turn` steps, after as many that are not measured. A step takes `batch` samples a
+    process, in `accumulation` micro-batches."""
 
     model: str = "tiny"
-    steps: int = 600
+    turn: int = 100
     processes: int = 1
     accumulation: int = 1
     batch: int = 64
+
+    @property
+    def lead(self) -> int:
+        """Steps of a turn before its clock starts: the caches hold what the others left."""
+        return max(1, self.turn // 5)
 
     @property
     def rank(self) -> int:
@@ -126,7 +132,11 @@ class Sampler:
 
 
 def timed(model: Any, job: Job) -> Any:
-    """The model, which notes CPU and wall time as each measured step begins, and ends the process after the last."""
+    """The model, which waits for its turn, and notes CPU and wall time as its steps begin and end.
+
+    The parent process gives turns by lines on the standard input, and gets the times of a turn as a line RESULT: the
+    contestants run one after another for some steps each, so that a machine that becomes slower slows all of them.
+    """
     forward, calls, times = model.forward, 0, [(0.0, 0.0)] * 0
 
     def clocked(*arguments: Any) -> Any:
@@ -134,10 +144,16 @@ def timed(model: Any, job: Job) -> Any:
         if model.training and model.counts:
             step, micro = divmod(calls, job.accumulation)
             calls += 1
-            if micro == 0 and step >= WARM_UP:
-                times.append((time.process_time(), time.perf_counter()))
-                if step == WARM_UP + job.steps:
-                    finish(model, job, times)
+            if micro == 0 and step >= job.turn:
+                place = (step - job.turn) % (job.lead + job.turn)
+                if times and place == 0:
+                    times.append((time.process_time(), time.perf_counter()))
+                    report(model, job, times)
+                    times.clear()
+                if place == 0 and not sys.stdin.readline():
+                    os._exit(0)
+                if place == job.lead:
+                    times.append((time.process_time(), time.perf_counter()))
         return forward(*arguments)
 
     model.counts = True  # False in passes before training
@@ -145,19 +161,14 @@ def timed(model: Any, job: Job) -> Any:
     return model
 
 
-def finish(model: nn.Module, job: Job, times: list[tuple[float, float]]) -> None:
-    """Print CPU and wall time of a step in microseconds, the mean CPU time of the two fifths of the steps that other
-    programs disturbed least, and a checksum of the parameters; then end the process."""
-    (cpu, wall), (cpu_end, wall_end) = times[0], times[-1]
-    gaps = sorted(after[0] - before[0] for before, after in itertools.pairwise(times))[: 2 * job.steps // 5]
-    seconds = (cpu_end - cpu) / job.steps, (wall_end - wall) / job.steps, sum(gaps) / len(gaps)
+def report(model: nn.Module, job: Job, times: list[tuple[float, float]]) -> None:
+    """Print CPU and wall time of a step of this turn in microseconds, and a checksum of the parameters."""
+    (cpu, wall), (cpu_end, wall_end) = times
+    seconds = (cpu_end - cpu) / job.turn, (wall_end - wall) / job.turn
     digest = hashlib.sha256()
     for parameter in model.parameters():
         digest.update(parameter.detach().contiguous().numpy().tobytes())
     print("RESULT", *(f"{1e6 * value:.1f}" for value in seconds), digest.hexdigest()[:16], flush=True)
-    if job.processes > 1:
-        torch.distributed.barrier()  # the others are at the same place
-    os._exit(0)
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -181,7 +192,7 @@ def start_group(job: Job) -> None:
 
 
 def run(contestant: Callable[[Job], None]) -> None:
-    """Run a contestant with the command line's job: python -m tests.bench.steps.by_hand --steps 600 …"""
+    """Run a contestant with the command line's job: python -m tests.bench.steps.by_hand --processes 1 …"""
     parser = argparse.ArgumentParser()
     for field in dataclasses.fields(Job):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
