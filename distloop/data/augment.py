@@ -28,21 +28,41 @@ def shift_and_flip(images: Tensor, random: NDArray, pad: int, flip: bool) -> Ten
         return _shift_and_flip_by_torch(images, random, pad, flip)
     if images.dtype is torch.bfloat16:  # which NumPy does not know
         return shift_and_flip(images.view(torch.int16), random, pad, flip).view(torch.bfloat16)
-    pixels = images.numpy()  # NumPy copies whole rows where torch would pick pixel by pixel
+    pixels = images.numpy()  # NumPy copies whole images where torch would pick pixel by pixel
     if pad:
-        batch, channels, height, width = pixels.shape
-        padded = np.zeros((batch, channels, height + 2 * pad, width + 2 * pad), pixels.dtype)
-        padded[:, :, pad:-pad, pad:-pad] = pixels
-        windows = sliding_window_view(padded, (height, width), (2, 3))  # [batch, channels, 2p+1, 2p+1, height, width]
         rows, columns = (random[:, :2] * (2 * pad + 1)).astype(np.int64).T
-        pixels = windows[np.arange(batch), :, rows, columns]
+        pixels = _shifted(pixels, rows, columns, pad)
     if flip:
         mirrored = np.flatnonzero(random[:, 2] < 0.5)
         pixels = pixels if pad else pixels.copy()
-        pixels[mirrored] = pixels[mirrored][..., ::-1]
+        pixels[mirrored] = _mirrored(pixels[mirrored])
     moved = torch.from_numpy(pixels)
     # NumPy aligns memory less, and the last bits of a matrix product depend on that.
     return moved.clone() if moved.data_ptr() % ALIGNMENT else moved
+
+
+def _shifted(pixels: NDArray, rows: NDArray[np.int64], columns: NDArray[np.int64], pad: int) -> NDArray:
+    """Crops of the size of the images, [batch, channels, height, width], that begin at `rows` and `columns` of the
+    padded ones. In memory a shift moves an image as one piece; pixels that it moves to the next row are cleared."""
+    batch, channels, height, width = pixels.shape
+    size, margin = height * width, pad * (width + 1)
+    wide = np.zeros((batch * channels, margin + size + margin), pixels.dtype)
+    wide[:, margin : margin + size] = pixels.reshape(-1, size)
+    starts = (rows * width + columns).repeat(channels)
+    moved = sliding_window_view(wide, size, 1)[np.arange(batch * channels), starts].reshape(pixels.shape)
+    for shift in range(1, pad + 1):
+        moved[columns == pad - shift, :, :, :shift] = 0
+        moved[columns == pad + shift, :, :, max(0, width - shift) :] = 0
+    return moved
+
+
+def _mirrored(pixels: NDArray) -> NDArray:
+    """The images, which lie in the order of their indices, from right to left; bytes are moved by eight or four."""
+    count = next((count for count in (8, 4) if pixels.shape[-1] % count == 0 and pixels.itemsize == 1), 1)
+    if count == 1:
+        return pixels[..., ::-1]
+    words = np.ascontiguousarray(pixels.view(f"u{count}")[..., ::-1])
+    return words.byteswap(inplace=True).view(pixels.dtype)
 
 
 def _shift_and_flip_by_torch(images: Tensor, random: NDArray, pad: int, flip: bool) -> Tensor:

@@ -51,6 +51,8 @@ def hashes(keys: list[int], values: NDArray[np.int64]) -> NDArray[np.uint64]:
 
 def uniforms(seed: int, epoch: int, indices: NDArray[np.int64], draws: int) -> NDArray[np.float64]:
     """Numbers in [0, 1) for augmentation, [len(indices), draws]. A row depends on seed, epoch and its index alone."""
+    if not draws:
+        return np.empty((len(indices), 0))
     keys = [derive(seed, epoch, draw) for draw in range(draws)]
     return (hashes(keys, indices) >> np.uint64(11)).T / 2.0**53  # the 53 bits of a float64, so that none is 1.0
 

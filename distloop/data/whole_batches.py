@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distloop.data.augment import DRAWS, is_plain, shift_and_flip
 
-TOGETHER_BYTES, MOST_TOGETHER = 2**18, 64  # more would not stay in a core's cache
+TOGETHER_BYTES, MOST_TOGETHER = 2**19, 64  # more would not stay in a core's cache
 
 
 class WholeBatches:

@@ -25,6 +25,7 @@ from distloop.data.datasets import DataSource, fashion_mnist
 from distloop.data.loader import TrainBatches
 from distloop.data.order import Plan
 from distloop.ranks.places import Position
+from distloop.train import train
 from tests.tools.image_files import write_garments
 
 BATCH = 128
@@ -42,7 +43,9 @@ def batches(source: DataSource) -> Iterator[Any]:
     """distloop's, of one epoch."""
     plan = Plan(len(source.train), BATCH)
     plan.total_steps = plan.steps_per_epoch
-    loaded = TrainBatches(Config(), source, None, plan, CPU, 0, Position())
+    position = Position()
+    position.code = train.__code__  # the loop whose batches they are: it draws from torch alone
+    loaded = TrainBatches(Config(), source, None, plan, CPU, 0, position)
     for step in range(plan.total_steps):
         yield from loaded.of_step(step)
 

@@ -40,6 +40,15 @@ def test_shift_and_flip_is_torchvisions_crop_with_padding_and_mirror(dtype: torc
     assert torch.equal(moved, one_by_one(images, random, pad, flip))
 
 
+@pytest.mark.parametrize("width", [1, 4, 8, 12])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+def test_rows_of_bytes_are_mirrored_at_any_width(dtype: torch.dtype, width: int) -> None:
+    """Bytes are mirrored by fours or eights, where the width allows it."""
+    images, random = pictures(torch.uint8, width=width).to(dtype), uniforms(0, 0, np.arange(40), DRAWS)
+    for pad in (0, 2):
+        assert torch.equal(shift_and_flip(images, random, pad, True), one_by_one(images, random, pad, True))
+
+
 def test_every_shift_in_both_directions_occurs_and_no_other() -> None:
     single = torch.zeros(1, 1, 7, 7)
     single[0, 0, 3, 3] = 1
