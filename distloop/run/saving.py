@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
+from torch.optim import Optimizer
 
 from distloop.config.secrets import clean_message
 from distloop.config.settings import Checkpoint
 from distloop.errors import RunFailed, UsageError
 from distloop.ranks.stopping import StopReason, Watch
 from distloop.run.checkpoint import STATE, LoopState, Snapshot, Weights, as_stored, newest_published, prune, publish
-from distloop.run.parts import Parts, check_parts, contents_of
+from distloop.run.parts import Parts, check_parts, contents_of, existing
 
 SILENT_SECONDS = 5.0  # then it is said that the last checkpoint is what the end waits for
 
@@ -38,23 +39,30 @@ class HostBuffers:
         self, key: Hashable, tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format
     ) -> Tensor:
         """A copy of `tensor` in the buffer of this key."""
-        buffer = self.buffers.get(key)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty_like(tensor, device="cpu", memory_format=memory_format, pin_memory=tensor.is_cuda)
-            self.buffers[key] = buffer
+        buffer = self.buffer(key, tensor, memory_format)
         buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
         if tensor.is_cuda and self.event is None:
             self.event = torch.cuda.Event()
         return buffer
 
-    def copy_tree(self, key: Hashable, value: Any) -> Any:
-        """A copy of nested dicts and lists, with their tensors in buffers."""
+    def buffer(self, key: Hashable, tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+        """The buffer of this key, of the shape and type of `tensor`. A new one holds zeros: so it has its memory, for
+        which a copy would wait longer than for the copying."""
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty_like(tensor, device="cpu", memory_format=memory_format, pin_memory=tensor.is_cuda)
+            self.buffers[key] = buffer.zero_()
+        return buffer
+
+    def copy_tree(self, key: Hashable, value: Any, copy_one: Callable[..., Tensor] | None = None) -> Any:
+        """A copy of nested dicts and lists, with their tensors in buffers. `copy_one`: copy() or buffer()."""
+        copy_one = copy_one or self.copy
         if isinstance(value, Tensor):
-            return self.copy(key, value, torch.preserve_format)
+            return copy_one(key, value, torch.preserve_format)
         if isinstance(value, dict):
-            return {name: self.copy_tree((key, name), inner) for name, inner in value.items()}
+            return {name: self.copy_tree((key, name), inner, copy_one) for name, inner in value.items()}
         if isinstance(value, (list, tuple)):
-            return type(value)(self.copy_tree((key, place), inner) for place, inner in enumerate(value))
+            return type(value)(self.copy_tree((key, place), inner, copy_one) for place, inner in enumerate(value))
         return copy.deepcopy(value)
 
     def record(self) -> None:
@@ -129,6 +137,7 @@ class Saver:
         self.check_ownership = check_ownership
         self.buffers = HostBuffers()
         self.thread: threading.Thread | None = None
+        self.making: list[threading.Thread] = []  # buffers
         self.failure: str | None = None
 
     def save(self, parts: Parts, state: LoopState, more: Mapping[str, Any]) -> None:
@@ -157,12 +166,34 @@ class Saver:
             self.buffers.record()
             self.buffers.ready()
         read_back(weights, others, {**asdict(state), **of_parts})
+        for name, part in existing(parts):
+            if isinstance(part, Optimizer):
+                self._make_buffers_later(name, part)
+
+    def _make_buffers_later(self, name: str, optimizer: Optimizer) -> None:
+        """Make the buffers of an optimizer's state in a thread, after its first step, which makes the state: else the
+        first save would hold the training up for several times as long as the others."""
+        inner = getattr(optimizer, "optimizer", optimizer)  # also inside Accelerate's wrapper
+        last = getattr(inner, "optimizers", [inner])[-1]
+
+        def make(state: dict[str, Any]) -> None:
+            with contextlib.suppress(Exception):  # the save meets the same, and says so
+                self.buffers.copy_tree(name, state, self.buffers.buffer)
+
+        def after_first_step(*_: Any) -> None:
+            hook.remove()
+            self.making.append(threading.Thread(target=make, args=(optimizer.state_dict(),), daemon=True))
+            self.making[-1].start()
+
+        with contextlib.suppress(AttributeError):  # of a class of the user's that does not begin as torch's does
+            hook = last.register_step_post_hook(after_first_step)
 
     def wait(self) -> None:
-        """Wait for the checkpoint that is being written."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+        """Wait for the checkpoint that is being written, and for buffers that are being made."""
+        for thread in (*self.making, self.thread):
+            if thread is not None:
+                thread.join()
+        self.making, self.thread = [], None
 
     def finish(self) -> None:
         """Wait for the last checkpoint, and say so if that takes long. Raises RunFailed if it could not be written."""

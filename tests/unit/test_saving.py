@@ -32,6 +32,7 @@ from distloop.run.lock import LOCK
 from distloop.run.parts import load_parts
 from distloop.run.saving import HostBuffers, Saver
 from distloop.training.averaging import Average
+from distloop.training.optimizers import SeveralOptimizers
 from tests.tools.records import status
 
 # ---- copies ----------------------------------------------------------------------------------------------------
@@ -129,7 +130,8 @@ class Run:
         self.model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.average = Average(self.model, 0.9)
-        self.parts = {"model": self.model, "averaged": self.average.averaged, "optimizer": self.optimizer}
+        self.parts: dict[str, Any] = {"model": self.model, "averaged": self.average.averaged}
+        self.parts["optimizer"] = self.optimizer
         self.heard = Heard()
         self.published: list[int] = []
         watch = cast(Watch, self.heard)
@@ -151,6 +153,52 @@ class Run:
     def save(self, step: int, best: int | None = None) -> None:
         state = LoopState(step, best={"step": best} if best else None)
         self.saver.save(self.parts, state, {})
+
+
+class Around(torch.optim.Optimizer):
+    """A class around an optimizer, as users write them, that does not begin as torch's do: it has no hooks."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base, self.param_groups, self.defaults, self.state = base, base.param_groups, base.defaults, base.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.base.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.base.state_dict()
+
+
+def several(model: nn.Module) -> torch.optim.Optimizer:
+    return SeveralOptimizers([torch.optim.AdamW(model[0].parameters()), torch.optim.SGD(model[1].parameters())])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("kind", [lambda model: torch.optim.AdamW(model.parameters()), several])
+def test_after_the_first_step_the_buffers_of_a_save_are_there(tmp_path: Path, kind: Any) -> None:
+    """So the first save waits for no memory. The optimizer's state does not exist before that step."""
+    run = Run(tmp_path)
+    run.optimizer = run.parts["optimizer"] = kind(run.model)
+    run.saver.rehearse(run.parts, LoopState(0))
+    run.train()
+    run.saver.wait()
+    made = {key: buffer.data_ptr() for key, buffer in run.saver.buffers.buffers.items()}
+    assert any("exp_avg" in str(key) for key in made)
+    run.train()
+    assert not run.saver.making  # only once
+    run.save(2)
+    run.saver.finish()
+    assert {key: buffer.data_ptr() for key, buffer in run.saver.buffers.buffers.items()} == made
+    assert run.published == [2]
+
+
+def test_an_optimizer_without_hooks_is_saved_as_others(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.parts["optimizer"] = Around(run.optimizer)
+    run.saver.rehearse(run.parts, LoopState(0))
+    run.train()
+    run.save(1)
+    run.saver.finish()
+    assert run.published == [1]
+    assert not run.heard.lines
 
 
 class SlowDisk:
