@@ -169,7 +169,9 @@ class Around(torch.optim.Optimizer):
 
 
 def several(model: nn.Module) -> torch.optim.Optimizer:
-    return SeveralOptimizers([torch.optim.AdamW(model[0].parameters()), torch.optim.SGD(model[1].parameters())])  # type: ignore[index]
+    return SeveralOptimizers(
+        [torch.optim.AdamW(model[0].parameters()), torch.optim.SGD(model[1].parameters(), momentum=0.9)]
+    )  # type: ignore[index]
 
 
 @pytest.mark.parametrize("kind", [lambda model: torch.optim.AdamW(model.parameters()), several])
