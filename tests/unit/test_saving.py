@@ -168,10 +168,11 @@ class Around(torch.optim.Optimizer):
         return self.base.state_dict()
 
 
-def several(model: nn.Module) -> torch.optim.Optimizer:
+def several(model: Any) -> torch.optim.Optimizer:
+    first, last = model
     return SeveralOptimizers(
-        [torch.optim.AdamW(model[0].parameters()), torch.optim.SGD(model[1].parameters(), momentum=0.9)]
-    )  # type: ignore[index]
+        [torch.optim.AdamW(first.parameters()), torch.optim.SGD(last.parameters(), lr=0.1, momentum=0.9)]
+    )
 
 
 @pytest.mark.parametrize("kind", [lambda model: torch.optim.AdamW(model.parameters()), several])
