@@ -176,13 +176,16 @@ class Saver:
         inner = getattr(optimizer, "optimizer", optimizer)  # also inside Accelerate's wrapper
         last = getattr(inner, "optimizers", [inner])[-1]
 
-        def make(state: dict[str, Any]) -> None:
+        def make(state: dict[str, Any], gpu: int | None) -> None:
             with contextlib.suppress(Exception):  # the save meets the same, and says so
+                if gpu is not None:
+                    torch.cuda.set_device(gpu)  # a thread begins on GPU 0, and would take memory of it
                 self.buffers.copy_tree(name, state, self.buffers.buffer)
 
         def after_first_step(*_: Any) -> None:
             hook.remove()
-            self.making.append(threading.Thread(target=make, args=(optimizer.state_dict(),), daemon=True))
+            gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+            self.making.append(threading.Thread(target=make, args=(optimizer.state_dict(), gpu), daemon=True))
             self.making[-1].start()
 
         with contextlib.suppress(AttributeError):  # of a class of the user's that does not begin as torch's does
